@@ -1,0 +1,85 @@
+"""The tile grid: which tokens are summed together, in which order.
+
+A *tile* is the unit of the exactness contract. Tokens of one sequence are cut into tiles of `size` tokens, counted
+from the sequence's own first token; the last tile of a sequence may be shorter. A tile's state is summed inside one
+program in one fixed order, so it does not matter where, beside what, or on which rank a tile is computed.
+
+This file knows tokens and tiles only; it needs neither a GPU nor a process group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one row of tokens, as one rank holds it.
+
+    `bounds` are token offsets in the row: segment `s` is `bounds[s]:bounds[s + 1]`. A row that is one sequence (or one
+    shard of it) has `bounds == (0, N)`; a row of packed documents has one segment a document, also an empty one. Every
+    batch entry has the same row. Tiles are numbered through the row, segment after segment.
+    """
+
+    size: int
+    bounds: tuple[int, ...]
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.bounds[-1]
+
+    @cached_property
+    def first_tile(self) -> tuple[int, ...]:
+        """Number of the first tile of each segment, and one past the last tile at the end."""
+        first = [0]
+        for begin, end in zip(self.bounds, self.bounds[1:], strict=False):
+            first.append(first[-1] + ceil_div(end - begin, self.size))
+        return tuple(first)
+
+    @property
+    def count(self) -> int:
+        return self.first_tile[-1]
+
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """(first token, number of tokens) of every tile."""
+        return tuple(
+            (start, min(self.size, end - start))
+            for begin, end in zip(self.bounds, self.bounds[1:], strict=False)
+            for start in range(begin, end, self.size)
+        )
+
+    @property
+    def regular(self) -> bool:
+        """One segment: tile `j` starts at token `j * size`, and a kernel needs no table."""
+        return self.num_segments == 1
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        """(count, 2) int64 on `device`: first token and number of tokens of every tile."""
+        return _table(self, device)
+
+    def segment_table(self, device: torch.device) -> torch.Tensor:
+        """(num_segments + 1,) int64 on `device`: `first_tile`."""
+        return _segment_table(self, device)
+
+
+# Copying a table to the GPU synchronises with the host, so the last few are kept.
+@lru_cache(maxsize=256)
+def _table(tiles: Tiles, device: torch.device) -> torch.Tensor:
+    return torch.tensor(tiles.spans, dtype=torch.int64).reshape(-1, 2).to(device)
+
+
+@lru_cache(maxsize=256)
+def _segment_table(tiles: Tiles, device: torch.device) -> torch.Tensor:
+    return torch.tensor(tiles.first_tile, dtype=torch.int64).to(device)

@@ -1,0 +1,44 @@
+"""Launch configurations of the Triton kernels: checked in, never tuned at run time.
+
+A configuration is part of the meaning of a result (it fixes the order of every sum), so it depends on head sizes,
+dtype and chip alone: never on the number of tokens a rank happens to hold, the batch, or a clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """chunk: tokens a product works on; columns: state columns a program holds; warps, stages: Triton's own."""
+
+    chunk: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def padded(dim: int) -> int:
+    """The block size that covers a head dimension: a power of two, at least 16 (what the matrix units take)."""
+    return max(16, next_power_of_2(dim))
+
+
+def block_config(rows: int, columns: int, dtype: torch.dtype, tile: int) -> Config:
+    """Configuration of `tile_states` and `tile_outputs` for a state of `rows` x `columns`.
+
+    The sizes keep the program's fp32 state within 64 KiB of registers and its operands within 99 KiB of shared memory
+    (the least of the chips served: sm_86 and sm_120), which tests/test_kernels_compile.py checks.
+    """
+    rows, columns = padded(rows), padded(columns)
+    wide = dtype == torch.float32
+    chunk = min(32 if wide and rows > 64 else 64, tile)
+    held = min(columns, 32 if wide and rows > 128 else 64)
+    warps = 4 if rows * held <= 64 * 64 else 8
+    return Config(chunk=chunk, columns=held, warps=warps, stages=1 if wide or rows > 128 else 2)

@@ -1,0 +1,196 @@
+"""The public functions: they check, plan, and hand over to the autograd function."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from torch import Tensor
+
+from leetdist.autograd import LinearAttention
+from leetdist.plan import make_plan
+from leetdist.problem import Problem, agree, check_state, describe, global_layout
+from leetdist.sequence.group import resolve
+from leetdist.sequence.shard import redistribute
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+    method: str = "auto",
+    group: Group | None = None,
+    tile: int | None = None,
+) -> Tensor: ...
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+    method: str = "auto",
+    group: Group | None = None,
+    tile: int | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    method: str = "auto",
+    group: Group | None = None,
+    tile: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exponentially decaying causal linear attention, on one device or over a sequence sharded across ranks.
+
+    For each batch entry and head, with `gamma = exp(log_decay)`:
+
+        S_t = gamma S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
+
+    Differentiable in q, k, v, log_decay and initial_state (once). The result on P ranks is, bit for bit, the shards of
+    the result on one device, forward and backward; also when, for the same `tile`, a sequence is split in time at a
+    tile boundary, documents are packed, or the batch is larger.
+
+    Args:
+        q: (B, H, N, Dk), fp32, bf16, fp16 (fp64 too, in PyTorch's own kernels); any strides.
+        k: (B, Hkv, N, Dk), same dtype and device; Hkv divides H (grouped heads).
+        v: (B, Hkv, N, Dv).
+        log_decay: (H,) fp32, natural log of the decay a token, <= 0; None is no decay.
+        scale: factor of the output.
+        initial_state: (B, H, Dk, Dv) fp32, or (documents, H, Dk, Dv) with `cu_seqlens`; None is zero. Under a group it
+            is given on the first rank only.
+        return_state: return the state after the last token as well; under a group, every rank gets it.
+        cu_seqlens: (documents + 1,) int32 or int64, token offsets of documents packed in one row (B = 1), from 0 to N;
+            under a group, offsets in the whole sequence, which need not lie on any grid. The state restarts at each.
+        method: "auto", or a local method by name.
+        group: ProcessGroup, 1-D DeviceMesh or virtual group whose ranks hold consecutive shards in rank order; None
+            takes the surrounding `sequence_parallel`, and without one computes on this device alone. All ranks call
+            forward, and backward, together.
+        tile: tile length in tokens, a power of two >= 16: pins the order of summation. None chooses from the length of
+            the whole sequence.
+
+    Returns:
+        o, (B, H, N, Dv) in q's dtype; or (o, state) with `return_state`, state fp32 shaped as `initial_state`.
+
+    Raises:
+        ValueError: an argument is wrong (the message says which, what it is, what it must be), shard boundaries are off
+            the tile grid, or the ranks disagree; under a group every rank raises.
+        RuntimeError: a rank does not answer within the timeout of the group, or of LEETDIST_TIMEOUT (seconds).
+
+    Source: LeetDecoding, arXiv 2501.02573, eq. 1; RetNet, arXiv 2307.08621, eqs. 5 to 7; Lightning Attention-2, arXiv
+    2401.04658, for the blocked form.
+
+    >>> import torch, leetdist
+    >>> q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    >>> log_decay = torch.tensor([-0.01, -0.5])
+    >>> o, state = leetdist.linear_attention(q, k, v, log_decay, scale=16**-0.5, return_state=True)
+    >>> o.shape, state.shape
+    (torch.Size([1, 2, 100, 16]), torch.Size([1, 2, 16, 16]))
+    """
+    transport = resolve(group)
+    options = {
+        "scale": scale,
+        "initial_state": initial_state,
+        "return_state": return_state,
+        "cu_seqlens": cu_seqlens,
+        "method": method,
+        "tile": tile,
+    }
+    if transport is None:
+        problem = describe(q, k, v, log_decay, **options)
+        layout, size = global_layout([problem])
+        plan = make_plan(problem, layout, size, any_initial=problem.has_initial)
+    else:
+        checked: Problem | ValueError
+        try:
+            checked = describe(
+                q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size
+            )
+        except ValueError as error:
+            checked = error
+        everyone = agree(checked, transport)
+        problem = everyone[transport.rank]
+        given, size = global_layout(everyone)
+        layout = given.on_grid(size)
+        plan = make_plan(problem, layout, size, transport, any_initial=everyone[0].has_initial)
+        q, k, v = (redistribute(x, 2, given.lengths, layout.lengths, transport) for x in (q, k, v))
+
+    if log_decay is None:
+        log_decay = torch.zeros(problem.heads, device=problem.device)
+    o, state = LinearAttention.apply(q, k, v, log_decay, initial_state, plan)
+    if transport is not None:
+        o = redistribute(o, 2, layout.lengths, given.lengths, transport)
+    return (o, state) if return_state else o
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One token of decoding: `state = gamma state + k v^T`, `o = scale * q^T state`; differentiable.
+
+    Args:
+        q: (B, H, 1, Dk), fp32, bf16, fp16 or fp64.
+        k: (B, Hkv, 1, Dk), same dtype and device; Hkv divides H.
+        v: (B, Hkv, 1, Dv).
+        state: (B, H, Dk, Dv) fp32 (fp64 with fp64 inputs), as `linear_attention` returns it; it is not changed.
+        log_decay: (H,) fp32, natural log, <= 0; None is no decay.
+        scale: factor of the output.
+
+    Returns:
+        o, (B, H, 1, Dv) in q's dtype, and the new state, shaped and typed as `state`.
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what it is and what it must be.
+
+    Source: RetNet, arXiv 2307.08621, eq. 6 (recurrent form).
+
+    >>> import torch, leetdist
+    >>> q, k, v = (torch.randn(1, 2, 10, 16) for _ in range(3))
+    >>> o, state = leetdist.linear_attention(q[:, :, :9], k[:, :, :9], v[:, :, :9], return_state=True)
+    >>> last, state = leetdist.linear_attention_step(q[:, :, 9:], k[:, :, 9:], v[:, :, 9:], state)
+    >>> torch.testing.assert_close(last, leetdist.linear_attention(q, k, v)[:, :, 9:])
+    """
+    problem = describe(
+        q, k, v, log_decay,
+        scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
+    )  # fmt: skip
+    if problem.tokens != 1:
+        raise ValueError(f"q must hold one token, (B, H, 1, Dk), got shape {tuple(q.shape)}")
+    check_state("state", state, (problem.batch, problem.heads, problem.dk, problem.dv), q)
+    with torch.autocast(q.device.type, enabled=False):
+        share = problem.heads // problem.kv_heads
+        k, v = (x.to(state.dtype).repeat_interleave(share, 1) for x in (k, v))
+        if log_decay is not None:
+            state = state * torch.exp(log_decay).to(state.dtype)[:, None, None]
+        state = state + k.mT * v
+        o = (q.to(state.dtype).mT * state).sum(2, keepdim=True) * scale
+    return o.to(problem.dtype), state
+
+
+__all__ = ["linear_attention", "linear_attention_step"]

@@ -1,0 +1,247 @@
+"""What a call asks for, checked once: the only place where inputs are validated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from leetdist.sequence.grid import Layout, default_tile
+
+if TYPE_CHECKING:
+    from leetdist.sequence.transport import Transport
+
+METHODS = ("auto", "vanilla", "recursion", "block", "causal_dot_product", "lightning", "fleet")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, without its data: what every rank must agree on, and this rank's number of tokens."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    dk: int
+    dv: int
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+    method: str
+    tile: int | None
+    documents: tuple[int, ...] | None
+    has_decay: bool
+    return_state: bool
+    needs_grad: bool
+    needs_decay_grad: bool
+    has_initial: bool
+    tokens: int
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    return_state: bool,
+    cu_seqlens: Tensor | None,
+    method: str,
+    tile: int | None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Problem:
+    """Check one rank's arguments and describe them; ValueError names the argument, what it is and what it must be."""
+    _check_qkv(q, k, v)
+    batch, heads, tokens, dk = q.shape
+    if tokens == 0 and ranks == 1:
+        raise ValueError("q: N is 0; a sequence needs at least one token")
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 16 or tile & (tile - 1)):
+        raise ValueError(f"tile must be a power of two of at least 16 tokens, or None, got {tile!r}")
+    if log_decay is not None:
+        check_log_decay(log_decay, heads, q.device)
+    documents = None
+    if cu_seqlens is not None:
+        documents = _check_documents(cu_seqlens, batch, tokens if ranks == 1 else None)
+    if initial_state is not None:
+        if rank > 0:
+            raise ValueError(f"initial_state is given on the first rank of the group only, got one on rank {rank}")
+        rows = batch if documents is None else len(documents) - 1
+        check_state("initial_state", initial_state, (rows, heads, dk, v.shape[3]), q)
+    grad = torch.is_grad_enabled()
+    tensors = (q, k, v, log_decay, initial_state)
+    return Problem(
+        batch=batch,
+        heads=heads,
+        kv_heads=k.shape[1],
+        dk=dk,
+        dv=v.shape[3],
+        dtype=q.dtype,
+        device=q.device,
+        scale=float(scale),
+        method=method,
+        tile=tile,
+        documents=documents,
+        has_decay=log_decay is not None,
+        return_state=bool(return_state),
+        needs_grad=grad and any(x is not None and x.requires_grad for x in tensors),
+        needs_decay_grad=grad and log_decay is not None and log_decay.requires_grad,
+        has_initial=initial_state is not None,
+        tokens=tokens,
+    )
+
+
+def agree(problem: Problem | ValueError, transport: Transport) -> list[Problem]:
+    """Every rank's problem, on every rank; or the same error on every rank, naming who differs in what.
+
+    A rank whose own arguments are bad passes its ValueError, so that the others fail too instead of waiting for it.
+    """
+    everyone = transport.gather_objects(problem, "the shapes and arguments of this call")
+    for rank, theirs in enumerate(everyone):
+        if isinstance(theirs, ValueError):
+            if rank == transport.rank:
+                raise theirs
+            raise ValueError(f"rank {rank} of {transport.size} has bad arguments: {theirs}")
+    first = everyone[0]
+    for rank, theirs in enumerate(everyone):
+        for field in fields(Problem):
+            ours, other = getattr(first, field.name), getattr(theirs, field.name)
+            if field.name == "device":
+                ours, other = ours.type, other.type
+            if field.name not in ("tokens", "has_initial") and ours != other:
+                raise ValueError(
+                    f"the ranks of the group disagree on {field.name}: rank {rank} has {other}, rank 0 has {ours}"
+                )
+    return everyone
+
+
+def global_layout(everyone: list[Problem]) -> tuple[Layout, int]:
+    """How the tokens lie over the ranks, and the tile length; ValueError where the boundaries are off the grid."""
+    problem = everyone[0]
+    layout = Layout(problem.batch, tuple(p.tokens for p in everyone), problem.documents)
+    total = layout.offsets[-1]
+    if total == 0:
+        raise ValueError("q: N is 0 on every rank; a sequence needs at least one token")
+    tile = problem.tile or default_tile(total)
+    if problem.documents is not None:
+        if problem.documents[-1] != total:
+            raise ValueError(
+                f"cu_seqlens must end at the number of tokens on all ranks, {total}, got {problem.documents[-1]}"
+            )
+        return layout, tile
+    for rank, offset in enumerate(layout.offsets[1:-1]):
+        if offset % tile and offset < total:
+            raise ValueError(
+                f"shard boundaries must lie on the tile grid: rank {rank} ends at token {offset}, which is no multiple "
+                f"of the tile length {tile} (of {total} tokens in all). shard_sequence cuts on the grid; or pass a "
+                f"tile that divides the boundaries"
+            )
+    return layout, tile
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have shape (B, H, N, D), got {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have q's dtype, {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}")
+        if 0 in (x.shape[0], x.shape[1], x.shape[3]):
+            raise ValueError(f"{name} must have no empty dimension but N, got {tuple(x.shape)}")
+    batch, heads, tokens, dk = q.shape
+    if k.shape[3] != dk:
+        raise ValueError(f"k must have q's head dimension Dk = {dk}, got {k.shape[3]} (shape {tuple(k.shape)})")
+    for name, x in (("k", k), ("v", v)):
+        if (x.shape[0], x.shape[2]) != (batch, tokens):
+            raise ValueError(
+                f"{name} must have q's batch and tokens, B = {batch} and N = {tokens}, got shape {tuple(x.shape)}"
+            )
+        if heads % x.shape[1]:
+            raise ValueError(f"{name} must have a number of heads that divides q's {heads}, got {x.shape[1]}")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
+
+
+# A decay seen good is not read again: reading a GPU tensor's values stops the stream.
+_good_decays: WeakKeyDictionary[Tensor, int] = WeakKeyDictionary()
+
+
+def check_log_decay(log_decay: Tensor, heads: int, device: torch.device) -> None:
+    """Shape, dtype, device, and that no value is positive or NaN."""
+    if not isinstance(log_decay, Tensor):
+        raise ValueError(f"log_decay must be a tensor or None, got {type(log_decay).__name__}")
+    if log_decay.shape != (heads,):
+        raise ValueError(f"log_decay must have shape (H,) = ({heads},), got {tuple(log_decay.shape)}")
+    if log_decay.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
+    if log_decay.device != device:
+        raise ValueError(f"log_decay must be on q's device, {device}, got {log_decay.device}")
+    if _good_decays.get(log_decay) == log_decay._version or torch.compiler.is_compiling():
+        return
+    if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    values = log_decay.detach()
+    bad = ~(values <= 0)
+    if bool(bad.any()):
+        head = int(bad.nonzero()[0])
+        raise ValueError(
+            f"log_decay must be <= 0 (the natural log of a decay of at most 1), got {float(values[head])} for head {head}"
+        )
+    _good_decays[log_decay] = log_decay._version
+
+
+def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    """Shape, dtype and device of a state."""
+    if not isinstance(state, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(state).__name__}")
+    if tuple(state.shape) != shape:
+        raise ValueError(f"{name} must have shape (B or documents, H, Dk, Dv) = {shape}, got {tuple(state.shape)}")
+    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if state.dtype != wanted:
+        raise ValueError(f"{name} must be {wanted}, got {state.dtype}")
+    if state.device != q.device:
+        raise ValueError(f"{name} must be on q's device, {q.device}, got {state.device}")
+
+
+_documents: WeakKeyDictionary[Tensor, tuple[int, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
+    """The boundaries as numbers (read from the device once a tensor)."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor or None, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 of shape (documents + 1,), got {cu_seqlens.dtype} of shape "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: packed documents lie in one row, so B must be 1, got {batch}")
+    version, known = _documents.get(cu_seqlens, (-1, ()))
+    if version != cu_seqlens._version:
+        known = tuple(cu_seqlens.tolist())
+        _documents[cu_seqlens] = (cu_seqlens._version, known)
+    if known[0] != 0 or any(a > b for a, b in zip(known, known[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shown(known)}")
+    if tokens is not None and known[-1] != tokens:
+        raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {known[-1]}")
+    return known
+
+
+def _shown(values: tuple[Any, ...]) -> str:
+    return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

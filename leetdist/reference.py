@@ -1,0 +1,97 @@
+"""The oracles: two fp64 statements of the operator, written from the definition and from nothing else.
+
+They share no code with the library, are slow on purpose, and every test compares with one of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads = q.shape[1]
+    k, v = (x.double().repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    log_decay = torch.zeros(heads, device=q.device) if log_decay is None else log_decay
+    return q.double(), k, v, log_decay.double()
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S_t = gamma S_{t-1} + k_t v_t^T`, `o_t = scale q_t^T S_t`, token by token in fp64; differentiable.
+
+    Shapes: q, k (B, H, N, Dk), v (B, H, N, Dv), k and v with H or fewer heads; log_decay (H,), natural log, or None;
+    initial_state (B, H, Dk, Dv) or None. Returns o (B, H, N, Dv) and the last state (B, H, Dk, Dv), both fp64.
+
+    Source: LeetDecoding, arXiv 2501.02573; RetNet, arXiv 2307.08621, eq. 6 (recurrent form).
+
+    >>> q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    >>> o, state = recurrence(q, k, v, torch.tensor([-0.1, -1.0]))
+    >>> o.shape, state.shape
+    (torch.Size([1, 2, 5, 4]), torch.Size([1, 2, 4, 4]))
+    """
+    q, k, v, log_decay = _prepare(q, k, v, log_decay)
+    gamma = torch.exp(log_decay)[:, None, None]
+    batch, heads, tokens, dk = q.shape
+    if initial_state is None:
+        state = q.new_zeros(batch, heads, dk, v.shape[3])
+    else:
+        state = initial_state.double()
+    outputs = []
+    for t in range(tokens):
+        state = gamma * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append(scale * (q[:, :, t, None, :] @ state).squeeze(2))
+    return torch.stack(outputs, 2), state
+
+
+def quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """`scale ((Q K^T) . M) V + scale diag(gamma^1..N) Q S_0` in fp64, for all rows or for chosen ones; differentiable.
+
+    `M_ij = gamma^(i-j)` for `i >= j`, else 0. Shapes as in `recurrence`; rows: (R,) int64, which tokens' outputs to
+    compute (all when None), so that a few rows of a long sequence stay affordable. Returns (B, H, R or N, Dv) fp64.
+
+    Source: RetNet, arXiv 2307.08621, eq. 5 (parallel form).
+
+    >>> q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    >>> torch.testing.assert_close(quadratic(q, k, v), recurrence(q, k, v)[0])
+    """
+    q, k, v, log_decay = _prepare(q, k, v, log_decay)
+    tokens = torch.arange(q.shape[2], device=q.device)
+    rows = tokens if rows is None else rows
+    distance = rows[:, None] - tokens
+    mask = torch.exp(log_decay[:, None, None] * distance.clamp_min(0)) * (distance >= 0)
+    out = ((q[:, :, rows] @ k.mT) * mask) @ v
+    if initial_state is not None:
+        decay = torch.exp(log_decay[:, None] * (rows + 1))[..., None]
+        out = out + decay * (q[:, :, rows] @ initial_state.double())
+    return scale * out
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """`||out - reference|| / ||reference||` in fp64: a pure number; NaN anywhere gives NaN, which passes no bound.
+
+    >>> relative_error(torch.ones(4), torch.ones(4))
+    0.0
+    """
+    reference = reference.double()
+    norm = torch.linalg.vector_norm(reference)
+    difference = torch.linalg.vector_norm(out.to(reference.device).double() - reference)
+    return float(difference / norm) if norm > 0 else float(difference)

@@ -1,0 +1,192 @@
+"""Moving tokens between ranks: shard, gather, and the realignment of packed documents. All differentiable."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from leetdist.sequence.grid import default_tile, shard_lengths
+from leetdist.sequence.group import resolve
+from leetdist.sequence.transport import Transport
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+
+
+def shard_sequence(x: Tensor, dim: int, group: Group | None, *, tile: int | None = None) -> Tensor:
+    """This rank's shard of `x` along `dim`: consecutive, in rank order, boundaries on the tile grid.
+
+    Ranks get whole tiles, as evenly as they divide, so shards may differ by a tile, and a rank gets none where there
+    are fewer tiles than ranks. Differentiable: the gradient of `x` on each rank is that of its own shard and zero
+    elsewhere, so that, as for every replicated tensor, the ranks' gradients add up to the whole one.
+
+    Args:
+        x: any shape and dtype, the same on every rank; N tokens along `dim`.
+        dim: the token dimension, negative counts from the end.
+        group: ProcessGroup, 1-D DeviceMesh or virtual group; None takes the surrounding `sequence_parallel`, and
+            without one returns `x`.
+        tile: tile length in tokens, if `linear_attention` will be called with one.
+
+    Returns:
+        (..., N_local, ...), a view of `x`.
+
+    Raises:
+        ValueError: `dim` is out of range, `tile` is not positive, or `group` is no group of this rank.
+
+    Source: the contiguous sharding of LASP, arXiv 2404.02882, section 3, with uneven shards.
+
+    >>> import torch, leetdist
+    >>> x = torch.arange(1000.)
+    >>> leetdist.virtual_ranks(lambda group: leetdist.shard_sequence(x, 0, group).shape[0], ranks=3)
+    [320, 320, 360]
+    """
+    transport = resolve(group)
+    dim = _dimension(x, dim)
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile must be a positive number of tokens, got {tile}")
+    if transport is None:
+        return x
+    tokens = x.shape[dim]
+    lengths = shard_lengths(tokens, transport.size, tile or default_tile(tokens))
+    return x.narrow(dim, sum(lengths[: transport.rank]), lengths[transport.rank])
+
+
+def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
+    """The whole sequence on every rank, from the ranks' shards along `dim`; the inverse of `shard_sequence`.
+
+    Differentiable: what flows into the whole sequence on several ranks is summed, in rank order, into the shard that
+    the tokens came from.
+
+    Args:
+        x_local: (..., N_local, ...), this rank's shard; shapes may differ along `dim` only, also be empty.
+        dim: the token dimension, negative counts from the end.
+        group: as for `shard_sequence`.
+
+    Returns:
+        (..., N, ...) with the dtype and device of `x_local`.
+
+    Raises:
+        ValueError: `dim` is out of range, or the ranks disagree on the other dimensions or the dtype.
+        RuntimeError: a rank does not answer.
+
+    Source: as `shard_sequence`.
+
+    >>> import torch, leetdist
+    >>> x = torch.arange(100.)
+    >>> def there_and_back(group):
+    ...     return leetdist.gather_sequence(leetdist.shard_sequence(x, 0, group), 0, group)
+    >>> all(torch.equal(x, y) for y in leetdist.virtual_ranks(there_and_back, ranks=3))
+    True
+    """
+    transport = resolve(group)
+    dim = _dimension(x_local, dim)
+    if transport is None:
+        return x_local
+    shape = list(x_local.shape)
+    mine = (shape.pop(dim), tuple(shape), str(x_local.dtype))
+    everyone = transport.gather_objects(mine, "the shapes to gather")
+    for rank, theirs in enumerate(everyone):
+        if theirs[1:] != everyone[0][1:]:
+            raise ValueError(
+                f"gather_sequence: rank {rank} has {theirs[2]} of shape {theirs[1]} beside dim {dim}, "
+                f"rank 0 has {everyone[0][2]} of shape {everyone[0][1]}"
+            )
+    lengths = tuple(theirs[0] for theirs in everyone)
+    whole: Tensor = _Gather.apply(x_local, dim, lengths, transport)
+    return whole
+
+
+def redistribute(
+    x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transport: Transport
+) -> Tensor:
+    """Tokens of `x` moved so that the ranks hold `new` instead of `old` numbers of them; differentiable."""
+    moved: Tensor = x if old == new else _Redistribute.apply(x, dim, old, new, transport)
+    return moved
+
+
+def _dimension(x: Tensor, dim: int) -> int:
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim must be in [{-x.ndim}, {x.ndim}) for a tensor of shape {tuple(x.shape)}, got {dim}")
+    return dim % x.ndim
+
+
+def _resized(x: Tensor, dim: int, tokens: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = tokens
+    return x.new_empty(shape)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, lengths: tuple[int, ...], transport: Transport) -> Tensor:
+        ctx.dim, ctx.lengths, ctx.transport = dim, lengths, transport
+        for rank in transport.others():
+            transport.send(x, rank, "its shard to gather")
+        whole = _resized(x, dim, sum(lengths))
+        for rank, part in enumerate(whole.split(lengths, dim)):
+            part.copy_(x if rank == transport.rank else _received(part, rank, transport, "its shard to gather"))
+        transport.flush()
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        transport, parts = ctx.transport, grad.split(ctx.lengths, ctx.dim)
+        for rank in transport.others():
+            transport.send(parts[rank], rank, "a gradient of the gathered sequence")
+        mine = parts[transport.rank]
+        total = torch.zeros_like(mine, memory_format=torch.contiguous_format)
+        for rank in range(transport.size):
+            if rank == transport.rank:
+                total += mine
+            else:
+                total += _received(mine, rank, transport, "a gradient of the gathered sequence")
+        transport.flush()
+        return total, None, None, None
+
+
+class _Redistribute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transport: Transport
+    ) -> Tensor:
+        ctx.back = (dim, new, old, transport)
+        return _move(x, dim, old, new, transport)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _move(grad, *ctx.back), None, None, None, None
+
+
+def _move(x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transport: Transport) -> Tensor:
+    me, what = transport.rank, "tokens that realign packed documents"
+    before, after = (tuple(accumulate(lengths, initial=0)) for lengths in (old, new))
+
+    def common(source: int, to: int) -> tuple[int, int]:
+        first = max(before[source], after[to])
+        return first, min(before[source + 1], after[to + 1]) - first
+
+    for to in transport.others():
+        first, count = common(me, to)
+        if count > 0:
+            transport.send(x.narrow(dim, first - before[me], count), to, what)
+    moved = _resized(x, dim, new[me])
+    for source in range(transport.size):
+        first, count = common(source, me)
+        if count > 0:
+            here = moved.narrow(dim, first - after[me], count)
+            if source == me:
+                here.copy_(x.narrow(dim, first - before[me], count))
+            else:
+                here.copy_(_received(here, source, transport, what))
+    transport.flush()
+    return moved
+
+
+def _received(like: Tensor, source: int, transport: Transport, what: str) -> Tensor:
+    return transport.receive(torch.empty_like(like, memory_format=torch.contiguous_format), source, what)
