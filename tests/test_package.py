@@ -26,7 +26,7 @@ LAZY = ("accelerate", "cuda", "deepspeed", "fla", "matplotlib", "rich", "transfo
 
 def source_files() -> set[str]:
     """What has to be in the wheel: everything but notes, so that no kind of data is forgotten."""
-    found = set()
+    found: set[str] = set()
     for folder, installed in FOLDERS.items():
         for path, folders, names in os.walk(ROOT / folder, followlinks=False):
             folders[:] = [name for name in folders if name != "__pycache__"]
@@ -65,10 +65,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(checkout: Path, out: Path, *options: str) -> Path:
-    run(
-        *(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, *options, checkout),
-        cwd=out,
-    )
+    command = (sys.executable, "-m", "build", "--no-isolation", "--outdir", out)
+    run(*command, *options, checkout, cwd=out)
     (wheel,) = out.glob("*.whl")
     return wheel
 
