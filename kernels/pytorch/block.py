@@ -32,9 +32,7 @@ from leetdist.kernels.tiles import Tiles, ceil_div
 CHUNK = 128
 
 
-def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0
-) -> Tensor:
+def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
     """The state each tile adds: `scale * sum_i w_i b_i c_i^T`, with `i` counted from 0 in a tile of `n` tokens.
 
     Forward, `w_i = gamma^(n-1-i)` (the state after the tile); reversed, `w_i = gamma^(i+1)` (the gradient of the state
@@ -51,9 +49,7 @@ def tile_states(
     return states.mul_(scale)
 
 
-def fold(
-    states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool
-) -> Tensor:
+def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
     """Turn what each tile adds into the state at each tile's start, in place, and return the state at the end.
 
     `S_{j+1} = gamma^n S_j + L_j`, rounded after the product and after the sum, from the first tile of each segment to

@@ -19,9 +19,7 @@ from leetdist.kernels.triton.configs import block_config, padded
 FOLD_BLOCK = 1024
 
 
-def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0
-) -> Tensor:
+def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_states."""
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
@@ -42,14 +40,10 @@ def tile_states(
     return out
 
 
-def fold(
-    states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool
-) -> Tensor:
+def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
     """See leetdist.kernels.pytorch.block.fold. One rounding rule: a fused multiply-add."""
     batch, heads, _, dk, dv = states.shape
-    final = torch.empty(
-        batch * tiles.num_segments, heads, dk, dv, dtype=states.dtype, device=states.device
-    )
+    final = torch.empty(batch * tiles.num_segments, heads, dk, dv, dtype=states.dtype, device=states.device)
     segments = tiles.segment_table(states.device)
     grid = (final.shape[0] * heads, ceil_div(dk * dv, FOLD_BLOCK))
     if final.numel():
@@ -138,9 +132,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def _empty_like_model(
-    batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype, like: Tensor
-) -> Tensor:
+def _empty_like_model(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """(B, H, N, D) laid out in memory as `like` is: a (B, N, H, D) model gets its own layout back."""
     if like.stride(1) < like.stride(2):
         return torch.empty(batch, tokens, heads, dim, dtype=dtype, device=like.device).transpose(1, 2)
@@ -295,9 +287,7 @@ def _tile_outputs(
         o = _times_state(a_i, state, PRECISION) * from_state[:, None]
         o += tl.dot(scores.to(c_i.dtype), c_i, input_precision=PRECISION)
         pointers = out + (start + offset + position)[:, None] * out_token + j[None, :]
-        tl.store(
-            pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :]
-        )
+        tl.store(pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :])
         b_i = _to_state(b_i, g, count, REVERSE, CHUNK)
         state = state * _powers(g, count) + tl.dot(tl.trans(b_i), c_i, input_precision=PRECISION)
 
