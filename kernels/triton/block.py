@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles, ceil_div
-from leetdist.kernels.triton.configs import block_config, padded
+from leetdist.kernels.triton.configs import Config, block_config, padded
 
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
@@ -25,8 +25,7 @@ def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, revers
     rows, columns = b.shape[3], c.shape[3]
     config = block_config(rows, columns, b.dtype, tiles.size)
     out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
-    # A program holds `columns` rows by `2 x columns` columns at most: 64 x 128 sums beside the operands.
-    block_rows = min(padded(rows), 2 * config.columns)
+    block_rows = states_block(rows, config)
     grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
     if out.numel():
         _tile_states[grid](
@@ -104,7 +103,7 @@ def decay_gradient(
     batch, heads = q.shape[0], log_decay.shape[0]
     rows, columns = q.shape[3], v.shape[3]
     config = block_config(rows, columns, q.dtype, tiles.size)
-    held = max(16, config.columns // 2)  # two states are carried, so half the columns each
+    held = slope_columns(config)
     blocks = ceil_div(columns, held)
     out = torch.empty(batch, heads, tiles.count, blocks, dtype=torch.float32, device=q.device)
     if out.numel():
@@ -121,6 +120,16 @@ def decay_gradient(
     for block in range(1, blocks):  # in one fixed order, which torch.sum does not promise
         total = total + out[..., block]
     return total
+
+
+def states_block(rows: int, config: Config) -> int:
+    """Rows of the state that one program of tile_states sums: 128 x 64 at most, beside the operands."""
+    return min(padded(rows), 2 * config.columns)
+
+
+def slope_columns(config: Config) -> int:
+    """Columns that one program of decay_gradient carries: it holds two states, so half of one."""
+    return max(16, config.columns // 2)
 
 
 def _table(tiles: Tiles, device: torch.device) -> Tensor | None:
@@ -176,7 +185,7 @@ def _times_state(a, state, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _scores(a, b, log_decay, scale, count, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(a, b, log_decay, scale, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     """scale gamma^(i-j) a_i . b_j for the tokens j that i sees, else 0; fp32."""
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     distance = j - i if REVERSE else i - j
@@ -282,7 +291,7 @@ def _tile_outputs(
         a_i = _load(a, a_token, start + offset, count, 0, rows, CHUNK, ROWS)
         b_i = _load(b, b_token, start + offset, count, 0, rows, CHUNK, ROWS)
         c_i = _load(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        scores = _scores(a_i, b_i, g, scale, count, REVERSE, CHUNK, PRECISION)
+        scores = _scores(a_i, b_i, g, scale, REVERSE, CHUNK, PRECISION)
         from_state = _powers(g, count - 1 - position if REVERSE else position + 1) * state_scale
         o = _times_state(a_i, state, PRECISION) * from_state[:, None]
         o += tl.dot(scores.to(c_i.dtype), c_i, input_precision=PRECISION)
@@ -326,7 +335,7 @@ def _decay_gradient(
         k_i = _load(k, k_token, start + offset, count, 0, rows, CHUNK, ROWS)
         v_i = _load(v, v_token, start + offset, count, column, columns, CHUNK, COLUMNS)
         do_i = _load(do, do_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        scores = _scores(q_i, k_i, g, scale, count, False, CHUNK, PRECISION)
+        scores = _scores(q_i, k_i, g, scale, False, CHUNK, PRECISION)
         seen = tl.dot(do_i, tl.trans(v_i), input_precision=PRECISION)
         near = tl.sum(scores * seen * distance.to(tl.float32), 1)
         steps = (position + 1).to(tl.float32)
@@ -342,5 +351,6 @@ def _decay_gradient(
         state = state * across + tl.dot(tl.trans(k_i), v_i, input_precision=PRECISION)
 
     gradient = tl.load(state_grads + element, mask=inside, other=0.0)
-    share = tl.sum(total, 0) + tl.sum(tl.sum(slope * gradient, 1), 0)
+    # Both axes at once: Triton 3.6 fails to compile one after the other for Blackwell.
+    share = tl.sum(total) + tl.sum(slope * gradient)
     tl.store(out + program * tl.num_programs(1) + tl.program_id(1), share)

@@ -120,7 +120,7 @@ def make_tensors(case: Case, device: torch.device, seed: int) -> Tensors:
     }
     log_decay = case.log_decay()
     if log_decay is not None:
-        inputs["log_decay"] = log_decay.to(device)
+        inputs["log_decay"] = log_decay.to(device, wide)
     if case.initial:
         inputs["initial_state"] = normal(*state, dtype=wide)
     return Tensors(inputs, rows(case.heads, case.dv), normal(*state, dtype=wide))
