@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from leetdist.sequence.grid import Layout, default_tile
 
@@ -178,7 +178,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 # A decay seen good is not read again: reading a GPU tensor's values stops the stream.
-_good_decays: WeakKeyDictionary[Tensor, int] = WeakKeyDictionary()
+_good_decays = WeakTensorKeyDictionary()
 
 
 def check_log_decay(log_decay: Tensor, heads: int, device: torch.device) -> None:
@@ -218,7 +218,16 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
         raise ValueError(f"{name} must be on q's device, {q.device}, got {state.device}")
 
 
-_documents: WeakKeyDictionary[Tensor, tuple[int, tuple[int, ...]]] = WeakKeyDictionary()
+def check_step(problem: Problem, q: Tensor, state: Tensor, *, inplace: bool) -> None:
+    """What one step of decoding needs beside `describe`."""
+    if problem.tokens != 1:
+        raise ValueError(f"q must hold one token, (B, H, 1, Dk), got shape {tuple(q.shape)}")
+    check_state("state", state, (problem.batch, problem.heads, problem.dk, problem.dv), q)
+    if inplace and (problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)):
+        raise ValueError("inplace must be False where gradients are recorded: the old state is needed for them")
+
+
+_documents = WeakTensorKeyDictionary()
 
 
 def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
