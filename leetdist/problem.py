@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -200,7 +201,7 @@ def check_log_decay(log_decay: Tensor, heads: int, device: torch.device) -> None
     if bool(bad.any()):
         head = int(bad.nonzero()[0])
         raise ValueError(
-            f"log_decay must be <= 0 (the natural log of a decay of at most 1), got {float(values[head])} for head {head}"
+            f"log_decay must be <= 0 (natural log of a decay of at most 1), got {float(values[head])} for head {head}"
         )
     _good_decays[log_decay] = log_decay._version
 
@@ -245,7 +246,7 @@ def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tupl
     if version != cu_seqlens._version:
         known = tuple(cu_seqlens.tolist())
         _documents[cu_seqlens] = (cu_seqlens._version, known)
-    if known[0] != 0 or any(a > b for a, b in zip(known, known[1:], strict=False)):
+    if known[0] != 0 or any(a > b for a, b in pairwise(known)):
         raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shown(known)}")
     if tokens is not None and known[-1] != tokens:
         raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {known[-1]}")

@@ -26,15 +26,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leetdist.kernels.tiles import Tiles, ceil_div
+from leetdist.kernels.tiles import Tiles, ceil_div, update_scale
 
 # Tokens a matrix product works on. 128 was the fastest of 32, 64, 128 and 256 for D = 64 and 128 on two CPU cores.
 CHUNK = 128
 
 
-def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0
-) -> Tensor:
+def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
     """The state each tile adds: `scale * sum_i w_i b_i c_i^T`, with `i` counted from 0 in a tile of `n` tokens.
 
     Forward, `w_i = gamma^(n-1-i)` (the state after the tile); reversed, `w_i = gamma^(i+1)` (the gradient of the state
@@ -51,9 +49,7 @@ def tile_states(
     return states.mul_(scale)
 
 
-def fold(
-    states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool
-) -> Tensor:
+def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
     """Turn what each tile adds into the state at each tile's start, in place, and return the state at the end.
 
     `S_{j+1} = gamma^n S_j + L_j`, rounded after the product and after the sum, from the first tile of each segment to
@@ -101,12 +97,13 @@ def tile_outputs(
     walk = _Walk(tiles, log_decay, a.dtype, reverse)
     out = torch.empty(a.shape[0], walk.heads, a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
     state = states.clone()
+    update = update_scale(scale, state_scale)
     for chunk in walk:
         a_i, b_i, c_i = chunk.take(a), chunk.take(b), chunk.take(c)
         scores = (a_i @ b_i.mT) * (walk.mask * scale)
         from_state = (a_i @ chunk.of(state)) * (chunk.from_state() * state_scale)
         chunk.put(out, (scores @ c_i).add_(from_state))
-        chunk.advance(state, (b_i * chunk.to_state()).mT @ c_i)
+        chunk.advance(state, (b_i * (chunk.to_state() * update)).mT @ c_i)
     return out
 
 

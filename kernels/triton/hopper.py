@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from leetdist.kernels.tiles import Tiles
+from leetdist.kernels.tiles import Tiles, update_scale
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
@@ -58,7 +58,7 @@ def tile_outputs(
     tile_outputs_kernel[(batch * heads * tiles.count,)](
         _descriptor(a, chunk), _descriptor(b, chunk), _descriptor(c, chunk), states, log_decay, out, table,
         *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-        a.shape[2], tiles.count, scale, state_scale,
+        a.shape[2], tiles.count, scale, state_scale, update_scale(scale, state_scale),
         TILE=tiles.size, REGULAR=tiles.regular, REVERSE=reverse, CHUNK=chunk,
         ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def _zero_rows(shared, count, layout: gl.constexpr):
 def tile_outputs_kernel(
     a, b, c, states, log_decay, out, table,
     out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
-    heads, a_share, b_share, c_share, tokens, tiles, scale, state_scale,
+    heads, a_share, b_share, c_share, tokens, tiles, scale, state_scale, update,
     TILE: gl.constexpr, REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -175,7 +175,7 @@ def tile_outputs_kernel(
         # Meanwhile: b^T, weighted by the steps from each token to the state at the chunk's end.
         b_t = b_i.permute((1, 0)).load(LEFT)
         exponent = left_column + 1 if REVERSE else gl.maximum(count - 1 - left_column, 0)
-        b_t = (b_t.to(gl.float32) * _exp2(g * exponent.to(gl.float32))[None, :]).to(dtype)
+        b_t = (b_t.to(gl.float32) * (_exp2(g * exponent.to(gl.float32)) * update)[None, :]).to(dtype)
         state = warpgroup_mma(b_t, c_i, state, is_async=True)
 
         scores = warpgroup_mma_wait(1, [scores])
