@@ -91,7 +91,7 @@ SUITES: dict[str, tuple[str, list[Case]]] = {
         [
             replace(LONG, decay="none"),
             replace(LONG, dk=64, dv=64),
-            replace(LONG, dk=256, dv=256, heads=16),
+            replace(LONG, dk=256, dv=256),
             replace(LONG, dk=64, dv=128),
             replace(LONG, dk=128, dv=64),
             replace(LONG, heads=8),
@@ -105,11 +105,7 @@ SUITES: dict[str, tuple[str, list[Case]]] = {
     ),
     "decode": (
         "one token with a state of (B, 32, 128, 128) fp32",
-        [
-            Case(batch, 1, passes=("step",), graph=graph)
-            for graph in (True, False)
-            for batch in (1, 32, 256)
-        ],
+        [Case(batch, 1, passes=("step",), graph=graph) for graph in (True, False) for batch in (1, 32, 256)],
     ),
     "quick": (
         "two lengths, to see that everything works",

@@ -111,9 +111,7 @@ class Ours(Contestant):
 
     def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
         q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
-        o, state = self.library.linear_attention_step(
-            q, k, v, x.state, x.log_decay, scale=x.scale
-        )
+        o, state = self.library.linear_attention_step(q, k, v, x.state, x.log_decay, scale=x.scale)
         return o.transpose(1, 2), state
 
 
@@ -233,7 +231,7 @@ class MiniMax(Contestant):
             layer.slope_rate = slopes
             decays = layer.decay_factors(slopes)
             layer.query_decay, layer.key_decay, layer.diagonal_decay = decays
-            for name in ("qkv_proj", "norm", "output_gate", "out_proj"):
+            for name in ("act_fn", "qkv_proj", "norm", "output_gate", "out_proj"):
                 delattr(layer, name)
             layer.act_fn = layer.norm = layer.out_proj = lambda y: y
             layer.output_gate = lambda hidden: hidden.new_full((), float("inf"))  # sigmoid: 1

@@ -106,24 +106,17 @@ def check(contestant: Contestant, case: Case, which: str, inputs: Inputs) -> flo
     parts = [x.requires_grad_() for x in parts]
     expected = contestant.reference(*parts, inputs.log_decay[heads], inputs.scale, rows)
     wanted = torch.autograd.grad(expected, parts, do[:1, rows][:, :, heads].transpose(1, 2).double())
-    return max(
-        relative_error(x[:1, :, heads].transpose(1, 2), y)
-        for x, y in zip(grads, wanted, strict=True)
-    )
+    return max(relative_error(x[:1, :, heads].transpose(1, 2), y) for x, y in zip(grads, wanted, strict=True))
 
 
 def _step_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     assert inputs.state is not None
     q, k, v = (x[:1].transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
-    o, state = recurrence(
-        q, k, v, inputs.log_decay, scale=inputs.scale, initial_state=inputs.state[:1]
-    )
+    o, state = recurrence(q, k, v, inputs.log_decay, scale=inputs.scale, initial_state=inputs.state[:1])
     return o.transpose(1, 2), state
 
 
-def linear_reference(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, rows: Tensor
-) -> Tensor:
+def linear_reference(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, rows: Tensor) -> Tensor:
     return quadratic(q, k, v, log_decay, scale=scale, rows=rows)
 
 
@@ -186,9 +179,7 @@ def run_case(
             with contestant.active():
                 # Other inputs than the timed ones, where there is room for them.
                 large = case.floor_bytes("forward") > LARGE_BYTES
-                result.error = check(
-                    contestant, case, which, inputs[0] if large else draw(case, device, 1000)
-                )
+                result.error = check(contestant, case, which, inputs[0] if large else draw(case, device, 1000))
                 bound = WRONG[case.dtype]
                 if not result.error <= bound:
                     result.note = f"wrong: relative error {result.error:.1e}, bound {bound:.0e}"

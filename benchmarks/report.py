@@ -19,9 +19,7 @@ COLUMNS = ("case", "pass", "contestant", "ms", "x floor", "TFLOP/s", "GB/s", "pe
 def machine(device: str, bandwidth: float) -> dict[str, Any]:
     """What the numbers were measured on."""
     root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
-    )
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(),
@@ -66,9 +64,7 @@ def table(results: list[Result]) -> str:
             lines.append("")
         last = cells[:2]
         left = "  ".join(cell.ljust(width) for cell, width in zip(cells[:3], widths, strict=False))
-        right = "  ".join(
-            cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)
-        )
+        right = "  ".join(cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True))
         lines.append(f"{left}  {right}".rstrip())
     return "\n".join(lines)
 

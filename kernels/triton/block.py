@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles, ceil_div, update_scale
-from leetdist.kernels.triton.configs import Config, block_config, padded
+from leetdist.kernels.triton.configs import Config, block_config, on_hopper, padded
 
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
@@ -27,6 +27,12 @@ def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, revers
     rows, columns = b.shape[3], c.shape[3]
     config = block_config(rows, columns, b.dtype, tiles.size)
     out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
+    if on_hopper(rows, columns, b.dtype, tiles.size, b.device):
+        from leetdist.kernels.triton import hopper
+
+        if out.numel():
+            hopper.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale)
+        return out
     block_rows = states_block(rows, config)
     grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
     if out.numel():
@@ -75,12 +81,13 @@ def tile_outputs(
     rows, columns = a.shape[3], c.shape[3]
     config = block_config(rows, columns, a.dtype, tiles.size)
     out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
-    if hopper_serves(rows, columns, a.dtype, tiles.size) and out.numel():
+    if on_hopper(rows, columns, a.dtype, tiles.size, a.device):
         from leetdist.kernels.triton import hopper
 
-        hopper.tile_outputs(
-            a, b, c, states, log_decay, tiles, out, reverse=reverse, scale=scale, state_scale=state_scale
-        )
+        if out.numel():
+            hopper.tile_outputs(
+                a, b, c, states, log_decay, tiles, out, reverse=reverse, scale=scale, state_scale=state_scale
+            )
         return out
     grid = (batch * heads * tiles.count, ceil_div(columns, config.columns))
     if out.numel():
@@ -94,13 +101,6 @@ def tile_outputs(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out
-
-
-HOPPER = True
-
-
-def hopper_serves(rows, columns, dtype, tile):
-    return HOPPER and dtype == torch.bfloat16 and {rows, columns} <= {64, 128} and tile >= rows
 
 
 def decay_gradient(
@@ -250,6 +250,13 @@ def _tile_states(
 
 
 @triton.jit
+def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr):
+    """What the tile that is `step` tiles into the fold adds; nothing behind the last."""
+    tile = end - 1 - step if REVERSE else first + step
+    return tl.load(states + tile * size, mask=inside & (step < count), other=0.0)
+
+
+@triton.jit
 def _fold(
     states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, size,
     TILE: tl.constexpr, REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
@@ -267,12 +274,19 @@ def _fold(
     carry = tl.zeros((BLOCK,), tl.float32)
     if HAS_INITIAL:
         carry = tl.load(initial + program * size + element, mask=inside, other=0.0)
-    for step in range(end - first):
+    # The sums are a chain, the loads are not: four tiles are on their way at any time.
+    count = end - first
+    added_0 = _added(states, 0, count, first, end, size, inside, REVERSE)
+    added_1 = _added(states, 1, count, first, end, size, inside, REVERSE)
+    added_2 = _added(states, 2, count, first, end, size, inside, REVERSE)
+    added_3 = _added(states, 3, count, first, end, size, inside, REVERSE)
+    for step in range(count):
         tile = end - 1 - step if REVERSE else first + step
         _, length = _span(table, tile, tokens, TILE, REGULAR)
-        added = tl.load(states + tile * size, mask=inside, other=0.0)
+        added_4 = _added(states, step + 4, count, first, end, size, inside, REVERSE)
         tl.store(states + tile * size, carry, mask=inside)
-        carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added)
+        carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
+        added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
     tl.store(final + program * size + element, carry, mask=inside)
 
 
