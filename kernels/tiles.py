@@ -19,15 +19,6 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def update_scale(scale: float, state_scale: float) -> float:
-    """What `tile_outputs` multiplies products by that it adds to the state.
-
-    `scale * LA + state_scale * (what the state gives)` has two users: with the forward states, which hold no scale,
-    both are the same; the reversed states are gradients, which hold it already, and state_scale is 1.
-    """
-    return 1.0 if scale == state_scale else scale / state_scale
-
-
 @dataclass(frozen=True)
 class Tiles:
     """The tiles of one row of tokens, as one rank holds it.

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leetdist.kernels.tiles import Tiles, ceil_div, update_scale
+from leetdist.kernels.tiles import Tiles, ceil_div
 
 # Tokens a matrix product works on. 128 was the fastest of 32, 64, 128 and 256 for D = 64 and 128 on two CPU cores.
 CHUNK = 128

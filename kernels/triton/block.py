@@ -14,10 +14,12 @@ from torch import Tensor
 
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles, ceil_div
-from leetdist.kernels.triton.configs import Config, block_config, padded
+from leetdist.kernels.triton.configs import Config, block_config, on_hopper, padded
 
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
+# exp(-x) is 0 in fp32 for x from here on.
+FP32_RANGE = tl.constexpr(104.0)
 # Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
 COUNTS = ["tokens", "tiles", "tile_size"]
 
@@ -245,7 +247,7 @@ def _tile_states(
     state = tl.zeros((ROWS, COLUMNS), tl.float32)
     chunks = tl.cdiv(length, CHUNK)
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
-    reach = tl.minimum(FP32_RANGE / tl.maximum(-g, 1e-9), TILE).to(tl.int32)
+    reach = tl.minimum(FP32_RANGE / tl.maximum(-g, 1e-9), tile_size * 1.0).to(tl.int32)
     for step in range(tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0), chunks):
         offset = (chunks - 1 - step if REVERSE else step) * CHUNK
         count = tl.minimum(length - offset, CHUNK)
@@ -256,6 +258,13 @@ def _tile_states(
 
     i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     tl.store(out + program * rows * columns + i * columns + j, state, mask=(i < rows) & (j < columns))
+
+
+@triton.jit
+def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr):
+    """What the tile that is `step` tiles into the fold adds; nothing behind the last."""
+    tile = end - 1 - step if REVERSE else first + step
+    return tl.load(states + tile * size, mask=inside & (step < count), other=0.0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -285,7 +294,7 @@ def _fold(
     for step in range(count):
         tile = end - 1 - step if REVERSE else first + step
         _, length = _span(table, tile, tokens, tile_size, REGULAR)
-        added = tl.load(states + tile * size, mask=inside, other=0.0)
+        added_4 = _added(states, step + 4, count, first, end, size, inside, REVERSE)
         tl.store(states + tile * size, carry, mask=inside)
         carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
         added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4

@@ -16,11 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from leetdist.kernels.tiles import Tiles, update_scale
+from leetdist.kernels.pytorch.block import scale_of_added
+from leetdist.kernels.tiles import Tiles
 
 LOG2E = gl.constexpr(1.4426950408889634)
 # exp(-x) is 0 in fp32 for x from here on.
 FP32_RANGE = gl.constexpr(104.0)
+COUNTS = ["tokens", "tiles", "tile_size"]
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
@@ -57,8 +59,8 @@ def tile_outputs(
     tile_outputs_kernel[(batch * heads * tiles.count,)](
         _descriptor(a, chunk), _descriptor(b, chunk), _descriptor(c, chunk), states, log_decay, out, table,
         *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-        a.shape[2], tiles.count, scale, state_scale, update_scale(scale, state_scale),
-        TILE=tiles.size, REGULAR=tiles.regular, REVERSE=reverse, CHUNK=chunk,
+        a.shape[2], tiles.count, tiles.size, scale, state_scale, scale_of_added(scale, state_scale),
+        REGULAR=tiles.regular, REVERSE=reverse, CHUNK=chunk,
         ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps,
     )  # fmt: skip
 
@@ -73,8 +75,8 @@ def tile_states(
     table = None if tiles.regular else tiles.table(b.device)
     tile_states_kernel[(batch * heads * tiles.count,)](
         _descriptor(b, chunk), _descriptor(c, chunk), log_decay, out, table, heads, heads // b.shape[1],
-        heads // c.shape[1], b.shape[2], tiles.count, scale,
-        TILE=tiles.size, REGULAR=tiles.regular, REVERSE=reverse, CHUNK=chunk,
+        heads // c.shape[1], b.shape[2], tiles.count, tiles.size, scale,
+        REGULAR=tiles.regular, REVERSE=reverse, CHUNK=chunk,
         ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps,
     )  # fmt: skip
 
@@ -86,11 +88,11 @@ def _exp2(x):
 
 
 @gluon.jit
-def _span(table, tile, tokens, TILE: gl.constexpr, REGULAR: gl.constexpr):
+def _span(table, tile, tokens, tile_size, REGULAR: gl.constexpr):
     """First token and number of tokens of a tile."""
     if REGULAR:
-        start = tile * TILE
-        length = gl.minimum(tokens - start, TILE)
+        start = tile * tile_size
+        length = gl.minimum(tokens - start, tile_size)
     else:
         start = gl.load(table + 2 * tile)
         length = gl.load(table + 2 * tile + 1)
@@ -134,11 +136,11 @@ def _decayed(scores, g, scale, dtype: gl.constexpr, REVERSE: gl.constexpr, SCORE
 
 
 @gluon.jit
-def _to_state(b, g, update, count, REVERSE: gl.constexpr, LEFT: gl.constexpr):
-    """b^T, each token times update gamma^(steps to the state at the chunk's end)."""
+def _to_state(b, g, added_scale, count, REVERSE: gl.constexpr, LEFT: gl.constexpr):
+    """b^T, each token times added_scale gamma^(steps to the state at the chunk's end)."""
     token = gl.arange(0, b.shape[0], gl.SliceLayout(0, LEFT))
     exponent = token + 1 if REVERSE else gl.maximum(count - 1 - token, 0)
-    weight = _exp2(g * exponent.to(gl.float32)) * update
+    weight = _exp2(g * exponent.to(gl.float32)) * added_scale
     return (b.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :]).to(b.dtype)
 
 
@@ -158,10 +160,10 @@ def _write(x, out, first, stride, count, LAYOUT: gl.constexpr):
     gl.store(pointers, x, mask=(row < count)[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def tile_states_kernel(
-    b, c, log_decay, out, table, heads, b_share, c_share, tokens, tiles, scale,
-    TILE: gl.constexpr, REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr,
+    b, c, log_decay, out, table, heads, b_share, c_share, tokens, tiles, tile_size, scale,
+    REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLUMNS, 16])
@@ -171,11 +173,11 @@ def tile_states_kernel(
 
     program = gl.program_id(0).to(gl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, (program // tiles // heads).to(gl.int32)
-    start, length = _span(table, tile, tokens, TILE, REGULAR)
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
     b_head, c_head = (head // b_share).to(gl.int32), (head // c_share).to(gl.int32)
     log_gamma = gl.load(log_decay + head)
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
-    reach = gl.minimum(FP32_RANGE / gl.maximum(-log_gamma, 1e-9), TILE).to(gl.int32)
+    reach = gl.minimum(FP32_RANGE / gl.maximum(-log_gamma, 1e-9), tile_size * 1.0).to(gl.int32)
     all_chunks = gl.cdiv(length, CHUNK)
     chunks = gl.minimum(all_chunks, gl.cdiv(reach, CHUNK) + 1)
     # From the farthest chunk to the one beside the state.
@@ -227,12 +229,12 @@ def tile_states_kernel(
     gl.store(out + program * (ROWS * COLUMNS) + i * COLUMNS + j, state * scale)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def tile_outputs_kernel(
     a, b, c, states, log_decay, out, table,
     out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
-    heads, a_share, b_share, c_share, tokens, tiles, scale, state_scale, update,
-    TILE: gl.constexpr, REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr,
+    heads, a_share, b_share, c_share, tokens, tiles, tile_size, scale, state_scale, added_scale,
+    REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLUMNS, 16])
@@ -245,7 +247,7 @@ def tile_outputs_kernel(
 
     program = gl.program_id(0).to(gl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = _span(table, tile, tokens, TILE, REGULAR)
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
     chunks = gl.cdiv(length, CHUNK)
     first = start.to(gl.int32)
     batch32 = batch.to(gl.int32)
@@ -319,7 +321,7 @@ def tile_outputs_kernel(
         o = o * _from_state(g, state_scale, count, CHUNK, REVERSE, WIDE)
 
         o = warpgroup_mma(left, c_i, o, is_async=True)
-        b_t = _to_state(b_i, g, update, count, REVERSE, LEFT)
+        b_t = _to_state(b_i, g, added_scale, count, REVERSE, LEFT)
         state = warpgroup_mma(b_t, c_i, state, is_async=True)
         o = warpgroup_mma_wait(1, [o])
         before, count_before = start + offset, count
