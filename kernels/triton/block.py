@@ -198,8 +198,8 @@ def _times_state(a, state, PRECISION: tl.constexpr):
     """a . state.
 
     bf16 takes the state as a sum of two bf16 numbers: rounding it to one would be the largest error of a head with a
-    long memory. A state can exceed fp16's range (it grows with the sequence), so fp16 multiplies in tf32, whose mantissa
-    is fp16's and whose range is fp32's.
+    long memory. A state can exceed fp16's range (it grows with the sequence), so fp16 multiplies in tf32, with fp16's
+    mantissa and fp32's range.
     """
     if a.dtype == tl.bfloat16:
         high = state.to(tl.bfloat16)
