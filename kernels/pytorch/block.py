@@ -33,7 +33,14 @@ CHUNK = 128
 
 
 def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The state each tile adds: `scale * sum_i w_i b_i c_i^T`, with `i` counted from 0 in a tile of `n` tokens.
 
@@ -41,14 +48,15 @@ def tile_states(
     before the tile).
 
     b: (B, Hb, N, Db), c: (B, Hc, N, Dc), where Hb and Hc divide H; log_decay: (H,) fp32.
-    Returns (B, H, tiles.count, Db, Dc), fp32 (fp64 for fp64 inputs).
+    Returns (B, H, tiles.count, Db, Dc), fp32 (fp64 for fp64 inputs), in `out` (contiguous) if given.
     """
     walk = _Walk(tiles, log_decay, b.dtype, reverse)
     states = walk.zeros(b.shape[0], tiles.count, b.shape[3], c.shape[3])
     for chunk in walk:
         weighted = chunk.take(b) * chunk.to_state()
         chunk.advance(states, weighted.mT @ chunk.take(c))
-    return states.mul_(scale)
+    states.mul_(scale)
+    return states if out is None else out.copy_(states)
 
 
 def fold(
@@ -90,16 +98,18 @@ def tile_outputs(
     scale: float,
     state_scale: float,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The outputs of each tile from the state at its start: `scale * LA(a, b, c) + state_scale * w_i a_i . state`.
 
     Forward, `w_i = gamma^(i+1)`; reversed, `w_i = gamma^(n-1-i)`.
 
     a, b: (B, Ha or Hb, N, Da), c: (B, Hc, N, Dc), head counts dividing H; states: (B, H, tiles.count, Da, Dc).
-    Returns (B, H, N, Dc) in `out_dtype`.
+    Returns (B, H, N, Dc) in `out_dtype`, in `out` (last dimension contiguous) if given.
     """
     walk = _Walk(tiles, log_decay, a.dtype, reverse)
-    out = torch.empty(a.shape[0], walk.heads, a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
+    if out is None:
+        out = torch.empty(a.shape[0], walk.heads, a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
     state = states.clone()
     for chunk in walk:
         a_i, b_i, c_i = chunk.take(a), chunk.take(b), chunk.take(c)
