@@ -270,7 +270,7 @@ def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tupl
     if version != cu_seqlens._version:
         known = tuple(cu_seqlens.tolist())
         _documents[cu_seqlens] = (cu_seqlens._version, known)
-    if known[0] != 0 or any(a > b for a, b in zip(known, known[1:], strict=False)):
+    if known[0] != 0 or any(a > b for a, b in pairwise(known)):
         raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shown(known)}")
     if tokens is not None and known[-1] != tokens:
         raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {known[-1]}")

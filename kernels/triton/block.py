@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles, ceil_div
-from leetdist.kernels.triton.configs import block_config, padded
+from leetdist.kernels.triton.configs import Config, block_config, padded
 
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
@@ -50,14 +50,10 @@ def tile_states(
     return out
 
 
-def fold(
-    states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool
-) -> Tensor:
+def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
     """See leetdist.kernels.pytorch.block.fold. One rounding rule: a fused multiply-add."""
     batch, heads, _, dk, dv = states.shape
-    final = torch.empty(
-        batch * tiles.num_segments, heads, dk, dv, dtype=states.dtype, device=states.device
-    )
+    final = torch.empty(batch * tiles.num_segments, heads, dk, dv, dtype=states.dtype, device=states.device)
     segments = tiles.segment_table(states.device)
     grid = (final.shape[0] * heads, ceil_div(dk * dv, FOLD_BLOCK))
     if final.numel():
@@ -120,7 +116,7 @@ def decay_gradient(
     batch, heads = q.shape[0], log_decay.shape[0]
     rows, columns = q.shape[3], v.shape[3]
     config = block_config(rows, columns, q.dtype, tiles.size)
-    held = max(16, config.columns // 2)  # two states are carried, so half the columns each
+    held = slope_columns(config)
     blocks = ceil_div(columns, held)
     out = torch.empty(batch, heads, tiles.count, blocks, dtype=torch.float32, device=q.device)
     if out.numel():
@@ -139,6 +135,16 @@ def decay_gradient(
     return total
 
 
+def states_block(rows: int, config: Config) -> int:
+    """Rows of the state that one program of tile_states sums: 128 x 64 at most, beside the operands."""
+    return min(padded(rows), 2 * config.columns)
+
+
+def slope_columns(config: Config) -> int:
+    """Columns that one program of decay_gradient carries: it holds two states, so half of one."""
+    return max(16, config.columns // 2)
+
+
 def _table(tiles: Tiles, device: torch.device) -> Tensor | None:
     return None if tiles.regular else tiles.table(device)
 
@@ -148,9 +154,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def _empty_like_model(
-    batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype, like: Tensor
-) -> Tensor:
+def _empty_like_model(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype, like: Tensor) -> Tensor:
     """(B, H, N, D) laid out in memory as `like` is: a (B, N, H, D) model gets its own layout back."""
     if like.stride(1) < like.stride(2):
         return torch.empty(batch, tokens, heads, dim, dtype=dtype, device=like.device).transpose(1, 2)
@@ -194,7 +198,7 @@ def _times_state(a, state, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _scores(a, b, log_decay, scale, count, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(a, b, log_decay, scale, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     """scale gamma^(i-j) a_i . b_j for the tokens j that i sees, else 0; fp32."""
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     distance = j - i if REVERSE else i - j
@@ -300,14 +304,12 @@ def _tile_outputs(
         a_i = _load(a, a_token, start + offset, count, 0, rows, CHUNK, ROWS)
         b_i = _load(b, b_token, start + offset, count, 0, rows, CHUNK, ROWS)
         c_i = _load(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        scores = _scores(a_i, b_i, g, scale, count, REVERSE, CHUNK, PRECISION)
+        scores = _scores(a_i, b_i, g, scale, REVERSE, CHUNK, PRECISION)
         from_state = _powers(g, count - 1 - position if REVERSE else position + 1) * state_scale
         o = _times_state(a_i, state, PRECISION) * from_state[:, None]
         o += tl.dot(scores.to(c_i.dtype), c_i, input_precision=PRECISION)
         pointers = out + (start + offset + position)[:, None] * out_token + j[None, :]
-        tl.store(
-            pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :]
-        )
+        tl.store(pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :])
         b_i = _to_state(b_i, g, count, REVERSE, CHUNK)
         state = state * _powers(g, count) + tl.dot(tl.trans(b_i), c_i, input_precision=PRECISION)
 
@@ -346,7 +348,7 @@ def _decay_gradient(
         k_i = _load(k, k_token, start + offset, count, 0, rows, CHUNK, ROWS)
         v_i = _load(v, v_token, start + offset, count, column, columns, CHUNK, COLUMNS)
         do_i = _load(do, do_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        scores = _scores(q_i, k_i, g, scale, count, False, CHUNK, PRECISION)
+        scores = _scores(q_i, k_i, g, scale, False, CHUNK, PRECISION)
         seen = tl.dot(do_i, tl.trans(v_i), input_precision=PRECISION)
         near = tl.sum(scores * seen * distance.to(tl.float32), 1)
         steps = (position + 1).to(tl.float32)
@@ -362,5 +364,6 @@ def _decay_gradient(
         state = state * across + tl.dot(tl.trans(k_i), v_i, input_precision=PRECISION)
 
     gradient = tl.load(state_grads + element, mask=inside, other=0.0)
-    share = tl.sum(total, 0) + tl.sum(tl.sum(slope * gradient, 1), 0)
+    # Both axes at once: Triton 3.6 fails to compile one after the other for Blackwell.
+    share = tl.sum(total) + tl.sum(slope * gradient)
     tl.store(out + program * tl.num_programs(1) + tl.program_id(1), share)

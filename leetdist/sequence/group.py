@@ -130,7 +130,9 @@ def by_name(name: str) -> Transport | None:
 def _process_group(group: Group) -> dist.ProcessGroup:
     if not dist.is_available():
         raise ValueError("group: this build of torch has no torch.distributed")
-    if hasattr(group, "mesh_dim_names"):
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
                 f"group must be a 1-D DeviceMesh, got one of shape {tuple(group.mesh.shape)}; pick a dimension, as in "

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 Message: TypeAlias = "tuple[Tensor, int]"  # a tensor, and the rank it goes to or comes from
 
