@@ -108,7 +108,7 @@ def linear_attention(
     >>> o.shape, state.shape
     (torch.Size([1, 2, 100, 16]), torch.Size([1, 2, 16, 16]))
     """
-    options = {
+    options: dict[str, Any] = {
         "scale": scale,
         "initial_state": initial_state,
         "return_state": return_state,
@@ -125,7 +125,7 @@ def linear_attention(
     anchor = None
     if transport is not None:
         q, k, v = (redistribute(x, 2, here, there, transport) for x in (q, k, v))
-        if problem.grad_mode and plan.any_grad and not problem.needs_grad:
+        if plan.any_initial_grad and not problem.needs_grad and not problem.needs_initial_grad:
             anchor = torch.empty(0, requires_grad=True)
     if log_decay is None:
         log_decay = torch.zeros(problem.heads, device=problem.device)

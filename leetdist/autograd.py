@@ -159,16 +159,15 @@ class LinearAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         needed = plan.problem.needs_decay_grad
-        grads = backward_pass(*ctx.saved_tensors, do, dfinal, plan, needs_decay_grad=needed)
+        q, k, v, log_decay, states = ctx.saved_tensors
+        grads = backward_pass(q, k, v, log_decay, states, do, dfinal, plan, needs_decay_grad=needed)
         return *grads, None, None
 
 
 class _Lanes:
     """(B, lane's heads, tiles, rows, columns) of every lane, one lane after the other in `flat`."""
 
-    def __init__(
-        self, batch: int, rows: int, columns: int, x: Tensor, plan: Plan, flat: Tensor | None = None
-    ) -> None:
+    def __init__(self, batch: int, rows: int, columns: int, x: Tensor, plan: Plan, flat: Tensor | None = None) -> None:
         self.like = x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         tiles, heads = plan.tiles.count, plan.problem.heads
         self.one = len(plan.lanes) == 1
@@ -182,9 +181,7 @@ class _Lanes:
         batch, heads, *rest = self.shape
         self.flat = flat
         parts = flat.split([flat.numel() // heads * lane.width for lane in plan.lanes])
-        self.parts = {
-            lane: part.view(batch, lane.width, *rest) for lane, part in zip(plan.lanes, parts, strict=True)
-        }
+        self.parts = {lane: part.view(batch, lane.width, *rest) for lane, part in zip(plan.lanes, parts, strict=True)}
 
     def __getitem__(self, lane: Lane) -> Tensor:
         return self.parts[lane]

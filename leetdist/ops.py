@@ -119,16 +119,15 @@ def _backward(
     count = q.shape[0] * q.shape[1] * plan.tiles.count * q.shape[3] * v.shape[3]
     if states.numel() != count:
         states = states.as_strided((count,), (1,)) if count else states[:0]
-    given = q, k, v
+    like_q, like_k, like_v = q, k, v
     q, k, v, do = (row_major(_aligned(x, plan)) for x in (q, k, v, do))
     dq, dk, dv, ddecay, dinitial = backward_pass(
         q, k, v, decay, states, do, dfinal if return_state else None, plan, needs_decay_grad=needs_decay_grad
     )
-    grads = (
-        _laid_out(_aligned(grad, plan, back=True), x) for grad, x in zip((dq, dk, dv), given, strict=True)
-    )
     return (
-        *grads,
+        _laid_out(_aligned(dq, plan, back=True), like_q),
+        _laid_out(_aligned(dk, plan, back=True), like_k),
+        _laid_out(_aligned(dv, plan, back=True), like_v),
         decay.new_empty(0) if ddecay is None else ddecay,
         states.new_empty(0) if dinitial is None else dinitial,
     )
@@ -152,13 +151,13 @@ def _(
     group: str,
     needs_decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float32 if log_decay is None else log_decay.dtype
+    decay_dtype = torch.float32 if log_decay is None else log_decay.dtype
     return (
-        *(empty_as(x, x.shape[1], x.shape[3], x.dtype) for x in (q, k, v)),
-        q.new_empty(q.shape[1] if needs_decay_grad else 0, dtype=dtype),
-        q.new_empty(() if initial_state is None else initial_state.shape, dtype=_state_dtype(q))
-        if initial_state is not None
-        else q.new_empty(0, dtype=_state_dtype(q)),
+        empty_as(q, q.shape[1], q.shape[3], q.dtype),
+        empty_as(k, k.shape[1], k.shape[3], k.dtype),
+        empty_as(v, v.shape[1], v.shape[3], v.dtype),
+        q.new_empty(q.shape[1] if needs_decay_grad else 0, dtype=decay_dtype),
+        q.new_empty(0, dtype=_state_dtype(q)) if initial_state is None else torch.empty_like(initial_state),
     )
 
 
@@ -169,9 +168,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, do: Tensor, dfinal: Tensor, _: Any) -> tuple[Any, ...]:
     needs_decay_grad, needs_initial_grad = ctx.needs_input_grad[3:5]
-    dq, dk, dv, ddecay, dinitial = _backward(
-        *ctx.saved_tensors, do, dfinal, *ctx.options, needs_decay_grad
-    )
+    dq, dk, dv, ddecay, dinitial = _backward(*ctx.saved_tensors, do, dfinal, *ctx.options, needs_decay_grad)
     return (
         dq, dk, dv, ddecay if needs_decay_grad else None, dinitial if needs_initial_grad else None,
         *(None for _ in range(1 + len(ctx.options))),

@@ -4,10 +4,11 @@ together."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class Plan:
     rank: int = 0
     transport: Transport | None = None
     any_initial: bool = False
-    any_grad: bool = False
+    any_initial_grad: bool = False
     # Tokens on each rank as the caller has them, before they are aligned to the grid.
     given: tuple[int, ...] = field(default=())
 
@@ -122,7 +123,7 @@ def plan_call(
         given, tile = global_layout(agreement.everyone)
         plan = make_plan(
             mine, given.on_grid(tile), tile, transport, decays=decays, given=given.lengths,
-            any_initial=agreement.everyone[0].has_initial, any_grad=any(p.needs_grad for p in agreement.everyone),
+            any_initial=agreement.everyone[0].has_initial, any_initial_grad=agreement.everyone[0].needs_initial_grad,
         )  # fmt: skip
         rows = plan.layout.batch * mine.dk * mine.dv
         widest = max(lane.width for lane in plan.lanes)
@@ -141,7 +142,7 @@ def make_plan(
     *,
     decays: Decays | None = None,
     any_initial: bool,
-    any_grad: bool = False,
+    any_initial_grad: bool = False,
     given: tuple[int, ...] = (),
 ) -> Plan:
     """The plan of one rank; `layout` has its boundaries on the grid of `tile`."""
@@ -149,7 +150,7 @@ def make_plan(
     kernels = kernels_for(problem, sharded=transport is not None)
     tiles = layout.tiles(rank, tile)
     lanes = 1
-    if transport is not None and _writes_into_given(kernels):
+    if transport is not None and _writes_into_given(cast(Hashable, kernels)):
         lanes = problem.lanes or best_lanes(
             layout.batch, problem.heads, problem.kv_heads, problem.dk, problem.dv, layout.lengths, tile,
             problem.device.type,
@@ -165,7 +166,7 @@ def make_plan(
         rank=rank,
         transport=transport,
         any_initial=any_initial,
-        any_grad=any_grad,
+        any_initial_grad=any_initial_grad,
         given=given or layout.lengths,
     )
 
@@ -177,7 +178,7 @@ def make_lanes(
     go first, because they take longest; those that forget wait for their neighbour only."""
     count = min(count, kv_heads)
     share = heads // kv_heads
-    lanes = []
+    lanes: list[Lane] = []
     for begin, end in pairwise(lane * kv_heads // count for lane in range(count + 1)):
         own = range(begin * share, end * share)
         lanes.append(
@@ -193,6 +194,6 @@ def make_lanes(
 
 
 @cache
-def _writes_into_given(kernels: Kernels) -> bool:
+def _writes_into_given(kernels: Any) -> bool:
     """Several lanes fill one output, so the kernels must be able to write where they are told."""
     return all("out" in inspect.signature(f).parameters for f in (kernels.tile_states, kernels.tile_outputs))

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Problem:
     return_state: bool
     grad_mode: bool
     needs_grad: bool
+    needs_initial_grad: bool
     needs_decay_grad: bool
     has_initial: bool
     tokens: int
@@ -87,7 +89,7 @@ def describe(
         rows = batch if documents is None else len(documents) - 1
         check_state("initial_state", initial_state, (rows, heads, dk, v.shape[3]), q)
     grad = torch.is_grad_enabled()
-    tensors = (q, k, v, log_decay, initial_state)
+    tensors = (q, k, v, log_decay)
     return Problem(
         batch=batch,
         heads=heads,
@@ -104,6 +106,7 @@ def describe(
         return_state=bool(return_state),
         grad_mode=grad,
         needs_grad=grad and any(x is not None and x.requires_grad for x in tensors),
+        needs_initial_grad=grad and initial_state is not None and initial_state.requires_grad,
         needs_decay_grad=grad and log_decay is not None and log_decay.requires_grad,
         has_initial=initial_state is not None,
         tokens=tokens,
@@ -114,12 +117,15 @@ def describe(
 def check_agreement(everyone: Sequence[Problem]) -> None:
     """ValueError, the same on every rank, that says who differs in what."""
     first = everyone[0]
+    only_here = {"tokens", "has_initial", "needs_initial_grad", "grad_mode"}
+    if first.needs_initial_grad:  # then every rank has a backward pass
+        only_here.remove("grad_mode")
     for rank, theirs in enumerate(everyone):
         for field in fields(Problem):
             ours, other = getattr(first, field.name), getattr(theirs, field.name)
             if field.name == "device":
                 ours, other = ours.type, other.type
-            if field.name not in ("tokens", "has_initial", "needs_grad") and ours != other:
+            if field.name not in only_here and ours != other:
                 raise ValueError(
                     f"the ranks of the group disagree on {field.name}: rank {rank} has {other}, rank 0 has {ours}"
                 )
@@ -214,9 +220,7 @@ def known_decays(log_decay: Tensor | None) -> Decays | None:
     return decays if log_decay is not None and version == log_decay._version else None
 
 
-def check_log_decay(
-    log_decay: Tensor, heads: int, device: torch.device, *, read_values: bool = True
-) -> None:
+def check_log_decay(log_decay: Tensor, heads: int, device: torch.device, *, read_values: bool = True) -> None:
     """Shape, dtype, device, and that no value is positive or NaN."""
     if not isinstance(log_decay, Tensor):
         raise ValueError(f"log_decay must be a tensor or None, got {type(log_decay).__name__}")

@@ -43,7 +43,7 @@ def span(name: str, rank: int, lane: Lane | None, like: Tensor) -> AbstractConte
 
 
 def start(file: str) -> None:
-    """Trace from now on, into `file` (appended to by all ranks of a host), as LEETDIST_TRACE does from the beginning."""
+    """Trace from now on into `file`, to which all ranks of a host append; LEETDIST_TRACE does so from the beginning."""
     global _file
     _file = file
 

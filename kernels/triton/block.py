@@ -35,8 +35,7 @@ def tile_states(
     config = block_config(rows, columns, b.dtype, tiles.size)
     if out is None:
         out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
-    # A program holds `columns` rows by `2 x columns` columns at most: 64 x 128 sums beside the operands.
-    block_rows = min(padded(rows), 2 * config.columns)
+    block_rows = states_block(rows, config)
     grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
     if out.numel():
         _tile_states[grid](

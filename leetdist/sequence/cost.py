@@ -105,9 +105,7 @@ def best_lanes(
     """How many lanes are fastest. On the CPU one: nothing computes there while a message travels."""
     if device_type != "cuda" or len(lengths) < 2:
         return 1
-    job = Job(
-        len(lengths), sum(lengths), heads, dk, dv, batch, kv_heads, lengths=lengths, tile=tile
-    )
+    job = Job(len(lengths), sum(lengths), heads, dk, dv, batch, kv_heads, lengths=lengths, tile=tile)
     choices = [lanes for lanes in (1, 2, 4, 8) if lanes <= kv_heads]
     machine = Machine()
     return min(choices, key=lambda n: forward(job, machine, n).total + backward(job, machine, n).total)
@@ -120,7 +118,7 @@ def lasp(job: Job, machine: Machine) -> float:
 
 
 def lasp2(job: Job, machine: Machine) -> float:
-    """LASP-2 (arXiv 2502.07563): an all-gather of the states, P - 1 of them received by every rank, then a local sum."""
+    """LASP-2 (arXiv 2502.07563): an all-gather of the states, each rank receives P - 1 of them, then a local sum."""
     states = (job.ranks - 1) * job.state_bytes
     return _local(job, machine) + machine.hop + states / machine.link + states / machine.memory
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 from leetdist.sequence.symmetric import make_transport
 from leetdist.sequence.transport import Transport
@@ -95,7 +96,7 @@ def resolve(group: Group | None, transport: str | None = None) -> Transport | No
     process_group = _process_group(group)
     known = _of_group.get(process_group.group_name)
     if known is None or known[0] is not process_group:  # a name may be used again after its group was destroyed
-        for name in [name for name, (old, _) in _of_group.items() if old not in dist.distributed_c10d._world.pg_map]:
+        for name in [name for name, (old, _) in _of_group.items() if old not in c10d._world.pg_map]:
             del _of_group[name]
         known = _of_group[process_group.group_name] = (process_group, make_transport(process_group, transport))
     if transport not in (None, "auto", known[1].kind):
@@ -116,15 +117,16 @@ def name_of(group: Group | None) -> str:
         return ""
     if isinstance(group, Transport):
         return group.name
-    name: str = group.get_group().group_name if hasattr(group, "mesh_dim_names") else group.group_name
-    return name
+    if isinstance(group, dist.ProcessGroup):
+        return str(group.group_name)
+    return str(group.get_group().group_name)
 
 
 def by_name(name: str) -> Transport | None:
     """The transport of a name from `name_of`; None for ""."""
     if not name:
         return None
-    return virtual_by_name(name) or resolve(dist.distributed_c10d._resolve_process_group(name))
+    return virtual_by_name(name) or resolve(cast(Any, c10d)._resolve_process_group(name))
 
 
 def _process_group(group: Group) -> dist.ProcessGroup:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from leetdist.sequence.transport import Message, Transport
 
@@ -158,7 +159,7 @@ class PointToPoint(Transport):
         Every failing rank leaves a note of whom it waited for; whoever left none is the one that is gone.
         """
         with contextlib.suppress(RuntimeError, ValueError):  # the store may have gone with its rank
-            store = dist.PrefixStore(f"leetdist/{self.name}", dist.distributed_c10d._get_default_store())
+            store = PrefixStore(f"leetdist/{self.name}", _get_default_store())
             store.set(str(self.rank), str(other))
             seen = {self.rank}
             while other not in seen:

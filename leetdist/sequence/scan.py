@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     from leetdist.plan import Lane, Plan
 
 
-def scan(
-    states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, lane: Lane, *, reverse: bool
-) -> Tensor:
+def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, lane: Lane, *, reverse: bool) -> Tensor:
     """Fold this rank's tile states of one lane in place, from and to its neighbours.
 
     states: (B, lane's heads, tiles, Dk, Dv), what each tile adds; becomes the state at each tile's start (its right end

@@ -138,9 +138,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         transport, parts = ctx.transport, grad.split(ctx.lengths, ctx.dim)
         mine = parts[transport.rank]
-        theirs = {
-            rank: torch.empty_like(mine, memory_format=torch.contiguous_format) for rank in transport.others()
-        }
+        theirs = {rank: torch.empty_like(mine, memory_format=torch.contiguous_format) for rank in transport.others()}
         _swap(
             [(parts[rank], rank) for rank in transport.others()],
             [(part, rank) for rank, part in theirs.items()],

@@ -121,7 +121,6 @@ class VirtualGroup(Transport):
         theirs: list[int] = self._take(source, what)
         return theirs
 
-
     def _take(self, source: int, what: str) -> Any:
         assert self.seconds is not None
         return self.hub.take(source, self.rank, what, self.seconds)
