@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from leetdist.autograd import backward_pass, empty_as, forward_pass, row_major
-from leetdist.kernels.tiles import ceil_div
 from leetdist.plan import Plan, plan_call
-from leetdist.sequence.grid import default_tile
 from leetdist.sequence.group import by_name
 from leetdist.sequence.shard import move
 
@@ -65,10 +63,9 @@ def _forward(
         final = states.new_empty(0)
     elif initial_state is not None and final.untyped_storage().data_ptr() == initial_state.untyped_storage().data_ptr():
         final = final.clone()
-    if not _known_size(like, cu_seqlens, group):
-        # The number of tiles is not known when a graph is traced. A view of one element has a size that is, and holds
-        # the memory; the backward op takes all of it again.
-        states = states.new_zeros(1) if not states.numel() else states[:1]
+    # The number of tiles is not known when a graph is traced: it depends on the other ranks' tokens. A view of one
+    # element has a size that is, and holds all the memory; the backward op takes the whole again.
+    states = states[:1] if states.numel() else states.new_zeros(1)
     return _laid_out(o, like), final, states
 
 
@@ -86,14 +83,11 @@ def _(
     tile: int | None,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, tokens, dk = q.shape
+    batch, heads, _, dk = q.shape
     dv, dtype = v.shape[3], _state_dtype(q)
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = q.new_empty((rows, heads, dk, dv) if return_state else (0,), dtype=dtype)
-    size = 1
-    if _known_size(q, cu_seqlens, group):
-        size = batch * heads * dk * dv * ceil_div(tokens, tile or default_tile(tokens))
-    return empty_as(q, heads, dv, q.dtype), final, q.new_empty(size, dtype=dtype)
+    return empty_as(q, heads, dv, q.dtype), final, q.new_empty(1, dtype=dtype)
 
 
 @torch.library.custom_op("leetdist::backward", mutates_args=())
@@ -117,8 +111,7 @@ def _backward(
     plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, group)
     decay = q.new_zeros(q.shape[1], dtype=torch.float32) if log_decay is None else log_decay
     count = q.shape[0] * q.shape[1] * plan.tiles.count * q.shape[3] * v.shape[3]
-    if states.numel() != count:
-        states = states.as_strided((count,), (1,)) if count else states[:0]
+    states = states.as_strided((count,), (1,)) if count else states[:0]
     like_q, like_k, like_v = q, k, v
     q, k, v, do = (row_major(_aligned(x, plan)) for x in (q, k, v, do))
     dq, dk, dv, ddecay, dinitial = backward_pass(
@@ -196,11 +189,6 @@ def _plan(
         scale=scale, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens, method=method,
         tile=tile, transport=by_name(group), read_values=not q.is_cuda,
     )  # fmt: skip
-
-
-def _known_size(q: Tensor, cu_seqlens: Tensor | None, group: str) -> bool:
-    """Whether the number of tiles follows from the shapes alone."""
-    return not group and cu_seqlens is None and isinstance(q.shape[2], int)
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:
