@@ -110,9 +110,7 @@ def over_ranks(rank: int) -> None:
         fullgraph=True,
         backend="aot_eager",
     )
-    eager = gradients(
-        lambda *x: leetdist.linear_attention(*x, cu_seqlens=documents, group=group).square().sum(), local
-    )
+    eager = gradients(lambda *x: leetdist.linear_attention(*x, cu_seqlens=documents, group=group).square().sum(), local)
     same(gradients(packed, local), eager)
 
     # Checkpointing: the recomputed forward communicates again. Autocast leaves the fp32 states alone.

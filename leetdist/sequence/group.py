@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from leetdist.sequence.symmetric import make_transport
+from leetdist.sequence.p2p import PointToPoint
 from leetdist.sequence.transport import Transport
 from leetdist.sequence.virtual import by_name as virtual_by_name
 
@@ -98,7 +98,7 @@ def resolve(group: Group | None, transport: str | None = None) -> Transport | No
     if known is None or known[0] is not process_group:  # a name may be used again after its group was destroyed
         for name in [name for name, (old, _) in _of_group.items() if old not in c10d._world.pg_map]:
             del _of_group[name]
-        known = _of_group[process_group.group_name] = (process_group, make_transport(process_group, transport))
+        known = _of_group[process_group.group_name] = (process_group, PointToPoint(process_group, transport))
     if transport not in (None, "auto", known[1].kind):
         raise ValueError(f"transport: the group is served by {known[1].kind!r} already, got {transport!r}")
     return known[1]

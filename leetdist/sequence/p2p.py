@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from leetdist.sequence.symmetric import Inboxes, connect
 from leetdist.sequence.transport import Message, Transport
 
 # Seconds a failing rank waits for its neighbours to say whether they live, before it names the one it waited for.
@@ -25,10 +26,10 @@ MOST_PENDING = 256
 class PointToPoint(Transport):
     """Sends and receives of a process group."""
 
-    kind = "p2p"
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, wanted: str | None = None) -> None:
+        """wanted: "auto", "p2p" or "symmetric"; see leetdist.sequence.symmetric.connect."""
         super().__init__()
+        self.kind = "p2p"
         self.group, self.name = group, group.group_name
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         backends = dist.get_backend_config(group)
@@ -39,6 +40,8 @@ class PointToPoint(Transport):
         if not self.staged:
             # NCCL connects a group in its first collective call, which every rank has to take part in.
             dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
+        self.inboxes: Inboxes | None = None
+        connect(self, wanted)
 
     def send(self, tensor: Tensor, to: int, what: str) -> None:
         if tensor.numel():
@@ -71,6 +74,21 @@ class PointToPoint(Transport):
         for tensor, buffer in filled:
             if buffer is not tensor:
                 tensor.copy_(buffer)
+
+    def reserve(self, size: int, device: torch.device) -> None:
+        if self.inboxes is not None and device.type == "cuda":
+            self.inboxes.reserve(size, device)
+
+    def send_state(self, tensor: Tensor, to: int, what: str) -> None:
+        if self.inboxes is None or not self.inboxes.serves(tensor, to):
+            return self.send(tensor, to, what)
+        self.bytes_sent += tensor.numel() * tensor.element_size()
+        self.inboxes.put(tensor, to)
+
+    def receive_state(self, tensor: Tensor, source: int, what: str) -> Tensor:
+        if self.inboxes is None or not self.inboxes.serves(tensor, source):
+            return self.receive(tensor, source, what)
+        return self.inboxes.take(tensor, source)
 
     def flush(self) -> None:
         # What NCCL is given it also keeps (below): the stream need not wait until a neighbour has taken it. In a CUDA

@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ Message: TypeAlias = "tuple[Tensor, int]"  # a tensor, and the rank it goes to o
 class Transport(ABC):
     """Messages between the ranks of one group, in order between any two ranks."""
 
-    kind: ClassVar[str]
+    kind: str
     name: str  # unique in this process; what compiled graphs know the group by
     rank: int
     size: int
@@ -59,8 +59,8 @@ class Transport(ABC):
         for tensor, rank in incoming:
             self.receive(tensor, rank, what)
 
-    def reserve(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make room for the messages of a scan; all ranks call it together, where they agree on a new shape."""
+    def reserve(self, size: int, device: torch.device) -> None:
+        """Make room for a scan's messages of `size` bytes; all ranks call it together, when they agree on a shape."""
         return  # most transports need none
 
     def send_state(self, tensor: Tensor, to: int, what: str) -> None:
