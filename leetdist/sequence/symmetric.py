@@ -107,8 +107,8 @@ class Inboxes:
 def connect(transport: PointToPoint, wanted: str | None) -> None:
     """Give the transport inboxes if `wanted` (None: LEETDIST_TRANSPORT, or "auto") and the machine allow it.
 
-    All ranks of the group call this together and come to the same end. "auto" is symmetric memory for NCCL groups, whose
-    ranks have a GPU each.
+    All ranks of the group call this together and come to the same end. "auto" is symmetric memory for NCCL groups,
+    whose ranks have a GPU each.
     """
     wanted = wanted or os.environ.get("LEETDIST_TRANSPORT", "auto")
     if wanted not in ("auto", "p2p", "symmetric"):
