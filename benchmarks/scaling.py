@@ -125,6 +125,14 @@ class Bench:
             dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
         return statistics.median(slowest.tolist())
 
+    def add(self, row: Row) -> None:
+        """Keep a measurement, also in the file: a run that is cut short has what it got."""
+        self.report.rows.append(row)
+        if self.me.first:
+            print("  ".join(cells(row)), flush=True)
+            self.args.out.parent.mkdir(parents=True, exist_ok=True)
+            self.args.out.with_suffix(".json").write_text(json.dumps(asdict(self.report), indent=1))
+
     def now(self) -> Any:
         return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self.cuda else _clock()
 
@@ -223,7 +231,7 @@ def measure(
             local = None if transport is None else bench.seconds(alone, group)
             if transport is None:
                 single[size, label] = seconds
-            bench.report.rows.append(
+            bench.add(
                 Row(
                     "leetdist", "weak" if weak else "strong", kind, ranks, tokens, label, seconds,
                     single.get((size, label)), local, model(bench, tokens, ranks, name), sent,
@@ -293,7 +301,7 @@ def measure_peers(
     for (what, name), call in (fla(bench, mine) if ranks == 1 else schemes(bench, mine, tile, transport)).items():
         reference = single.get((size, name)) if ranks > 1 else None
         seconds = bench.seconds(call, group)
-        bench.report.rows.append(Row(what, "weak" if weak else "strong", kind, ranks, tokens, name, seconds, reference))
+        bench.add(Row(what, "weak" if weak else "strong", kind, ranks, tokens, name, seconds, reference))
 
 
 def schemes(bench: Bench, tokens: int, tile: int, transport: Any) -> dict[tuple[str, str], Callable[[], Any]]:
@@ -356,6 +364,15 @@ def fla(bench: Bench, tokens: int) -> dict[tuple[str, str], Callable[[], Any]]:
     return {("fla", "forward"): forward, ("fla", "forward + backward"): both}
 
 
+def cells(row: Row) -> tuple[str, ...]:
+    efficiency, exposed = row.efficiency(), row.exposed()
+    return (
+        row.scaling, str(row.ranks), str(row.tokens), row.call, row.transport, row.what, f"{row.seconds * 1e3:.3f}",
+        "" if efficiency is None else f"{efficiency:.3f}", "" if exposed is None else f"{exposed * 1e6:.0f}",
+        "" if row.model is None else f"{row.model * 1e3:.3f}",
+    )  # fmt: skip
+
+
 def show(report: Report, heads: int, dim: int) -> str:
     lines = [report.machine, f"{report.checks} checks on rank 0, {len(report.red)} differences on any"]
     lines += report.red[:20] + report.problems
@@ -363,14 +380,9 @@ def show(report: Report, heads: int, dim: int) -> str:
         f"a hop of {4 * heads * dim * dim / 2**20:.1f} MiB, {k}: {s * 1e6:.1f} us" for k, s in report.hops.items()
     ]
     head = ("scaling", "ranks", "tokens", "call", "transport", "what", "ms", "efficiency", "exposed us", "model ms")
-    table = [head]
+    table: list[tuple[str, ...]] = [head]
     for row in report.rows:
-        efficiency, exposed = row.efficiency(), row.exposed()
-        table.append((
-            row.scaling, str(row.ranks), str(row.tokens), row.call, row.transport, row.what, f"{row.seconds * 1e3:.3f}",
-            "" if efficiency is None else f"{efficiency:.3f}", "" if exposed is None else f"{exposed * 1e6:.0f}",
-            "" if row.model is None else f"{row.model * 1e3:.3f}",
-        ))  # fmt: skip
+        table.append(cells(row))
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
     return "\n".join(lines)
@@ -423,7 +435,6 @@ def main(argv: list[str]) -> int:
                     part(bench)
                 dist.barrier()
         if me.first:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.with_suffix(".json").write_text(json.dumps(asdict(bench.report), indent=1))
             with bench.survive("the plot"):
                 draw(bench.report, args.out.with_suffix(".png"))
