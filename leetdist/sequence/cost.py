@@ -100,14 +100,21 @@ def single(job: Job, machine: Machine) -> tuple[Cost, Cost]:
 
 @lru_cache(maxsize=1024)
 def best_lanes(
-    batch: int, heads: int, kv_heads: int, dk: int, dv: int, lengths: tuple[int, ...], tile: int, device_type: str
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dk: int,
+    dv: int,
+    lengths: tuple[int, ...],
+    tile: int,
+    device_type: str,
+    machine: Machine = Machine(),
 ) -> int:
     """How many lanes are fastest. On the CPU one: nothing computes there while a message travels."""
     if device_type != "cuda" or len(lengths) < 2:
         return 1
     job = Job(len(lengths), sum(lengths), heads, dk, dv, batch, kv_heads, lengths=lengths, tile=tile)
     choices = [lanes for lanes in (1, 2, 4, 8) if lanes <= kv_heads]
-    machine = Machine()
     return min(choices, key=lambda n: forward(job, machine, n).total + backward(job, machine, n).total)
 
 
