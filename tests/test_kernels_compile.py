@@ -36,7 +36,7 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
         elif name == "segments":
             signature[name] = "*i64"
         else:
-            signature[name] = "fp32" if name in ("scale", "state_scale") else "i64"
+            signature[name] = "fp32" if name.endswith("scale") else "i64"
     source = ASTSource(kernel, signature, constexprs=values)
     target = GPUTarget("cuda", architecture, 32)
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
@@ -54,7 +54,7 @@ def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) ->
     }
     for rows, columns, reverse in shapes[dtype]:
         config = block_config(rows, columns, dtype, TILE)
-        common = {"TILE": TILE, "REGULAR": True, "CHUNK": config.chunk, "PRECISION": precision}
+        common = {"REGULAR": True, "CHUNK": config.chunk, "PRECISION": precision}
         kernels = [
             (block._tile_states, config.stages, block.states_block(rows, config), config.columns),
             (block._tile_outputs, config.stages, padded(rows), config.columns),
@@ -72,5 +72,5 @@ def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_fold_compiles(architecture: int) -> None:
-    constants = {"TILE": TILE, "REGULAR": False, "REVERSE": True, "HAS_INITIAL": True, "BLOCK": block.FOLD_BLOCK}
+    constants = {"REGULAR": False, "REVERSE": True, "HAS_INITIAL": True, "BLOCK": block.FOLD_BLOCK}
     compiled(block._fold, architecture, 4, 1, torch.float32, **constants)

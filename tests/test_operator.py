@@ -28,12 +28,14 @@ CASES = [
     Case(500, 32, 32, decay="lightning", documents=(0, 1, 1, 120, 384, 500), initial=True, heads=2),
     Case(300, 16, 16, tile=32, heads=2),
     Case(96, 256, 200, heads=1, decay="slow"),
+    Case(700, 32, 16, heads=2, decay="slow", tile=512, scale=0.2, initial=True),  # several chunks a tile
 ]
 INTERPRETED_CASES = [
     Case(1, 16, 16, heads=1),
     Case(45, 17, 24, heads=2, kv_heads=1, decay="slow", initial=True, tile=16),
     Case(70, 32, 16, heads=1, decay="mixed", model_layout=True, tile=32),
     Case(60, 16, 16, heads=1, documents=(0, 20, 20, 60), initial=True, tile=16),
+    Case(150, 16, 16, heads=1, decay="slow", tile=128, scale=0.2, initial=True),  # several chunks a tile
 ]
 
 
@@ -49,7 +51,7 @@ def oracle(case: Case, tensors: Tensors) -> dict[str, torch.Tensor]:
             states.append(initial if case.initial else tensors.dstate[rows].double() * 0)
             continue
         q, k, v = (leaves[name][:, :, begin:end] for name in "qkv")
-        o, state = reference.recurrence(q, k, v, leaves.get("log_decay"), initial_state=initial)
+        o, state = reference.recurrence(q, k, v, leaves.get("log_decay"), scale=case.scale, initial_state=initial)
         outputs.append(o)
         states.append(state)
     o, state = torch.cat(outputs, 2), torch.cat(states)
