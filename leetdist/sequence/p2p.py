@@ -19,6 +19,8 @@ from leetdist.sequence.transport import Message, Transport
 
 # Seconds a failing rank waits for its neighbours to say whether they live, before it names the one it waited for.
 ROLL_CALL_SECONDS = 2.0
+# What hosts tell each other must not be taken for a tensor, nor the other way round, where ranks have lost step.
+TENSORS, OBJECTS, HEADERS = 0, 1, 2
 # Sends that a rank may be ahead of its neighbour by.
 MOST_PENDING = 256
 
@@ -45,13 +47,13 @@ class PointToPoint(Transport):
 
     def send(self, tensor: Tensor, to: int, what: str) -> None:
         if tensor.numel():
-            self._send(self.group, self._outgoing(tensor), to, what)
+            self._send(self.group, self._outgoing(tensor), to, what, TENSORS)
 
     def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
         if not tensor.numel():
             return tensor
         buffer = self._incoming(tensor)
-        self._receive(self.group, buffer, source, what)
+        self._receive(self.group, buffer, source, what, TENSORS)
         return tensor if buffer is tensor else tensor.copy_(buffer)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], what: str) -> None:
@@ -107,20 +109,20 @@ class PointToPoint(Transport):
         data = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
         length = torch.tensor([data.numel()])
         for rank in self.others():
-            self._send(self.host_group, length, rank, what)
-            self._send(self.host_group, data, rank, what)
+            self._send(self.host_group, length, rank, what, OBJECTS)
+            self._send(self.host_group, data, rank, what, OBJECTS)
         everyone = [mine] * self.size
         for rank in self.others():
-            size = self._receive(self.host_group, torch.zeros_like(length), rank, what)
+            size = self._receive(self.host_group, torch.zeros_like(length), rank, what, OBJECTS)
             theirs = torch.zeros(int(size), dtype=torch.uint8)
-            everyone[rank] = pickle.loads(self._receive(self.host_group, theirs, rank, what).numpy().tobytes())
+            everyone[rank] = pickle.loads(self._receive(self.host_group, theirs, rank, what, OBJECTS).numpy().tobytes())
         self.flush()
         return everyone
 
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
         mine = torch.tensor(header)
-        self._send(self.host_group, mine, to, what)
-        theirs: list[int] = self._receive(self.host_group, torch.zeros_like(mine), source, what).tolist()
+        self._send(self.host_group, mine, to, what, HEADERS)
+        theirs: list[int] = self._receive(self.host_group, torch.zeros_like(mine), source, what, HEADERS).tolist()
         return theirs
 
     def _outgoing(self, tensor: Tensor) -> Tensor:
@@ -134,15 +136,15 @@ class PointToPoint(Transport):
         device = torch.device("cpu") if self.staged else tensor.device
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    def _send(self, group: dist.ProcessGroup, tensor: Tensor, to: int, what: str) -> None:
+    def _send(self, group: dist.ProcessGroup, tensor: Tensor, to: int, what: str, tag: int) -> None:
         with self._blame(to, f"to take {what}"):
-            work = dist.isend(tensor, group=group, group_dst=to)
+            work = dist.isend(tensor, group=group, group_dst=to, tag=tag)
             assert work is not None
             self.pending.append((work, tensor, to, what))  # the tensor lives until it has left
 
-    def _receive(self, group: dist.ProcessGroup, buffer: Tensor, source: int, what: str) -> Tensor:
+    def _receive(self, group: dist.ProcessGroup, buffer: Tensor, source: int, what: str, tag: int) -> Tensor:
         with self._blame(source, f"for {what}"):
-            work = dist.irecv(buffer, group=group, group_src=source)
+            work = dist.irecv(buffer, group=group, group_src=source, tag=tag)
             assert work is not None
             self._wait(work)
         return buffer
