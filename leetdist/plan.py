@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -111,8 +111,7 @@ def plan_call(
     """
     if transport is None:
         problem = describe(q, k, v, log_decay, **options)
-        layout, tile = global_layout([problem])
-        return make_plan(problem, layout, tile, any_initial=problem.has_initial)
+        return _local_plan(problem, cast(Hashable, kernels_for(problem, sharded=False)))
     lengths = declared_lengths(transport)
     mine: Problem | ValueError
     try:
@@ -145,6 +144,13 @@ def plan_call(
             agreement.memo.clear()
         agreement.memo[key] = plan
     return plan
+
+
+@lru_cache(maxsize=512)
+def _local_plan(problem: Problem, _kernels: Hashable) -> Plan:
+    """Layers and steps come with the same few problems; `_kernels` is in the key because a setting may change them."""
+    layout, tile = global_layout([problem])
+    return make_plan(problem, layout, tile, any_initial=problem.has_initial)
 
 
 def make_plan(
