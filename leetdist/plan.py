@@ -139,7 +139,8 @@ def plan_call(
         )  # fmt: skip
         rows = plan.layout.batch * mine.dk * mine.dv
         widest = max(lane.width for lane in plan.lanes)
-        transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
+        with transport.call():
+            transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
         if len(agreement.memo) >= 8:  # a decay that is learnt has new values every step
             agreement.memo.clear()
         agreement.memo[key] = plan
