@@ -113,7 +113,7 @@ def _backward(
     count = q.shape[0] * q.shape[1] * plan.tiles.count * q.shape[3] * v.shape[3]
     if states.untyped_storage().nbytes() < count * states.element_size():
         raise RuntimeError(
-            "leetdist: what the forward op saved for the backward was copied in between, and only its first element came "
+            "leetdist: what the forward op saved for the backward was copied in between, and only one element came "
             "along: hooks that move saved tensors (torch.autograd.graph.save_on_cpu) do not work on compiled calls"
         )
     states = states.as_strided((count,), (1,)) if count else states[:0]
