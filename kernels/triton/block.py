@@ -24,12 +24,22 @@ FP32_RANGE = tl.constexpr(104.0)
 COUNTS = ["tokens", "tiles", "tile_size"]
 
 
-def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
+def tile_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_states."""
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
     config = block_config(rows, columns, b.dtype, tiles.size)
-    out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
+    if out is None:
+        out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
     if on_hopper(rows, columns, b.dtype, tiles.size, b.device):
         from leetdist.kernels.triton import hopper
 
@@ -78,12 +88,14 @@ def tile_outputs(
     scale: float,
     state_scale: float,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_outputs. `states` may be a transposed view."""
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
     config = block_config(rows, columns, a.dtype, tiles.size)
-    out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
+    if out is None:
+        out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
     if on_hopper(rows, columns, a.dtype, tiles.size, a.device):
         from leetdist.kernels.triton import hopper
 
