@@ -100,13 +100,13 @@ def tile_outputs(
     """
     walk = _Walk(tiles, log_decay, a.dtype, reverse)
     out = torch.empty(a.shape[0], walk.heads, a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
-    state = states.clone()
+    state = states * state_scale
     for chunk in walk:
         a_i, b_i, c_i = chunk.take(a), chunk.take(b), chunk.take(c)
         scores = (a_i @ b_i.mT) * (walk.mask * scale)
-        from_state = (a_i @ chunk.of(state)) * (chunk.from_state() * state_scale)
+        from_state = (a_i @ chunk.of(state)) * chunk.from_state()
         chunk.put(out, (scores @ c_i).add_(from_state))
-        chunk.advance(state, (b_i * chunk.to_state()).mT @ c_i)
+        chunk.advance(state, (b_i * (chunk.to_state() * scale)).mT @ c_i)
     return out
 
 

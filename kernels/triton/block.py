@@ -279,7 +279,7 @@ def _tile_outputs(
     i, j = tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     states += batch * state_batch + head * state_head + tile * state_tile
     inside = (i < rows) & (j < columns)
-    state = tl.load(states + i * state_row + j * state_column, mask=inside, other=0.0)
+    state = tl.load(states + i * state_row + j * state_column, mask=inside, other=0.0) * state_scale
 
     position = tl.arange(0, CHUNK)
     j = column + tl.arange(0, COLUMNS)
@@ -291,7 +291,7 @@ def _tile_outputs(
         b_i = _load(b, b_token, start + offset, count, 0, rows, CHUNK, ROWS)
         c_i = _load(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
         scores = _scores(a_i, b_i, g, scale, count, REVERSE, CHUNK, PRECISION)
-        from_state = _powers(g, count - 1 - position if REVERSE else position + 1) * state_scale
+        from_state = _powers(g, count - 1 - position if REVERSE else position + 1)
         o = _times_state(a_i, state, PRECISION) * from_state[:, None]
         o += tl.dot(scores.to(c_i.dtype), c_i, input_precision=PRECISION)
         pointers = out + (start + offset + position)[:, None] * out_token + j[None, :]
@@ -299,7 +299,7 @@ def _tile_outputs(
             pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :]
         )
         b_i = _to_state(b_i, g, count, REVERSE, CHUNK)
-        state = state * _powers(g, count) + tl.dot(tl.trans(b_i), c_i, input_precision=PRECISION)
+        state = state * _powers(g, count) + tl.dot(tl.trans(b_i), c_i, input_precision=PRECISION) * scale
 
 
 @triton.jit
