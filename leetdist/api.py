@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from leetdist.autograd import LinearAttention
+from leetdist.methods import attention_on_one_device
 from leetdist.plan import make_plan
-from leetdist.problem import Problem, agree, check_state, describe, global_layout
+from leetdist.problem import ONE_DEVICE, Problem, agree, check_state, describe, global_layout
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import redistribute
 
@@ -82,7 +83,8 @@ def linear_attention(
         return_state: return the state after the last token as well; under a group, every rank gets it.
         cu_seqlens: (documents + 1,) int32 or int64, token offsets of documents packed in one row (B = 1), from 0 to N;
             under a group, offsets in the whole sequence, which need not lie on any grid. The state restarts at each.
-        method: "auto", or a local method by name.
+        method: "auto", or by name: "block", "causal_dot_product", "lightning", "fleet"; on one device also "vanilla"
+            and "recursion", which need no tiles (and can be differentiated twice). `explain` says what "auto" takes.
         group: ProcessGroup, 1-D DeviceMesh or virtual group whose ranks hold consecutive shards in rank order; None
             takes the surrounding `sequence_parallel`, and without one computes on this device alone. All ranks call
             forward, and backward, together.
@@ -118,13 +120,16 @@ def linear_attention(
     }
     if transport is None:
         problem = describe(q, k, v, log_decay, **options)
+        if method in ONE_DEVICE:
+            o, state = attention_on_one_device(problem, q, k, v, log_decay, initial_state)
+            return (o, state) if return_state else o
         layout, size = global_layout([problem])
         plan = make_plan(problem, layout, size, any_initial=problem.has_initial)
     else:
         checked: Problem | ValueError
         try:
             checked = describe(
-                q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size
+                q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True
             )
         except ValueError as error:
             checked = error

@@ -39,7 +39,7 @@ def make_plan(
     rank = 0 if transport is None else transport.rank
     return Plan(
         problem=problem,
-        kernels=kernels_for(problem, sharded=transport is not None),
+        kernels=kernels_for(problem, layout.offsets[-1]),
         layout=layout,
         tiles=layout.tiles(rank, tile),
         rank=rank,

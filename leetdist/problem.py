@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from leetdist.sequence.transport import Transport
 
 METHODS = ("auto", "vanilla", "recursion", "block", "causal_dot_product", "lightning", "fleet")
+ONE_DEVICE = ("vanilla", "recursion")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -41,6 +42,10 @@ class Problem:
     has_initial: bool
     tokens: int
 
+    @property
+    def num_documents(self) -> int:
+        return 0 if self.documents is None else len(self.documents) - 1
+
 
 def describe(
     q: Tensor,
@@ -56,9 +61,10 @@ def describe(
     tile: int | None,
     rank: int = 0,
     ranks: int = 1,
+    sharded: bool = False,
 ) -> Problem:
     """Check one rank's arguments and describe them; ValueError names the argument, what it is and what it must be."""
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     batch, heads, tokens, dk = q.shape
     if tokens == 0 and ranks == 1:
         raise ValueError("q: N is 0; a sequence needs at least one token")
@@ -66,6 +72,9 @@ def describe(
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if sharded and method in ONE_DEVICE:
+        able = ", ".join(name for name in METHODS if name not in ONE_DEVICE)
+        raise ValueError(f"method {method!r} works on one device only; under a group use one of {able}")
     if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 16 or tile & (tile - 1)):
         raise ValueError(f"tile must be a power of two of at least 16 tokens, or None, got {tile!r}")
     if log_decay is not None:
@@ -149,7 +158,7 @@ def global_layout(everyone: list[Problem]) -> tuple[Layout, int]:
     return layout, tile
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -178,7 +187,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 # A decay seen good is not read again: reading a GPU tensor's values stops the stream.
-_good_decays: WeakKeyDictionary[Tensor, int] = WeakKeyDictionary()
+_good_decays = WeakTensorKeyDictionary()
 
 
 def check_log_decay(log_decay: Tensor, heads: int, device: torch.device) -> None:
@@ -218,7 +227,23 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
         raise ValueError(f"{name} must be on q's device, {q.device}, got {state.device}")
 
 
-_documents: WeakKeyDictionary[Tensor, tuple[int, tuple[int, ...]]] = WeakKeyDictionary()
+_documents = WeakTensorKeyDictionary()
+
+
+def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, heads: int) -> None:
+    """The decay arguments of `causal_linear_decoder`."""
+    if not is_mask_weight:
+        if gamma is not None:
+            raise ValueError("gamma is given, so is_mask_weight must be True, got False")
+        return
+    if not isinstance(gamma, Tensor) or not gamma.is_floating_point() or gamma.shape != (heads,):
+        got = f"{gamma.dtype} of shape {tuple(gamma.shape)}" if isinstance(gamma, Tensor) else repr(gamma)
+        raise ValueError(f"gamma must be a floating tensor of shape (H,) = ({heads},) where is_mask_weight, got {got}")
+    values = gamma.detach()
+    good = values >= 0 if is_need_exp else (values >= 0) & (values <= 1)
+    if not bool(good.all()):
+        wanted = "at least 0, as exp(-gamma) decays" if is_need_exp else "from 0 to 1, the decay itself"
+        raise ValueError(f"gamma must be {wanted} (is_need_exp={is_need_exp}), got {values[~good][0].item()}")
 
 
 def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:

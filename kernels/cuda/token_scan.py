@@ -30,13 +30,14 @@ def tile_states(
     if out.numel():
         width, threads, held = _shape(ranks)
         table = None if tiles.regular else tiles.table(b.device)
+        decay = log_decay.float().contiguous()
         launch = kernel(
             "token_scan.cu", "tile_states", b.device, _defines(width, b.dtype, torch.float32)
         )
         launch(
             (batch * heads * tiles.count, ceil_div(columns, held)), threads,
             *_rows(b, heads), *_rows(c, heads),
-            log_decay.data_ptr(), out.data_ptr(), None if table is None else table.data_ptr(),
+            decay.data_ptr(), out.data_ptr(), None if table is None else table.data_ptr(),
             heads, tiles.count, tiles.size, b.shape[2], ranks, columns, int(reverse), float(scale),
         )  # fmt: skip
     return out
@@ -66,6 +67,7 @@ def tile_outputs(
     if out.numel():
         width, threads, held = _shape(ranks)
         table = None if tiles.regular else tiles.table(a.device)
+        decay = log_decay.float().contiguous()
         launch = kernel("token_scan.cu", "tile_outputs", a.device, _defines(width, a.dtype, out_dtype))
         sign = -1 if reverse else 1
         launch(
@@ -73,7 +75,7 @@ def tile_outputs(
             *_rows(a, heads, sign), *_rows(b, heads, sign), *_rows(c, heads, sign),
             states.data_ptr(), *states.stride(),
             out.data_ptr(), *out.stride()[:2], sign * out.stride(2),
-            log_decay.data_ptr(), None if table is None else table.data_ptr(),
+            decay.data_ptr(), None if table is None else table.data_ptr(),
             heads, tiles.count, tiles.size, a.shape[2], ranks, columns, int(reverse), group,
             float(scale), float(state_scale),
         )  # fmt: skip

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import itertools
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles
+from leetdist.methods import cost
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
@@ -59,17 +63,68 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
-def kernels_for(problem: Problem, *, sharded: bool) -> Kernels:
-    """The kernels of the problem's method on its device."""
-    if problem.method not in ("auto", "block"):
-        raise ValueError(f"method {problem.method!r} is not there yet; 'auto' and 'block' are")
-    if triton_serves(problem):
-        from leetdist.kernels.triton import block as triton_block
+class Composed:
+    """A method's own primitives; those it does not have are the block method's."""
 
-        return cast(Kernels, triton_block)
-    from leetdist.kernels.pytorch import block
+    def __init__(
+        self,
+        base: Kernels,
+        *,
+        tile_states: Callable[..., Tensor] | None = None,
+        tile_outputs: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.tile_states: Callable[..., Tensor] = tile_states or base.tile_states
+        self.fold: Callable[..., Tensor] = base.fold
+        self.tile_outputs: Callable[..., Tensor] = tile_outputs or base.tile_outputs
+        self.decay_gradient: Callable[..., Tensor] = base.decay_gradient
 
-    return cast(Kernels, block)
+
+def kernels_for(problem: Problem, tokens: int) -> Kernels:
+    """The kernels of the problem's method on its device; `tokens` are those of all ranks."""
+    method = problem.method
+    if method == "auto":
+        method = cost.choose(problem, tokens).method
+    module = importlib.import_module(f"leetdist.methods.{method}")
+    return cast(Kernels, module.kernels(problem))
+
+
+def attention_on_one_device(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_attention` of a method that knows no tiles: o and the final states. Document after document."""
+    method = importlib.import_module(f"leetdist.methods.{problem.method}")
+    dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    share = problem.heads // problem.kv_heads
+    decay = q.new_zeros(problem.heads) if log_decay is None else log_decay
+    with torch.autocast(q.device.type, enabled=False):
+        q, decay = q.to(dtype), decay.to(dtype)
+        k, v = (x.to(dtype).repeat_interleave(share, 1) for x in (k, v))
+        if problem.documents is None:
+            o, state = method.attention(q, k, v, decay, initial_state)
+        else:
+            rows = [None] * problem.num_documents if initial_state is None else initial_state.split(1)
+            spans = itertools.pairwise(problem.documents)
+            parts = [
+                method.attention(*(x[:, :, begin:end] for x in (q, k, v)), decay, row)
+                for (begin, end), row in zip(spans, rows, strict=True)
+            ]
+            o = torch.cat([part[0] for part in parts], 2)
+            state = torch.cat([part[1] for part in parts])
+    return (problem.scale * o).to(problem.dtype), state
+
+
+def cuda_serves(problem: Problem) -> bool:
+    """CUDA C++ kernels need cuda-core, for NVRTC, and serve what Triton's do; LEETDIST_BACKEND set turns them off."""
+    if os.environ.get("LEETDIST_BACKEND") is not None or not triton_serves(problem):
+        return False
+    from leetdist.kernels.cuda.loader import available
+
+    return available()
 
 
 def triton_serves(problem: Problem) -> bool:
