@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,7 @@ def measure(cell: Cell, call: Attention, device: torch.device, limit: float) -> 
     generator = torch.Generator(device).manual_seed(cell.tokens)
     shape = (cell.batch, HEADS, cell.tokens, DIM)
     q, k, v = (
-        torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_(cell.training)
-        for _ in range(3)
+        torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_(cell.training) for _ in range(3)
     )
     log_decay = -torch.logspace(-3, -0.1, HEADS, device=device)
     weight = torch.randn_like(v) if cell.training else None
@@ -169,7 +169,7 @@ def _times(step: Callable[[], Any], repeats: int, device: torch.device) -> Itera
         step()
         mark.record()
     torch.cuda.synchronize()
-    yield from (a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    yield from (a.elapsed_time(b) for a, b in pairwise(marks))
 
 
 def _synchronize(device: torch.device) -> None:

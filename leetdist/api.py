@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def linear_attention(
     (torch.Size([1, 2, 100, 16]), torch.Size([1, 2, 16, 16]))
     """
     transport = resolve(group)
-    options = {
+    options: dict[str, Any] = {
         "scale": scale,
         "initial_state": initial_state,
         "return_state": return_state,
@@ -128,9 +128,7 @@ def linear_attention(
     else:
         checked: Problem | ValueError
         try:
-            checked = describe(
-                q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True
-            )
+            checked = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
         except ValueError as error:
             checked = error
         everyone = agree(checked, transport)

@@ -85,19 +85,13 @@ class LinearAttention(torch.autograd.Function):
             dq = kernels.tile_outputs(
                 do, v, k, states.mT, reverse=False, state_scale=scale, out_dtype=q.dtype, **common
             )
-            dk = kernels.tile_outputs(
-                v, do, q, grads.mT, reverse=True, state_scale=1.0, out_dtype=wide, **common
-            )
-            dv = kernels.tile_outputs(
-                k, q, do, grads, reverse=True, state_scale=1.0, out_dtype=wide, **common
-            )
+            dk = kernels.tile_outputs(v, do, q, grads.mT, reverse=True, state_scale=1.0, out_dtype=wide, **common)
+            dv = kernels.tile_outputs(k, q, do, grads, reverse=True, state_scale=1.0, out_dtype=wide, **common)
             dk, dv = (_sum_shared(x, problem.kv_heads).to(q.dtype) for x in (dk, dv))
 
             dlog_decay = None
             if problem.needs_decay_grad:
-                shares = kernels.decay_gradient(
-                    q, k, v, do, states, grads, log_decay, tiles, scale=scale
-                )
+                shares = kernels.decay_gradient(q, k, v, do, states, grads, log_decay, tiles, scale=scale)
                 dlog_decay = scan.decay_gradient_to_first(shares, log_decay, plan)
         if plan.transport is not None:
             plan.transport.flush()

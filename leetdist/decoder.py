@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch.utils.weak import WeakTensorKeyDictionary
-
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from leetdist.api import linear_attention
 from leetdist.problem import check_gamma, check_qkv
@@ -35,10 +34,10 @@ def causal_linear_decoder(
     is_need_exp: bool = True,
     attn_method: str | None = None,
 ) -> Tensor:
-    """LeetDecoding's `causal_linear_decoder`: `((Q K^T) . M) V`, `M_ij = decay^(i-j)` for i >= j, unscaled.
+    """LeetDecoding's own function: `((Q K^T) . M) V`, unscaled, with `M_ij = decay^(i-j)` for i >= j, else 0.
 
-    The decay is exp(-gamma) with `is_need_exp`, gamma itself without: for every method, dtype and length. Differentiable
-    in q, k, v and gamma.
+    The decay is exp(-gamma) with `is_need_exp`, gamma itself without: for every method, dtype and length alike.
+    Differentiable in q, k, v and gamma.
 
     Args:
         q, k: (B, H, N, rank), fp32, fp16, bf16 or fp64.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from leetdist.sequence.grid import Layout, default_tile
 
@@ -209,7 +210,7 @@ def check_log_decay(log_decay: Tensor, heads: int, device: torch.device) -> None
     if bool(bad.any()):
         head = int(bad.nonzero()[0])
         raise ValueError(
-            f"log_decay must be <= 0 (the natural log of a decay of at most 1), got {float(values[head])} for head {head}"
+            f"log_decay must be <= 0 (natural log of a decay of at most 1), got {float(values[head])} for head {head}"
         )
     _good_decays[log_decay] = log_decay._version
 
@@ -227,9 +228,6 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
         raise ValueError(f"{name} must be on q's device, {q.device}, got {state.device}")
 
 
-_documents = WeakTensorKeyDictionary()
-
-
 def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, heads: int) -> None:
     """The decay arguments of `causal_linear_decoder`."""
     if not is_mask_weight:
@@ -237,13 +235,20 @@ def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, h
             raise ValueError("gamma is given, so is_mask_weight must be True, got False")
         return
     if not isinstance(gamma, Tensor) or not gamma.is_floating_point() or gamma.shape != (heads,):
-        got = f"{gamma.dtype} of shape {tuple(gamma.shape)}" if isinstance(gamma, Tensor) else repr(gamma)
-        raise ValueError(f"gamma must be a floating tensor of shape (H,) = ({heads},) where is_mask_weight, got {got}")
+        got = repr(gamma)
+        if isinstance(gamma, Tensor):
+            got = f"{gamma.dtype} of shape {tuple(gamma.shape)}"
+        raise ValueError(
+            f"gamma must be a floating tensor of shape (H,) = ({heads},) where is_mask_weight is True, got {got}"
+        )
     values = gamma.detach()
     good = values >= 0 if is_need_exp else (values >= 0) & (values <= 1)
     if not bool(good.all()):
-        wanted = "at least 0, as exp(-gamma) decays" if is_need_exp else "from 0 to 1, the decay itself"
+        wanted = "at least 0, so that exp(-gamma) decays" if is_need_exp else "from 0 to 1"
         raise ValueError(f"gamma must be {wanted} (is_need_exp={is_need_exp}), got {values[~good][0].item()}")
+
+
+_documents = WeakTensorKeyDictionary()
 
 
 def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
@@ -261,7 +266,7 @@ def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tupl
     if version != cu_seqlens._version:
         known = tuple(cu_seqlens.tolist())
         _documents[cu_seqlens] = (cu_seqlens._version, known)
-    if known[0] != 0 or any(a > b for a, b in zip(known, known[1:], strict=False)):
+    if known[0] != 0 or any(a > b for a, b in pairwise(known)):
         raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shown(known)}")
     if tokens is not None and known[-1] != tokens:
         raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {known[-1]}")

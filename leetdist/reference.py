@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = q.shape[1]
     k, v = (x.double().repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     log_decay = torch.zeros(heads, device=q.device) if log_decay is None else log_decay
@@ -91,7 +89,7 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
     >>> relative_error(torch.ones(4), torch.ones(4))
     0.0
     """
-    reference = reference.double()
+    out, reference = out.detach(), reference.detach().double()
     norm = torch.linalg.vector_norm(reference)
     difference = torch.linalg.vector_norm(out.to(reference.device).double() - reference)
     return float(difference / norm) if norm > 0 else float(difference)

@@ -31,9 +31,7 @@ def source_files() -> set[str]:
         for path, folders, names in os.walk(ROOT / folder, followlinks=False):
             folders[:] = [name for name in folders if name != "__pycache__"]
             below = Path(installed, Path(path).relative_to(ROOT / folder))
-            found.update(
-                str(below / name) for name in names if not name.endswith((".md", ".pyc", "~"))
-            )
+            found.update(str(below / name) for name in names if not name.endswith((".md", ".pyc", "~")))
     return found
 
 
@@ -173,8 +171,7 @@ def test_pins_agree() -> None:
 PUBLIC = [
     name
     for name in leetdist.__all__
-    if callable(value := getattr(leetdist, name))
-    and not (inspect.isclass(value) and issubclass(value, BaseException))
+    if callable(value := getattr(leetdist, name)) and not (inspect.isclass(value) and issubclass(value, BaseException))
 ]
 
 
@@ -200,9 +197,7 @@ def test_docstring_examples_run(name: str) -> None:
     runner = doctest.DocTestRunner(optionflags=flags)
     report: list[str] = []
     finder = doctest.DocTestFinder(exclude_empty=True)
-    examples = finder.find(
-        getattr(leetdist, name), name, globs={"leetdist": leetdist, "torch": torch}
-    )
+    examples = finder.find(getattr(leetdist, name), name, globs={"leetdist": leetdist, "torch": torch})
     assert examples, f"leetdist.{name} has no example"
     for example in examples:
         runner.run(example, out=report.append)

@@ -1,6 +1,6 @@
-"""CUDA C++ without a compiler on the user's machine: NVRTC, through NVIDIA's cuda-core, at first use.
+"""CUDA C++ without a compiler on the user's machine: NVRTC, through cuda-core, at first use.
 
-What is compiled is kept on disk (LEETDIST_CACHE, or leetdist/ under the user's cache folder), under the hash of all that
+What is compiled is kept on disk (LEETDIST_CACHE, or leetdist/ in the user's cache folder), under the hash of all that
 decides it: source, options, architecture and NVRTC's version.
 """
 
@@ -69,9 +69,7 @@ def _keep(path: Path, content: bytes) -> None:
 
 
 @cache
-def kernel(
-    source: str, name: str, device: torch.device, defines: tuple[tuple[str, int], ...]
-) -> Callable[..., None]:
+def kernel(source: str, name: str, device: torch.device, defines: tuple[tuple[str, int], ...]) -> Callable[..., None]:
     """`launch(grid, block, *arguments)`, on the device's current stream.
 
     Arguments: an int is 64 bits wide (an address or a number), a float is 32; None is the null address.

@@ -20,9 +20,7 @@ GROUP = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0
-) -> Tensor:
+def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_states. One fma for each (token, rank, column)."""
     batch, heads = b.shape[0], log_decay.shape[0]
     ranks, columns = b.shape[3], c.shape[3]
@@ -31,9 +29,7 @@ def tile_states(
         width, threads, held = _shape(ranks)
         table = None if tiles.regular else tiles.table(b.device)
         decay = log_decay.float().contiguous()
-        launch = kernel(
-            "token_scan.cu", "tile_states", b.device, _defines(width, b.dtype, torch.float32)
-        )
+        launch = kernel("token_scan.cu", "tile_states", b.device, _defines(width, b.dtype, torch.float32))
         launch(
             (batch * heads * tiles.count, ceil_div(columns, held)), threads,
             *_rows(b, heads), *_rows(c, heads),

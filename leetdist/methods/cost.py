@@ -41,7 +41,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Choice:
-    """The method that "auto" takes, the seconds that the model gives each candidate, and where its constants are from."""
+    """The method that "auto" takes, the seconds the model gives each candidate, and where its constants are from."""
 
     method: str
     seconds: dict[str, float]
@@ -51,10 +51,14 @@ class Choice:
 # measured_on -> (16-bit dtypes, gradient needed) -> method -> cost
 COSTS: dict[str, dict[tuple[bool, bool], dict[str, Cost]]] = {
     "cpu": {
-        (half, grad): {m: Cost(i, 0.0, 0.0) for i, m in enumerate(CANDIDATES)} for half in (True, False) for grad in (True, False)
+        (half, grad): {m: Cost(i, 0.0, 0.0) for i, m in enumerate(CANDIDATES)}
+        for half in (True, False)
+        for grad in (True, False)
     },
     "sm_90": {
-        (half, grad): {m: Cost(i, 0.0, 0.0) for i, m in enumerate(CANDIDATES)} for half in (True, False) for grad in (True, False)
+        (half, grad): {m: Cost(i, 0.0, 0.0) for i, m in enumerate(CANDIDATES)}
+        for half in (True, False)
+        for grad in (True, False)
     },
 }
 
@@ -65,9 +69,7 @@ def choose(problem: Problem, tokens: int, batch: int = 1) -> Choice:
     costs = COSTS[where][problem.dtype.itemsize == 2, problem.needs_grad]
     tile = problem.tile or default_tile(tokens)
     size = problem.dk * problem.dv / 128**2
-    seconds = {
-        method: costs[method].seconds(batch * problem.heads, tokens, tile, size) for method in CANDIDATES
-    }
+    seconds = {method: costs[method].seconds(batch * problem.heads, tokens, tile, size) for method in CANDIDATES}
     return Choice(min(seconds, key=seconds.__getitem__), seconds, where)
 
 

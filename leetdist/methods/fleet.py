@@ -13,9 +13,9 @@ Backends: CUDA C++ (CUDA cores, fp32 arithmetic for every dtype), Triton, PyTorc
 in both directions of time; the gradient of log_decay is the block kernels'. Works under `group=`.
 
 Floor: a token, rank index and column cost a multiply by gamma, an fma into the state and an fma into the output. For
-1 x 32 heads x 131,072 tokens x 128 x 128 that is 2.06e11 instructions of one lane; an H200 issues 132 x 128 a clock,
-3.35e13 a second at 1.98 GHz: 6.16 ms. (Reading q, k, v and writing o in fp32 takes 2.0 ms, under it.) Decaying once in 8
-tokens leaves 2 1/8 operations; the tile states, which a parallel scan needs on top, cost one more.
+1 x 32 heads x 131,072 tokens x 128 x 128 that is 2.06e11 instructions of a lane; an H200 issues 132 x 128 a clock,
+3.35e13 a second at 1.98 GHz: 6.16 ms. (Reading q, k, v and writing o in fp32 takes 2.0 ms.) Decaying once in 8 tokens
+leaves 2 1/8 operations; the tile states, which a parallel scan needs on top, cost one more.
 
 Source: LeetDecoding, arXiv 2501.02573, section 4 (FleetAttention), whose own kernel adds over the rank without
 synchronisation.

@@ -1,7 +1,7 @@
 """Lightning Attention-2: products inside blocks of fixed length, one state for each block.
 
-Algorithm: a tile is cut into blocks of 256 tokens. What each block adds to the state is computed for all blocks at once,
-a left fold inside each tile makes them the states at the blocks' starts, and then all blocks compute
+Algorithm: a tile is cut into blocks of 256 tokens. What each block adds to the state is computed for all blocks at
+once, a left fold inside each tile makes them the states at the blocks' starts, and then all blocks compute
 `(Q K^T . M) V + gamma^i Q S` at once. Where `block` walks a tile as one program, this has as many as there are blocks:
 for few heads or short tiles; the price is a state in memory every 256 tokens.
 Time: O(N (C + D) D); memory: O(N / 256 x Dk Dv).

@@ -58,7 +58,9 @@ def resolve(group: Group | None) -> Transport | None:
         return group
     if not dist.is_available():
         raise ValueError("group: this build of torch has no torch.distributed")
-    if hasattr(group, "mesh_dim_names"):
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
                 f"group must be a 1-D DeviceMesh, got one of shape {tuple(group.mesh.shape)}; pick a dimension, as in "

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 # Seconds a failing rank waits for its neighbours to say whether they live, before it names the one it waited for.
 ROLL_CALL_SECONDS = 2.0
@@ -77,9 +78,7 @@ class PointToPoint(Transport):
     def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
         if not tensor.numel():
             return tensor
-        buffer = torch.empty(
-            tensor.shape, dtype=tensor.dtype, device="cpu" if self.staged else tensor.device
-        )
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu" if self.staged else tensor.device)
         return tensor.copy_(self._receive(self.group, buffer, source, what))
 
     def flush(self) -> None:
@@ -100,9 +99,7 @@ class PointToPoint(Transport):
         for rank in self.others():
             size = self._receive(self.host_group, torch.empty_like(length), rank, what)
             theirs = torch.empty(int(size), dtype=torch.uint8)
-            everyone[rank] = pickle.loads(
-                self._receive(self.host_group, theirs, rank, what).numpy().tobytes()
-            )
+            everyone[rank] = pickle.loads(self._receive(self.host_group, theirs, rank, what).numpy().tobytes())
         self.flush()
         return everyone
 
@@ -147,9 +144,7 @@ class PointToPoint(Transport):
         Every failing rank leaves a note of whom it waited for; whoever left none is the one that is gone.
         """
         with contextlib.suppress(RuntimeError, ValueError):  # the store may have gone with its rank
-            store = dist.PrefixStore(
-                f"leetdist/{self.group.group_name}", dist.distributed_c10d._get_default_store()
-            )
+            store = PrefixStore(f"leetdist/{self.group.group_name}", _get_default_store())
             store.set(str(self.rank), str(other))
             seen = {self.rank}
             while other not in seen:

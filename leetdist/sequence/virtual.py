@@ -60,7 +60,7 @@ def virtual_ranks(function: Callable[[VirtualGroup], T], ranks: int) -> list[T]:
         try:
             if stream is not None:
                 torch.cuda.set_stream(stream)
-            # All CUDA backwards would share one worker thread, where a rank that waits would block the one it waits for.
+            # All CUDA backwards would share one worker thread, where a waiting rank would block the one it waits for.
             with torch.set_grad_enabled(grad), torch.autograd.set_multithreading_enabled(False):
                 return function(VirtualGroup(hub, rank))
         except BaseException as error:
@@ -132,8 +132,8 @@ class _Hub:
                     ) from error
                 if time.monotonic() > deadline:
                     raise RuntimeError(
-                        f"leetdist: rank {source} of {self.size} does not answer. Rank {to} waited {self.seconds:.1f} s "
-                        f"for {what}"
+                        f"leetdist: rank {source} of {self.size} does not answer. Rank {to} waited "
+                        f"{self.seconds:.1f} s for {what}"
                     ) from None
 
     def fail(self, rank: int, error: BaseException) -> None:

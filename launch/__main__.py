@@ -1,0 +1,24 @@
+"""`python -m leetdist.launch NAME ...`, also under torchrun (`-m leetdist.launch NAME`): calls that module's `main`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "verify": "is the operator on these ranks equal to one device, bit for bit?",
+    "demo": "train and run a small language model over one long sharded text",
+}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+        print("\n".join(["usage: python -m leetdist.launch COMMAND [--help]", *lines]))
+        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+    result: int = importlib.import_module(f"leetdist.launch.{argv[0]}").main(argv[1:])
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

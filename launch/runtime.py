@@ -1,0 +1,68 @@
+"""What every launched script needs first: this rank's device, its group, and who prints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process in its job."""
+
+    rank: int
+    size: int
+    device: torch.device
+    backend: str
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def print(self, text: str = "") -> None:
+        if self.first:
+            print(text, flush=True)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """ "auto" takes a GPU where there is one, else the CPU."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device {wanted}: this machine has no GPU that torch {torch.__version__} can use")
+    return torch.device(wanted)
+
+
+@contextmanager
+def joined(device: str = "auto", timeout_s: float = 300.0) -> Iterator[Rank]:
+    """The process group that torchrun set up (a group of one without torchrun), left in good order at the end.
+
+    NCCL with one GPU a rank; gloo on the CPU, and where ranks share a GPU, which NCCL refuses.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)
+    chosen = choose_device(device)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    backend = "gloo"
+    if chosen.type == "cuda":
+        gpus = torch.cuda.device_count()
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+        torch.cuda.set_device(chosen)
+        if ranks_here <= gpus:
+            backend = "nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    failed = True
+    try:
+        yield Rank(dist.get_rank(), dist.get_world_size(), chosen, backend)
+        failed = False
+    finally:
+        # A rank that leaves while others still talk to it makes them fail; one that failed must not wait for them.
+        if not failed:
+            dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What checks the library: cases, the comparison of ranks with one device, and process launchers for tests."""
