@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "verify": "is the operator on these ranks equal to one device, bit for bit?",
+    "plan": "what will a sharded call cost on P ranks: time, bytes, memory; with a plot",
     "demo": "train and run a small language model over one long sharded text",
 }
 

@@ -7,6 +7,7 @@ and the tile length alone: the bits do not change with the batch, the number of 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,21 @@ GROUP = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
+def tile_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_states. One fma for each (token, rank, column)."""
     batch, heads = b.shape[0], log_decay.shape[0]
     ranks, columns = b.shape[3], c.shape[3]
-    out = torch.empty(batch, heads, tiles.count, ranks, columns, device=b.device)
+    if out is None:
+        out = torch.empty(batch, heads, tiles.count, ranks, columns, device=b.device)
     if out.numel():
         width, threads, held = _shape(ranks)
         table = None if tiles.regular else tiles.table(b.device)
@@ -51,20 +62,21 @@ def tile_outputs(
     scale: float,
     state_scale: float,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
     group: int = GROUP,
 ) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_outputs. `group`: tokens between two decays of the state, 8 or 1."""
     batch, heads = a.shape[0], log_decay.shape[0]
     ranks, columns = a.shape[3], c.shape[3]
-    out = torch.empty(batch, heads, a.shape[2], columns, dtype=out_dtype, device=a.device)
-    if a.stride(1) < a.stride(2):  # a (B, N, H, D) model gets its own layout back
-        out = torch.empty(batch, a.shape[2], heads, columns, dtype=out_dtype, device=a.device)
-        out = out.transpose(1, 2)
+    if out is None:
+        out = torch.empty(batch, heads, a.shape[2], columns, dtype=out_dtype, device=a.device)
+        if a.stride(1) < a.stride(2):  # a (B, N, H, D) model gets its own layout back
+            out = torch.empty(batch, a.shape[2], heads, columns, dtype=out_dtype, device=a.device).transpose(1, 2)
     if out.numel():
         width, threads, held = _shape(ranks)
         table = None if tiles.regular else tiles.table(a.device)
         decay = log_decay.float().contiguous()
-        launch = kernel("token_scan.cu", "tile_outputs", a.device, _defines(width, a.dtype, out_dtype))
+        launch = kernel("token_scan.cu", "tile_outputs", a.device, _defines(width, a.dtype, out.dtype))
         sign = -1 if reverse else 1
         launch(
             (batch * heads * tiles.count, ceil_div(columns, held)), threads,
@@ -76,6 +88,11 @@ def tile_outputs(
             float(scale), float(state_scale),
         )  # fmt: skip
     return out
+
+
+def tile_outputs_by_token(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """`tile_outputs` with a decay at every token."""
+    return tile_outputs(*args, out=out, group=1, **kwargs)
 
 
 @cache

@@ -24,6 +24,7 @@ def tile_outputs(
     scale: float,
     state_scale: float,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_outputs."""
     heads, steps = log_decay.shape[0], Steps(tiles, a.device, reverse)
@@ -32,12 +33,12 @@ def tile_outputs(
     state = states * state_scale
     if not reverse:
         state = decay(state)
-    out = torch.empty_like(c_i)
+    sums = torch.empty_like(c_i)
     for t in range(c_i.shape[3]):
         state = state + b_i[..., t, :, None] * (c_i[..., t, None, :] * scale)
-        out[..., t, :] = sum_in_pairs(a_i[..., t, :, None] * state)
+        sums[..., t, :] = sum_in_pairs(a_i[..., t, :, None] * state)
         state = decay(state)
-    return steps.put(out, a.shape[2], out_dtype)
+    return steps.put(sums, a.shape[2], out_dtype, out)
 
 
 class Decay:

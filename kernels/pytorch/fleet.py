@@ -25,20 +25,21 @@ def tile_outputs(
     scale: float,
     state_scale: float,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_outputs."""
     heads, steps = log_decay.shape[0], Steps(tiles, a.device, reverse)
     dtype = states.dtype
     a_i, b_i, c_i = (steps.take(x, heads, dtype) for x in (a, b, c))
-    out = torch.zeros_like(c_i)
+    sums = torch.zeros_like(c_i)
     gamma = decay_powers(log_decay, 1, dtype)[:, 1, None, None]
     start = states * (state_scale if reverse else state_scale * gamma[..., None])
     for rank in range(a.shape[3]):
         added = b_i[..., rank, None] * c_i * scale
         if added.numel():
             added[:, :, :, 0] += start[:, :, :, rank]
-        out += a_i[..., rank, None] * decayed_cumsum(added, log_decay)
-    return steps.put(out, a.shape[2], out_dtype)
+        sums += a_i[..., rank, None] * decayed_cumsum(added, log_decay)
+    return steps.put(sums, a.shape[2], out_dtype, out)
 
 
 def decayed_cumsum(x: Tensor, log_decay: Tensor) -> Tensor:

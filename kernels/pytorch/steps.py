@@ -25,8 +25,9 @@ class Steps:
         taken = taken * self.inside[..., None]
         return taken.repeat_interleave(heads // x.shape[1], 1)
 
-    def put(self, x: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-        """The way back: (B, H, tiles, steps, D) as (B, H, tokens, D)."""
-        out = x.new_empty(*x.shape[:2], tokens, x.shape[-1], dtype=dtype)
-        out[:, :, self.rows[self.inside]] = x[:, :, self.inside].to(dtype)
+    def put(self, x: Tensor, tokens: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """The way back: (B, H, tiles, steps, D) as (B, H, tokens, D), in `out` if given."""
+        if out is None:
+            out = x.new_empty(*x.shape[:2], tokens, x.shape[-1], dtype=dtype)
+        out[:, :, self.rows[self.inside]] = x[:, :, self.inside].to(out.dtype)
         return out

@@ -22,12 +22,22 @@ FOLD_BLOCK = 1024
 COUNTS = ["tokens", "tiles", "tile_size"]
 
 
-def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
+def tile_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_states."""
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
     config = block_config(rows, columns, b.dtype, tiles.size)
-    out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
+    if out is None:
+        out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
     block_rows = states_block(rows, config)
     grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
     if out.numel():
@@ -70,12 +80,14 @@ def tile_outputs(
     scale: float,
     state_scale: float,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_outputs. `states` may be a transposed view."""
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
     config = block_config(rows, columns, a.dtype, tiles.size)
-    out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
+    if out is None:
+        out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
     grid = (batch * heads * tiles.count, ceil_div(columns, config.columns))
     if out.numel():
         _tile_outputs[grid](

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles, ceil_div
-from leetdist.kernels.triton.block import _empty_like_model, _span, _table
+from leetdist.kernels.triton.block import COUNTS, _empty_like_model, _span, _table
 from leetdist.kernels.triton.configs import padded
 
 # Elements of the state that a program, one warp, keeps in its registers: 128 of a thread's 255.
@@ -27,12 +27,14 @@ def tile_outputs(
     scale: float,
     state_scale: float,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_outputs. The columns are shared out over programs of one warp each."""
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
     held = min(max(HELD // padded(rows), 16), padded(columns))
-    out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
+    if out is None:
+        out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
     # A slow decay adds state * (gamma - 1): see leetdist.kernels.pytorch.causal_dot_product.Decay.
     exact = log_decay.double()
     slow = exact > -0.7
@@ -42,8 +44,8 @@ def tile_outputs(
             a, b, c, states, decays.float(), out, _table(tiles, a.device),
             *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
             heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-            a.shape[2], tiles.count, rows, columns, scale, state_scale,
-            TILE=tiles.size, REGULAR=tiles.regular, REVERSE=reverse, ROWS=padded(rows), COLUMNS=held,
+            a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale,
+            REGULAR=tiles.regular, REVERSE=reverse, ROWS=padded(rows), COLUMNS=held,
             num_warps=1, num_stages=1,
         )  # fmt: skip
     return out
@@ -58,18 +60,18 @@ def _decayed(state, decay, slow):
     return state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _fleet_outputs(
     a, b, c, states, decays, out, table,
     a_batch, a_head, a_token, b_batch, b_head, b_token, c_batch, c_head, c_token,
     out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
-    heads, a_share, b_share, c_share, tokens, tiles, rows, columns, scale, state_scale,
-    TILE: tl.constexpr, REGULAR: tl.constexpr, REVERSE: tl.constexpr,
+    heads, a_share, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale, state_scale,
+    REGULAR: tl.constexpr, REVERSE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = _span(table, tile, tokens, TILE, REGULAR)
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
     i, j = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first = start + (length - 1 if REVERSE else 0)
     step = -1 if REVERSE else 1

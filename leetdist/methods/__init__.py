@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -25,8 +26,18 @@ LARGEST_TRITON_HEAD = 256
 class Kernels(Protocol):
     """The local primitives that a backend provides; leetdist.kernels.pytorch.block says what each computes."""
 
+    def __hash__(self) -> int: ...
+
     def tile_states(
-        self, b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0
+        self,
+        b: Tensor,
+        c: Tensor,
+        log_decay: Tensor,
+        tiles: Tiles,
+        *,
+        reverse: bool,
+        scale: float = 1.0,
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
     def fold(
@@ -46,6 +57,7 @@ class Kernels(Protocol):
         scale: float,
         state_scale: float,
         out_dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
     def decay_gradient(
@@ -63,20 +75,22 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
+@dataclass(frozen=True)
 class Composed:
-    """A method's own primitives; those it does not have are the block method's."""
+    """A method's own primitives beside the block method's."""
 
-    def __init__(
-        self,
-        base: Kernels,
-        *,
-        tile_states: Callable[..., Tensor] | None = None,
-        tile_outputs: Callable[..., Tensor] | None = None,
-    ) -> None:
-        self.tile_states: Callable[..., Tensor] = tile_states or base.tile_states
-        self.fold: Callable[..., Tensor] = base.fold
-        self.tile_outputs: Callable[..., Tensor] = tile_outputs or base.tile_outputs
-        self.decay_gradient: Callable[..., Tensor] = base.decay_gradient
+    tile_outputs: Callable[..., Tensor]
+    tile_states: Callable[..., Tensor]
+    fold: Callable[..., Tensor]
+    decay_gradient: Callable[..., Tensor]
+
+
+@cache
+def compose(
+    base: Kernels, tile_outputs: Callable[..., Tensor], tile_states: Callable[..., Tensor] | None = None
+) -> Kernels:
+    """The kernels of `base` with these in their stead. Plans are remembered by their kernels, so one object."""
+    return cast(Kernels, Composed(tile_outputs, tile_states or base.tile_states, base.fold, base.decay_gradient))
 
 
 def kernels_for(problem: Problem, tokens: int) -> Kernels:
@@ -86,6 +100,12 @@ def kernels_for(problem: Problem, tokens: int) -> Kernels:
         method = cost.choose(problem, tokens).method
     module = importlib.import_module(f"leetdist.methods.{method}")
     return cast(Kernels, module.kernels(problem))
+
+
+def backend_of(kernels: Kernels) -> str:
+    """The modules that the kernels are from, those of outputs first."""
+    functions = (kernels.tile_outputs, kernels.tile_states, kernels.fold)
+    return ", ".join(dict.fromkeys(function.__module__ for function in functions))
 
 
 def attention_on_one_device(

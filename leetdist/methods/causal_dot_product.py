@@ -13,10 +13,9 @@ Source: Fast Transformers with Clustered Attention, arXiv 2007.04825 (causal pro
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
-from leetdist.methods import Composed, Kernels, block, cuda_serves
+from leetdist.methods import Kernels, block, compose, cuda_serves
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
@@ -28,8 +27,7 @@ def kernels(problem: Problem) -> Kernels:
     if cuda_serves(problem):
         from leetdist.kernels.cuda import token_scan
 
-        outputs = partial(token_scan.tile_outputs, group=1)
-        return Composed(base, tile_states=token_scan.tile_states, tile_outputs=outputs)
+        return compose(base, token_scan.tile_outputs_by_token, token_scan.tile_states)
     from leetdist.kernels.pytorch import causal_dot_product
 
-    return Composed(base, tile_outputs=causal_dot_product.tile_outputs)
+    return compose(base, causal_dot_product.tile_outputs)

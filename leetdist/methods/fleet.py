@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from leetdist.methods import Composed, Kernels, block, cuda_serves, triton_serves
+from leetdist.methods import Kernels, block, compose, cuda_serves, triton_serves
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
@@ -37,11 +37,11 @@ def kernels(problem: Problem) -> Kernels:
     if cuda_serves(problem):
         from leetdist.kernels.cuda import token_scan
 
-        return Composed(base, tile_states=token_scan.tile_states, tile_outputs=token_scan.tile_outputs)
+        return compose(base, token_scan.tile_outputs, token_scan.tile_states)
     if triton_serves(problem):
         from leetdist.kernels.triton import fleet as triton_fleet
 
-        return Composed(base, tile_outputs=triton_fleet.tile_outputs)
+        return compose(base, triton_fleet.tile_outputs)
     from leetdist.kernels.pytorch import fleet
 
-    return Composed(base, tile_outputs=fleet.tile_outputs)
+    return compose(base, fleet.tile_outputs)

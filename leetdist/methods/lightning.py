@@ -13,14 +13,15 @@ Source: Lightning Attention-2, arXiv 2401.04658, algorithm 1, with the loop over
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles
-from leetdist.methods import Composed, Kernels, block
+from leetdist.methods import Kernels, block, compose
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
@@ -31,6 +32,12 @@ BLOCK = 256
 def kernels(problem: Problem) -> Kernels:
     """The block kernels, with outputs on the finer grid."""
     base = block.kernels(problem)
+    return compose(base, outputs_of(base))
+
+
+@cache
+def outputs_of(base: Kernels) -> Callable[..., Tensor]:
+    """`tile_outputs` of the block kernels on the finer grid."""
 
     def tile_outputs(
         a: Tensor,
@@ -44,6 +51,7 @@ def kernels(problem: Problem) -> Kernels:
         scale: float,
         state_scale: float,
         out_dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See leetdist.kernels.pytorch.block.tile_outputs."""
         if tiles.size > BLOCK:
@@ -54,10 +62,10 @@ def kernels(problem: Problem) -> Kernels:
             state_scale = 1.0
         return base.tile_outputs(
             a, b, c, states, log_decay, tiles,
-            reverse=reverse, scale=scale, state_scale=state_scale, out_dtype=out_dtype,
+            reverse=reverse, scale=scale, state_scale=state_scale, out_dtype=out_dtype, out=out,
         )  # fmt: skip
 
-    return Composed(base, tile_outputs=tile_outputs)
+    return tile_outputs
 
 
 @lru_cache(maxsize=256)
