@@ -9,9 +9,9 @@ from torch import Tensor
 
 from leetdist import ops
 from leetdist.autograd import LinearAttention
-from leetdist.methods import triton_serves
+from leetdist.methods import attention_on_one_device, triton_serves
 from leetdist.plan import plan_call
-from leetdist.problem import check_step, describe
+from leetdist.problem import ONE_DEVICE, check_step, describe
 from leetdist.sequence.group import name_of, resolve
 from leetdist.sequence.shard import redistribute
 
@@ -84,7 +84,8 @@ def linear_attention(
         return_state: return the state after the last token as well; under a group, every rank gets it.
         cu_seqlens: (documents + 1,) int32 or int64, token offsets of documents packed in one row (B = 1), from 0 to N;
             under a group, offsets in the whole sequence, which need not lie on any grid. The state restarts at each.
-        method: "auto", or a local method by name.
+        method: "auto", or by name: "block", "causal_dot_product", "lightning", "fleet"; on one device also "vanilla"
+            and "recursion", which need no tiles (and can be differentiated twice). `explain` says what "auto" takes.
         group: ProcessGroup, 1-D DeviceMesh or virtual group whose ranks hold consecutive shards in rank order; None
             takes the surrounding `sequence_parallel`, and without one computes on this device alone. All ranks call
             forward, and backward, together.
@@ -117,6 +118,10 @@ def linear_attention(
         "method": method,
         "tile": tile,
     }
+    if method in ONE_DEVICE and resolve(group) is None:
+        problem = describe(q, k, v, log_decay, **options, read_values=not torch.compiler.is_compiling())
+        o, state = attention_on_one_device(problem, q, k, v, log_decay, initial_state)
+        return (o, state) if return_state else o
     if torch.compiler.is_compiling():
         o, state = ops.linear_attention(q, k, v, log_decay, **options, group=name_of(group))
         return (o, state) if return_state else o
