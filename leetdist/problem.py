@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from leetdist.sequence.grid import Layout, default_tile
 
@@ -179,7 +179,8 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 # A decay seen good is not read again: reading a GPU tensor's values stops the stream.
-_good_decays: WeakKeyDictionary[Tensor, int] = WeakKeyDictionary()
+# By identity: an ordinary weak dictionary compares keys with ==, which a tensor does elementwise.
+_good_decays = WeakTensorKeyDictionary()
 
 
 def check_log_decay(log_decay: Tensor, heads: int, device: torch.device) -> None:
@@ -219,7 +220,7 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
         raise ValueError(f"{name} must be on q's device, {q.device}, got {state.device}")
 
 
-_documents: WeakKeyDictionary[Tensor, tuple[int, tuple[int, ...]]] = WeakKeyDictionary()
+_documents = WeakTensorKeyDictionary()
 
 
 def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
