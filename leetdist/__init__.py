@@ -12,7 +12,11 @@ __version__ = "0.1.0"
 
 # Imported at first use: who only wants the operator need not wait for the rest. Name -> module (None: the name is one).
 _LAZY: dict[str, str | None] = {
+    "ShardedLoader": "leetdist.integrations.batches",
+    "device_mesh": "leetdist.mesh",
     "nn": None,
+    "reduce_loss": "leetdist.integrations.loss",
+    "shard_batch": "leetdist.integrations.batches",
 }
 
 
@@ -24,11 +28,15 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ShardedLoader",
+    "device_mesh",
     "gather_sequence",
     "linear_attention",
     "linear_attention_step",
     "nn",
+    "reduce_loss",
     "sequence_parallel",
+    "shard_batch",
     "shard_sequence",
     "virtual_ranks",
 ]
