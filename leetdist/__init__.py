@@ -15,6 +15,7 @@ _LAZY: dict[str, str | None] = {
     "ShardedLoader": "leetdist.integrations.batches",
     "device_mesh": "leetdist.mesh",
     "nn": None,
+    "parallelize": "leetdist.integrations.parallelize",
     "reduce_loss": "leetdist.integrations.loss",
     "shard_batch": "leetdist.integrations.batches",
 }
@@ -34,6 +35,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "nn",
+    "parallelize",
     "reduce_loss",
     "sequence_parallel",
     "shard_batch",
