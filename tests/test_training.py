@@ -59,6 +59,7 @@ class Engine:
     step: Callable[[], Any]
     grad: Callable[[Any], Tensor]
     value: Callable[[Any], Tensor]
+    optimizer: Any = None
     micro_batches: int = 1
     scale: float = 1.0
 
@@ -70,26 +71,33 @@ class Run:
     params: dict[str, Tensor] = field(default_factory=dict)
 
 
+def loader_of(mesh: Any) -> leetdist.ShardedLoader:
+    return leetdist.ShardedLoader(DataLoader(data(), batch_size=ROWS), mesh)  # type: ignore[arg-type]
+
+
+def forward_backward(engine: Engine, batch: dict[str, Tensor], mesh: Any) -> float:
+    """Gradients of the mean loss over all ranks, and that loss."""
+    counted = (batch["labels"] != -100).sum()
+    total = leetdist.reduce_loss(counted.double(), 1, mesh, total_tokens=1).long()
+    mean = 0.0
+    parts = (batch[name].chunk(engine.micro_batches) for name in ("input_ids", "labels"))
+    for ids, labels in zip(*parts, strict=True):
+        logits = engine.model(ids)
+        loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        loss = leetdist.reduce_loss(loss_sum, (labels != -100).sum(), mesh, total_tokens=total)
+        mean += loss.item()
+        engine.backward(loss * engine.scale)
+    return mean
+
+
 def train(engine: Engine, mesh: Any) -> Run:
     """Three steps; gradients are those of the first."""
     run = Run()
-    loader = leetdist.ShardedLoader(DataLoader(data(), batch_size=ROWS), mesh)  # type: ignore[arg-type]
     module = engine.model.module if hasattr(engine.model, "module") else engine.model
-    for batch in loader:
-        counted = (batch["labels"] != -100).sum()
-        total = leetdist.reduce_loss(counted.double(), 1, mesh, total_tokens=1).long()
-        loss_value = 0.0
-        for ids, labels in zip(
-            *(batch[name].chunk(engine.micro_batches) for name in ("input_ids", "labels")), strict=True
-        ):
-            logits = engine.model(ids)
-            loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            loss = leetdist.reduce_loss(loss_sum, (labels != -100).sum(), mesh, total_tokens=total)
-            loss_value += loss.item()
-            engine.backward(loss * engine.scale)
-        if not run.losses:
+    for batch in loader_of(mesh):
+        run.losses.append(forward_backward(engine, batch, mesh))
+        if len(run.losses) == 1:
             run.grads = {name: engine.grad(p).clone() for name, p in module.named_parameters()}
-        run.losses.append(loss_value)
         engine.step()
     run.params = {name: engine.value(p).detach().clone() for name, p in module.named_parameters()}
     return run
@@ -100,7 +108,7 @@ def plain(model: Any, optimizer: torch.optim.Optimizer, **changes: Any) -> Engin
         optimizer.step()
         optimizer.zero_grad()
 
-    whole = {"grad": lambda p: p.grad, "value": lambda p: p.data}
+    whole = {"grad": lambda p: p.grad, "value": lambda p: p.data, "optimizer": optimizer}
     return Engine(model, lambda loss: loss.backward(), step, **{**whole, **changes})
 
 
@@ -160,9 +168,13 @@ def accelerated(*, fsdp: bool) -> Callable[[Any], Engine]:
 
     def build(mesh: Any) -> Engine:
         from accelerate import Accelerator, FullyShardedDataParallelPlugin
-        from accelerate.state import AcceleratorState
+        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import DistributedType
 
         AcceleratorState._reset_state(reset_partial_state=True)
+        if fsdp:  # on the CPU, accelerate takes DDP instead and says nothing: let it think that this is a GPU
+            PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+            PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
         )
@@ -170,6 +182,7 @@ def accelerated(*, fsdp: bool) -> Callable[[Any], Engine]:
         assert accelerator.num_processes == mesh.size()
         model = leetdist.parallelize(model_of(checkpointing=True), mesh)
         model, optimizer = accelerator.prepare(model, optimizer_of(model))
+        assert all(hasattr(p, "full_tensor") == fsdp for p in model.parameters())
 
         def step() -> None:
             optimizer.step()
