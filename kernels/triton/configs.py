@@ -33,8 +33,8 @@ def padded(dim: int) -> int:
 def block_config(rows: int, columns: int, dtype: torch.dtype, tile: int) -> Config:
     """Configuration of `tile_states` and `tile_outputs` for a state of `rows` x `columns`.
 
-    The sizes keep the program's fp32 state within 64 KiB of registers and its operands within 99 KiB of shared memory
-    (the least of the chips served: sm_86 and sm_120), which tests/test_kernels_compile.py checks.
+    The sizes keep a program's fp32 state within 64 KiB of registers and its operands within the 163 KiB of shared
+    memory of sm_80, the least of the architectures that tests/test_kernels_compile.py compiles for.
     """
     rows, columns = padded(rows), padded(columns)
     wide = dtype == torch.float32
