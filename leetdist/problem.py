@@ -179,10 +179,6 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 # A decay seen good is not read again: reading a GPU tensor's values stops the stream.
-<<<<<<< HEAD
-# By identity: an ordinary weak dictionary compares keys with ==, which a tensor does elementwise.
-=======
->>>>>>> main
 _good_decays = WeakTensorKeyDictionary()
 
 
