@@ -1,5 +1,8 @@
 """leetdist: exponentially decaying causal linear attention over sequences sharded across GPUs, bit for bit exact."""
 
+import importlib
+from typing import Any
+
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.inference.files import load_states, save_states
 from leetdist.inference.pool import StatePool
@@ -12,6 +15,19 @@ from leetdist.sequence.virtual import virtual_ranks
 
 __version__ = "0.1.0"
 
+# Imported at first use: who only wants the operator need not wait for the rest. Name -> module (None: the name is one).
+_LAZY: dict[str, str | None] = {
+    "nn": None,
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'leetdist' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name] or f"leetdist.{name}")
+    return getattr(module, name) if _LAZY[name] else module
+
+
 __all__ = [
     "gather_sequence",
     "linear_attention",
@@ -22,6 +38,7 @@ __all__ = [
     "StatePool",
     "save_states",
     "load_states",
+    "nn",
     "sequence_parallel",
     "shard_sequence",
     "virtual_ranks",

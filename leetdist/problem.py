@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from leetdist.sequence.grid import Layout, default_tile
 
@@ -180,7 +180,8 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 # A decay seen good is not read again: reading a GPU tensor's values stops the stream.
-_good_decays: WeakKeyDictionary[Tensor, int] = WeakKeyDictionary()
+# By identity: an ordinary weak dictionary compares keys with ==, which a tensor does elementwise.
+_good_decays = WeakTensorKeyDictionary()
 
 
 def check_log_decay(log_decay: Tensor, heads: int, device: torch.device) -> None:
@@ -218,6 +219,35 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
         raise ValueError(f"{name} must be {wanted}, got {state.dtype}")
     if state.device != q.device:
         raise ValueError(f"{name} must be on q's device, {q.device}, got {state.device}")
+
+
+_documents = WeakTensorKeyDictionary()
+
+
+def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
+    """The boundaries as numbers (read from the device once a tensor)."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor or None, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 of shape (documents + 1,), got {cu_seqlens.dtype} of shape "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: packed documents lie in one row, so B must be 1, got {batch}")
+    version, known = _documents.get(cu_seqlens, (-1, ()))
+    if version != cu_seqlens._version:
+        known = tuple(cu_seqlens.tolist())
+        _documents[cu_seqlens] = (cu_seqlens._version, known)
+    if known[0] != 0 or any(a > b for a, b in pairwise(known)):
+        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shown(known)}")
+    if tokens is not None and known[-1] != tokens:
+        raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {known[-1]}")
+    return known
+
+
+def _shown(values: tuple[Any, ...]) -> str:
+    return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
 
 
 def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor | None, lengths: Tensor | None) -> None:
@@ -330,32 +360,3 @@ def check_like(state: State, like: State) -> None:
             f"the state was made with log_decay {_shown(tuple(state.log_decay.tolist()))}, wanted "
             f"{_shown(tuple(like.log_decay.tolist()))}"
         )
-
-
-_documents: WeakKeyDictionary[Tensor, tuple[int, tuple[int, ...]]] = WeakKeyDictionary()
-
-
-def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
-    """The boundaries as numbers (read from the device once a tensor)."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens must be a tensor or None, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens must be int32 or int64 of shape (documents + 1,), got {cu_seqlens.dtype} of shape "
-            f"{tuple(cu_seqlens.shape)}"
-        )
-    if batch != 1:
-        raise ValueError(f"cu_seqlens: packed documents lie in one row, so B must be 1, got {batch}")
-    version, known = _documents.get(cu_seqlens, (-1, ()))
-    if version != cu_seqlens._version:
-        known = tuple(cu_seqlens.tolist())
-        _documents[cu_seqlens] = (cu_seqlens._version, known)
-    if known[0] != 0 or any(a > b for a, b in pairwise(known)):
-        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shown(known)}")
-    if tokens is not None and known[-1] != tokens:
-        raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {known[-1]}")
-    return known
-
-
-def _shown(values: tuple[Any, ...]) -> str:
-    return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

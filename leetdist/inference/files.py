@@ -116,8 +116,7 @@ def load_states(
         raise ValueError(f"{path} holds states of the model {told['model']!r}, wanted {model!r}")
     made: dict[str, dict[str, Any]] = json.loads(told["states"])
     states = {
-        name: State(**{part: tensors[f"{name}.{part}"] for part in TENSORS}, **fields)
-        for name, fields in made.items()
+        name: State(**{part: tensors[f"{name}.{part}"] for part in TENSORS}, **fields) for name, fields in made.items()
     }
     if like is not None and set(like) != set(states):
         raise ValueError(f"{path} holds the states {sorted(states)}, wanted {sorted(like)}")
@@ -135,7 +134,7 @@ def _digest(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # As bytes: numpy has no bf16.
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -177,18 +177,19 @@ class Stream:
         begin = q.shape[2] - last
         if whole:
             o, boundary = linear_attention(
-                *(x[:, :, :begin] for x in (q, k, v)), state.log_decay,
+                q[:, :, :begin], k[:, :, :begin], v[:, :, :begin], state.log_decay,
                 scale=state.scale, initial_state=state.boundary if transport.rank == 0 else None,
                 return_state=True, method=state.method, group=transport, tile=state.tile,
             )  # fmt: skip
             state = replace(state, boundary=boundary, tokens=state.tokens + whole)
             outputs.append(o)
         if tail:
-            rest = [x[:, :, begin:] if last else x.new_zeros(*x.shape[:2], tail, x.shape[3]) for x in (q, k, v)]
-            for i in (1, 2):
-                rest[i] = transport.broadcast(rest[i].contiguous(), owner, "the open tile of this piece")
+            q, k, v = (
+                x[:, :, begin:].contiguous() if last else x.new_zeros(*x.shape[:2], tail, x.shape[3]) for x in (q, k, v)
+            )
+            k, v = (transport.broadcast(x, owner, "the open tile of this piece") for x in (k, v))
             transport.flush()
-            o, state = _into_open_tile(state, *rest)
+            o, state = _into_open_tile(state, q, k, v)
             outputs.append(o[:, :, tail - last :])
         self._state = state
         return torch.cat(outputs, 2)
