@@ -182,9 +182,7 @@ def test_a_sharded_stream_is_the_local_one(ranks: int) -> None:
     def run(group: leetdist.sequence.virtual.VirtualGroup) -> tuple[list[Tensor], State, Tensor]:
         with leetdist.sequence_parallel(group):
             stream = leetdist.stream(LOG_DECAY, tile=16)
-            outputs = [
-                stream.push(*(leetdist.shard_sequence(x, 2, group, tile=16) for x in piece)) for piece in pieces
-            ]
+            outputs = [stream.push(*(leetdist.shard_sequence(x, 2, group, tile=16) for x in piece)) for piece in pieces]
             state = stream.state
         return outputs, state, leetdist.stream(state=state).push(*more)
 
