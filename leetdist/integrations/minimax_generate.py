@@ -1,0 +1,229 @@
+"""transformers' MiniMaxForCausalLM generates through our operator, with a cache that also goes back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
+
+from leetdist.api import linear_attention, linear_attention_step
+from leetdist.inference.steps import linear_attention_steps
+
+if TYPE_CHECKING:
+    from transformers import MiniMaxForCausalLM
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What going back into a forward takes: the state before it, and its keys and values (B, H, T, D)."""
+
+    before: Tensor | None
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+
+
+class LightningCache(MiniMaxCache):
+    """Keys and values of the softmax layers and fp32 states of the lightning layers, of one batch.
+
+    Beyond transformers' own: tokens are counted where layer 0 is a lightning layer too, so that a cache can be
+    continued by several tokens; beam search moves the states along with their beams; and `crop` takes back the last
+    tokens, exactly, so that assisted and prompt-lookup decoding work.
+
+    `crop` reaches back to the `crop` before it, and needs the keys and values since then: `recording` keeps them.
+    Decoding with drafts sets it; it costs those of the whole prompt until the first `crop`.
+    """
+
+    is_croppable = True
+
+    def __init__(self, *, recording: bool = False) -> None:
+        super().__init__()
+        self.recording = recording
+        self._states: dict[int, Tensor] = {}
+        self._seen: dict[int, int] = {}
+        self._forwards: dict[int, list[_Forward]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        """(B, H, T, D) outputs of T more tokens of a lightning layer."""
+        before = self._states.get(layer)
+        if before is None:
+            o, after = linear_attention(q, k, v, log_decay, return_state=True)
+        elif q.shape[2] == 1:
+            o, after = linear_attention_step(q, k, v, before, log_decay)
+        elif self.recording:  # token by token: what a draft's tokens give must be what they would give alone
+            after = before.clone()
+            o = linear_attention_steps(q, k, v, after, log_decay)
+        else:
+            o, after = linear_attention(q, k, v, log_decay, initial_state=before, return_state=True)
+        self._states[layer] = after
+        self._seen[layer] = self._seen.get(layer, 0) + q.shape[2]
+        if self.recording:
+            self._forwards.setdefault(layer, []).append(_Forward(before, k, v, log_decay))
+        return o
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        seen: int = self._seen[layer_idx] if layer_idx in self._seen else super().get_seq_length(layer_idx)
+        return seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length + self.get_seq_length(layer_idx), 0
+
+    def activate_past_recording(self) -> None:
+        self.recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, of those that came since the last `crop`."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be negative or 0, got {tokens_to_remove}")
+        for layer in self._seen:
+            self._go_back(layer, -tokens_to_remove)
+        for cached in self.layers:
+            if cached.is_initialized:
+                cached.crop(tokens_to_remove)
+
+    def _go_back(self, layer: int, removed: int) -> None:
+        forwards = self._forwards.pop(layer, [])
+        reach = sum(forward.k.shape[2] for forward in forwards)
+        if removed > reach:
+            raise RuntimeError(
+                f"LightningCache can take back {reach} tokens in layer {layer}, and {removed} were asked for: it keeps "
+                "those since the last crop, while `recording` is set"
+            )
+        self._seen[layer] -= removed
+        while removed:
+            forward = forwards.pop()
+            kept = max(0, forward.k.shape[2] - removed)
+            removed -= forward.k.shape[2] - kept
+            self._states[layer] = _state_after(forward, kept)
+
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """(B, H, D, D) fp32, or None before the first forward."""
+        return self._states.get(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        self._states[layer_idx] = linear_cache
+
+    def __len__(self) -> int:
+        return max(len(self.layers), *(layer + 1 for layer in self._states), 0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._cached("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rows(lambda x: x.repeat_interleave(repeats, 0))
+        self._cached("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._rows(lambda x: x[indices])
+        self._cached("batch_select_indices", indices)
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._states = {layer: change(state) for layer, state in self._states.items()}
+        self._forwards.clear()
+
+    def _cached(self, method: str, argument: Any) -> None:
+        """Calls a method of the softmax layers; lightning layers have a place among them that stays empty."""
+        for cached in self.layers:
+            if cached.is_initialized:
+                getattr(cached, method)(argument)
+
+
+def _state_after(forward: _Forward, kept: int) -> Tensor:
+    """The state after the first `kept` tokens of a forward."""
+    k, v = forward.k[:, :, :kept], forward.v[:, :, :kept]
+    if forward.before is None and kept:
+        return linear_attention(torch.zeros_like(k), k, v, forward.log_decay, return_state=True)[1]
+    if forward.before is None:
+        return torch.zeros(*k.shape[:2], k.shape[3], v.shape[3], device=k.device)
+    state = forward.before.clone()
+    if kept:
+        linear_attention_steps(torch.zeros_like(k), k, v, state, forward.log_decay)
+    return state
+
+
+def use_leetdist(model: MiniMaxForCausalLM) -> MiniMaxForCausalLM:
+    """Make `model.generate`, and any forward, compute the lightning layers with our operator.
+
+    The forward of each lightning layer is replaced, on this model only, and `generate` gets a `LightningCache` where
+    the caller passes none. Greedy decoding gives the tokens of the model as it was, also for left-padded batches; a
+    state is kept in fp32 whatever the model's dtype, where transformers keeps the model's. What did not work upstream
+    does: drafts (`prompt_lookup_num_tokens`, `assistant_model`), beams, and going on from a cache with several tokens.
+
+    Args:
+        model: a MiniMaxForCausalLM, changed in place and returned.
+
+    Raises:
+        ValueError: the model has no lightning layer.
+
+    Source: MiniMax-01, arXiv 2501.08313.
+    """
+    layers = [m for m in model.modules() if isinstance(m, MiniMaxLightningAttention)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MiniMaxLightningAttention layer")
+    for layer in layers:
+        # From the rule, not the buffer: `model.bfloat16()` has rounded that one.
+        layer.log_decay = -layer.get_slope_rate().flatten().float()
+        layer.forward = MethodType(_lightning_forward, layer)
+    original = model._prepare_cache_for_generation
+
+    @functools.wraps(original)
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> Any:
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            drafts = mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False)
+            model_kwargs["past_key_values"] = LightningCache(recording=bool(drafts))
+        return original(generation_config, model_kwargs, mode, *rest)
+
+    model._prepare_cache_for_generation = prepare
+    model.model.register_forward_pre_hook(_with_our_cache, with_kwargs=True)
+    return model
+
+
+def _with_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward that would make transformers' own cache makes ours."""
+    use_cache = kwargs.get("use_cache")
+    use_cache = model.config.use_cache if use_cache is None else use_cache
+    if use_cache and kwargs.get("past_key_values") is None:
+        kwargs = {**kwargs, "past_key_values": LightningCache()}
+    return args, kwargs
+
+
+def _lightning_forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: MiniMaxCache | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """MiniMaxLightningAttention.forward with its loop over blocks replaced by the operator."""
+    batch, tokens, _width = hidden_states.shape
+    qkv = self.act_fn(self.qkv_proj(hidden_states))
+    if attention_mask is not None:  # padding adds nothing to a state; on the left it meets a state of zeros
+        qkv = (qkv * attention_mask[:, :, None]).to(qkv.dtype)
+    qkv = qkv.view(batch, tokens, self.num_attention_heads, 3 * self.head_dim).transpose(1, 2)
+    q, k, v = qkv.split(self.head_dim, -1)
+    if self.log_decay.device != q.device:
+        self.log_decay = self.log_decay.to(q.device)
+    if past_key_values is None:
+        o, state = linear_attention(q, k, v, self.log_decay), None
+    else:
+        if not isinstance(past_key_values, LightningCache):
+            raise ValueError(
+                f"past_key_values must be a LightningCache after use_leetdist, got {type(past_key_values).__name__}"
+            )
+        o = past_key_values.attend(self.layer_idx, q, k, v, self.log_decay)
+        state = past_key_values.get_linear_cache(self.layer_idx)
+    o = self.norm(o.transpose(1, 2).flatten(2))
+    return self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * o), state
+
+
+__all__ = ["LightningCache", "use_leetdist"]
