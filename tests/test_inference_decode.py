@@ -29,6 +29,40 @@ def one_by_one(tensors: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(outputs, 2), state
 
 
+@pytest.mark.interpreter
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_steps_in_triton_are_single_steps(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Slots, lengths, grouped heads, odd sizes: one kernel, with the bits of the one-token kernel."""
+    monkeypatch.setenv("LEETDIST_BACKEND", "triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [x.to(device) for x in inputs(3, 4, 2, dtype)]
+    log_decay, slots, lengths = LOG_DECAY.to(device), [4, 0, 2], [4, 0, 3]
+    pool = torch.randn(6, H, DK, DV, device=device)
+    before = pool.clone()
+    index, kept = torch.tensor(slots, device=device), torch.tensor(lengths, device=device)
+    o = leetdist.linear_attention_steps(*tensors, pool, log_decay, scale=0.3, index=index, lengths=kept)
+    for row, slot in enumerate(slots):
+        state = before[slot : slot + 1]
+        after = state
+        for t in range(4):
+            token = [x[row : row + 1, :, t : t + 1] for x in tensors]
+            expected, state = leetdist.linear_attention_step(*token, state, log_decay, scale=0.3)
+            assert torch.equal(o[row : row + 1, :, t : t + 1], expected)
+            after = state if t < lengths[row] else after
+        assert torch.equal(pool[slot : slot + 1], after)
+    assert torch.equal(pool[[1, 3, 5]], before[[1, 3, 5]])
+
+    rounded = before.bfloat16()  # and bf16 states, rounded once a call
+    leetdist.linear_attention_steps(*tensors, rounded, log_decay, scale=0.3, index=index, lengths=kept)
+    exact = before.bfloat16().float()
+    leetdist.linear_attention_steps(*tensors, exact, log_decay, scale=0.3, index=index, lengths=kept)
+    if device == "cuda":
+        assert torch.equal(rounded, exact.bfloat16())
+    else:  # the interpreter cuts where the GPU rounds to nearest
+        torch.testing.assert_close(rounded.float(), exact, rtol=2**-7, atol=0)
+
+
 @given(data=st.data())
 def test_steps_of_any_slots_are_single_steps(data: st.DataObject) -> None:
     """B requests in any slots keep any number of their T tokens: each is what it is alone, one token at a time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leetdist.kernels.pytorch import decode
+from leetdist.methods import triton_serves
 from leetdist.problem import check_steps, describe
 
 
@@ -59,14 +59,17 @@ def linear_attention_steps(
     >>> [not torch.equal(pool[i], before[i]) for i in index]
     [True, True, False]
     """
-    describe(
+    problem = describe(
         q, k, v, log_decay,
         scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
     )  # fmt: skip
     check_steps(q, k, v, states, index, lengths)
+    if triton_serves(problem):
+        from leetdist.kernels.triton.steps import steps
+    else:
+        from leetdist.kernels.pytorch.decode import steps
     with torch.autocast(q.device.type, enabled=False):
-        o = decode.steps(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths)
-    return o.to(q.dtype)
+        return steps(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths).to(q.dtype)
 
 
 __all__ = ["linear_attention_steps"]
