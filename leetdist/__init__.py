@@ -17,7 +17,12 @@ __version__ = "0.1.0"
 
 # Imported at first use: who only wants the operator need not wait for the rest. Name -> module (None: the name is one).
 _LAZY: dict[str, str | None] = {
+    "ShardedLoader": "leetdist.integrations.batches",
+    "device_mesh": "leetdist.mesh",
     "nn": None,
+    "parallelize": "leetdist.integrations.parallelize",
+    "reduce_loss": "leetdist.integrations.loss",
+    "shard_batch": "leetdist.integrations.batches",
 }
 
 
@@ -29,6 +34,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "ShardedLoader",
+    "device_mesh",
     "gather_sequence",
     "linear_attention",
     "linear_attention_step",
@@ -39,7 +46,10 @@ __all__ = [
     "save_states",
     "load_states",
     "nn",
+    "parallelize",
+    "reduce_loss",
     "sequence_parallel",
+    "shard_batch",
     "shard_sequence",
     "virtual_ranks",
 ]

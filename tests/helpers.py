@@ -1,0 +1,112 @@
+"""Real processes for tests: run a function on P gloo ranks and look at what each returned or raised."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+@dataclass
+class Outcome:
+    """How one rank ended: with a value, with an error's text, or with neither (it was killed)."""
+
+    value: Any = None
+    error: str | None = None
+    ended: bool = False
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+    return port
+
+
+# Ranks that train start as forks of one server that has imported these: 10 s once, instead of in every process.
+FRAMEWORKS = (
+    "accelerate",
+    "deepspeed",
+    "leetdist.integrations.transformers",
+    "leetdist.launch.model",
+    "tensorboard",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+)
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    timeout_s: float = 60.0,
+    backend: str = "gloo",
+    frameworks: bool = False,
+) -> list[Outcome]:
+    """Call `function(rank, *args)` on `ranks` processes with a process group; their outcomes, in rank order."""
+    if frameworks:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server's environment is what its ranks get
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(FRAMEWORKS))
+    with tempfile.TemporaryDirectory() as folder:
+        processes = mp.start_processes(
+            _main,
+            (function, ranks, free_port(), folder, timeout_s, backend, args, sys.path),
+            nprocs=ranks,
+            join=False,
+            start_method="forkserver" if frameworks else "spawn",
+        )
+        for process in processes.processes:
+            process.join(timeout_s + 60)
+            if process.is_alive():
+                process.kill()
+        outcomes = []
+        for rank in range(ranks):
+            path = Path(folder, str(rank))
+            outcomes.append(pickle.loads(path.read_bytes()) if path.exists() else Outcome())
+        return outcomes
+
+
+def values(outcomes: Sequence[Outcome]) -> list[Any]:
+    """What the ranks returned; the first error of any rank fails the test."""
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.error is None, f"rank {rank}: {outcome.error}"
+        assert outcome.ended, f"rank {rank} was killed"
+    return [outcome.value for outcome in outcomes]
+
+
+def _main(
+    rank: int,
+    function: Callable[..., Any],
+    ranks: int,
+    port: int,
+    folder: str,
+    timeout_s: float,
+    backend: str,
+    args: tuple[Any, ...],
+    path: list[str],
+) -> None:
+    sys.path[:] = path
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+    dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+    outcome = Outcome(ended=True)
+    try:
+        outcome.value = function(rank, *args)
+    except Exception:
+        outcome.error = traceback.format_exc()
+    Path(folder, str(rank)).write_bytes(pickle.dumps(outcome))
+    if outcome.error is None:
+        dist.barrier()
+        dist.destroy_process_group()
