@@ -11,9 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
-from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
-from leetdist.integrations.minimax_generate import LightningCache, use_leetdist
+import leetdist
+from leetdist.integrations.minimax_cache import LightningCache
+from leetdist.integrations.transformers import LightningAttention
 
 KINDS = {"l": "linear_attention", "f": "full_attention"}
 
@@ -35,7 +36,7 @@ def tiny(layers: str = "fllf") -> MiniMaxForCausalLM:
 
 def both(layers: str) -> tuple[MiniMaxForCausalLM, MiniMaxForCausalLM]:
     model = tiny(layers)
-    return model, use_leetdist(copy.deepcopy(model))
+    return model, leetdist.parallelize(copy.deepcopy(model), None)
 
 
 def generated(model: MiniMaxForCausalLM, tokens: Tensor, **options: Any) -> Any:
@@ -50,8 +51,8 @@ def test_greedy_tokens_are_those_of_the_model_as_it_was(layers: str) -> None:
     expected = generated(model, tokens)
     assert torch.equal(generated(ours, tokens), expected)
     for module in ours.modules():  # and it shows when the operator is another one
-        if isinstance(module, MiniMaxLightningAttention):
-            module.log_decay = module.log_decay - 3
+        if isinstance(module, LightningAttention):
+            module.decays = {torch.device("cpu"): module.log_decay(torch.device("cpu")) - 3}
     assert not torch.equal(generated(ours, tokens), expected)
 
 
@@ -108,7 +109,7 @@ def test_drafts_give_the_greedy_tokens(layers: str) -> None:
 
 def test_an_assistant_model_gives_the_greedy_tokens() -> None:
     model, ours = both("fllf")
-    assistant = use_leetdist(copy.deepcopy(model))
+    assistant = leetdist.parallelize(copy.deepcopy(model), None)
     with torch.no_grad():
         assistant.lm_head.weight.add_(0.2 * torch.randn_like(assistant.lm_head.weight))  # often wrong
     tokens = torch.randint(1, 64, (1, 21))
@@ -146,11 +147,3 @@ def test_beams_keep_their_states() -> None:
     tokens = torch.randint(1, 64, (2, 15))
     options = {"num_beams": 3, "max_new_tokens": 10}
     assert torch.equal(generated(ours, tokens, **options), generated(ours, tokens, use_cache=False, **options))
-
-
-def test_other_models_and_caches_are_refused() -> None:
-    with pytest.raises(ValueError, match="MiniMaxForCausalLM has no MiniMaxLightningAttention layer"):
-        use_leetdist(tiny("ff"))
-    _, ours = both("fl")
-    with pytest.raises(ValueError, match="must be a LightningCache after use_leetdist, got MiniMaxCache"):
-        ours(torch.ones(1, 3, dtype=torch.long), past_key_values=MiniMaxCache(), use_cache=True)

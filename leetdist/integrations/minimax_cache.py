@@ -1,24 +1,19 @@
-"""transformers' MiniMaxForCausalLM generates through our operator, with a cache that also goes back."""
+"""The cache that transformers' MiniMaxForCausalLM generates with after `parallelize`: it also goes back."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.inference.steps import linear_attention_steps
-
-if TYPE_CHECKING:
-    from transformers import MiniMaxForCausalLM
 
 
 @dataclass(frozen=True)
@@ -34,47 +29,55 @@ class _Forward:
 class LightningCache(MiniMaxCache):
     """Keys and values of the softmax layers and fp32 states of the lightning layers, of one batch.
 
-    Beyond transformers' own: tokens are counted where layer 0 is a lightning layer too, so that a cache can be
-    continued by several tokens; beam search moves the states along with their beams; and `crop` takes back the last
-    tokens, exactly, so that assisted and prompt-lookup decoding work.
+    What transformers' own cannot do, this one does: tokens are counted where layer 0 is a lightning layer too, so that
+    a cache can be continued by several tokens; beam search moves the states along with their beams; and `crop` takes
+    back the last tokens, exactly, so that `assistant_model` and `prompt_lookup_num_tokens` work.
 
     `crop` reaches back to the `crop` before it, and needs the keys and values since then: `recording` keeps them.
     Decoding with drafts sets it; it costs those of the whole prompt until the first `crop`.
+
+    Source: MiniMax-01, arXiv 2501.08313; drafts as in Leviathan et al., arXiv 2211.17192.
     """
 
     is_croppable = True
+    linear_cache: list[Any]  # of lightning layers the state, of others an empty list
 
     def __init__(self, *, recording: bool = False) -> None:
         super().__init__()
         self.recording = recording
-        self._states: dict[int, Tensor] = {}
         self._seen: dict[int, int] = {}
         self._forwards: dict[int, list[_Forward]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         """(B, H, T, D) outputs of T more tokens of a lightning layer."""
-        before = self._states.get(layer)
-        if before is None:
-            o, after = linear_attention(q, k, v, log_decay, return_state=True)
-        elif q.shape[2] == 1:
+        before = self.get_linear_cache(layer)
+        if before is not None and q.shape[2] == 1:
             o, after = linear_attention_step(q, k, v, before, log_decay)
-        elif self.recording:  # token by token: what a draft's tokens give must be what they would give alone
+        elif before is not None and self.recording:  # a draft's tokens give what they would give one by one
             after = before.clone()
             o = linear_attention_steps(q, k, v, after, log_decay)
         else:
             o, after = linear_attention(q, k, v, log_decay, initial_state=before, return_state=True)
-        self._states[layer] = after
+        self.set_linear_cache(layer, after)
         self._seen[layer] = self._seen.get(layer, 0) + q.shape[2]
         if self.recording:
             self._forwards.setdefault(layer, []).append(_Forward(before, k, v, log_decay))
         return o
 
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """(B, H, D, D) fp32, or None before the first forward."""
+        state = self.linear_cache[layer_idx] if layer_idx < len(self.linear_cache) else None
+        return state if isinstance(state, Tensor) else None
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        seen: int = self._seen[layer_idx] if layer_idx in self._seen else super().get_seq_length(layer_idx)
-        return seen
+        """Tokens so far: the same in all layers, told by one that counts them."""
+        for cached in self.layers:
+            if cached.is_initialized:
+                return int(cached.get_seq_length())
+        return max(self._seen.values(), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length + self.get_seq_length(layer_idx), 0
+        return query_length + self.get_seq_length(), 0
 
     def activate_past_recording(self) -> None:
         self.recording = True
@@ -102,17 +105,7 @@ class LightningCache(MiniMaxCache):
             forward = forwards.pop()
             kept = max(0, forward.k.shape[2] - removed)
             removed -= forward.k.shape[2] - kept
-            self._states[layer] = _state_after(forward, kept)
-
-    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
-        """(B, H, D, D) fp32, or None before the first forward."""
-        return self._states.get(layer_idx)
-
-    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
-        self._states[layer_idx] = linear_cache
-
-    def __len__(self) -> int:
-        return max(len(self.layers), *(layer + 1 for layer in self._states), 0)
+            self.set_linear_cache(layer, _state_after(forward, kept))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -127,7 +120,7 @@ class LightningCache(MiniMaxCache):
         self._cached("batch_select_indices", indices)
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._states = {layer: change(state) for layer, state in self._states.items()}
+        self.linear_cache = [change(x) if isinstance(x, Tensor) else x for x in self.linear_cache]
         self._forwards.clear()
 
     def _cached(self, method: str, argument: Any) -> None:
@@ -150,29 +143,8 @@ def _state_after(forward: _Forward, kept: int) -> Tensor:
     return state
 
 
-def use_leetdist(model: MiniMaxForCausalLM) -> MiniMaxForCausalLM:
-    """Make `model.generate`, and any forward, compute the lightning layers with our operator.
-
-    The forward of each lightning layer is replaced, on this model only, and `generate` gets a `LightningCache` where
-    the caller passes none. Greedy decoding gives the tokens of the model as it was, also for left-padded batches; a
-    state is kept in fp32 whatever the model's dtype, where transformers keeps the model's. What did not work upstream
-    does: drafts (`prompt_lookup_num_tokens`, `assistant_model`), beams, and going on from a cache with several tokens.
-
-    Args:
-        model: a MiniMaxForCausalLM, changed in place and returned.
-
-    Raises:
-        ValueError: the model has no lightning layer.
-
-    Source: MiniMax-01, arXiv 2501.08313.
-    """
-    layers = [m for m in model.modules() if isinstance(m, MiniMaxLightningAttention)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MiniMaxLightningAttention layer")
-    for layer in layers:
-        # From the rule, not the buffer: `model.bfloat16()` has rounded that one.
-        layer.log_decay = -layer.get_slope_rate().flatten().float()
-        layer.forward = MethodType(_lightning_forward, layer)
+def install(model: Any) -> None:
+    """Make `generate`, and any forward that keeps a cache, keep a `LightningCache` where the caller passes none."""
     original = model._prepare_cache_for_generation
 
     @functools.wraps(original)
@@ -183,8 +155,7 @@ def use_leetdist(model: MiniMaxForCausalLM) -> MiniMaxForCausalLM:
         return original(generation_config, model_kwargs, mode, *rest)
 
     model._prepare_cache_for_generation = prepare
-    model.model.register_forward_pre_hook(_with_our_cache, with_kwargs=True)
-    return model
+    model.base_model.register_forward_pre_hook(_with_our_cache, with_kwargs=True)
 
 
 def _with_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -196,34 +167,4 @@ def _with_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return args, kwargs
 
 
-def _lightning_forward(
-    self: Any,
-    hidden_states: Tensor,
-    position_embeddings: Any = None,
-    attention_mask: Tensor | None = None,
-    past_key_values: MiniMaxCache | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """MiniMaxLightningAttention.forward with its loop over blocks replaced by the operator."""
-    batch, tokens, _width = hidden_states.shape
-    qkv = self.act_fn(self.qkv_proj(hidden_states))
-    if attention_mask is not None:  # padding adds nothing to a state; on the left it meets a state of zeros
-        qkv = (qkv * attention_mask[:, :, None]).to(qkv.dtype)
-    qkv = qkv.view(batch, tokens, self.num_attention_heads, 3 * self.head_dim).transpose(1, 2)
-    q, k, v = qkv.split(self.head_dim, -1)
-    if self.log_decay.device != q.device:
-        self.log_decay = self.log_decay.to(q.device)
-    if past_key_values is None:
-        o, state = linear_attention(q, k, v, self.log_decay), None
-    else:
-        if not isinstance(past_key_values, LightningCache):
-            raise ValueError(
-                f"past_key_values must be a LightningCache after use_leetdist, got {type(past_key_values).__name__}"
-            )
-        o = past_key_values.attend(self.layer_idx, q, k, v, self.log_decay)
-        state = past_key_values.get_linear_cache(self.layer_idx)
-    o = self.norm(o.transpose(1, 2).flatten(2))
-    return self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * o), state
-
-
-__all__ = ["LightningCache", "use_leetdist"]
+__all__ = ["LightningCache", "install"]
