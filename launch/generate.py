@@ -110,7 +110,7 @@ def _load(options: argparse.Namespace, rank: Rank) -> tuple[Continues, Text]:
             raise SystemExit("--load-state and --save-state are for checkpoints of leetdist.launch train")
         model, text = load_hugging_face(folder, rank.device, dtype, group)
         return HuggingFace(model), text
-    language_model, text = load_language_model(folder, rank.device, dtype)
+    language_model, text = load_language_model(folder, rank.device, dtype, options.tokenizer)
     session = Session(language_model, group, piece=options.piece)
     if options.load_state:
         session.resume(load_states(options.load_state, model=_identity(session), device=rank.device))
@@ -176,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-state", help="keep the state after the prompt in this file")
     add("--load-state", help="go on from a state kept with --save-state, before the prompt")
     add("--piece", type=int, default=65_536, help="tokens a rank takes in at a time (default: 65536)")
+    add("--tokenizer", help="of a checkpoint that was trained with one (default: bytes)")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--timeout-hours", type=float, default=24.0, help="how long ranks wait for each other (default: 24)")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import codecs
-import json
+import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 import leetdist
+from leetdist.integrations.checkpoint import latest
 from leetdist.launch.model import Config, LanguageModel
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
 
-WEIGHTS = "model.safetensors"
+PRESETS = ("tiny", "10m", "100m")
 
 
 class Text(Protocol):
@@ -48,10 +51,10 @@ class Bytes:
 class Tokenizer:
     """A Hugging Face tokenizer."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
         self.name = f"{type(self.tokenizer).__name__} of {len(self.tokenizer)} tokens"
 
     def encode(self, text: str) -> list[int]:
@@ -70,27 +73,52 @@ class Tokenizer:
             line, shown = ([], "") if text.endswith("\n") else (line, text)
 
 
-def save_language_model(folder: Path, model: LanguageModel) -> None:
-    """What `load_language_model` reads: the weights, and the sizes in their metadata."""
-    from safetensors.torch import save_file
+def load_language_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, tokenizer: str | None = None
+) -> tuple[LanguageModel, Text]:
+    """A model that `leetdist.launch train` saved: in the folder, or in the newest of its checkpoints."""
+    newest = latest(folder)
+    weights = _weights(folder if newest is None else newest[1])
+    model = LanguageModel(_config(weights, folder))
+    model.load_state_dict(weights)
+    text: Text = Bytes() if tokenizer is None else Tokenizer(tokenizer)
+    return model.to(device, dtype).eval(), text
 
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, {"config": json.dumps(vars(model.config))})
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """The whole model's, from what accelerate saved under DDP, FSDP2 or DeepSpeed."""
+    if (folder / "model.safetensors").is_file():
+        from safetensors.torch import load_file
+
+        return load_file(folder / "model.safetensors")
+    if (sharded := folder / "pytorch_model_fsdp_0").is_dir():
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        with tempfile.TemporaryDirectory() as temporary:
+            dcp_to_torch_save(sharded, Path(temporary, "model"))
+            state: dict[str, Any] = torch.load(Path(temporary, "model"), weights_only=True)
+        return state.get("model", state)
+    if (folder / "pytorch_model").is_dir():
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="pytorch_model"))
+    raise SystemExit(
+        f"{folder} holds neither a Hugging Face model (config.json) nor a checkpoint of leetdist.launch train "
+        "(model.safetensors, pytorch_model_fsdp_0 or pytorch_model)"
+    )
 
 
-def load_language_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[LanguageModel, Text]:
-    """A model of `leetdist.launch train`."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    if not (folder / WEIGHTS).is_file():
-        raise SystemExit(f"{folder} holds neither config.json of a Hugging Face model nor {WEIGHTS}")
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        config = Config(**json.loads(file.metadata()["config"]))
-    model = LanguageModel(config)
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    return model.to(device, dtype).eval(), Bytes()
+def _config(weights: dict[str, Tensor], folder: Path) -> Config:
+    """The preset that has these shapes: they tell all but the number of heads."""
+    if "embedding.weight" not in weights:
+        raise SystemExit(f"{folder}: its weights are of another model than leetdist.launch.model's")
+    vocab, dim = weights["embedding.weight"].shape
+    layers = sum(name.endswith(".down.weight") for name in weights)
+    for name in PRESETS:
+        config = Config.preset(name, vocab)
+        if (config.dim, config.layers) == (dim, layers):
+            return replace(config, learnable_decay="blocks.0.attention.log_slope" in weights)
+    raise SystemExit(f"{folder}: no preset of {', '.join(PRESETS)} has {layers} layers of width {dim}")
 
 
 def load_hugging_face(
@@ -101,4 +129,4 @@ def load_hugging_face(
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    return leetdist.parallelize(model, group), Tokenizer(folder) if has_tokenizer else Bytes()
+    return leetdist.parallelize(model, group), Tokenizer(str(folder)) if has_tokenizer else Bytes()
