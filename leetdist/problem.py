@@ -301,6 +301,8 @@ def check_piece(
     after: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """One piece of a stream; `after`: the state, keys and values that it continues."""
+    if method in ("vanilla", "recursion"):
+        raise ValueError(f"method must be one that works tile by tile, got {method!r}: it takes a sequence as a whole")
     describe(
         q, k, v, log_decay, ranks=ranks,
         scale=scale, initial_state=None if after is None else after[0], return_state=True,

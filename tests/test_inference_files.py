@@ -39,7 +39,7 @@ def test_everything_comes_back(tmp_path: Path, tokens: int, dtype: torch.dtype) 
     more = [torch.randn(2, 2, 20, 8).to(dtype) for _ in range(3)]
     for name, state in states.items():
         again = loaded[name]
-        assert (again.tokens, again.tile, again.scale, again.method) == (tokens, 16, 1.0, "auto")
+        assert (again.tokens, again.tile, again.scale, again.method) == (tokens, 16, 1.0, "block")
         for part in ("boundary", "k", "v", "log_decay", "now"):
             assert torch.equal(getattr(again, part), getattr(state, part))
             assert getattr(again, part).dtype == getattr(state, part).dtype
@@ -108,7 +108,7 @@ def test_states_of_another_model_are_refused(file: Path) -> None:
         leetdist.load_states(file, like={"0": state, "2": state})
     refused("state '1': the state was made with tile 16, wanted 32", tile=32)
     refused("made with scale 1.0, wanted 0.5", scale=0.5)
-    refused("made with method auto, wanted block", method="block")
+    refused("made with method block, wanted fleet", method="fleet")
     slower = torch.nextafter(LOG_DECAY, torch.tensor([0.0, 0.0]))  # by one bit
     refused(r"log_decay \[0.0, -0.5\], wanted \[0.0, -0.49\d+", log_decay=slower)
     refused("2 heads of 8 in boundary, wanted 2 of 4", boundary=torch.zeros(2, 2, 8, 4))

@@ -13,9 +13,11 @@ from torch import Tensor
 
 import leetdist
 from leetdist.inference.state import State
+from leetdist.problem import METHODS
 
 H, DK, DV = 4, 16, 24
 LOG_DECAY = torch.tensor([0.0, -1e-3, -0.1, -3.0])
+TILED = [method for method in METHODS if method not in ("auto", "vanilla", "recursion")]
 
 
 def inputs(tokens: int, batch: int = 1, kv_heads: int = H, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -29,7 +31,7 @@ def pieces_of(tensors: list[Tensor], cuts: list[int]) -> list[list[Tensor]]:
     return [[x[:, :, a:b] for x in tensors] for a, b in pairwise(bounds) if b > a]
 
 
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_pieces_give_the_bits_of_one_call(data: st.DataObject) -> None:
     tile = data.draw(st.sampled_from([16, 64, 256]), "tile")
@@ -38,9 +40,10 @@ def test_any_pieces_give_the_bits_of_one_call(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), "dtype")
     torch.manual_seed(tokens)
     tensors = inputs(tokens, data.draw(st.integers(1, 3), "batch"), data.draw(st.sampled_from([1, 2, 4])), dtype)
-    o, last = leetdist.linear_attention(*tensors, LOG_DECAY, scale=0.3, tile=tile, return_state=True)
+    options = {"scale": 0.3, "tile": tile, "method": data.draw(st.sampled_from(TILED), "method")}
+    o, last = leetdist.linear_attention(*tensors, LOG_DECAY, return_state=True, **options)
 
-    stream = leetdist.stream(LOG_DECAY, scale=0.3, tile=tile)
+    stream = leetdist.stream(LOG_DECAY, **options)
     outputs = [stream.push(*piece) for piece in pieces_of(tensors, cuts)]
     assert torch.equal(torch.cat(outputs, 2), o)
     assert torch.equal(stream.state.now, last)
@@ -51,7 +54,7 @@ def test_any_pieces_give_the_bits_of_one_call(data: st.DataObject) -> None:
 def test_any_pieces_give_the_bits_of_one_call_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEETDIST_BACKEND", "triton")
     tensors = inputs(150)
-    o, last = leetdist.linear_attention(*tensors, LOG_DECAY, tile=64, return_state=True)
+    o, last = leetdist.linear_attention(*tensors, LOG_DECAY, method="block", tile=64, return_state=True)
     stream = leetdist.stream(LOG_DECAY, tile=64)
     outputs = [stream.push(*piece) for piece in pieces_of(tensors, [7, 64, 100, 101])]
     assert torch.equal(torch.cat(outputs, 2), o)
@@ -74,7 +77,7 @@ def test_any_pieces_give_the_bits_of_one_call_on_a_gpu(dtype: torch.dtype, dk: i
         ]
         host = [x.pin_memory() for x in host]
         tensors = [x.cuda() for x in host]
-        o, last = leetdist.linear_attention(*tensors, log_decay, tile=tile, return_state=True)
+        o, last = leetdist.linear_attention(*tensors, log_decay, method="block", tile=tile, return_state=True)
         here = leetdist.stream(log_decay, tile=tile)
         there = leetdist.stream(log_decay, tile=tile, device="cuda")
         for stream, source in ((here, tensors), (there, host)):
@@ -101,10 +104,12 @@ def test_device_memory_does_not_grow_with_a_host_sequence() -> None:
 def test_cutting_off_the_grid_by_hand_is_seen() -> None:
     """The comparison can fail: a state handed over inside a tile sums in another order."""
     tensors = inputs(300)
-    o = leetdist.linear_attention(*tensors, LOG_DECAY, tile=64)
+    o = leetdist.linear_attention(*tensors, LOG_DECAY, method="block", tile=64)
     state, outputs = None, []
     for piece in pieces_of(tensors, [100, 150]):
-        part, state = leetdist.linear_attention(*piece, LOG_DECAY, tile=64, initial_state=state, return_state=True)
+        part, state = leetdist.linear_attention(
+            *piece, LOG_DECAY, method="block", tile=64, initial_state=state, return_state=True
+        )
         outputs.append(part)
     assert not torch.equal(torch.cat(outputs, 2), o)
     torch.testing.assert_close(torch.cat(outputs, 2), o, rtol=1e-3, atol=1e-3)
@@ -112,7 +117,7 @@ def test_cutting_off_the_grid_by_hand_is_seen() -> None:
 
 def test_one_token_at_a_time_over_several_tiles() -> None:
     tensors = inputs(70, batch=2)
-    o = leetdist.linear_attention(*tensors, LOG_DECAY, tile=16)
+    o = leetdist.linear_attention(*tensors, LOG_DECAY, method="block", tile=16)
     stream = leetdist.stream(LOG_DECAY, tile=16)
     outputs = stream.map(tuple(piece) for piece in pieces_of(tensors, list(range(70))))
     assert torch.equal(torch.cat(list(outputs), 2), o)
@@ -126,7 +131,7 @@ def test_a_stream_goes_on_from_a_state_forked_and_selected() -> None:
     outputs = forked.push(*rest)
     for row in range(3):
         whole = [torch.cat((p, r[row : row + 1]), 2) for p, r in zip(prompt, rest, strict=True)]
-        o, last = leetdist.linear_attention(*whole, LOG_DECAY, scale=0.5, tile=16, return_state=True)
+        o, last = leetdist.linear_attention(*whole, LOG_DECAY, scale=0.5, method="block", tile=16, return_state=True)
         assert torch.equal(outputs[row : row + 1], o[:, :, 50:])
         assert torch.equal(forked.state.select(torch.tensor([row])).now, last)
     assert stream.tokens == 50  # the fork left it alone
@@ -167,6 +172,8 @@ def test_wrong_pieces_are_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype of those before it, torch.float32, got torch.bfloat16"):
         stream.push(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert stream.tokens == 20
+    with pytest.raises(ValueError, match="method must be one that works tile by tile, got 'vanilla'"):
+        leetdist.stream(method="vanilla").push(q, k, v)
     with pytest.raises(ValueError, match="tile must be a power of two"):
         leetdist.stream(tile=24).push(q, k, v)
 

@@ -52,7 +52,7 @@ class State:
     tokens: int
     tile: int
     scale: float = 1.0
-    method: str = "auto"
+    method: str = "block"
 
     @property
     def open(self) -> int:

@@ -39,7 +39,8 @@ def stream(
 ) -> Stream:
     """`linear_attention` over a sequence that comes in pieces: any number of tokens, memory of one piece.
 
-    The outputs are, bit for bit, those of one call over the whole sequence with the same `tile`, however it is cut.
+    The outputs are, bit for bit, those of one call over the whole sequence with the same `tile` and `method`, however
+    it is cut.
     `stream.push(q, k, v)` takes a piece and returns its outputs at once; `stream.map(pieces)` does so for an iterator
     of pieces, whose copies to and from `device` overlap with compute. `stream.state` is what there is to keep: a
     `State`, to save, fork, decode from, or to go on from with `stream(state=...)`.
@@ -52,7 +53,8 @@ def stream(
         scale: factor of the output.
         tile: tile length in tokens, a power of two >= 16. None: 4,096, what `linear_attention` chooses for itself
             from 65,536 tokens on.
-        method: a local method by name.
+        method: a local method by name, one that works tile by tile. "auto" is "block", because the choice that
+            `linear_attention` makes depends on the length of the whole sequence, which nobody knows yet.
         state: go on from here, with its decay, scale, tile and method; the other arguments stay at their defaults.
         device: where to compute. None: where the pieces are. Pieces in host memory (pinned, for copies that overlap)
             go to a CUDA device window by window, and the outputs come back to the host.
@@ -72,10 +74,11 @@ def stream(
     >>> log_decay = torch.tensor([-0.01, -0.5])
     >>> stream = leetdist.stream(log_decay, tile=16)
     >>> parts = [stream.push(*piece) for piece in zip(*(x.split([7, 50, 1, 42], 2) for x in (q, k, v)))]
-    >>> o, last = leetdist.linear_attention(q, k, v, log_decay, tile=16, return_state=True)
+    >>> o, last = leetdist.linear_attention(q, k, v, log_decay, tile=16, method="block", return_state=True)
     >>> torch.equal(torch.cat(parts, 2), o), torch.equal(stream.state.now, last)
     (True, True)
     """
+    method = "block" if method == "auto" else method
     return Stream(log_decay, scale, tile or LARGEST_TILE, method, state, device, resolve(group))
 
 
