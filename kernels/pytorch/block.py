@@ -44,9 +44,9 @@ def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, revers
     walk = _Walk(tiles, log_decay, b.dtype, reverse)
     states = walk.zeros(b.shape[0], tiles.count, b.shape[3], c.shape[3])
     for chunk in walk:
-        weighted = chunk.take(b) * chunk.to_state()
+        weighted = chunk.take(b) * (chunk.to_state() * scale)
         chunk.advance(states, weighted.mT @ chunk.take(c))
-    return states.mul_(scale)
+    return states
 
 
 def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
@@ -89,21 +89,27 @@ def tile_outputs(
 ) -> Tensor:
     """The outputs of each tile from the state at its start: `scale * LA(a, b, c) + state_scale * w_i a_i . state`.
 
-    Forward, `w_i = gamma^(i+1)`; reversed, `w_i = gamma^(n-1-i)`.
+    Forward, `w_i = gamma^(i+1)`; reversed, `w_i = gamma^(n-1-i)`. Inside a tile the state walks on from chunk to chunk,
+    and is read with `state_scale`; so what a chunk adds to it is scaled by `scale / state_scale`.
 
     a, b: (B, Ha or Hb, N, Da), c: (B, Hc, N, Dc), head counts dividing H; states: (B, H, tiles.count, Da, Dc).
     Returns (B, H, N, Dc) in `out_dtype`.
     """
     walk = _Walk(tiles, log_decay, a.dtype, reverse)
     out = torch.empty(a.shape[0], walk.heads, a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
-    state = states.clone()
+    state, added_scale = states.clone(), scale_of_added(scale, state_scale)
     for chunk in walk:
         a_i, b_i, c_i = chunk.take(a), chunk.take(b), chunk.take(c)
         scores = (a_i @ b_i.mT) * (walk.mask * scale)
         from_state = (a_i @ chunk.of(state)) * (chunk.from_state() * state_scale)
         chunk.put(out, (scores @ c_i).add_(from_state))
-        chunk.advance(state, (b_i * chunk.to_state()).mT @ c_i)
+        chunk.advance(state, (b_i * (chunk.to_state() * added_scale)).mT @ c_i)
     return out
+
+
+def scale_of_added(scale: float, state_scale: float) -> float:
+    """Factor of what a chunk adds to the state inside `tile_outputs`."""
+    return 1.0 if scale == state_scale else scale / state_scale
 
 
 def decay_gradient(

@@ -12,13 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles, ceil_div
-from leetdist.kernels.triton.configs import block_config, padded
+from leetdist.kernels.triton.configs import Config, block_config, on_hopper, padded
 
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
 # exp(-x) is 0 in fp32 for x from here on.
 FP32_RANGE = tl.constexpr(104.0)
+# Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
+COUNTS = ["tokens", "tiles", "tile_size"]
 
 
 def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
@@ -27,15 +30,20 @@ def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, revers
     rows, columns = b.shape[3], c.shape[3]
     config = block_config(rows, columns, b.dtype, tiles.size)
     out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
-    # A program holds `columns` rows by `2 x columns` columns at most: 64 x 128 sums beside the operands.
-    block_rows = min(padded(rows), 2 * config.columns)
+    if on_hopper(rows, columns, b.dtype, tiles.size, b.device):
+        from leetdist.kernels.triton import hopper
+
+        if out.numel():
+            hopper.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale)
+        return out
+    block_rows = states_block(rows, config)
     grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
     if out.numel():
         _tile_states[grid](
             b, c, log_decay, out, _table(tiles, b.device),
             *b.stride()[:3], *c.stride()[:3], heads, heads // b.shape[1], heads // c.shape[1],
-            b.shape[2], tiles.count, rows, columns, scale,
-            TILE=tiles.size, REGULAR=tiles.regular, REVERSE=reverse, CHUNK=config.chunk,
+            b.shape[2], tiles.count, tiles.size, rows, columns, scale,
+            REGULAR=tiles.regular, REVERSE=reverse, CHUNK=config.chunk,
             ROWS=block_rows, COLUMNS=config.columns, PRECISION=_precision(b.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -51,8 +59,8 @@ def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles
     if final.numel():
         _fold[grid](
             states, final if initial is None else initial.contiguous(), final, log_decay, segments,
-            _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, dk * dv,
-            TILE=tiles.size, REGULAR=tiles.regular, REVERSE=reverse, HAS_INITIAL=initial is not None,
+            _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size, dk * dv,
+            REGULAR=tiles.regular, REVERSE=reverse, HAS_INITIAL=initial is not None,
             BLOCK=FOLD_BLOCK,
         )  # fmt: skip
     return final
@@ -76,12 +84,13 @@ def tile_outputs(
     rows, columns = a.shape[3], c.shape[3]
     config = block_config(rows, columns, a.dtype, tiles.size)
     out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
-    if hopper_serves(rows, columns, a.dtype, tiles.size) and out.numel():
+    if on_hopper(rows, columns, a.dtype, tiles.size, a.device):
         from leetdist.kernels.triton import hopper
 
-        hopper.tile_outputs(
-            a, b, c, states, log_decay, tiles, out, reverse=reverse, scale=scale, state_scale=state_scale
-        )
+        if out.numel():
+            hopper.tile_outputs(
+                a, b, c, states, log_decay, tiles, out, reverse=reverse, scale=scale, state_scale=state_scale
+            )
         return out
     grid = (batch * heads * tiles.count, ceil_div(columns, config.columns))
     if out.numel():
@@ -89,19 +98,12 @@ def tile_outputs(
             a, b, c, states, log_decay, out, _table(tiles, a.device),
             *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
             heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-            a.shape[2], tiles.count, rows, columns, scale, state_scale,
-            TILE=tiles.size, REGULAR=tiles.regular, REVERSE=reverse, CHUNK=config.chunk,
+            a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale, scale_of_added(scale, state_scale),
+            REGULAR=tiles.regular, REVERSE=reverse, CHUNK=config.chunk,
             ROWS=padded(rows), COLUMNS=config.columns, PRECISION=_precision(a.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out
-
-
-HOPPER = True
-
-
-def hopper_serves(rows, columns, dtype, tile):
-    return HOPPER and dtype == torch.bfloat16 and {rows, columns} <= {64, 128} and tile >= rows
 
 
 def decay_gradient(
@@ -120,7 +122,7 @@ def decay_gradient(
     batch, heads = q.shape[0], log_decay.shape[0]
     rows, columns = q.shape[3], v.shape[3]
     config = block_config(rows, columns, q.dtype, tiles.size)
-    held = max(16, config.columns // 2)  # two states are carried, so half the columns each
+    held = slope_columns(config)
     blocks = ceil_div(columns, held)
     out = torch.empty(batch, heads, tiles.count, blocks, dtype=torch.float32, device=q.device)
     if out.numel():
@@ -128,8 +130,8 @@ def decay_gradient(
             q, k, v, do, states, state_grads, log_decay, out, _table(tiles, q.device),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             heads, heads // k.shape[1], heads // v.shape[1],
-            q.shape[2], tiles.count, rows, columns, scale,
-            TILE=tiles.size, REGULAR=tiles.regular, CHUNK=config.chunk,
+            q.shape[2], tiles.count, tiles.size, rows, columns, scale,
+            REGULAR=tiles.regular, CHUNK=config.chunk,
             ROWS=padded(rows), COLUMNS=held, PRECISION=_precision(q.dtype),
             num_warps=config.warps, num_stages=1,
         )  # fmt: skip
@@ -137,6 +139,16 @@ def decay_gradient(
     for block in range(1, blocks):  # in one fixed order, which torch.sum does not promise
         total = total + out[..., block]
     return total
+
+
+def states_block(rows: int, config: Config) -> int:
+    """Rows of the state that one program of tile_states sums: 128 x 64 at most, beside the operands."""
+    return min(padded(rows), 2 * config.columns)
+
+
+def slope_columns(config: Config) -> int:
+    """Columns that one program of decay_gradient carries: it holds two states, so half of one."""
+    return max(16, config.columns // 2)
 
 
 def _table(tiles: Tiles, device: torch.device) -> Tensor | None:
@@ -156,11 +168,11 @@ def _empty_like_model(batch: int, heads: int, tokens: int, dim: int, dtype: torc
 
 
 @triton.jit
-def _span(table, tile, tokens, TILE: tl.constexpr, REGULAR: tl.constexpr):
+def _span(table, tile, tokens, tile_size, REGULAR: tl.constexpr):
     """First token and number of tokens of a tile."""
     if REGULAR:
-        start = tile.to(tl.int64) * TILE
-        length = tl.minimum(tokens - start, TILE)
+        start = tile.to(tl.int64) * tile_size
+        length = tl.minimum(tokens - start, tile_size)
     else:
         start = tl.load(table + 2 * tile)
         length = tl.load(table + 2 * tile + 1)
@@ -188,11 +200,19 @@ def _times_state(a, state, PRECISION: tl.constexpr):
     if a.dtype == tl.bfloat16:
         return tl.dot(a, state.to(tl.bfloat16))
     else:
+        if a.dtype == tl.float16:
+            state = _rounded_to_tf32(state)
         return tl.dot(a.to(tl.float32), state, input_precision=PRECISION)
 
 
 @triton.jit
-def _scores(a, b, log_decay, scale, count, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+def _rounded_to_tf32(x):
+    """x to the nearest tf32; the matrix units would cut the low bits off, at twice the error and always toward zero."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scores(a, b, log_decay, scale, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     """scale gamma^(i-j) a_i . b_j for the tokens j that i sees, else 0; fp32."""
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     distance = j - i if REVERSE else i - j
@@ -201,25 +221,25 @@ def _scores(a, b, log_decay, scale, count, REVERSE: tl.constexpr, CHUNK: tl.cons
 
 
 @triton.jit
-def _to_state(b, log_decay, count, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
-    """b_i times gamma^(steps from token i to the state at the chunk's end), in b's dtype."""
+def _to_state(b, log_decay, scale, count, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
+    """b_i times scale times gamma^(steps from token i to the state at the chunk's end), in b's dtype."""
     i = tl.arange(0, CHUNK)
     exponent = i + 1 if REVERSE else count - 1 - i
-    return (b.to(tl.float32) * _powers(log_decay, exponent)[:, None]).to(b.dtype)
+    return (b.to(tl.float32) * (_powers(log_decay, exponent) * scale)[:, None]).to(b.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _tile_states(
     b, c, log_decay, out, table,
     b_batch, b_head, b_token, c_batch, c_head, c_token, heads, b_share, c_share,
-    tokens, tiles, rows, columns, scale,
-    TILE: tl.constexpr, REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+    tokens, tiles, tile_size, rows, columns, scale,
+    REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     row, column = tl.program_id(1) * ROWS, tl.program_id(2) * COLUMNS
-    start, length = _span(table, tile, tokens, TILE, REGULAR)
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
     b += batch * b_batch + head // b_share * b_head
     c += batch * c_batch + head // c_share * c_head
     g = tl.load(log_decay + head)
@@ -227,23 +247,30 @@ def _tile_states(
     state = tl.zeros((ROWS, COLUMNS), tl.float32)
     chunks = tl.cdiv(length, CHUNK)
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
-    reach = tl.minimum(FP32_RANGE / tl.maximum(-g, 1e-9), TILE).to(tl.int32)
+    reach = tl.minimum(FP32_RANGE / tl.maximum(-g, 1e-9), tile_size * 1.0).to(tl.int32)
     for step in range(tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0), chunks):
         offset = (chunks - 1 - step if REVERSE else step) * CHUNK
         count = tl.minimum(length - offset, CHUNK)
         b_i = _load(b, b_token, start + offset, count, row, rows, CHUNK, ROWS)
         c_i = _load(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        b_i = _to_state(b_i, g, count, REVERSE, CHUNK)
+        b_i = _to_state(b_i, g, scale, count, REVERSE, CHUNK)
         state = state * _powers(g, count) + tl.dot(tl.trans(b_i), c_i, input_precision=PRECISION)
 
     i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
-    tl.store(out + program * rows * columns + i * columns + j, state * scale, mask=(i < rows) & (j < columns))
+    tl.store(out + program * rows * columns + i * columns + j, state, mask=(i < rows) & (j < columns))
 
 
 @triton.jit
+def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr):
+    """What the tile that is `step` tiles into the fold adds; nothing behind the last."""
+    tile = end - 1 - step if REVERSE else first + step
+    return tl.load(states + tile * size, mask=inside & (step < count), other=0.0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def _fold(
-    states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, size,
-    TILE: tl.constexpr, REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, size,
+    REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -258,28 +285,35 @@ def _fold(
     carry = tl.zeros((BLOCK,), tl.float32)
     if HAS_INITIAL:
         carry = tl.load(initial + program * size + element, mask=inside, other=0.0)
-    for step in range(end - first):
+    # The sums are a chain, the loads are not: four tiles are on their way at any time.
+    count = end - first
+    added_0 = _added(states, 0, count, first, end, size, inside, REVERSE)
+    added_1 = _added(states, 1, count, first, end, size, inside, REVERSE)
+    added_2 = _added(states, 2, count, first, end, size, inside, REVERSE)
+    added_3 = _added(states, 3, count, first, end, size, inside, REVERSE)
+    for step in range(count):
         tile = end - 1 - step if REVERSE else first + step
-        _, length = _span(table, tile, tokens, TILE, REGULAR)
-        added = tl.load(states + tile * size, mask=inside, other=0.0)
+        _, length = _span(table, tile, tokens, tile_size, REGULAR)
+        added_4 = _added(states, step + 4, count, first, end, size, inside, REVERSE)
         tl.store(states + tile * size, carry, mask=inside)
-        carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added)
+        carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
+        added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
     tl.store(final + program * size + element, carry, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _tile_outputs(
     a, b, c, states, log_decay, out, table,
     a_batch, a_head, a_token, b_batch, b_head, b_token, c_batch, c_head, c_token,
     out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
-    heads, a_share, b_share, c_share, tokens, tiles, rows, columns, scale, state_scale,
-    TILE: tl.constexpr, REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+    heads, a_share, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale, state_scale, added_scale,
+    REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     column = tl.program_id(1) * COLUMNS
-    start, length = _span(table, tile, tokens, TILE, REGULAR)
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
     a += batch * a_batch + head // a_share * a_head
     b += batch * b_batch + head // b_share * b_head
     c += batch * c_batch + head // c_share * c_head
@@ -300,28 +334,28 @@ def _tile_outputs(
         a_i = _load(a, a_token, start + offset, count, 0, rows, CHUNK, ROWS)
         b_i = _load(b, b_token, start + offset, count, 0, rows, CHUNK, ROWS)
         c_i = _load(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        scores = _scores(a_i, b_i, g, scale, count, REVERSE, CHUNK, PRECISION)
+        scores = _scores(a_i, b_i, g, scale, REVERSE, CHUNK, PRECISION)
         from_state = _powers(g, count - 1 - position if REVERSE else position + 1) * state_scale
         o = _times_state(a_i, state, PRECISION) * from_state[:, None]
         o += tl.dot(scores.to(c_i.dtype), c_i, input_precision=PRECISION)
         pointers = out + (start + offset + position)[:, None] * out_token + j[None, :]
         tl.store(pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :])
-        b_i = _to_state(b_i, g, count, REVERSE, CHUNK)
+        b_i = _to_state(b_i, g, added_scale, count, REVERSE, CHUNK)
         state = state * _powers(g, count) + tl.dot(tl.trans(b_i), c_i, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _decay_gradient(
     q, k, v, do, states, state_grads, log_decay, out, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    do_batch, do_head, do_token, heads, k_share, v_share, tokens, tiles, rows, columns, scale,
-    TILE: tl.constexpr, REGULAR: tl.constexpr, CHUNK: tl.constexpr,
+    do_batch, do_head, do_token, heads, k_share, v_share, tokens, tiles, tile_size, rows, columns, scale,
+    REGULAR: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     column = tl.program_id(1) * COLUMNS
-    start, length = _span(table, tile, tokens, TILE, REGULAR)
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head // k_share * k_head
     v += batch * v_batch + head // v_share * v_head
@@ -344,14 +378,14 @@ def _decay_gradient(
         k_i = _load(k, k_token, start + offset, count, 0, rows, CHUNK, ROWS)
         v_i = _load(v, v_token, start + offset, count, column, columns, CHUNK, COLUMNS)
         do_i = _load(do, do_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        scores = _scores(q_i, k_i, g, scale, count, False, CHUNK, PRECISION)
+        scores = _scores(q_i, k_i, g, scale, False, CHUNK, PRECISION)
         seen = tl.dot(do_i, tl.trans(v_i), input_precision=PRECISION)
         near = tl.sum(scores * seen * distance.to(tl.float32), 1)
         steps = (position + 1).to(tl.float32)
         far = _times_state(q_i, slope, PRECISION) + _times_state(q_i, state, PRECISION) * steps[:, None]
         far = tl.sum(far * do_i.to(tl.float32), 1) * _powers(g, position + 1) * scale
         total += near + far
-        k_i = _to_state(k_i, g, count, False, CHUNK)
+        k_i = _to_state(k_i, g, 1.0, count, False, CHUNK)
         left = tl.maximum(count - 1 - position, 0).to(tl.float32)[:, None]
         k_left = (k_i.to(tl.float32) * left).to(k_i.dtype)
         across = _powers(g, count)
@@ -360,5 +394,6 @@ def _decay_gradient(
         state = state * across + tl.dot(tl.trans(k_i), v_i, input_precision=PRECISION)
 
     gradient = tl.load(state_grads + element, mask=inside, other=0.0)
-    share = tl.sum(total, 0) + tl.sum(tl.sum(slope * gradient, 1), 0)
+    # Both axes at once: Triton 3.6 fails to compile one after the other for Blackwell.
+    share = tl.sum(total) + tl.sum(slope * gradient)
     tl.store(out + program * tl.num_programs(1) + tl.program_id(1), share)

@@ -6,7 +6,10 @@ dtype and chip alone: never on the number of tokens a rank happens to hold, the 
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -21,6 +24,29 @@ class Config:
     stages: int
 
 
+def on_hopper(rows: int, columns: int, dtype: torch.dtype, tile: int, device: torch.device) -> bool:
+    """Whether leetdist.kernels.triton.hopper serves a problem: as for all configurations, the problem alone decides.
+
+    LEETDIST_HOPPER=0 takes the general kernels instead, which have other roundings.
+    """
+    return (
+        dtype == torch.bfloat16
+        and {rows, columns} <= {64, 128}
+        and tile >= 128
+        and device.type == "cuda"
+        and _is_hopper(device)
+        and os.environ.get("LEETDIST_HOPPER", "1") != "0"
+    )
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """sm_90, and a Triton that has the dialect the kernels are written in."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return importlib.util.find_spec("triton.experimental.gluon") is not None
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -33,8 +59,8 @@ def padded(dim: int) -> int:
 def block_config(rows: int, columns: int, dtype: torch.dtype, tile: int) -> Config:
     """Configuration of `tile_states` and `tile_outputs` for a state of `rows` x `columns`.
 
-    The sizes keep the program's fp32 state within 64 KiB of registers and its operands within 99 KiB of shared memory
-    (the least of the chips served: sm_86 and sm_120), which tests/test_kernels_compile.py checks.
+    The sizes keep a program's fp32 state within 64 KiB of registers and its operands within the 163 KiB of shared
+    memory of sm_80, the least of the architectures that tests/test_kernels_compile.py compiles for.
     """
     rows, columns = padded(rows), padded(columns)
     wide = dtype == torch.float32

@@ -13,6 +13,7 @@ from leetdist.kernels.triton.configs import padded
 # State columns a program holds, for all rows: 32 heads of 128 x 128 make 128 programs, about one for
 # each multiprocessor at batch 1, and a row's piece is one 128-byte line.
 COLUMNS = 32
+WARPS = 4
 
 
 def step(
@@ -35,7 +36,7 @@ def step(
         q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3),
         v.stride(0), v.stride(1), v.stride(3), *state.stride()[:3], *new.stride(),
         heads, heads // k.shape[1], rows, columns, scale,
-        ROWS=padded(rows), COLUMNS=block, num_warps=4,
+        ROWS=padded(rows), COLUMNS=block, num_warps=WARPS,
     )  # fmt: skip
     return o, new
 

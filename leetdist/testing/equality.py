@@ -40,6 +40,7 @@ class Case:
     heads: int = 4
     kv_heads: int | None = None
     dtype: torch.dtype = torch.float32
+    scale: float = 1.0
     decay: str = "lightning"
     documents: tuple[int, ...] | None = None
     initial: bool = False
@@ -54,6 +55,7 @@ class Case:
         extras = [
             name
             for name, on in (
+                (f"scale {self.scale}", self.scale != 1.0),
                 ("packed", self.documents),
                 ("initial state", self.initial),
                 ("uneven", self.uneven),
@@ -120,7 +122,7 @@ def make_tensors(case: Case, device: torch.device, seed: int) -> Tensors:
     }
     log_decay = case.log_decay()
     if log_decay is not None:
-        inputs["log_decay"] = log_decay.to(device)
+        inputs["log_decay"] = log_decay.to(device, wide)
     if case.initial:
         inputs["initial_state"] = normal(*state, dtype=wide)
     return Tensors(inputs, rows(case.heads, case.dv), normal(*state, dtype=wide))
@@ -142,6 +144,7 @@ def compute(case: Case, tensors: Tensors, transport: Transport | None) -> dict[s
     documents = None if case.documents is None else torch.tensor(case.documents)
     o, state = linear_attention(
         **leaves,
+        scale=case.scale,
         return_state=True,
         cu_seqlens=documents,
         method=case.method,
@@ -224,7 +227,7 @@ def standard_cases(device: torch.device, *, long: int | None = None) -> list[Cas
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     cases = [
         Case(1024, decay="none"),
-        Case(1000, decay="lightning", batch=2, initial=True),
+        Case(1000, decay="lightning", batch=2, initial=True, scale=0.3),
         Case(1000, decay="mixed", uneven=True),
         Case(999, decay="slow", dk=32, dv=96, initial=True, dtype=bf16),
         Case(517, decay="fast", dk=80, dv=16, uneven=True, dtype=fp16),

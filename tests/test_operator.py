@@ -1,0 +1,208 @@
+"""The operator against the fp64 oracles: outputs, states and every gradient."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import leetdist
+from leetdist import reference
+from leetdist.testing.equality import Case, Tensors, compute, make_tensors
+
+# A rounding to bf16 alone is 1.7e-3; kernels that multiply in bf16 round the scores, the state and the decayed k too.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 2.7e-3}
+GRADIENT_FACTOR = 2.0
+
+CASES = [
+    Case(1, 16, 16),
+    Case(2, 16, 32, batch=3),
+    Case(63, 17, 40, heads=2, decay="slow"),
+    Case(200, 64, 64, decay="mixed", batch=2, initial=True),
+    Case(333, 32, 96, decay="none", heads=2, model_layout=True, initial=True),
+    Case(260, 48, 16, decay="fast", heads=6, kv_heads=2, batch=2),
+    Case(150, 16, 16, decay="gone", kv_heads=1),
+    Case(500, 32, 32, decay="lightning", documents=(0, 1, 1, 120, 384, 500), initial=True, heads=2),
+    Case(300, 16, 16, tile=32, heads=2),
+    Case(96, 256, 200, heads=1, decay="slow"),
+    Case(700, 32, 16, heads=2, decay="slow", tile=512, scale=0.2, initial=True),  # several chunks a tile
+]
+INTERPRETED_CASES = [
+    Case(1, 16, 16, heads=1),
+    Case(45, 17, 24, heads=2, kv_heads=1, decay="slow", initial=True, tile=16),
+    Case(70, 32, 16, heads=1, decay="mixed", model_layout=True, tile=32),
+    Case(60, 16, 16, heads=1, documents=(0, 20, 20, 60), initial=True, tile=16),
+    Case(150, 16, 16, heads=1, decay="slow", tile=128, scale=0.2, initial=True),  # several chunks a tile
+]
+
+
+def oracle(case: Case, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of a case from the fp64 recurrence, document by document."""
+    leaves = {name: x.double().requires_grad_() for name, x in tensors.inputs.items()}
+    bounds = case.documents or (0, case.tokens)
+    outputs, states = [], []
+    for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        rows = slice(row, row + 1) if case.documents else slice(None)
+        initial = leaves["initial_state"][rows] if case.initial else None
+        if begin == end:
+            states.append(initial if case.initial else tensors.dstate[rows].double() * 0)
+            continue
+        q, k, v = (leaves[name][:, :, begin:end] for name in "qkv")
+        o, state = reference.recurrence(q, k, v, leaves.get("log_decay"), scale=case.scale, initial_state=initial)
+        outputs.append(o)
+        states.append(state)
+    o, state = torch.cat(outputs, 2), torch.cat(states)
+    torch.autograd.backward([o, state], [tensors.do.double(), tensors.dstate.double()])
+    grads = {f"d{name}": x.grad for name, x in leaves.items()}
+    return {"o": o.detach(), "state": state.detach(), **grads}
+
+
+def assert_matches_oracle(case: Case, device: torch.device, seed: int) -> None:
+    tensors = make_tensors(case, device, seed)
+    ours, exact = compute(case, tensors, None), oracle(case, tensors)
+    assert ours.keys() == exact.keys()
+    for name, x in ours.items():
+        bound = BOUNDS[case.dtype] * (GRADIENT_FACTOR if name.startswith("d") else 1)
+        error = reference.relative_error(x, exact[name])
+        assert error <= bound, f"{name}: relative error {error:.2e} > {bound:.2e} in {case}"
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu(case: Case, dtype: torch.dtype, seed: int) -> None:
+    assert_matches_oracle(replace(case, dtype=dtype), torch.device("cpu"), seed)
+
+
+# Triton's interpreter multiplies bf16 as integers, so bf16 is left to the GPU.
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("case", INTERPRETED_CASES, ids=str)
+def test_triton_interpreted(case: Case, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "LEETDIST_BACKEND", "triton")
+    assert_matches_oracle(replace(case, dtype=dtype), torch.device("cpu"), seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(BOUNDS)[1:], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", [*CASES, Case(4096, 128, 128, heads=32)], ids=str)
+def test_gpu(case: Case, dtype: torch.dtype, seed: int) -> None:
+    assert_matches_oracle(replace(case, dtype=dtype), torch.device("cuda"), seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(BOUNDS)[1:], ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_gpu_long(dtype: torch.dtype, seed: int) -> None:
+    """131,072 tokens, on sampled rows and heads."""
+    case = Case(131_072, 128, 128, heads=32, dtype=dtype, learnt=False, model_layout=True)
+    tensors = make_tensors(case, torch.device("cuda"), seed)
+    with torch.no_grad():
+        o = leetdist.linear_attention(**tensors.inputs)
+    heads = [0, 13, 31]
+    q, k, v = (tensors.inputs[name][:, heads] for name in "qkv")
+    rows = torch.randint(case.tokens, (512,), device="cuda")
+    rows[:2] = torch.tensor([0, case.tokens - 1])
+    exact = reference.quadratic(q, k, v, tensors.inputs["log_decay"][heads], rows=rows)
+    error = reference.relative_error(o[:, heads][:, :, rows], exact)
+    print(f"{dtype}: relative error at 131,072 tokens {error:.2e}")
+    assert error <= BOUNDS[dtype]
+
+
+@pytest.mark.gpu
+def test_gpu_past_two_billion_elements() -> None:
+    """Offsets beyond 2^31 elements: the last rows of a tensor too long for 32 bits, against a short call."""
+    tokens, tail = (1 << 31) // (8 * 128) + 5000, 2048
+    q, k, v = (torch.randn(1, tokens, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    assert q.numel() > 1 << 31
+    # gamma^1000 is 0: the tail depends on nothing before it.
+    log_decay = torch.full((8,), -0.2, device="cuda")
+    for x in (q, k, v):
+        x.requires_grad_()
+    o = leetdist.linear_attention(q, k, v, log_decay)
+    exact = reference.quadratic(*(x[:, :, -tail:].detach() for x in (q, k, v)), log_decay)
+    assert reference.relative_error(o[:, :, -1000:], exact[:, :, -1000:]) <= BOUNDS[torch.bfloat16]
+    do = torch.zeros_like(o)
+    do[:, :, -500:] = torch.randn_like(do[:, :, -500:])
+    o.backward(do)
+    assert q.grad is not None
+    assert v.grad is not None
+    assert float(q.grad[:, :, : tokens // 2].abs().max()) == 0
+    leaves = [x.detach()[:, :, -tail:].double().requires_grad_() for x in (q, k, v)]
+    reference.quadratic(*leaves, log_decay).backward(do[:, :, -tail:].double())
+    for x, leaf in zip((q, k, v), leaves, strict=True):
+        error = reference.relative_error(x.grad[:, :, -1000:], leaf.grad[:, :, -1000:])
+        assert error <= GRADIENT_FACTOR * BOUNDS[torch.bfloat16]
+
+
+def test_oracles_agree() -> None:
+    """Two statements of the definition that share no code give the same numbers."""
+    q, k, v = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 12)
+    log_decay, initial = -torch.rand(4), torch.randn(2, 4, 8, 12)
+    options = {"scale": 0.3, "initial_state": initial}
+    o, _ = reference.recurrence(q, k, v, log_decay, **options)
+    rows = torch.tensor([0, 17, 49])
+    torch.testing.assert_close(reference.quadratic(q, k, v, log_decay, **options), o)
+    torch.testing.assert_close(reference.quadratic(q, k, v, log_decay, rows=rows, **options), o[:, :, rows])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+def test_gradcheck(tokens: int) -> None:
+    """Every gradient of outputs and final state, by finite differences in fp64."""
+    shape = {"dtype": torch.float64, "requires_grad": True}
+    q, k, v = (torch.randn(1, heads, tokens, dim, **shape) for heads, dim in ((2, 3), (1, 3), (1, 4)))
+    log_decay = torch.tensor([-0.05, -1.0], **shape)
+    initial = torch.randn(1, 2, 3, 4, **shape)
+
+    def function(q, k, v, log_decay, initial):
+        return leetdist.linear_attention(
+            q, k, v, log_decay, scale=0.7, initial_state=initial, return_state=True, tile=16
+        )
+
+    assert torch.autograd.gradcheck(function, (q, k, v, log_decay, initial))
+
+
+def test_step_continues_a_sequence() -> None:
+    q, k, v = (torch.randn(2, 4, 20, 16) for _ in range(3))
+    k, v, log_decay = k[:, :2], v[:, :2], -torch.rand(4)
+    whole = leetdist.linear_attention(q, k, v, log_decay, scale=0.25)
+    first = [x[:, :, :15] for x in (q, k, v)]
+    _, state = leetdist.linear_attention(*first, log_decay, scale=0.25, return_state=True)
+    for t in range(15, 20):
+        token = [x[:, :, t : t + 1] for x in (q, k, v)]
+        o, state = leetdist.linear_attention_step(*token, state, log_decay, scale=0.25)
+        assert reference.relative_error(o, whole[:, :, t : t + 1]) < 1e-6
+
+
+def test_step_gradcheck() -> None:
+    shape = {"dtype": torch.float64, "requires_grad": True}
+    q, k, v = (torch.randn(1, 2, 1, 3, **shape) for _ in range(3))
+    state, log_decay = torch.randn(1, 2, 3, 3, **shape), torch.tensor([-0.1, -1.0], **shape)
+    step = leetdist.linear_attention_step
+    assert torch.autograd.gradcheck(lambda *x: step(*x, scale=0.5), (q, k, v, state, log_decay))
+
+
+def test_gradients_only_where_wanted() -> None:
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    v.requires_grad_()
+    _, state = leetdist.linear_attention(q, k, v, return_state=True)
+    state.sum().backward()  # o takes no part
+    assert v.grad is not None
+    exact = k.sum(-1, keepdim=True).expand_as(v)
+    assert reference.relative_error(v.grad, exact) < 1e-6
+    assert q.grad is None
+    assert k.grad is None
+
+
+def test_autocast_changes_nothing() -> None:
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    expected = leetdist.linear_attention(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(leetdist.linear_attention(q, k, v), expected)
+
+
+def test_last_dimension_need_not_be_contiguous() -> None:
+    q, k, v = (torch.randn(1, 2, 16, 40).mT for _ in range(3))
+    expected = leetdist.linear_attention(*(x.contiguous() for x in (q, k, v)))
+    assert torch.equal(leetdist.linear_attention(q, k, v), expected)
