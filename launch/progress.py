@@ -76,6 +76,8 @@ class Progress:
     def end(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def memory_gib(device: torch.device) -> float:
