@@ -2,7 +2,7 @@
 
     python benchmarks/inference.py                        # a GPU; writes benchmarks/results/inference-<gpu>.{json,png}
     python benchmarks/inference.py --device cpu --quick   # small sizes, to see that everything works
-    python benchmarks/inference.py --plot benchmarks/results/inference-h200.json
+    python benchmarks/inference.py --warm                 # compiles the full run's kernels, and times nothing of use
 
 Each section checks before it times, prints no time for a wrong result, and goes on when another one fails. Decoding is
 timed as servers run it, from CUDA graphs, over so many states in turn that none stays in the cache.
@@ -11,6 +11,7 @@ timed as servers run it, from CUDA graphs, over so many states in turn that none
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import leetdist
+from inference_plot import plot
 from leetdist.inference.session import Session
 from leetdist.launch.model import Config, LanguageModel
 from leetdist.reference import recurrence, relative_error
@@ -39,7 +41,7 @@ Row = dict[str, Any]
 class Bench:
     """Sizes, clock and memory of one machine."""
 
-    def __init__(self, device: str, quick: bool) -> None:
+    def __init__(self, device: str, quick: bool = False, warm: bool = False) -> None:
         self.device, self.quick = torch.device(device), quick
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
@@ -49,6 +51,8 @@ class Bench:
         self.contexts = [1 << n for n in ((10, 12) if quick else (10, 12, 14, 16, 17, 18, 19, 20))]
         self.batches = (1, 4) if quick else (1, 32, 256)
         self.preset = "tiny" if quick else "100m"
+        if warm:  # the head sizes of the full run, which the kernels are compiled for
+            self.long, self.longest, self.pieces, self.contexts, self.batches = 16384, 32768, (2,), [1024], (2,)
         heads = torch.arange(1, self.heads + 1, device=self.device, dtype=torch.float32)
         self.log_decay = -torch.exp2(-8 * heads / self.heads)  # Lightning Attention's slopes
 
@@ -72,14 +76,14 @@ class Bench:
     def seconds(self, call: Callable[[], Any], repeats: int = 5) -> float:
         """Median of single calls, after one that warms up; the host waits for each."""
         call()
-        times = []
-        for _ in range(repeats):
-            self.sync()
-            begin = time.perf_counter()
-            call()
-            self.sync()
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+        return statistics.median(self.once(call) for _ in range(repeats))
+
+    def once(self, call: Callable[[], Any]) -> float:
+        self.sync()
+        begin = time.perf_counter()
+        call()
+        self.sync()
+        return time.perf_counter() - begin
 
     def graph_seconds(self, calls: list[Callable[[], Any]], replays: int = 20) -> float:
         """Median time of one of the calls, all of them captured in one CUDA graph (plain calls without a GPU)."""
@@ -150,26 +154,27 @@ def streamed(bench: Bench, pieces: int) -> Row:
     host = [(x.pin_memory() if bench.cuda else x).transpose(1, 2) for x in host]
     here = [x.to(bench.device) for x in host]
 
-    def run(source: list[Tensor], count: int = pieces) -> Tensor:
-        stream = leetdist.stream(bench.log_decay, device=bench.device, tile=default_tile(2 * bench.long))
-        for o in stream.map((source[0], source[1], source[2]) for _ in range(count)):
-            del o
-        return stream.state.now
+    tile = default_tile(pieces * bench.long)
 
-    twice = [torch.cat((x, x), 2) for x in here]
-    _, expected = leetdist.linear_attention(*twice, bench.log_decay, return_state=True)
-    _must(torch.equal(run(host, 2), expected), "the stream's state differs from one call's")
-    del twice
+    def run(source: list[Tensor]) -> None:
+        stream = leetdist.stream(bench.log_decay, device=bench.device, tile=tile)
+        for o in stream.map((source[0], source[1], source[2]) for _ in range(pieces)):
+            del o
+
+    if pieces == bench.pieces[0]:  # the outputs and the state of one call, from pieces that end inside of tiles
+        o, last = leetdist.linear_attention(*here, bench.log_decay, tile=tile, method="block", return_state=True)
+        stream, cuts = leetdist.stream(bench.log_decay, device=bench.device, tile=tile), (7, bench.long // 3)
+        parts = stream.map((q, k, v) for q, k, v in zip(*(x.tensor_split(cuts, 2) for x in host), strict=True))
+        same = torch.equal(torch.cat(list(parts), 2).to(o.device), o) and torch.equal(stream.state.now, last)
+        _must(same, "the stream differs from one call")
+        del o
     tokens = pieces * bench.long
     row: Row = {"tokens": tokens}
-    row["copies_in_alone_s"] = bench.seconds(lambda: [x.to(bench.device, copy=True) for x in host]) * pieces
+    row["copies_in_alone_s"] = bench.seconds(lambda: [x.to(bench.device, copy=True) for x in host], 2) * pieces
     for name, source in (("device", here), ("host", host)):
-        seconds = bench.seconds(partial(run, source), repeats=1)
-        row |= {
-            f"{name}_s": seconds,
-            f"{name}_tokens_per_s": tokens / seconds,
-            f"{name}_peak_gib": bench.peak(partial(run, source)),
-        }
+        times: list[float] = []
+        row[f"{name}_peak_gib"] = bench.peak(lambda: times.append(bench.once(partial(run, source))))  # noqa: B023
+        row |= {f"{name}_s": times[0], f"{name}_tokens_per_s": tokens / times[0]}
     return row
 
 
@@ -183,7 +188,7 @@ def model_prefill(bench: Bench, tokens: int) -> Row:
         session.prefill(prompt)
         return session
 
-    seconds, peak, session = bench.seconds(run, repeats=3), bench.peak(run), run()
+    seconds, peak, session = bench.seconds(run, repeats=2), bench.peak(run), run()
     step = bench.seconds(partial(session.step, prompt[:, :1]), repeats=30)
     return {
         "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds, "peak_gib": peak,
@@ -232,7 +237,9 @@ def operator_decode(bench: Bench, batch: int) -> Row:
         "step": lambda: step(0),
         "steps": lambda: leetdist.linear_attention_steps(*token, states[0], g),
     }
-    if bench.cuda and (fla := _fla()) is not None:
+    if bench.cuda and importlib.util.find_spec("fla"):
+        from fla.ops.simple_gla import fused_recurrent_simple_gla as fla
+
         theirs = [x.transpose(1, 2) for x in token]
 
         def recurrent(n: int) -> Tensor:
@@ -241,6 +248,11 @@ def operator_decode(bench: Bench, batch: int) -> Row:
         contestants["fla fused_recurrent"] = recurrent
         checks["fla fused_recurrent"] = lambda: recurrent(0).transpose(1, 2)
     start = states[0].clone()
+    after = [start.clone() for _ in range(2)]
+    leetdist.linear_attention_steps(*draft, after[0], g)
+    for t in range(4):
+        leetdist.linear_attention_step(*(x[:, :, t : t + 1] for x in draft), after[1], g, inplace=True)
+    _must(torch.equal(*after), "four tokens at once differ from four steps")
     for name, check in checks.items():
         states[0] = start
         error = relative_error(check(), expected)
@@ -276,7 +288,8 @@ def contexts(bench: Bench, batch: int, tokens: int) -> Row:
         return F.scaled_dot_product_attention(q, k[n], v[n])
 
     times: dict[str, float] = {}
-    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    # The memory-efficient one took 20 times as long as cuDNN's with one query.
+    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     for backend in fast if bench.cuda else [SDPBackend.MATH]:
         try:
             with sdpa_kernel(backend):
@@ -286,15 +299,6 @@ def contexts(bench: Bench, batch: int, tokens: int) -> Row:
     if times:
         row |= {"sdpa_us": min(times.values()), "backend": min(times, key=times.__getitem__), "all_us": times}
     return row
-
-
-def _fla() -> Callable[..., Any] | None:
-    try:
-        from fla.ops.simple_gla import fused_recurrent_simple_gla
-    except ImportError:
-        return None
-    call: Callable[..., Any] = fused_recurrent_simple_gla
-    return call
 
 
 def _must(holds: bool, otherwise: str) -> None:
@@ -307,46 +311,13 @@ def cases(bench: Bench) -> dict[Callable[..., Row], list[tuple[int, ...]]]:
     lengths = [(bench.long,), (bench.longest,)]
     batches = [(batch,) for batch in bench.batches]
     return {
-        operator_prefill: lengths,
         operator_decode: batches,
         contexts: [(1, tokens) for tokens in bench.contexts] + [(batch, bench.long) for batch in bench.batches[1:]],
-        model_prefill: lengths,
+        operator_prefill: lengths,
         model_decode: batches,
+        model_prefill: lengths,
         streamed: [(pieces,) for pieces in bench.pieces],
     }
-
-
-def plot(results: Row, path: Path) -> None:
-    """Latency of a token against context, and memory against the length of the prompt."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    alone = [r for r in results["contexts"] if r["batch"] == 1 and r.get("sdpa_us")]
-    x = [r["context"] for r in alone]
-    left.loglog(x, [r["sdpa_us"] for r in alone], "s-", label="SDPA with a KV cache")
-    (ours,) = [r for r in results["operator_decode"] if r["batch"] == 1]
-    left.loglog(x, [min(ours["step"], ours["pooled, by index"])] * len(x), "o-", label="leetdist")
-    if ours.get("fla fused_recurrent"):
-        left.loglog(x, [ours["fla fused_recurrent"]] * len(x), "^--", label="fla fused_recurrent")
-    left.set(xlabel="tokens of context", ylabel="us a token and layer, batch 1", title="Decoding")
-    right.loglog(x, [r["cache_gib"] for r in alone], "s-", label="KV cache of one layer")
-    held = results["heads"] * results["dim"] ** 2 * 4 / 2**30
-    right.loglog(x, [held] * len(x), "o-", label="leetdist: state of one layer")
-    for key, label in (("streamed", "operator, streamed from the host"), ("model_prefill", "100M model, prompt")):
-        rows = results.get(key, [])
-        peak = "host_peak_gib" if key == "streamed" else "peak_gib"
-        if rows:
-            right.loglog([r["tokens"] for r in rows], [r[peak] for r in rows], "d-", label=f"{label}: peak")
-    right.set(xlabel="tokens", ylabel="GiB of GPU memory", title="Memory")
-    for axis in (left, right):
-        axis.grid(True, which="major", alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(f"{results['device']}, {results['heads']} heads of {results['dim']}, bf16", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
 def _shown(row: Row) -> str:
@@ -364,14 +335,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--warm", action="store_true", help="the full run's kernels on small sizes, to compile them")
     parser.add_argument("--only", nargs="*", default=[], help="names of sections; default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the results")
-    parser.add_argument("--plot", type=Path, help="draw these results again, measure nothing")
     options = parser.parse_args()
-    if options.plot:
-        plot(json.loads(options.plot.read_text()), options.plot.with_suffix(".png"))
-        return
-    bench = Bench(options.device, options.quick)
+    bench = Bench(options.device, options.quick, options.warm)
     results: Row = {
         "device": bench.name, "torch": torch.__version__, "heads": bench.heads, "dim": bench.dim,
         "dtype": str(bench.dtype), "command": "python benchmarks/inference.py" + (" --quick" if bench.quick else ""),
@@ -396,10 +364,10 @@ def main() -> None:
                     torch.cuda.empty_cache()
             results[name].append(row)
             print(f"  {_shown(row)}  [{time.perf_counter() - begin:.0f} s]", flush=True)
-        path.write_text(json.dumps(results, indent=1))
+            path.write_text(json.dumps(results, indent=1))
     print(f"\n{path}")
     try:
-        plot(results, path.with_suffix(".png"))
+        plot(path)
     except Exception:
         traceback.print_exc()
 

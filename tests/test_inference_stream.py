@@ -14,6 +14,7 @@ from torch import Tensor
 import leetdist
 from leetdist.inference.state import State
 from leetdist.problem import METHODS
+from leetdist.sequence.grid import default_tile
 
 H, DK, DV = 4, 16, 24
 LOG_DECAY = torch.tensor([0.0, -1e-3, -0.1, -3.0])
@@ -113,6 +114,12 @@ def test_cutting_off_the_grid_by_hand_is_seen() -> None:
         outputs.append(part)
     assert not torch.equal(torch.cat(outputs, 2), o)
     torch.testing.assert_close(torch.cat(outputs, 2), o, rtol=1e-3, atol=1e-3)
+
+
+def test_the_default_tile_is_that_of_long_sequences() -> None:
+    stream = leetdist.stream(LOG_DECAY)
+    stream.push(*inputs(20))
+    assert stream.state.tile == default_tile(524_288) == default_tile(1 << 40)
 
 
 def test_one_token_at_a_time_over_several_tiles() -> None:

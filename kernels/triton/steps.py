@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leetdist.kernels.tiles import ceil_div
 from leetdist.kernels.triton.configs import padded
-from leetdist.kernels.triton.step import COLUMNS
+from leetdist.kernels.triton.step import COLUMNS, WARPS
 
 
 def steps(
@@ -32,7 +32,7 @@ def steps(
         q, k, v, states, log_decay, o, index, lengths,
         *q.stride(), *k.stride(), *v.stride(), *states.stride(),
         heads, heads // k.shape[1], tokens, rows, columns, scale,
-        ROWS=padded(rows), COLUMNS=block, num_warps=4,
+        ROWS=padded(rows), COLUMNS=block, num_warps=WARPS,
     )  # fmt: skip
     return o
 

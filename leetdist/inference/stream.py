@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from leetdist.sequence.transport import Transport
 
 Piece = tuple[Tensor, Tensor, Tensor]
-# Tiles that a piece from elsewhere is cut into for the trip to the device: 2 x 16 x 4,096 tokens of q, k and v are
-# 1.6 GB at 32 bf16 heads of 128, and a copy of one lasts long enough (15 ms) to hide everything else.
-WINDOW_TILES = 16
+# Tiles that a piece from elsewhere is cut into for the trip to the device: of 32 bf16 heads of 128, two windows of
+# 65,536 tokens take 3.2 GB, and the copy of one (30 ms) hides its compute and all that the host does.
+WINDOW_TILES = 8
 
 
 def stream(
@@ -51,8 +51,8 @@ def stream(
     Args:
         log_decay: (H,) fp32, natural log, <= 0; None is no decay.
         scale: factor of the output.
-        tile: tile length in tokens, a power of two >= 16. None: 4,096, what `linear_attention` chooses for itself
-            from 65,536 tokens on.
+        tile: tile length in tokens, a power of two >= 16. None: 8,192, what `linear_attention` chooses for itself for
+            sequences of 524,288 tokens and more.
         method: a local method by name, one that works tile by tile. "auto" is "block", because the choice that
             `linear_attention` makes depends on the length of the whole sequence, which nobody knows yet.
         state: go on from here, with its decay, scale, tile and method; the other arguments stay at their defaults.
