@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import leetdist
-from inference_plot import plot
 from leetdist.inference.session import Session
 from leetdist.launch.model import Config, LanguageModel
 from leetdist.reference import recurrence, relative_error
@@ -367,6 +366,8 @@ def main() -> None:
             path.write_text(json.dumps(results, indent=1))
     print(f"\n{path}")
     try:
+        from inference_plot import plot  # needs matplotlib
+
         plot(path)
     except Exception:
         traceback.print_exc()

@@ -1,4 +1,7 @@
-"""Draws what benchmarks/inference.py measured: python benchmarks/inference_plot.py benchmarks/results/inference-h200.json"""
+"""Draws what benchmarks/inference.py measured.
+
+python benchmarks/inference_plot.py benchmarks/results/inference-h200.json
+"""
 
 from __future__ import annotations
 
