@@ -39,7 +39,8 @@ def plot(path: Path) -> None:
     for axis in (left, right):
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=8)
-    figure.suptitle(f"{results['device']}, {results['heads']} heads of {results['dim']}, {results["dtype"].removeprefix("torch.")}", fontsize=10)
+    dtype = results["dtype"].removeprefix("torch.")
+    figure.suptitle(f"{results['device']}, {results['heads']} heads of {results['dim']}, {dtype}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
