@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leetdist.inference.problem import check_like
 from leetdist.inference.state import State
-from leetdist.problem import check_like
 
 FORMAT = "leetdist.states/1"
 TENSORS = ("boundary", "k", "v", "log_decay")

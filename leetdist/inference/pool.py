@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from leetdist.inference.problem import check_like
 from leetdist.inference.state import State
 from leetdist.inference.steps import linear_attention_steps
-from leetdist.problem import check_like
 
 
 class StatePool:

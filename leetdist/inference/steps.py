@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leetdist.inference.problem import check_steps
 from leetdist.methods import triton_serves
-from leetdist.problem import check_steps, describe
+from leetdist.problem import describe
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
+from leetdist.inference.problem import check_piece, check_shards
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, run
-from leetdist.problem import check_piece, check_shards
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
 
@@ -190,7 +190,7 @@ class Stream:
             q, k, v = (
                 x[:, :, begin:].contiguous() if last else x.new_zeros(*x.shape[:2], tail, x.shape[3]) for x in (q, k, v)
             )
-            k, v = (transport.broadcast(x, owner, "the open tile of this piece") for x in (k, v))
+            k, v = (_from_owner(x, owner, transport) for x in (k, v))
             transport.flush()
             o, state = _into_open_tile(state, q, k, v)
             outputs.append(o[:, :, tail - last :])
@@ -236,6 +236,16 @@ def _into_open_tile(state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
         state = replace(state, k=k, v=v)
     state = replace(state, tokens=state.tokens + tokens)
     return o[:, :, before:], state
+
+
+def _from_owner(x: Tensor, owner: int, transport: Transport) -> Tensor:
+    """`x` as the owner has it, on every rank."""
+    what = "the open tile of this piece"
+    if transport.rank != owner:
+        return transport.receive(x, owner, what)
+    for rank in transport.others():
+        transport.send(x, rank, what)
+    return x
 
 
 def _no_tokens(x: Tensor) -> Tensor:

@@ -50,16 +50,6 @@ def sequence_parallel(group: Group) -> Iterator[None]:
         _current.reset(token)
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Calls inside are this rank's own, whatever `sequence_parallel` surrounds them."""
-    token = _current.set(None)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
 def resolve(group: Group | None) -> Transport | None:
     """The transport of a group; of the surrounding `sequence_parallel` for None; None for neither."""
     if group is None:
