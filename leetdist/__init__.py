@@ -6,6 +6,7 @@ from typing import Any
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.inference.files import load_states, save_states
 from leetdist.inference.pool import StatePool
+from leetdist.inference.session import Session
 from leetdist.inference.state import State
 from leetdist.inference.steps import linear_attention_steps
 from leetdist.inference.stream import stream
@@ -41,6 +42,7 @@ __all__ = [
     "linear_attention_step",
     "linear_attention_steps",
     "stream",
+    "Session",
     "State",
     "StatePool",
     "save_states",

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 
 class Recurrent(Protocol):
-    """A stack of blocks, `x, state = block(x, state, keep=True)`, with a `leetdist.nn` layer `attention` in each, such
-    as leetdist.launch.model.LanguageModel."""
+    """See `Session`: each block is called as `x, state = block(x, state, keep=True)`."""
 
     embedding: Any
     blocks: Any
@@ -33,15 +32,27 @@ class Recurrent(Protocol):
 class Session:
     """A model and the states of its blocks after the tokens so far: of constant size, whatever their number.
 
+    `prefill` takes a prompt in, shared by all ranks of the group; `step` a token a row, on each rank by itself; `fork`
+    makes several continuations of each row; `keep` and `resume` are for `save_states` and `load_states`. `tokens` are
+    those seen so far.
+
     Args:
-        model: see `Recurrent`; its layers' own group must be None.
-        group: ranks that share each piece of a prompt; every rank ends with the states of the whole, and decodes by
-            itself. None takes the surrounding `sequence_parallel`.
+        model: a stack of blocks like leetdist.launch.model.LanguageModel: `embedding`, `blocks`, `norm`, `head`, and in
+            each block a `leetdist.nn` layer `attention` whose own group is None.
+        group: ranks that share each piece of a prompt; every rank ends with the states of the whole. None takes the
+            surrounding `sequence_parallel`.
         piece: tokens a rank takes in at a time: activations of that many, whatever the length of the prompt.
 
-    >>> import torch
+    Tokens are (B, N) int64, the same on every rank; logits (B, vocab) in the model's dtype; states fp32.
+
+    Raises:
+        ValueError: a prompt is empty, or states are of another model.
+
+    Source: the recurrent form of RetNet, arXiv 2307.08621, eq. 6; sharing a prompt as in LASP-2, arXiv 2502.07563.
+
+    >>> import torch, leetdist
     >>> from leetdist.launch.model import Config, LanguageModel
-    >>> session = Session(LanguageModel(Config(dim=32, layers=2, heads=2, hidden=64)))
+    >>> session = leetdist.Session(LanguageModel(Config(dim=32, layers=2, heads=2, hidden=64)))
     >>> logits = session.prefill(torch.zeros(1, 100, dtype=torch.long))
     >>> session.step(logits.argmax(-1, keepdim=True)).shape, session.tokens
     (torch.Size([1, 256]), 101)
