@@ -220,6 +220,7 @@ class Decays:
 
 
 # A decay seen good is not read again: reading a GPU tensor's values stops the stream.
+# By identity: an ordinary weak dictionary compares keys with ==, which a tensor does elementwise.
 _good_decays: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
