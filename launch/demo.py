@@ -14,6 +14,7 @@ import resource
 import sysconfig
 import time
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
