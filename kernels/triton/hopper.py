@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from functools import cache
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles
+from leetdist.kernels.triton.launch import launch
 
 LOG2E = gl.constexpr(1.4426950408889634)
 # exp(-x) is 0 in fp32 for x from here on.
@@ -25,16 +27,35 @@ FP32_RANGE = gl.constexpr(104.0)
 COUNTS = ["tokens", "tiles", "tile_size"]
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Bulk copies of `rows` tokens of one head of x (B, H, N, D)."""
-    sizes, strides = list(x.shape), list(x.stride())
-    if x.data_ptr() % 16 or any(stride % 8 or not stride for size, stride in zip(sizes[:3], strides[:3]) if size > 1):
-        x = x.contiguous()
-        strides = list(x.stride())
-    strides = [s if n > 1 else x.shape[-1] * 8 for n, s in zip(sizes[:3], strides[:3])] + [1]
-    block = [1, 1, rows, x.shape[-1]]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor(x, sizes, strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+# Chunks on their way at a time, by (outputs or states, rows): as many as shared memory holds.
+STAGES = {("outputs", 128): 2, ("outputs", 64): 3, ("states", 128): 3, ("states", 64): 4}
+
+
+def chunk_and_warps(rows: int) -> tuple[int, int]:
+    """Tokens a product works on, and warps: a warpgroup has 64 rows of the chunk's outputs, and of the state."""
+    return (128, 8) if rows == 128 else (64, 4)
+
+
+def tile_states(
+    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float
+) -> None:
+    """See leetdist.kernels.pytorch.block.tile_states."""
+    batch, heads = b.shape[0], log_decay.shape[0]
+    rows, columns = b.shape[3], c.shape[3]
+    chunk, warps = chunk_and_warps(rows)
+    table = None if tiles.regular else tiles.table(b.device)
+    launch(
+        tile_states_kernel,
+        (batch * heads * tiles.count, 1, 1),
+        (
+            _descriptor(b, chunk), _descriptor(c, chunk), log_decay, out, table, heads, heads // b.shape[1],
+            heads // c.shape[1], b.shape[2], tiles.count, tiles.size, scale,
+        ),
+        {
+            "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
+            "STAGES": STAGES["states", rows], "num_warps": warps,
+        },
+    )  # fmt: skip
 
 
 def tile_outputs(
@@ -49,36 +70,49 @@ def tile_outputs(
     reverse: bool,
     scale: float,
     state_scale: float,
-    stages: int = 0,
 ) -> None:
+    """See leetdist.kernels.pytorch.block.tile_outputs."""
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
-    chunk, warps = (128, 8) if rows == 128 else (64, 4)
-    stages = stages or (2 if rows == 128 else 3)
+    chunk, warps = chunk_and_warps(rows)
     table = None if tiles.regular else tiles.table(a.device)
-    tile_outputs_kernel[(batch * heads * tiles.count,)](
-        _descriptor(a, chunk), _descriptor(b, chunk), _descriptor(c, chunk), states, log_decay, out, table,
-        *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-        a.shape[2], tiles.count, tiles.size, scale, state_scale, scale_of_added(scale, state_scale),
-        REGULAR=tiles.regular, REVERSE=reverse, CHUNK=chunk,
-        ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps,
+    launch(
+        tile_outputs_kernel,
+        (batch * heads * tiles.count, 1, 1),
+        (
+            _descriptor(a, chunk), _descriptor(b, chunk), _descriptor(c, chunk), states, log_decay, out, table,
+            *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+            a.shape[2], tiles.count, tiles.size, scale, state_scale, scale_of_added(scale, state_scale),
+        ),
+        {
+            "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
+            "STAGES": STAGES["outputs", rows], "num_warps": warps,
+        },
     )  # fmt: skip
 
 
-def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float, stages: int = 3
-) -> None:
-    """See leetdist.kernels.pytorch.block.tile_states."""
-    batch, heads = b.shape[0], log_decay.shape[0]
-    rows, columns = b.shape[3], c.shape[3]
-    chunk, warps = (128, 8) if rows == 128 else (64, 4)
-    table = None if tiles.regular else tiles.table(b.device)
-    tile_states_kernel[(batch * heads * tiles.count,)](
-        _descriptor(b, chunk), _descriptor(c, chunk), log_decay, out, table, heads, heads // b.shape[1],
-        heads // c.shape[1], b.shape[2], tiles.count, tiles.size, scale,
-        REGULAR=tiles.regular, REVERSE=reverse, CHUNK=chunk,
-        ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps,
-    )  # fmt: skip
+@cache
+def _block(rows: int, columns: int) -> tuple[list[int], gl.NVMMASharedLayout]:
+    block = [1, 1, rows, columns]
+    return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Bulk copies of `rows` tokens of one head of x (B, H, N, D), bf16."""
+    strides = _strides(x)
+    if x.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in strides):
+        x = x.contiguous()  # what bulk copies ask for
+        strides = _strides(x)
+    found = TensorDescriptor.__new__(TensorDescriptor)  # its own checks take as long as a launch
+    found.base, found.shape, found.strides, found.padding = x, x.shape, (*strides, 1), "zero"
+    found.block_shape, found.layout = _block(rows, x.shape[3])
+    found.key = (rows, x.shape[3])
+    return found
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Of batch, head and token; where there is but one, a stride that means nothing is replaced by one that is allowed."""
+    return [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
 
 
 @gluon.jit
