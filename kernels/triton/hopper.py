@@ -160,22 +160,42 @@ def _decayed(scores, g, scale, dtype: gl.constexpr, REVERSE: gl.constexpr, SCORE
     """scale gamma^(i-j) scores_ij for the tokens j that i sees, else 0."""
     CHUNK: gl.constexpr = scores.shape[0]
     # The decays are computed anew in each chunk: held, they would cost 64 registers. (Nothing adds to `row`, as g is
-    # never above 0, but the compiler does not know.) Adding 2^23 makes an integer a float: cheaper than a conversion.
+    # never above 0, but the compiler does not know.) 2^23 and an integer are a float: cheaper than a conversion.
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, SCORES))[:, None] + gl.where(g > 0, 1, 0)
     column = gl.arange(0, CHUNK, gl.SliceLayout(0, SCORES))[None, :]
     distance = column - row if REVERSE else row - column
-    steps = (distance + 0x4B000000).to(gl.float32, bitcast=True) - 8388608.0
-    decay = gl.where(distance >= 0, _exp2(g * steps), 0.0)
+    shifted = (distance + 0x4B000000).to(gl.float32, bitcast=True)
+    decay = gl.where(distance >= 0, _exp2(gl.fma(shifted, g + gl.zeros_like(shifted), g * -8388608.0)), 0.0)
     return (scores * decay * scale).to(dtype)
 
 
 @gluon.jit
-def _to_state(b, g, added_scale, count, REVERSE: gl.constexpr, LEFT: gl.constexpr):
-    """b^T, each token times added_scale gamma^(steps to the state at the chunk's end)."""
-    token = gl.arange(0, b.shape[0], gl.SliceLayout(0, LEFT))
-    exponent = token + 1 if REVERSE else gl.maximum(count - 1 - token, 0)
-    weight = _exp2(g * exponent.to(gl.float32)) * added_scale
-    return (b.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :]).to(b.dtype)
+def _two_parts(x, dtype: gl.constexpr):
+    """x as a sum of two numbers of `dtype`: rounding a weighted token once would cost as much as rounding the output."""
+    high = x.to(dtype)
+    return high, (x - high.to(gl.float32)).to(dtype)
+
+
+@gluon.jit
+def _weighted(b, g, exponent, scale, LEFT: gl.constexpr):
+    """b^T, each token times scale gamma^exponent, in two parts."""
+    weight = _exp2(g * exponent.to(gl.float32)) * scale
+    return _two_parts(b.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :], b.dtype)
+
+
+@gluon.jit
+def _to_tile_end(
+    b, c, g, offset, length, scale, REVERSE: gl.constexpr, LEFT: gl.constexpr, FLAT: gl.constexpr
+):  # fmt: skip
+    """b^T, weighted by the steps from each token to the state at the tile's end; c's rows behind the tile zero."""
+    if length - offset < b.shape[0]:
+        _zero_rows(b, length - offset, FLAT)
+        _zero_rows(c, length - offset, FLAT)
+        fence_async_shared()
+        gl.thread_barrier()
+    token = offset + gl.arange(0, b.shape[0], gl.SliceLayout(0, LEFT))
+    exponent = token + 1 if REVERSE else gl.maximum(length - 1 - token, 0)
+    return _weighted(b, g, exponent, scale, LEFT)
 
 
 @gluon.jit
@@ -230,37 +250,36 @@ def tile_states_kernel(
         _fetch(c, batch, c_head, origin + s * stride, ready.index(s), c_ring.index(s), s < chunks)
 
     g = log_gamma * LOG2E
-    token = gl.arange(0, CHUNK, gl.SliceLayout(0, LEFT))
-    state = warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, WIDE))
+    offset = origin - start.to(gl.int32)
+    state = gl.zeros([ROWS, COLUMNS], gl.float32, WIDE)
+    mbarrier.wait(ready.index(0), 0)
+    b_i, c_i = b_ring.index(0).reshape([CHUNK, ROWS]), c_ring.index(0).reshape([CHUNK, COLUMNS])
+    high, low = _to_tile_end(b_i, c_i, g, offset, length, scale, REVERSE, LEFT, FLAT)
     for step in range(chunks):
-        stage = step % STAGES
-        b_i = b_ring.index(stage).reshape([CHUNK, ROWS])
-        c_i = c_ring.index(stage).reshape([CHUNK, COLUMNS])
-        offset = origin - start.to(gl.int32) + step * stride
-        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-        if length - offset < CHUNK:
-            _zero_rows(b_i, length - offset, FLAT)
-            _zero_rows(c_i, length - offset, FLAT)
-            fence_async_shared()
-            gl.thread_barrier()
-        exponent = offset + token + 1 if REVERSE else gl.maximum(length - 1 - offset - token, 0)
-        weight = _exp2(g * exponent.to(gl.float32))
-        b_t = (b_i.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :]).to(b.dtype)
-        state = warpgroup_mma_wait(0, [state])
-        state = warpgroup_mma(b_t, c_i, state, is_async=True)
-        # The product before this one is done: its chunk makes room for another.
-        gl.thread_barrier()
-        free = (step + STAGES - 1) % STAGES
-        more = (step > 0) & (step - 1 + STAGES < chunks)
+        state = warpgroup_mma(high, c_i, state, is_async=True)
+        state = warpgroup_mma(low, c_i, state, is_async=True)
+        # Meanwhile, the next chunk.
+        more = step + 1 < chunks
+        stage = (step + 1) % STAGES
+        mbarrier.wait(ready.index(stage), ((step + 1) // STAGES) & 1, pred=more)
+        b_i, c_i = b_ring.index(stage).reshape([CHUNK, ROWS]), c_ring.index(stage).reshape([CHUNK, COLUMNS])
+        offset += stride
+        high_next, low_next = _to_tile_end(
+            b_i, c_i, g, gl.where(more, offset, 0), gl.where(more, length, CHUNK), scale, REVERSE, LEFT, FLAT
+        )
+        # The operands pass through the wait, so that their registers are not used again before it.
+        state, high, low = warpgroup_mma_wait(0, [state, high, low])
+        gl.thread_barrier()  # all have read the chunk before: it makes room for another
+        free = step % STAGES
+        where, more = origin + (step + STAGES) * stride, step + STAGES < chunks
         mbarrier.expect(ready.index(free), BYTES, pred=more)
-        where = origin + (step - 1 + STAGES) * stride
         _fetch(b, batch, b_head, where, ready.index(free), b_ring.index(free), more)
         _fetch(c, batch, c_head, where, ready.index(free), c_ring.index(free), more)
+        high, low = high_next, low_next
 
-    state = warpgroup_mma_wait(0, [state])
     i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))[:, None]
     j = gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
-    gl.store(out + program * (ROWS * COLUMNS) + i * COLUMNS + j, state * scale)
+    gl.store(out + program * (ROWS * COLUMNS) + i * COLUMNS + j, state)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -330,11 +349,9 @@ def tile_outputs_kernel(
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if count < CHUNK:
             _zero_chunk(a_i, b_i, c_i, count, FLAT)
-        # Four products a chunk, with other work for the time that each takes. The first two:
+        # The products of a chunk, with other work for the time that they take. First the scores:
         scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
         scores = warpgroup_mma(a_i, b_i.permute((1, 0)), scores, use_acc=False, is_async=True)
-        o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
-        o = warpgroup_mma(a_i, held, o, use_acc=False, is_async=True)
         g = gl.load(log_decay + head, volatile=True) * LOG2E  # the same number, but the compiler does not know
         if step > 0:
             free = (step - 1) % STAGES
@@ -349,23 +366,30 @@ def tile_outputs_kernel(
             _fetch(a, batch32, a_head, token, ready.index(free), a_ring.index(free), more)
             _fetch(b, batch32, b_head, token, ready.index(free), b_ring.index(free), more)
             _fetch(c, batch32, c_head, token, ready.index(free), c_ring.index(free), more)
-        scores = warpgroup_mma_wait(1, [scores])
-        left = gl.convert_layout(_decayed(scores, g, scale, dtype, REVERSE, SCORES), LEFT)
-        o = warpgroup_mma_wait(0, [o])
-        o = o * _from_state(g, state_scale, count, CHUNK, REVERSE, WIDE)
+        exponent = gl.arange(0, CHUNK, gl.SliceLayout(0, LEFT))
+        exponent = exponent + 1 if REVERSE else gl.maximum(count - 1 - exponent, 0)
+        high, low = _weighted(b_i, g, exponent, added_scale, LEFT)
+        state = warpgroup_mma(high, c_i, state, is_async=True)
+        state = warpgroup_mma(low, c_i, state, is_async=True)
 
-        o = warpgroup_mma(left, c_i, o, is_async=True)
-        b_t = _to_state(b_i, g, added_scale, count, REVERSE, LEFT)
-        state = warpgroup_mma(b_t, c_i, state, is_async=True)
-        o = warpgroup_mma_wait(1, [o])
+        scores = warpgroup_mma_wait(2, [scores])
+        seen = gl.convert_layout(_decayed(scores, g, scale, dtype, REVERSE, SCORES), LEFT)
+        # Operands pass through the wait, so that their registers are not used again before it.
+        state, high, low = warpgroup_mma_wait(0, [state, high, low])
+        o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
+        o = warpgroup_mma(a_i, held, o, use_acc=False, is_async=True)
+        from_state = _from_state(g, state_scale, count, CHUNK, REVERSE, WIDE)
+        o = warpgroup_mma_wait(0, [o])
+        o = o * from_state
+        o = warpgroup_mma(seen, c_i, o, is_async=True)
+        gl.thread_barrier()  # all have read `held`
+        held.store(state.to(dtype))
         before, count_before = start + offset, count
+        o, seen = warpgroup_mma_wait(0, [o, seen])
         if BY_ROWS:
             a_i.store(o.to(dtype))
         else:
             _write(o.to(out.dtype.element_ty), out, before, out_token, count, WIDE)
-        gl.thread_barrier()  # all have read `held`
-        state = warpgroup_mma_wait(0, [state])
-        held.store(state.to(dtype))
         fence_async_shared()
 
     if BY_ROWS:

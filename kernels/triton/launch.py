@@ -6,6 +6,7 @@ kernel runs. Here what it found is kept, under a key of what it looks at: types,
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ DIRECT = triton.__version__.startswith(("3.6.",)) and not triton.knobs.runtime.i
 MOST = 4096
 
 _kept: dict[tuple[Any, ...], Any] = {}
+_thread = threading.local()
 
 
 def launch(
@@ -31,6 +33,11 @@ def launch(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, arguments, constants, **options)
+    if device.type == "cuda" and device.index not in _thread.__dict__.setdefault("devices", set()):
+        # A tensor map is made in the thread's current context, and a thread (of autograd, say) that has done nothing on
+        # the device yet has none: PyTorch's own kernels bind it.
+        torch.zeros(1, device=device)
+        _thread.devices.add(device.index)
     if not DIRECT or triton.knobs.runtime.launch_enter_hook is not None:
         kernel[grid](*arguments, **constants, **options)
         return None
