@@ -77,7 +77,7 @@ def measure(heads: int, dim: int) -> Machine:
     problem = describe(
         q, k, v, decay, scale=1.0, initial_state=None, return_state=False, cu_seqlens=None, method="auto", tile=None
     )
-    kernels, tiles = kernels_for(problem, sharded=True), Tiles(default_tile(tokens), (0, tokens))
+    kernels, tiles = kernels_for(problem, tokens), Tiles(default_tile(tokens), (0, tokens))
 
     def states() -> torch.Tensor:
         return kernels.tile_states(k, v, decay, tiles, reverse=False)

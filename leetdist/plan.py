@@ -111,11 +111,11 @@ def plan_call(
     """
     if transport is None:
         problem = describe(q, k, v, log_decay, **options)
-        return _local_plan(problem, cast(Hashable, kernels_for(problem, sharded=False)))
+        return _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)))
     lengths = declared_lengths(transport)
     mine: Problem | ValueError
     try:
-        mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size)
+        mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
     except ValueError as error:
         mine = error
     else:
@@ -128,7 +128,7 @@ def plan_call(
         values=0 if decays is None else decays.digest, declared=lengths is not None,
     )  # fmt: skip
     assert isinstance(mine, Problem)
-    key = decays, kernels_for(mine, sharded=True)
+    key = decays, kernels_for(mine, sum(p.tokens for p in agreement.everyone))
     plan: Plan | None = agreement.memo.get(key)
     if plan is None:
         check_agreement(agreement.everyone)
@@ -167,7 +167,7 @@ def make_plan(
 ) -> Plan:
     """The plan of one rank; `layout` has its boundaries on the grid of `tile`."""
     rank = 0 if transport is None else transport.rank
-    kernels = kernels_for(problem, sharded=transport is not None)
+    kernels = kernels_for(problem, layout.offsets[-1])
     tiles = layout.tiles(rank, tile)
     lanes = 1
     if transport is not None and _writes_into_given(cast(Hashable, kernels)):

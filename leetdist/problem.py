@@ -19,6 +19,7 @@ from leetdist.sequence.agreement import digest
 from leetdist.sequence.grid import Layout, default_tile
 
 METHODS = ("auto", "vanilla", "recursion", "block", "causal_dot_product", "lightning", "fleet")
+ONE_DEVICE = ("vanilla", "recursion")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -47,6 +48,10 @@ class Problem:
     tokens: int
     lanes: int | None = None
 
+    @property
+    def num_documents(self) -> int:
+        return 0 if self.documents is None else len(self.documents) - 1
+
 
 def describe(
     q: Tensor,
@@ -62,13 +67,14 @@ def describe(
     tile: int | None,
     rank: int = 0,
     ranks: int = 1,
+    sharded: bool = False,
     read_values: bool = True,
 ) -> Problem:
     """Check one rank's arguments and describe them; ValueError names the argument, what it is and what it must be.
 
     read_values: check the values of log_decay too, which stops a GPU's stream where they are not known yet.
     """
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v)
     batch, heads, tokens, dk = q.shape
     if tokens == 0 and ranks == 1:
         raise ValueError("q: N is 0; a sequence needs at least one token")
@@ -76,6 +82,9 @@ def describe(
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if sharded and method in ONE_DEVICE:
+        able = ", ".join(name for name in METHODS if name not in ONE_DEVICE)
+        raise ValueError(f"method {method!r} works on one device only; under a group use one of {able}")
     if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 16 or tile & (tile - 1)):
         raise ValueError(f"tile must be a power of two of at least 16 tokens, or None, got {tile!r}")
     if log_decay is not None:
@@ -164,7 +173,7 @@ def global_layout(everyone: Sequence[Problem]) -> tuple[Layout, int]:
     return layout, tile
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -211,6 +220,7 @@ class Decays:
 
 
 # A decay seen good is not read again: reading a GPU tensor's values stops the stream.
+# By identity: an ordinary weak dictionary compares keys with ==, which a tensor does elementwise.
 _good_decays: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -254,6 +264,35 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
         raise ValueError(f"{name} must be {wanted}, got {state.dtype}")
     if state.device != q.device:
         raise ValueError(f"{name} must be on q's device, {q.device}, got {state.device}")
+
+
+def check_step(problem: Problem, q: Tensor, state: Tensor, *, inplace: bool) -> None:
+    """What one step of decoding needs beside `describe`."""
+    if problem.tokens != 1:
+        raise ValueError(f"q must hold one token, (B, H, 1, Dk), got shape {tuple(q.shape)}")
+    check_state("state", state, (problem.batch, problem.heads, problem.dk, problem.dv), q)
+    if inplace and (problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)):
+        raise ValueError("inplace must be False where gradients are recorded: the old state is needed for them")
+
+
+def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, heads: int) -> None:
+    """The decay arguments of `causal_linear_decoder`."""
+    if not is_mask_weight:
+        if gamma is not None:
+            raise ValueError("gamma is given, so is_mask_weight must be True, got False")
+        return
+    if not isinstance(gamma, Tensor) or not gamma.is_floating_point() or gamma.shape != (heads,):
+        got = repr(gamma)
+        if isinstance(gamma, Tensor):
+            got = f"{gamma.dtype} of shape {tuple(gamma.shape)}"
+        raise ValueError(
+            f"gamma must be a floating tensor of shape (H,) = ({heads},) where is_mask_weight is True, got {got}"
+        )
+    values = gamma.detach()
+    good = values >= 0 if is_need_exp else (values >= 0) & (values <= 1)
+    if not bool(good.all()):
+        wanted = "at least 0, so that exp(-gamma) decays" if is_need_exp else "from 0 to 1"
+        raise ValueError(f"gamma must be {wanted} (is_need_exp={is_need_exp}), got {values[~good][0].item()}")
 
 
 _documents: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
