@@ -4,6 +4,14 @@ import importlib
 from typing import Any
 
 from leetdist.api import linear_attention, linear_attention_step
+from leetdist.decoder import causal_linear_decoder
+from leetdist.explain import explain
+from leetdist.inference.files import load_states, save_states
+from leetdist.inference.pool import StatePool
+from leetdist.inference.session import Session
+from leetdist.inference.state import State
+from leetdist.inference.steps import linear_attention_steps
+from leetdist.inference.stream import stream
 from leetdist.sequence.group import sequence_parallel
 from leetdist.sequence.shard import gather_sequence, shard_sequence
 from leetdist.sequence.virtual import virtual_ranks
@@ -29,11 +37,20 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "causal_linear_decoder",
+    "explain",
     "ShardedLoader",
     "device_mesh",
     "gather_sequence",
     "linear_attention",
     "linear_attention_step",
+    "linear_attention_steps",
+    "stream",
+    "Session",
+    "State",
+    "StatePool",
+    "save_states",
+    "load_states",
     "nn",
     "parallelize",
     "reduce_loss",

@@ -25,7 +25,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from leetdist.api import linear_attention, linear_attention_step
+from leetdist.integrations import minimax_cache
 from leetdist.integrations.loss import reduce_loss
+from leetdist.integrations.minimax_cache import LightningCache
 from leetdist.integrations.parallelize import handler_of, register
 from leetdist.integrations.softmax import softmax_attention
 from leetdist.sequence.grid import SMALLEST_TILE
@@ -68,7 +70,11 @@ class LightningAttention(MiniMaxLightningAttention):
         decay = self.log_decay(q.device)
         state = None if past_key_values is None else past_key_values.get_linear_cache(self.layer_idx)
         group = None if self.decoding else self.group
-        if past_key_values is None:
+        if isinstance(past_key_values, LightningCache) and group is None:
+            o = past_key_values.attend(self.layer_idx, q, k, v, decay)
+            state = past_key_values.get_linear_cache(self.layer_idx)
+            past_key_values = None  # it has kept the state itself
+        elif past_key_values is None:
             o = linear_attention(q, k, v, decay, cu_seqlens=cu_seqlens, group=group)
         elif state is not None and q.shape[2] == 1:
             o, state = linear_attention_step(q, k, v, state, decay)
@@ -114,6 +120,8 @@ def prepare(model: nn.Module, mesh: Mesh | None, group: Group | None) -> Callabl
                 model.set_attn_implementation(NAME)
             model.base_model.register_forward_pre_hook(hooks.before, with_kwargs=True)
             model.base_model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
+        if hasattr(model, "generate") and any(isinstance(m, LightningAttention) for m in model.modules()):
+            minimax_cache.install(model)
 
     return finish
 
