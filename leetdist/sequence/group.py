@@ -87,6 +87,17 @@ def sequence_parallel(
         _scope.group, _scope.transport, _scope.lengths = before
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Calls inside are this rank's own, whatever `sequence_parallel` surrounds them."""
+    before = (_scope.group, _scope.transport, _scope.lengths)
+    _scope.group, _scope.transport, _scope.lengths = None, None, None
+    try:
+        yield
+    finally:
+        _scope.group, _scope.transport, _scope.lengths = before
+
+
 def resolve(group: Group | None, transport: str | None = None) -> Transport | None:
     """The transport of a group; of the surrounding `sequence_parallel` for None; None for neither."""
     if group is None:
