@@ -139,7 +139,10 @@ class LightningAttention(_DecayAttention):
         qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (self.heads, 3 * self.head_dim))
         q, k, v = qkv.chunk(3, -1)
         o, final = self.attend(q, k, v, 1.0, state, return_state, cu_seqlens)
-        y = self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(o.flatten(2)))
+        o = o.flatten(2)
+        # Under autocast o is bf16 and the weight fp32: mixed, there is no fused kernel. It computes in fp32 anyway.
+        o = F.rms_norm(o, self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps)
+        y = self.out_proj(torch.sigmoid(self.output_gate(x)) * o)
         return y if final is None else (y, final)
 
 
