@@ -19,6 +19,8 @@ def documents(source: str) -> Iterator[str]:
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        # Python's own library holds everybody else's as well.
+        files = [p for p in files if not {"site-packages", "dist-packages"} & set(p.relative_to(path).parts)]
         if not files:
             raise SystemExit(f"--text {source}: no file in it ends in {', '.join(SUFFIXES)}")
     elif path.is_file():

@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
 
     model = leetdist.parallelize(make_model(options, vocabulary), mesh)  # (3) before DDP, FSDP2 or DeepSpeed
     parameters = sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     progress = Progress(options, accelerator)

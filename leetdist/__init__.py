@@ -4,6 +4,8 @@ import importlib
 from typing import Any
 
 from leetdist.api import linear_attention, linear_attention_step
+from leetdist.decoder import causal_linear_decoder
+from leetdist.explain import explain
 from leetdist.inference.files import load_states, save_states
 from leetdist.inference.pool import StatePool
 from leetdist.inference.session import Session
@@ -35,6 +37,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "causal_linear_decoder",
+    "explain",
     "ShardedLoader",
     "device_mesh",
     "gather_sequence",

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from leetdist import ops
 from leetdist.autograd import LinearAttention
-from leetdist.methods import triton_serves
-from leetdist.plan import make_plan
-from leetdist.problem import Problem, agree, check_step, describe, global_layout
-from leetdist.sequence.group import resolve
+from leetdist.methods import attention_on_one_device, triton_serves
+from leetdist.plan import plan_call
+from leetdist.problem import ONE_DEVICE, check_step, describe
+from leetdist.sequence.group import name_of, resolve
 from leetdist.sequence.shard import redistribute
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def linear_attention(
         return_state: return the state after the last token as well; under a group, every rank gets it.
         cu_seqlens: (documents + 1,) int32 or int64, token offsets of documents packed in one row (B = 1), from 0 to N;
             under a group, offsets in the whole sequence, which need not lie on any grid. The state restarts at each.
-        method: "auto", or a local method by name.
+        method: "auto", or by name: "block", "causal_dot_product", "lightning", "fleet"; on one device also "vanilla"
+            and "recursion", which need no tiles (and can be differentiated twice). `explain` says what "auto" takes.
         group: ProcessGroup, 1-D DeviceMesh or virtual group whose ranks hold consecutive shards in rank order; None
             takes the surrounding `sequence_parallel`, and without one computes on this device alone. All ranks call
             forward, and backward, together.
@@ -108,7 +110,6 @@ def linear_attention(
     >>> o.shape, state.shape
     (torch.Size([1, 2, 100, 16]), torch.Size([1, 2, 16, 16]))
     """
-    transport = resolve(group)
     options: dict[str, Any] = {
         "scale": scale,
         "initial_state": initial_state,
@@ -117,28 +118,26 @@ def linear_attention(
         "method": method,
         "tile": tile,
     }
-    if transport is None:
-        problem = describe(q, k, v, log_decay, **options)
-        layout, size = global_layout([problem])
-        plan = make_plan(problem, layout, size, any_initial=problem.has_initial)
-    else:
-        checked: Problem | ValueError
-        try:
-            checked = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size)
-        except ValueError as error:
-            checked = error
-        everyone = agree(checked, transport)
-        problem = everyone[transport.rank]
-        given, size = global_layout(everyone)
-        layout = given.on_grid(size)
-        plan = make_plan(problem, layout, size, transport, any_initial=everyone[0].has_initial)
-        q, k, v = (redistribute(x, 2, given.lengths, layout.lengths, transport) for x in (q, k, v))
-
+    if method in ONE_DEVICE and resolve(group) is None:
+        problem = describe(q, k, v, log_decay, **options, read_values=not torch.compiler.is_compiling())
+        o, state = attention_on_one_device(problem, q, k, v, log_decay, initial_state)
+        return (o, state) if return_state else o
+    if torch.compiler.is_compiling():
+        o, state = ops.linear_attention(q, k, v, log_decay, **options, group=name_of(group))
+        return (o, state) if return_state else o
+    transport = resolve(group)
+    plan = plan_call(q, k, v, log_decay, **options, transport=transport)
+    problem, here, there = plan.problem, plan.given, plan.layout.lengths
+    anchor = None
+    if transport is not None:
+        q, k, v = (redistribute(x, 2, here, there, transport) for x in (q, k, v))
+        if plan.any_initial_grad and not problem.needs_grad and not problem.needs_initial_grad:
+            anchor = torch.empty(0, requires_grad=True)
     if log_decay is None:
         log_decay = torch.zeros(problem.heads, device=problem.device)
-    o, state = LinearAttention.apply(q, k, v, log_decay, initial_state, plan)
+    o, state = LinearAttention.apply(q, k, v, log_decay, initial_state, anchor, plan)
     if transport is not None:
-        o = redistribute(o, 2, layout.lengths, given.lengths, transport)
+        o = redistribute(o, 2, there, here, transport)
     return (o, state) if return_state else o
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leetdist.sequence.group import resolve
-from leetdist.sequence.transport import PointToPoint, Transport
+from leetdist.sequence.transport import Transport
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -111,15 +111,21 @@ def all_transports(mesh: Mesh | None) -> list[Transport]:
     return [transport for transport in found if transport is not None and transport.size > 1]
 
 
+def process_group(transport: Transport) -> dist.ProcessGroup | None:
+    """The process group that a transport serves; None for virtual ranks."""
+    group = getattr(transport, "group", None)
+    return group if isinstance(group, dist.ProcessGroup) else None
+
+
 def all_sum(x: Tensor, transports: list[Transport]) -> Tensor:
     """`x` summed over all ranks of the transports; a new tensor, not differentiable."""
     x = x.detach().clone()
     for transport in transports:
-        if isinstance(transport, PointToPoint):
-            dist.all_reduce(x, group=transport.group)
+        if (group := process_group(transport)) is not None:
+            dist.all_reduce(x, group=group)
         else:
             x = torch.stack(transport.gather_objects(x, "numbers to sum")).sum(0)
     return x
 
 
-__all__ = ["all_sum", "all_transports", "data_rank", "device_mesh", "sequence_group"]
+__all__ = ["all_sum", "all_transports", "data_rank", "device_mesh", "process_group", "sequence_group"]

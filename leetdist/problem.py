@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from leetdist.sequence.agreement import digest
 from leetdist.sequence.grid import Layout, default_tile
 
-if TYPE_CHECKING:
-    from leetdist.sequence.transport import Transport
-
 METHODS = ("auto", "vanilla", "recursion", "block", "causal_dot_product", "lightning", "fleet")
+ONE_DEVICE = ("vanilla", "recursion")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -37,10 +40,17 @@ class Problem:
     documents: tuple[int, ...] | None
     has_decay: bool
     return_state: bool
+    grad_mode: bool
     needs_grad: bool
+    needs_initial_grad: bool
     needs_decay_grad: bool
     has_initial: bool
     tokens: int
+    lanes: int | None = None
+
+    @property
+    def num_documents(self) -> int:
+        return 0 if self.documents is None else len(self.documents) - 1
 
 
 def describe(
@@ -57,9 +67,14 @@ def describe(
     tile: int | None,
     rank: int = 0,
     ranks: int = 1,
+    sharded: bool = False,
+    read_values: bool = True,
 ) -> Problem:
-    """Check one rank's arguments and describe them; ValueError names the argument, what it is and what it must be."""
-    _check_qkv(q, k, v)
+    """Check one rank's arguments and describe them; ValueError names the argument, what it is and what it must be.
+
+    read_values: check the values of log_decay too, which stops a GPU's stream where they are not known yet.
+    """
+    check_qkv(q, k, v)
     batch, heads, tokens, dk = q.shape
     if tokens == 0 and ranks == 1:
         raise ValueError("q: N is 0; a sequence needs at least one token")
@@ -67,10 +82,13 @@ def describe(
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if sharded and method in ONE_DEVICE:
+        able = ", ".join(name for name in METHODS if name not in ONE_DEVICE)
+        raise ValueError(f"method {method!r} works on one device only; under a group use one of {able}")
     if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 16 or tile & (tile - 1)):
         raise ValueError(f"tile must be a power of two of at least 16 tokens, or None, got {tile!r}")
     if log_decay is not None:
-        check_log_decay(log_decay, heads, q.device)
+        check_log_decay(log_decay, heads, q.device, read_values=read_values)
     documents = None
     if cu_seqlens is not None:
         documents = _check_documents(cu_seqlens, batch, tokens if ranks == 1 else None)
@@ -80,7 +98,7 @@ def describe(
         rows = batch if documents is None else len(documents) - 1
         check_state("initial_state", initial_state, (rows, heads, dk, v.shape[3]), q)
     grad = torch.is_grad_enabled()
-    tensors = (q, k, v, log_decay, initial_state)
+    tensors = (q, k, v, log_decay)
     return Problem(
         batch=batch,
         heads=heads,
@@ -95,38 +113,43 @@ def describe(
         documents=documents,
         has_decay=log_decay is not None,
         return_state=bool(return_state),
+        grad_mode=grad,
         needs_grad=grad and any(x is not None and x.requires_grad for x in tensors),
+        needs_initial_grad=grad and initial_state is not None and initial_state.requires_grad,
         needs_decay_grad=grad and log_decay is not None and log_decay.requires_grad,
         has_initial=initial_state is not None,
         tokens=tokens,
+        lanes=_wanted_lanes(),
     )
 
 
-def agree(problem: Problem | ValueError, transport: Transport) -> list[Problem]:
-    """Every rank's problem, on every rank; or the same error on every rank, naming who differs in what.
-
-    A rank whose own arguments are bad passes its ValueError, so that the others fail too instead of waiting for it.
-    """
-    everyone = transport.gather_objects(problem, "the shapes and arguments of this call")
-    for rank, theirs in enumerate(everyone):
-        if isinstance(theirs, ValueError):
-            if rank == transport.rank:
-                raise theirs
-            raise ValueError(f"rank {rank} of {transport.size} has bad arguments: {theirs}")
+def check_agreement(everyone: Sequence[Problem]) -> None:
+    """ValueError, the same on every rank, that says who differs in what."""
     first = everyone[0]
+    only_here = {"tokens", "has_initial", "needs_initial_grad", "grad_mode"}
+    if first.needs_initial_grad:  # then every rank has a backward pass
+        only_here.remove("grad_mode")
     for rank, theirs in enumerate(everyone):
         for field in fields(Problem):
             ours, other = getattr(first, field.name), getattr(theirs, field.name)
             if field.name == "device":
                 ours, other = ours.type, other.type
-            if field.name not in ("tokens", "has_initial") and ours != other:
+            if field.name not in only_here and ours != other:
                 raise ValueError(
                     f"the ranks of the group disagree on {field.name}: rank {rank} has {other}, rank 0 has {ours}"
                 )
-    return everyone
 
 
-def global_layout(everyone: list[Problem]) -> tuple[Layout, int]:
+def check_declared(problem: Problem, lengths: tuple[int, ...], rank: int) -> None:
+    """This rank keeps the promise of `sequence_parallel(lengths=...)`."""
+    if problem.tokens != lengths[rank]:
+        raise ValueError(
+            f"q: sequence_parallel(lengths={list(lengths)}) promises {lengths[rank]} tokens on rank {rank}, got "
+            f"{problem.tokens}"
+        )
+
+
+def global_layout(everyone: Sequence[Problem]) -> tuple[Layout, int]:
     """How the tokens lie over the ranks, and the tile length; ValueError where the boundaries are off the grid."""
     problem = everyone[0]
     layout = Layout(problem.batch, tuple(p.tokens for p in everyone), problem.documents)
@@ -150,7 +173,7 @@ def global_layout(everyone: list[Problem]) -> tuple[Layout, int]:
     return layout, tile
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -178,12 +201,36 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
 
 
+@dataclass(frozen=True)
+class Decays:
+    """The values of a log_decay, on the host."""
+
+    values: tuple[float, ...]
+    double: bool
+
+    @cached_property
+    def digest(self) -> int:
+        return digest(struct.pack(f"{len(self.values)}d", *self.values))
+
+    def forgetting(self, tokens: int) -> list[int]:
+        """Heads for which gamma^tokens is exactly 0, however it is rounded: under half of the smallest positive number
+        (e^-103.97 in fp32, e^-745.13 in fp64; kernels that flush denormals are at 0 sooner)."""
+        bound = -746.0 if self.double else -105.0
+        return [head for head, value in enumerate(self.values) if value * tokens < bound]
+
+
 # A decay seen good is not read again: reading a GPU tensor's values stops the stream.
 # By identity: an ordinary weak dictionary compares keys with ==, which a tensor does elementwise.
-_good_decays = WeakTensorKeyDictionary()
+_good_decays: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def check_log_decay(log_decay: Tensor, heads: int, device: torch.device) -> None:
+def known_decays(log_decay: Tensor | None) -> Decays | None:
+    """The values that `check_log_decay` has read; None where there are none, or it could not read them."""
+    version, decays = (None, None) if log_decay is None else _good_decays.get(log_decay, (None, None))
+    return decays if log_decay is not None and version == log_decay._version else None
+
+
+def check_log_decay(log_decay: Tensor, heads: int, device: torch.device, *, read_values: bool = True) -> None:
     """Shape, dtype, device, and that no value is positive or NaN."""
     if not isinstance(log_decay, Tensor):
         raise ValueError(f"log_decay must be a tensor or None, got {type(log_decay).__name__}")
@@ -193,18 +240,17 @@ def check_log_decay(log_decay: Tensor, heads: int, device: torch.device) -> None
         raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
     if log_decay.device != device:
         raise ValueError(f"log_decay must be on q's device, {device}, got {log_decay.device}")
-    if _good_decays.get(log_decay) == log_decay._version or torch.compiler.is_compiling():
+    if known_decays(log_decay) is not None or not read_values:
         return
     if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    values = log_decay.detach()
-    bad = ~(values <= 0)
-    if bool(bad.any()):
-        head = int(bad.nonzero()[0])
-        raise ValueError(
-            f"log_decay must be <= 0 (natural log of a decay of at most 1), got {float(values[head])} for head {head}"
-        )
-    _good_decays[log_decay] = log_decay._version
+    values = tuple(log_decay.tolist())
+    for head, value in enumerate(values):
+        if not value <= 0:
+            raise ValueError(
+                f"log_decay must be <= 0 (the natural log of a decay of at most 1), got {value} for head {head}"
+            )
+    _good_decays[log_decay] = (log_decay._version, Decays(values, log_decay.dtype == torch.float64))
 
 
 def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
@@ -229,7 +275,27 @@ def check_step(problem: Problem, q: Tensor, state: Tensor, *, inplace: bool) -> 
         raise ValueError("inplace must be False where gradients are recorded: the old state is needed for them")
 
 
-_documents = WeakTensorKeyDictionary()
+def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, heads: int) -> None:
+    """The decay arguments of `causal_linear_decoder`."""
+    if not is_mask_weight:
+        if gamma is not None:
+            raise ValueError("gamma is given, so is_mask_weight must be True, got False")
+        return
+    if not isinstance(gamma, Tensor) or not gamma.is_floating_point() or gamma.shape != (heads,):
+        got = repr(gamma)
+        if isinstance(gamma, Tensor):
+            got = f"{gamma.dtype} of shape {tuple(gamma.shape)}"
+        raise ValueError(
+            f"gamma must be a floating tensor of shape (H,) = ({heads},) where is_mask_weight is True, got {got}"
+        )
+    values = gamma.detach()
+    good = values >= 0 if is_need_exp else (values >= 0) & (values <= 1)
+    if not bool(good.all()):
+        wanted = "at least 0, so that exp(-gamma) decays" if is_need_exp else "from 0 to 1"
+        raise ValueError(f"gamma must be {wanted} (is_need_exp={is_need_exp}), got {values[~good][0].item()}")
+
+
+_documents: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
@@ -256,3 +322,13 @@ def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tupl
 
 def _shown(values: tuple[Any, ...]) -> str:
     return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
+
+
+def _wanted_lanes() -> int | None:
+    """LEETDIST_LANES: in how many groups the heads of a sharded call go; None leaves it to the cost model."""
+    value = os.environ.get("LEETDIST_LANES")
+    if value is None:
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"LEETDIST_LANES must be a positive number, got {value!r}")
+    return int(value)

@@ -150,8 +150,8 @@ def test_a_lost_state_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(1000, decay="slow", learnt=False)
     real = scan_module.scan
 
-    def forgetful(states, initial, log_decay, plan, *, reverse):
-        final = real(states.clone(), initial, log_decay, plan, reverse=reverse)
+    def forgetful(states, initial, log_decay, plan, lane, *, reverse):
+        final = real(states.clone(), initial, log_decay, plan, lane, reverse=reverse)
         block.fold(states, None, log_decay, plan.tiles, reverse=reverse)
         return final
 

@@ -65,7 +65,7 @@ def test_launchers(name: str, alone: list[float], tmp_path: Path) -> None:
 
 
 def with_zero(rank: int, out: Path) -> None:
-    """Each ZeRO config in bf16, four steps; 2 and 3 again, the last two steps from the checkpoint between."""
+    """Each ZeRO config in bf16, four steps; 3 again, the last two steps from the checkpoint between."""
     import deepspeed
     from accelerate.state import AcceleratorState
 
@@ -76,12 +76,12 @@ def with_zero(rank: int, out: Path) -> None:
     for stage in (1, 2, 3):
         folder = out / str(stage)
         options = [*ARGUMENTS, "--steps", "4", "--checkpointing", "--out", str(folder), "--save-every", "2"]
-        for more in ([], ["--resume"]) if stage > 1 else ([],):
+        for more in ([], ["--resume"]) if stage == 3 else ([],):
             AcceleratorState._reset_state(reset_partial_state=True)
             config = LAUNCH / "configs" / f"zero{stage}.json"
             main([*options, "--deepspeed-config", str(config), *more])
             torch.distributed.barrier()
-            if not more and stage > 1 and rank == 0:
+            if not more and stage == 3 and rank == 0:
                 shutil.rmtree(folder / "step-00000004")
                 (folder / "metrics.jsonl").rename(folder / "straight.jsonl")
             torch.distributed.barrier()
@@ -91,8 +91,8 @@ def test_zero_configs_in_bf16_and_resumed(alone: list[float], tmp_path: Path) ->
     pytest.importorskip("deepspeed")
     values(run_ranks(with_zero, 2, tmp_path, frameworks=True, timeout_s=120))
     for stage in (1, 2, 3):
-        straight = metrics(tmp_path / str(stage), "straight.jsonl" if stage > 1 else "metrics.jsonl")
-        if stage > 1:
+        straight = metrics(tmp_path / str(stage), "straight.jsonl" if stage == 3 else "metrics.jsonl")
+        if stage == 3:
             resumed = metrics(tmp_path / str(stage))
             assert [line["step"] for line in resumed] == [3, 4]
             assert [line["loss"] for line in resumed] == [line["loss"] for line in straight[2:]]

@@ -23,7 +23,8 @@ def draw(batch, heads, kv_heads, dk, dv, dtype):
 def check(q, k, v, state, log_decay):
     o, new = leetdist.linear_attention_step(q, k, v, state, log_decay, scale=0.3)
     expected, end = recurrence(q, k, v, log_decay, scale=0.3, initial_state=state)
-    assert o.dtype == q.dtype and new.dtype == torch.float32
+    assert o.dtype == q.dtype
+    assert new.dtype == torch.float32
     assert relative_error(o, expected) < ROUNDING[q.dtype]
     assert relative_error(new, end) < 1e-6
 
@@ -58,7 +59,8 @@ def test_inplace_writes_over_the_state(backend, monkeypatch):
     assert torch.equal(state, before)
     o_inplace, same = leetdist.linear_attention_step(q, k, v, state, log_decay, inplace=True)
     assert same.data_ptr() == state.data_ptr()
-    assert torch.equal(same, new) and torch.equal(o_inplace, o)
+    assert torch.equal(same, new)
+    assert torch.equal(o_inplace, o)
 
 
 def test_torch_form():

@@ -60,6 +60,7 @@ class Engine:
     grad: Callable[[Any], Tensor]
     value: Callable[[Any], Tensor]
     optimizer: Any = None
+    mesh: Any = None  # where it has one of its own
     micro_batches: int = 1
     scale: float = 1.0
 
@@ -93,6 +94,7 @@ def forward_backward(engine: Engine, batch: dict[str, Tensor], mesh: Any) -> flo
 def train(engine: Engine, mesh: Any) -> Run:
     """Three steps; gradients are those of the first."""
     run = Run()
+    mesh = engine.mesh or mesh
     module = engine.model.module if hasattr(engine.model, "module") else engine.model
     for batch in loader_of(mesh):
         run.losses.append(forward_backward(engine, batch, mesh))
@@ -116,6 +118,18 @@ def ddp(mesh: Any) -> Engine:
     model = leetdist.parallelize(model_of(checkpointing=True), mesh)
     model = nn.parallel.DistributedDataParallel(model)
     return plain(model, optimizer_of(model))
+
+
+def ddp_on_accelerates_mesh(mesh: Any) -> Engine:
+    """A mesh that accelerate's ParallelismConfig made; its dimensions have other names."""
+    from accelerate.parallelism_config import ParallelismConfig
+
+    data, sequence = mesh["dp"].size(), mesh["sp"].size()
+    theirs = ParallelismConfig(dp_shard_size=data, cp_size=sequence).build_device_mesh("cpu")
+    assert theirs.mesh_dim_names == (("dp_shard", "cp") if data > 1 else ("cp",))
+    engine = ddp(theirs)
+    engine.mesh = theirs
+    return engine
 
 
 def restarting(mesh: Any) -> Engine:
@@ -204,6 +218,7 @@ SETTINGS: dict[str, Callable[[Any], Engine]] = {
     "ZeRO-3": zero(3),
     "accelerate": accelerated(fsdp=False),
     "accelerate FSDP2": accelerated(fsdp=True),
+    "accelerate's mesh": ddp_on_accelerates_mesh,
 }
 
 

@@ -32,21 +32,30 @@ from leetdist.kernels.tiles import Tiles, ceil_div
 CHUNK = 128
 
 
-def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
+def tile_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
     """The state each tile adds: `scale * sum_i w_i b_i c_i^T`, with `i` counted from 0 in a tile of `n` tokens.
 
     Forward, `w_i = gamma^(n-1-i)` (the state after the tile); reversed, `w_i = gamma^(i+1)` (the gradient of the state
     before the tile).
 
     b: (B, Hb, N, Db), c: (B, Hc, N, Dc), where Hb and Hc divide H; log_decay: (H,) fp32.
-    Returns (B, H, tiles.count, Db, Dc), fp32 (fp64 for fp64 inputs).
+    Returns (B, H, tiles.count, Db, Dc), fp32 (fp64 for fp64 inputs), in `out` (contiguous) if given.
     """
     walk = _Walk(tiles, log_decay, b.dtype, reverse)
     states = walk.zeros(b.shape[0], tiles.count, b.shape[3], c.shape[3])
     for chunk in walk:
         weighted = chunk.take(b) * (chunk.to_state() * scale)
         chunk.advance(states, weighted.mT @ chunk.take(c))
-    return states
+    return states if out is None else out.copy_(states)
 
 
 def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
@@ -86,6 +95,7 @@ def tile_outputs(
     scale: float,
     state_scale: float,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The outputs of each tile from the state at its start: `scale * LA(a, b, c) + state_scale * w_i a_i . state`.
 
@@ -93,10 +103,11 @@ def tile_outputs(
     and is read with `state_scale`; so what a chunk adds to it is scaled by `scale / state_scale`.
 
     a, b: (B, Ha or Hb, N, Da), c: (B, Hc, N, Dc), head counts dividing H; states: (B, H, tiles.count, Da, Dc).
-    Returns (B, H, N, Dc) in `out_dtype`.
+    Returns (B, H, N, Dc) in `out_dtype`, in `out` (last dimension contiguous) if given.
     """
     walk = _Walk(tiles, log_decay, a.dtype, reverse)
-    out = torch.empty(a.shape[0], walk.heads, a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
+    if out is None:
+        out = torch.empty(a.shape[0], walk.heads, a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
     state, added_scale = states.clone(), scale_of_added(scale, state_scale)
     for chunk in walk:
         a_i, b_i, c_i = chunk.take(a), chunk.take(b), chunk.take(c)

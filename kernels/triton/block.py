@@ -24,12 +24,22 @@ FP32_RANGE = tl.constexpr(104.0)
 COUNTS = ["tokens", "tiles", "tile_size"]
 
 
-def tile_states(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0) -> Tensor:
+def tile_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_states."""
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
     config = block_config(rows, columns, b.dtype, tiles.size)
-    out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
+    if out is None:
+        out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
     if on_hopper(rows, columns, b.dtype, tiles.size, b.device):
         from leetdist.kernels.triton import hopper
 
@@ -78,12 +88,14 @@ def tile_outputs(
     scale: float,
     state_scale: float,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.pytorch.block.tile_outputs. `states` may be a transposed view."""
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
     config = block_config(rows, columns, a.dtype, tiles.size)
-    out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
+    if out is None:
+        out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
     if on_hopper(rows, columns, a.dtype, tiles.size, a.device):
         from leetdist.kernels.triton import hopper
 
@@ -133,7 +145,7 @@ def decay_gradient(
             q.shape[2], tiles.count, tiles.size, rows, columns, scale,
             REGULAR=tiles.regular, CHUNK=config.chunk,
             ROWS=padded(rows), COLUMNS=held, PRECISION=_precision(q.dtype),
-            num_warps=config.warps, num_stages=1,
+            num_warps=4 if padded(rows) < 64 else 8, num_stages=1,
         )  # fmt: skip
     total = out[..., 0]
     for block in range(1, blocks):  # in one fixed order, which torch.sum does not promise
@@ -195,10 +207,16 @@ def _powers(log_decay, exponent):
 
 @triton.jit
 def _times_state(a, state, PRECISION: tl.constexpr):
-    """a . state. A state can exceed fp16's range (it grows with the sequence), so fp16 multiplies in tf32, whose
-    mantissa is fp16's and whose range is fp32's."""
+    """a . state.
+
+    bf16 takes the state as a sum of two bf16 numbers: rounding it to one would be the largest error of a head with a
+    long memory. A state can exceed fp16's range (it grows with the sequence), so fp16 multiplies in tf32, with fp16's
+    mantissa and fp32's range.
+    """
     if a.dtype == tl.bfloat16:
-        return tl.dot(a, state.to(tl.bfloat16))
+        high = state.to(tl.bfloat16)
+        low = (state - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(a, low, acc=tl.dot(a, high))
     else:
         if a.dtype == tl.float16:
             state = _rounded_to_tf32(state)
@@ -385,12 +403,15 @@ def _decay_gradient(
         far = _times_state(q_i, slope, PRECISION) + _times_state(q_i, state, PRECISION) * steps[:, None]
         far = tl.sum(far * do_i.to(tl.float32), 1) * _powers(g, position + 1) * scale
         total += near + far
+        k_raw = k_i
         k_i = _to_state(k_i, g, 1.0, count, False, CHUNK)
-        left = tl.maximum(count - 1 - position, 0).to(tl.float32)[:, None]
-        k_left = (k_i.to(tl.float32) * left).to(k_i.dtype)
+        # One factor of gamma is left to the sum, so that 16-bit weights do not all vanish under a strong decay.
+        left = tl.maximum(count - 1 - position, 0)
+        weight = _powers(g, left - 1) * left.to(tl.float32)
+        k_left = (k_raw.to(tl.float32) * weight[:, None]).to(k_raw.dtype)
         across = _powers(g, count)
         slope = (slope + state * count.to(tl.float32)) * across
-        slope += tl.dot(tl.trans(k_left), v_i, input_precision=PRECISION)
+        slope += tl.dot(tl.trans(k_left), v_i, input_precision=PRECISION) * tl.exp(g)
         state = state * across + tl.dot(tl.trans(k_i), v_i, input_precision=PRECISION)
 
     gradient = tl.load(state_grads + element, mask=inside, other=0.0)

@@ -28,10 +28,12 @@ COUNTS = ["tokens", "tiles", "tile_size"]
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """Bulk copies of `rows` tokens of one head of x (B, H, N, D)."""
     sizes, strides = list(x.shape), list(x.stride())
-    if x.data_ptr() % 16 or any(stride % 8 or not stride for size, stride in zip(sizes[:3], strides[:3]) if size > 1):
+    if x.data_ptr() % 16 or any(
+        stride % 8 or not stride for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1
+    ):
         x = x.contiguous()
         strides = list(x.stride())
-    strides = [s if n > 1 else x.shape[-1] * 8 for n, s in zip(sizes[:3], strides[:3])] + [1]
+    strides = [s if n > 1 else x.shape[-1] * 8 for n, s in zip(sizes[:3], strides[:3], strict=True)] + [1]
     block = [1, 1, rows, x.shape[-1]]
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     return TensorDescriptor(x, sizes, strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from leetdist.inference.problem import check_like
 from leetdist.inference.state import State
-from leetdist.sequence.alone import alone
 from leetdist.sequence.grid import LARGEST_TILE
-from leetdist.sequence.group import resolve, sequence_parallel
+from leetdist.sequence.group import alone, resolve, sequence_parallel
 from leetdist.sequence.shard import gather_sequence, shard_sequence
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.sequence.alone import alone
+from leetdist.sequence.group import alone
 
 
 @dataclass(frozen=True, eq=False)

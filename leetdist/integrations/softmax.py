@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from leetdist.mesh import process_group
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import gather_sequence
-from leetdist.sequence.transport import PointToPoint
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -47,10 +47,11 @@ def softmax_attention(
         return _causal(q, k, v, k.shape[2] - q.shape[2], scale, boundaries, kept)
     lengths = tuple(transport.gather_objects(q.shape[2], "the tokens of each shard"))
     ranks = transport.size
-    if isinstance(transport, PointToPoint) and q.shape[1] % ranks == 0 and k.shape[1] % ranks == 0:
-        q, k, v = (_Exchange.apply(x, lengths, transport, True) for x in (q, k, v))
+    ours = process_group(transport)
+    if ours is not None and q.shape[1] % ranks == 0 and k.shape[1] % ranks == 0:
+        q, k, v = (_Exchange.apply(x, lengths, ours, True) for x in (q, k, v))
         o = _causal(q, k, v, 0, scale, boundaries, kept)
-        out: Tensor = _Exchange.apply(o, lengths, transport, False)
+        out: Tensor = _Exchange.apply(o, lengths, ours, False)
         return out
     k, v = (gather_sequence(x, 2, group) for x in (k, v))
     return _causal(q, k, v, sum(lengths[: transport.rank]), scale, boundaries, kept)
@@ -95,19 +96,19 @@ class _Exchange(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], transport: PointToPoint, to_heads: bool) -> Tensor:
-        ctx.rest = (lengths, transport, to_heads)
-        return _exchange(x, lengths, transport, to_heads)
+    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+        ctx.rest = (lengths, group, to_heads)
+        return _exchange(x, lengths, group, to_heads)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        lengths, transport, to_heads = ctx.rest
-        return _exchange(grad, lengths, transport, not to_heads), None, None, None
+        lengths, group, to_heads = ctx.rest
+        return _exchange(grad, lengths, group, not to_heads), None, None, None
 
 
-def _exchange(x: Tensor, lengths: tuple[int, ...], transport: PointToPoint, to_heads: bool) -> Tensor:
+def _exchange(x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup, to_heads: bool) -> Tensor:
     batch, heads, _, width = x.shape
-    ranks, mine = transport.size, lengths[transport.rank]
+    ranks, mine = len(lengths), lengths[dist.get_rank(group)]
     if to_heads:
         parts, heads = list(x.chunk(ranks, 1)), heads // ranks
         arriving = [(batch, heads, length, width) for length in lengths]
@@ -117,7 +118,7 @@ def _exchange(x: Tensor, lengths: tuple[int, ...], transport: PointToPoint, to_h
     sent = torch.cat([part.reshape(-1) for part in parts])
     sizes = [batch * heads * shape[2] * width for shape in arriving]
     received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=transport.group)
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
     pieces = [piece.view(shape) for piece, shape in zip(received.split(sizes), arriving, strict=True)]
     return torch.cat(pieces, 2 if to_heads else 1)
 

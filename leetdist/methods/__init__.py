@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import itertools
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -11,6 +15,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles
+from leetdist.methods import cost
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
@@ -21,8 +26,18 @@ LARGEST_TRITON_HEAD = 256
 class Kernels(Protocol):
     """The local primitives that a backend provides; leetdist.kernels.pytorch.block says what each computes."""
 
+    def __hash__(self) -> int: ...
+
     def tile_states(
-        self, b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool, scale: float = 1.0
+        self,
+        b: Tensor,
+        c: Tensor,
+        log_decay: Tensor,
+        tiles: Tiles,
+        *,
+        reverse: bool,
+        scale: float = 1.0,
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
     def fold(
@@ -42,6 +57,7 @@ class Kernels(Protocol):
         scale: float,
         state_scale: float,
         out_dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
     def decay_gradient(
@@ -59,17 +75,76 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
-def kernels_for(problem: Problem, *, sharded: bool) -> Kernels:
-    """The kernels of the problem's method on its device."""
-    if problem.method not in ("auto", "block"):
-        raise ValueError(f"method {problem.method!r} is not there yet; 'auto' and 'block' are")
-    if triton_serves(problem):
-        from leetdist.kernels.triton import block as triton_block
+@dataclass(frozen=True)
+class Composed:
+    """A method's own primitives beside the block method's."""
 
-        return cast(Kernels, triton_block)
-    from leetdist.kernels.pytorch import block
+    tile_outputs: Callable[..., Tensor]
+    tile_states: Callable[..., Tensor]
+    fold: Callable[..., Tensor]
+    decay_gradient: Callable[..., Tensor]
 
-    return cast(Kernels, block)
+
+@cache
+def compose(
+    base: Kernels, tile_outputs: Callable[..., Tensor], tile_states: Callable[..., Tensor] | None = None
+) -> Kernels:
+    """The kernels of `base` with these in their stead. Plans are remembered by their kernels, so one object."""
+    return cast(Kernels, Composed(tile_outputs, tile_states or base.tile_states, base.fold, base.decay_gradient))
+
+
+def kernels_for(problem: Problem, tokens: int) -> Kernels:
+    """The kernels of the problem's method on its device; `tokens` are those of all ranks."""
+    method = problem.method
+    if method == "auto":
+        method = cost.choose(problem, tokens).method
+    module = importlib.import_module(f"leetdist.methods.{method}")
+    return cast(Kernels, module.kernels(problem))
+
+
+def backend_of(kernels: Kernels) -> str:
+    """The modules that the kernels are from, those of outputs first."""
+    functions = (kernels.tile_outputs, kernels.tile_states, kernels.fold)
+    return ", ".join(dict.fromkeys(function.__module__ for function in functions))
+
+
+def attention_on_one_device(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_attention` of a method that knows no tiles: o and the final states. Document after document."""
+    method = importlib.import_module(f"leetdist.methods.{problem.method}")
+    dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    share = problem.heads // problem.kv_heads
+    decay = q.new_zeros(problem.heads) if log_decay is None else log_decay
+    with torch.autocast(q.device.type, enabled=False):
+        q, decay = q.to(dtype), decay.to(dtype)
+        k, v = (x.to(dtype).repeat_interleave(share, 1) for x in (k, v))
+        if problem.documents is None:
+            o, state = method.attention(q, k, v, decay, initial_state)
+        else:
+            rows = [None] * problem.num_documents if initial_state is None else initial_state.split(1)
+            spans = itertools.pairwise(problem.documents)
+            parts = [
+                method.attention(*(x[:, :, begin:end] for x in (q, k, v)), decay, row)
+                for (begin, end), row in zip(spans, rows, strict=True)
+            ]
+            o = torch.cat([part[0] for part in parts], 2)
+            state = torch.cat([part[1] for part in parts])
+    return (problem.scale * o).to(problem.dtype), state
+
+
+def cuda_serves(problem: Problem) -> bool:
+    """CUDA C++ kernels need cuda-core, for NVRTC, and serve what Triton's do; LEETDIST_BACKEND set turns them off."""
+    if os.environ.get("LEETDIST_BACKEND") is not None or not triton_serves(problem):
+        return False
+    from leetdist.kernels.cuda.loader import available
+
+    return available()
 
 
 def triton_serves(problem: Problem) -> bool:

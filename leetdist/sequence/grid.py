@@ -12,8 +12,9 @@ from leetdist.kernels.tiles import Tiles, ceil_div
 SMALLEST_TILE, LARGEST_TILE = 16, 8192
 # A few ranks want a tile each.
 TILES_WANTED = 8
-# Longer sequences want longer tiles, for a state in memory costs as much as 85 tokens of q, k and v (bf16, D = 128), and
-# more of them, to fill the GPUs of more ranks; so both grow as the square root: 1,024 tokens at 8,192, 4,096 at 131,072.
+# Longer sequences want longer tiles, for a state in memory costs as much as 85 tokens of q, k and v (bf16, D = 128),
+# and more of them, to fill the GPUs of more ranks; so both grow as the square root: 1,024 tokens at 8,192, 4,096 at
+# 131,072.
 TOKENS_SHARED = 128
 
 

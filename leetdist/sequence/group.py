@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, TypeAlias
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
-from leetdist.sequence.transport import PointToPoint, Transport
+from leetdist.sequence.p2p import PointToPoint
+from leetdist.sequence.transport import Transport
+from leetdist.sequence.virtual import by_name as virtual_by_name
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Transport"
 
-_current: ContextVar[Transport | None] = ContextVar("leetdist_group", default=None)
-_transports: WeakKeyDictionary[dist.ProcessGroup, PointToPoint] = WeakKeyDictionary()
+
+class _Scope(threading.local):
+    """The innermost `sequence_parallel` of this thread (a virtual rank is a thread; torch.compile knows these)."""
+
+    group: Group | None = None
+    transport: Transport | None = None
+    lengths: tuple[int, ...] | None = None
+
+
+_scope = _Scope()
+# What serves a process group lives as long as the group; a compiled graph knows it by name.
+_of_group: dict[str, tuple[dist.ProcessGroup, Transport]] = {}
 
 
 @contextmanager
-def sequence_parallel(group: Group) -> Iterator[None]:
+def sequence_parallel(
+    group: Group,
+    *,
+    lengths: Sequence[int] | None = None,
+    timeout: float | None = None,
+    transport: str | None = None,
+) -> Iterator[None]:
     """Calls inside use this group where none is passed.
 
     Args:
         group: a ProcessGroup, a 1-D DeviceMesh, or a virtual group; its ranks hold consecutive shards in rank order.
+        lengths: tokens on each rank, in rank order, a promise for all calls inside: what the ranks agreed on for a
+            shape is then not compared again, which spares each call its messages between the hosts. A rank that breaks
+            the promise gets a ValueError, the others a timeout.
+        timeout: seconds that a rank of this group waits for another, from now on; None keeps what the group has (its
+            own, or LEETDIST_TIMEOUT). With NCCL, a timeout makes the host wait for every receive.
+        transport: "auto", "p2p" or "symmetric" (one-sided copies within a node), how states travel; None takes
+            LEETDIST_TRANSPORT, or "auto". Decided when the group is first used.
 
     Raises:
-        ValueError: `group` is of another type, a mesh of more dimensions, or does not hold this rank.
+        ValueError: `group` is of another type, a mesh of more dimensions, or does not hold this rank; `lengths` are not
+            one number a rank; `timeout` is not positive; `transport` is unknown, or cannot serve this group.
 
     Shapes and dtypes are those of the calls inside (`linear_attention`: (B, H, N, D)). Source: sequence parallelism of
     linear attention as in LASP, arXiv 2404.02882.
@@ -43,19 +69,82 @@ def sequence_parallel(group: Group) -> Iterator[None]:
     >>> leetdist.virtual_ranks(rank, ranks=2)
     [torch.Size([1, 1, 32, 16]), torch.Size([1, 1, 32, 16])]
     """
-    token = _current.set(resolve(group))
+    served = resolve(group, transport)
+    assert served is not None
+    if lengths is not None:
+        lengths = tuple(lengths)
+        if len(lengths) != served.size or any(not isinstance(n, int) or n < 0 for n in lengths):
+            raise ValueError(f"lengths must be {served.size} numbers of tokens, one a rank, got {list(lengths)}")
+    if timeout is not None:
+        if not timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
+        served.seconds = float(timeout)
+    before = (_scope.group, _scope.transport, _scope.lengths)
+    _scope.group, _scope.transport, _scope.lengths = group, served, lengths
     try:
         yield
     finally:
-        _current.reset(token)
+        _scope.group, _scope.transport, _scope.lengths = before
 
 
-def resolve(group: Group | None) -> Transport | None:
+@contextmanager
+def alone() -> Iterator[None]:
+    """Calls inside are this rank's own, whatever `sequence_parallel` surrounds them."""
+    before = (_scope.group, _scope.transport, _scope.lengths)
+    _scope.group, _scope.transport, _scope.lengths = None, None, None
+    try:
+        yield
+    finally:
+        _scope.group, _scope.transport, _scope.lengths = before
+
+
+def resolve(group: Group | None, transport: str | None = None) -> Transport | None:
     """The transport of a group; of the surrounding `sequence_parallel` for None; None for neither."""
     if group is None:
-        return _current.get()
+        return _scope.transport
     if isinstance(group, Transport):
-        return group
+        return _served_by(group, transport)
+    process_group = _process_group(group)
+    known = _of_group.get(process_group.group_name)
+    if known is None or known[0] is not process_group:  # a name may be used again after its group was destroyed
+        for name in [name for name, (old, _) in _of_group.items() if old not in c10d._world.pg_map]:
+            del _of_group[name]
+        known = _of_group[process_group.group_name] = (process_group, PointToPoint(process_group, transport))
+    return _served_by(known[1], transport)
+
+
+def _served_by(served: Transport, wanted: str | None) -> Transport:
+    if wanted not in (None, "auto", served.kind):
+        raise ValueError(f"transport: the group is served by {served.kind!r} already, got {wanted!r}")
+    return served
+
+
+def declared_lengths(transport: Transport) -> tuple[int, ...] | None:
+    """The lengths that the surrounding `sequence_parallel` of this transport promises."""
+    return _scope.lengths if _scope.transport is transport else None
+
+
+def name_of(group: Group | None) -> str:
+    """What `by_name` finds the group by, "" for none; torch.compile traces this."""
+    if group is None:
+        group = _scope.group
+    if group is None:
+        return ""
+    if isinstance(group, Transport):
+        return group.name
+    if isinstance(group, dist.ProcessGroup):
+        return str(group.group_name)
+    return str(group.get_group().group_name)
+
+
+def by_name(name: str) -> Transport | None:
+    """The transport of a name from `name_of`; None for ""."""
+    if not name:
+        return None
+    return virtual_by_name(name) or resolve(cast(Any, c10d)._resolve_process_group(name))
+
+
+def _process_group(group: Group) -> dist.ProcessGroup:
     if not dist.is_available():
         raise ValueError("group: this build of torch has no torch.distributed")
     from torch.distributed.device_mesh import DeviceMesh
@@ -73,6 +162,4 @@ def resolve(group: Group | None) -> Transport | None:
         )
     if dist.get_rank(group) < 0:
         raise ValueError(f"group does not hold this rank (global rank {dist.get_rank()})")
-    if group not in _transports:
-        _transports[group] = PointToPoint(group)
-    return _transports[group]
+    return group

@@ -4,6 +4,23 @@ A rank folds its own tiles onto the state that arrives from the rank before it (
 the result on. `S_p = gamma^L S_{p-1} + S_local` would need no fold per hop, but associates the sum differently, and so
 gives other bits than one device. What travels is one state a sequence: (B, H, Dk, Dv) fp32, whatever the length.
 
+Heads go in lanes (`leetdist.plan.Lane`), each with a chain of its own, so that the hops of one overlap with the work of
+another. A head's numbers never meet another head's, so the lanes change no bit.
+
+Heads that forget. Let `gamma^T`, the factor with which a full tile takes over the state before it, be exactly 0 (in the
+dtype of the states, as the fold rounds it). The fold over a tile is then `0 * S + L`, which is L for every finite S (up
+to the sign of a zero). So where the first tile that a rank walks is full:
+
+- what the rank hands on does not depend on what arrives: such a lane (`forgets`) hands on first and receives later, and
+  its chain is one hop long whatever the number of ranks;
+- only that tile's own start state is what arrives, so it is put there when it comes, without another fold.
+
+The state still has to travel that one hop, because the outputs of the tile it reaches read it with gamma^1 to gamma^T.
+Where even gamma^1 is exactly 0 (a `mute` head, log_decay below about -104), they read it with factor 0, and what comes
+from the right in the backward pass is a multiple of gamma^1, that is, 0: such heads are not sent, zeros stand for them.
+Infinities and NaN are the exception: one device would spread a NaN from `0 * inf` over all later tokens, while here it
+ends where a lane forgets. Results agree bit for bit as long as the states are finite.
+
 Beside the chain, whole states move between the ranks where sequences begin and end: initial states come from the first
 rank, final states go to every rank, and their gradients go the same ways back.
 """
@@ -15,37 +32,59 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from leetdist import trace
+
 if TYPE_CHECKING:
-    from leetdist.plan import Plan
+    from leetdist.plan import Lane, Plan
 
 
-def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, *, reverse: bool) -> Tensor:
-    """Fold this rank's tile states in place, from and to its neighbours.
+def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, lane: Lane, *, reverse: bool) -> Tensor:
+    """Fold this rank's tile states of one lane in place, from and to its neighbours.
 
-    states: (B, H, tiles, Dk, Dv), what each tile adds; becomes the state at each tile's start (its right end when
-    reversed). initial: (rows, H, Dk, Dv) for the sequences that begin here (end here, reversed), or None for zeros.
-    Returns the states of the sequences that end here (begin here, reversed).
+    states: (B, lane's heads, tiles, Dk, Dv), what each tile adds; becomes the state at each tile's start (its right end
+    when reversed). initial: (rows, lane's heads, Dk, Dv) for the sequences that begin here (end here, reversed), or
+    None for zeros. Returns the states of the sequences that end here (begin here, reversed).
     """
     layout, transport, rank = plan.layout, plan.transport, plan.rank
-    batch, heads, _, dk, dv = states.shape
+    batch, heads, tiles, dk, dv = states.shape
     left, right = layout.continues_from_left(rank), layout.continues_to_right(rank)
     before, after = (right, left) if reverse else (left, right)
     previous, following = (rank + 1, rank - 1) if reverse else (rank - 1, rank + 1)
-    direction = "gradient of the state" if reverse else "state"
+    what = f"the {'gradient of the ' if reverse else ''}state of {lane} ({'backward' if reverse else 'forward'} scan)"
 
-    if before:
+    def receive() -> Tensor:
         assert transport is not None
-        carried = transport.receive(states.new_empty(batch, heads, dk, dv), previous, f"the {direction}")
+        with trace.span("receive", plan.rank, lane, states):
+            shape = (batch, len(lane.sent), dk, dv)
+            carried = states.new_empty(shape)
+            if carried.numel():
+                transport.receive_state(carried, previous, what)
+            return lane.spread(carried)
+
+    def hand_on(final: Tensor) -> None:
+        assert transport is not None
+        with trace.span("send", plan.rank, lane, states):
+            handed = lane.pick(final[:batch] if reverse else final[final.shape[0] - batch :])
+            if handed.numel():
+                transport.send_state(handed, following, what)
+
+    # The tile that takes over what arrives: full, or the sequence's last and short.
+    edge = tiles - 1 if reverse else 0
+    early = before and lane.forgets and tiles > 0 and plan.tiles.spans[edge][1] == plan.tiles.size
+    carried = None
+    if before:
+        carried = states.new_zeros(batch, heads, dk, dv) if early else receive()
         if initial is None:
             rows = states.shape[0] * plan.tiles.num_segments - batch
             initial = states.new_zeros(rows, heads, dk, dv)
         initial = torch.cat((initial, carried) if reverse else (carried, initial))
-    final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse)
+    with trace.span("fold", plan.rank, lane, states):
+        final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse)
     if after:
-        assert transport is not None
-        handed = final[:batch] if reverse else final[final.shape[0] - batch :]
-        transport.send(handed, following, f"the {direction}")
+        hand_on(final)
         final = final[batch:] if reverse else final[: final.shape[0] - batch]
+    if early:
+        states[:, :, edge] = receive()
     return final
 
 
@@ -73,9 +112,9 @@ def states_to_first(states: Tensor, shape: tuple[int, ...], plan: Plan) -> Tenso
         transport.send(states, 0, what)
         return None
     whole = states.new_empty(shape)
-    for rank in range(transport.size):
-        rows = whole[plan.layout.beginning(rank)]
-        rows.copy_(states if rank == 0 else transport.receive(torch.empty_like(rows), rank, what))
+    whole[plan.layout.beginning(0)] = states
+    for rank in transport.others():
+        transport.receive(whole[plan.layout.beginning(rank)], rank, what)
     return whole
 
 
@@ -85,11 +124,14 @@ def states_to_all(states: Tensor, shape: tuple[int, ...], plan: Plan) -> Tensor:
     if transport is None:
         return states
     whole = states.new_empty(shape)
-    for rank in range(transport.size):
-        rows = whole[plan.layout.ending(rank)]
-        if rows.numel():
-            mine = states if rank == plan.rank else torch.empty_like(rows)
-            rows.copy_(transport.broadcast(mine, rank, "the final state"))
+    parts = [whole[plan.layout.ending(rank)] for rank in range(transport.size)]
+    parts[plan.rank].copy_(states)
+    transport.exchange(
+        [(parts[plan.rank], rank) for rank in transport.others()],
+        [(parts[rank], rank) for rank in transport.others()],
+        "the final state",
+    )
+    transport.flush()  # the caller may write into what it gets
     return whole
 
 
@@ -98,12 +140,16 @@ def states_from_all(states: Tensor, plan: Plan) -> Tensor:
     transport, what = plan.transport, "the gradient of the final state"
     if transport is None:
         return states
-    for rank in transport.others():
-        transport.send(states[plan.layout.ending(rank)], rank, what)
-    mine = states[plan.layout.ending(plan.rank)]
+    mine = states[plan.layout.ending(plan.rank)].contiguous()
+    theirs = {rank: torch.empty_like(mine) for rank in transport.others()}
+    transport.exchange(
+        [(states[plan.layout.ending(rank)], rank) for rank in transport.others()],
+        [(part, rank) for rank, part in theirs.items()],
+        what,
+    )
     total = torch.zeros_like(mine)
     for rank in range(transport.size):
-        total += mine if rank == plan.rank else transport.receive(torch.empty_like(mine), rank, what)
+        total += theirs.get(rank, mine)
     return total
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leetdist.sequence.agreement import agree
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
-from leetdist.sequence.transport import Transport
+from leetdist.sequence.transport import Message, Transport
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -88,7 +89,7 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
         return x_local
     shape = list(x_local.shape)
     mine = (shape.pop(dim), tuple(shape), str(x_local.dtype))
-    everyone = transport.gather_objects(mine, "the shapes to gather")
+    everyone = agree(mine, transport, "the shapes to gather").everyone
     for rank, theirs in enumerate(everyone):
         if theirs[1:] != everyone[0][1:]:
             raise ValueError(
@@ -122,28 +123,30 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, lengths: tuple[int, ...], transport: Transport) -> Tensor:
         ctx.dim, ctx.lengths, ctx.transport = dim, lengths, transport
-        for rank in transport.others():
-            transport.send(x, rank, "its shard to gather")
         whole = _resized(x, dim, sum(lengths))
-        for rank, part in enumerate(whole.split(lengths, dim)):
-            part.copy_(x if rank == transport.rank else _received(part, rank, transport, "its shard to gather"))
-        transport.flush()
+        parts = whole.split(lengths, dim)
+        parts[transport.rank].copy_(x)
+        _swap(
+            [(x, rank) for rank in transport.others()],
+            [(parts[rank], rank) for rank in transport.others()],
+            transport, "a shard to gather",
+        )  # fmt: skip
         return whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         transport, parts = ctx.transport, grad.split(ctx.lengths, ctx.dim)
-        for rank in transport.others():
-            transport.send(parts[rank], rank, "a gradient of the gathered sequence")
         mine = parts[transport.rank]
+        theirs = {rank: torch.empty_like(mine, memory_format=torch.contiguous_format) for rank in transport.others()}
+        _swap(
+            [(parts[rank], rank) for rank in transport.others()],
+            [(part, rank) for rank, part in theirs.items()],
+            transport, "a gradient of the gathered sequence",
+        )  # fmt: skip
         total = torch.zeros_like(mine, memory_format=torch.contiguous_format)
         for rank in range(transport.size):
-            if rank == transport.rank:
-                total += mine
-            else:
-                total += _received(mine, rank, transport, "a gradient of the gathered sequence")
-        transport.flush()
+            total += theirs.get(rank, mine)
         return total, None, None, None
 
 
@@ -153,38 +156,47 @@ class _Redistribute(torch.autograd.Function):
         ctx: Any, x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transport: Transport
     ) -> Tensor:
         ctx.back = (dim, new, old, transport)
-        return _move(x, dim, old, new, transport)
+        return move(x, dim, old, new, transport)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _move(grad, *ctx.back), None, None, None, None
+        return move(grad, *ctx.back), None, None, None, None
 
 
-def _move(x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transport: Transport) -> Tensor:
-    me, what = transport.rank, "tokens that realign packed documents"
+def move(x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transport: Transport) -> Tensor:
+    """`redistribute` without a gradient."""
+    if old == new:
+        return x
+    me = transport.rank
     before, after = (tuple(accumulate(lengths, initial=0)) for lengths in (old, new))
+    moved = _resized(x, dim, new[me])
 
     def common(source: int, to: int) -> tuple[int, int]:
         first = max(before[source], after[to])
         return first, min(before[source + 1], after[to + 1]) - first
 
-    for to in transport.others():
+    def there(to: int) -> Tensor:
         first, count = common(me, to)
-        if count > 0:
-            transport.send(x.narrow(dim, first - before[me], count), to, what)
-    moved = _resized(x, dim, new[me])
-    for source in range(transport.size):
+        return x.narrow(dim, first - before[me], count) if count > 0 else x.narrow(dim, 0, 0)
+
+    def here(source: int) -> Tensor:
         first, count = common(source, me)
-        if count > 0:
-            here = moved.narrow(dim, first - after[me], count)
-            if source == me:
-                here.copy_(x.narrow(dim, first - before[me], count))
-            else:
-                here.copy_(_received(here, source, transport, what))
-    transport.flush()
+        return moved.narrow(dim, first - after[me], count) if count > 0 else moved.narrow(dim, 0, 0)
+
+    here(me).copy_(there(me))
+    _swap(
+        [(there(rank), rank) for rank in transport.others()],
+        [(here(rank), rank) for rank in transport.others()],
+        transport, "tokens that realign packed documents",
+    )  # fmt: skip
     return moved
 
 
-def _received(like: Tensor, source: int, transport: Transport, what: str) -> Tensor:
-    return transport.receive(torch.empty_like(like, memory_format=torch.contiguous_format), source, what)
+def _swap(outgoing: list[Message], incoming: list[Message], transport: Transport, what: str) -> None:
+    """One exchange; the tensors without elements take no message."""
+    with transport.call():
+        transport.exchange(
+            [(x, rank) for x, rank in outgoing if x.numel()], [(x, rank) for x, rank in incoming if x.numel()], what
+        )
+        transport.flush()

@@ -6,6 +6,7 @@ messages are tensors handed over in memory.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -13,11 +14,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from leetdist.sequence.transport import Transport, _timeout_seconds
+from leetdist.sequence.transport import Transport
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT_SECONDS = 300.0
@@ -79,30 +81,63 @@ def virtual_ranks(function: Callable[[VirtualGroup], T], ranks: int) -> list[T]:
 class VirtualGroup(Transport):
     """One virtual rank's view of its group: `rank` of `size`."""
 
+    kind = "virtual"
+
     def __init__(self, hub: _Hub, rank: int) -> None:
+        super().__init__()
         self.hub, self.rank, self.size = hub, rank, hub.size
+        self.name = f"virtual {hub.number} rank {rank}"
+        self.seconds = self.seconds or DEFAULT_TIMEOUT_SECONDS
+        _names[self.name] = self
 
     def send(self, tensor: Tensor, to: int, what: str) -> None:
-        self.hub.put(self.rank, to, tensor.detach().clone())
+        message = tensor.detach().clone()
+        self.bytes_sent += message.numel() * message.element_size()
+        # The ranks' scans run on streams of their own.
+        event = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+        self.hub.put(self.rank, to, (message, event), "tensor")
 
     def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
-        return tensor.copy_(self.hub.take(source, self.rank, what))
+        message, event = self._take(source, what, "tensor")
+        if event is not None:
+            stream = torch.cuda.current_stream(tensor.device)
+            stream.wait_event(event)
+            message.record_stream(stream)
+        return tensor.copy_(message)
 
     def flush(self) -> None:
         pass
 
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         for rank in self.others():
-            self.hub.put(self.rank, rank, mine)
+            self.hub.put(self.rank, rank, mine, "object")
         everyone = [mine] * self.size
         for rank in self.others():
-            everyone[rank] = self.hub.take(rank, self.rank, what)
+            everyone[rank] = self._take(rank, what, "object")
         return everyone
+
+    def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
+        self.hub.put(self.rank, to, header, "header")
+        theirs: list[int] = self._take(source, what, "header")
+        return theirs
+
+    def _take(self, source: int, what: str, kind: str) -> Any:
+        assert self.seconds is not None
+        return self.hub.take(source, self.rank, what, kind, self.seconds)
+
+
+_numbers = itertools.count()
+_names: WeakValueDictionary[str, VirtualGroup] = WeakValueDictionary()
+
+
+def by_name(name: str) -> VirtualGroup | None:
+    """The virtual rank of a name that a compiled graph holds."""
+    return _names.get(name)
 
 
 @dataclass
 class _Hub:
-    """The mailboxes between all pairs of virtual ranks."""
+    """The mailboxes between all pairs of virtual ranks, for each kind of message."""
 
     size: int
     failure: tuple[int, BaseException] | None = None
@@ -110,19 +145,22 @@ class _Hub:
 
     def __post_init__(self) -> None:
         ranks = range(self.size)
-        self.boxes: dict[tuple[int, int], queue.SimpleQueue[Any]] = {
-            (source, to): queue.SimpleQueue() for source in ranks for to in ranks
+        self.number = next(_numbers)
+        self.boxes: dict[tuple[int, int, str], queue.SimpleQueue[Any]] = {
+            (source, to, kind): queue.SimpleQueue()
+            for source in ranks
+            for to in ranks
+            for kind in ("tensor", "object", "header")
         }
-        self.seconds = _timeout_seconds() or DEFAULT_TIMEOUT_SECONDS
 
-    def put(self, source: int, to: int, message: Any) -> None:
-        self.boxes[source, to].put(message)
+    def put(self, source: int, to: int, message: Any, kind: str) -> None:
+        self.boxes[source, to, kind].put(message)
 
-    def take(self, source: int, to: int, what: str) -> Any:
-        deadline = time.monotonic() + self.seconds
+    def take(self, source: int, to: int, what: str, kind: str, seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
         while True:
             try:
-                return self.boxes[source, to].get(timeout=0.1)
+                return self.boxes[source, to, kind].get(timeout=0.1)
             except queue.Empty:
                 if self.failure is not None:
                     rank, error = self.failure
@@ -132,8 +170,8 @@ class _Hub:
                     ) from error
                 if time.monotonic() > deadline:
                     raise RuntimeError(
-                        f"leetdist: rank {source} of {self.size} does not answer. Rank {to} waited "
-                        f"{self.seconds:.1f} s for {what}"
+                        f"leetdist: rank {source} of {self.size} does not answer. Rank {to} waited {seconds:.1f} s "
+                        f"for {what}"
                     ) from None
 
     def fail(self, rank: int, error: BaseException) -> None:

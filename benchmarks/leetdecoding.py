@@ -1,0 +1,366 @@
+"""LeetDecoding's tables on this machine: every method of leetdist, and LeetDecoding's own kernels beside them.
+
+    python benchmarks/leetdecoding.py --leetdecoding path/to/leetDecoding-0.0.3 --out benchmarks/results
+    python benchmarks/leetdecoding.py --training --batches 1 --lengths 2048 8192
+    python benchmarks/leetdecoding.py --fit benchmarks/results/*.json        # the constants of leetdist/methods/cost.py
+
+Latency (median; device events) and peak memory beyond the inputs, for 32 heads, rank 128, dimension 128, with decay.
+Each cell is checked against the fp64 definition on a few rows before it is timed, its memory poisoned with NaN; "OOM"
+is what it says, "wrong" is a relative error beyond the dtype's bound. Writes <name>.json and <name>.png to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import leetdist
+from leetdist.methods.cost import CANDIDATES
+from leetdist.problem import METHODS
+from leetdist.reference import quadratic, relative_error
+from leetdist.sequence.grid import default_tile
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+HEADS, DIM = 32, 128
+LENGTHS = [128, 512, 2_048, 8_192, 12_800, 25_600, 100_000]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Relative error of the whole output: fp32 arithmetic, and the rounding of a 16-bit output with some room.
+BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
+SECONDS_A_CELL = 0.15
+
+
+@dataclass
+class Cell:
+    contestant: str
+    batch: int
+    tokens: int
+    dtype: str
+    training: bool
+    milliseconds: float | None = None
+    mebibytes: float | None = None
+    error: float | None = None
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.milliseconds:.3g}" if self.milliseconds and not self.note else self.note
+
+
+def ours() -> dict[str, Attention]:
+    call = leetdist.linear_attention
+    return {f"leetdist {method}": partial(_named, call, method) for method in METHODS}
+
+
+def _named(call: Any, method: str, *tensors: Tensor) -> Tensor:
+    return call(*tensors, method=method)
+
+
+def theirs(folder: str | None) -> dict[str, Attention]:
+    """LeetDecoding's kernels that can be imported here, each given the decay in the form it takes."""
+    if folder is None:
+        return {}
+    sys.path.insert(0, folder)
+    # Their Lightning kernel looks the GPU's name up in a table of four at import, through pycuda; it is told A100.
+    driver = type(sys)("pycuda.driver")
+    driver.Device = lambda index: type("Device", (), {"name": lambda self: "NVIDIA A100 80GB PCIe"})()
+    package = type(sys)("pycuda")
+    package.driver, package.autoinit = driver, None
+    sys.modules.update({"pycuda": package, "pycuda.driver": driver, "pycuda.autoinit": package})
+    factor, slope = (lambda g: torch.exp(g)), (lambda g: -g)
+    wanted = [
+        ("FleetAttention", "FleetAttention_triton", "FleetAttention_triton", factor),
+        ("causal_dot_product", "causal_dot_product", "causal_dot_product", factor),
+        ("lightningAttention2", "lightningAttention2", "lightning_attn2", slope),
+        ("block-based", "BlockBased", "blockBased", slope),
+        ("recursion", "Recursion", "recursion", slope),
+        ("vanilla", "linear_attn", "linear_attn", slope),
+    ]
+    found: dict[str, Attention] = {}
+    for name, module, function, form in wanted:
+        try:
+            loaded = __import__(f"leetDecoding.methods.{module}", fromlist=[function])
+            found[f"LeetDecoding {name}"] = partial(_in_their_form, getattr(loaded, function), form)
+        except Exception as error:
+            print(f"LeetDecoding {name} cannot be loaded: {type(error).__name__}: {error}")
+    return found
+
+
+def _in_their_form(call: Any, form: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    return call(q, k, v, form(log_decay).to(q.dtype))
+
+
+def measure(cell: Cell, call: Attention, device: torch.device, limit: float) -> None:
+    """Fill the cell in: correct first, then timed."""
+    dtype = DTYPES[cell.dtype]
+    generator = torch.Generator(device).manual_seed(cell.tokens)
+    shape = (cell.batch, HEADS, cell.tokens, DIM)
+    q, k, v = (
+        torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_(cell.training) for _ in range(3)
+    )
+    log_decay = -torch.logspace(-3, -0.1, HEADS, device=device)
+    weight = torch.randn_like(v) if cell.training else None
+
+    def step() -> Tensor:
+        o = call(q, k, v, log_decay)
+        if weight is not None:
+            torch.autograd.grad(o, (q, k, v), weight)
+        return o
+
+    poison = torch.full_like(v, float("nan"), requires_grad=False)
+    del poison
+    started = time.perf_counter()
+    with torch.set_grad_enabled(cell.training):
+        o = step()
+    _synchronize(device)
+    rows = torch.unique(torch.randint(cell.tokens, (4,), device=device, generator=generator))
+    rows = torch.unique(torch.cat((rows, rows.new_tensor([0, cell.tokens - 1]))))
+    few = slice(0, min(cell.batch, 2))
+    with torch.no_grad():
+        # A head at a time: 100,000 tokens in fp64 are 100 MiB a head and tensor.
+        cell.error = max(
+            relative_error(
+                o[few, h : h + 1, rows],
+                quadratic(q[few, h : h + 1], k[few, h : h + 1], v[few, h : h + 1], log_decay[h : h + 1], rows=rows),
+            )
+            for h in (0, HEADS // 2, HEADS - 1)
+        )
+    if not cell.error <= BOUNDS[cell.dtype]:
+        cell.note = f"wrong ({cell.error:.1e})"
+    del o
+    with torch.set_grad_enabled(cell.training):
+        _synchronize(device)
+        before = _memory(device, reset=True)
+        started = time.perf_counter()
+        step()
+        _synchronize(device)
+        seconds = time.perf_counter() - started
+        cell.mebibytes = (_memory(device) - before) / 2**20
+        repeats = 0 if seconds > limit else max(5, min(100, int(SECONDS_A_CELL / seconds)))
+        times = list(_times(step, repeats, device))
+    cell.milliseconds = statistics.median(times) if times else seconds * 1e3
+
+
+def _times(step: Callable[[], Any], repeats: int, device: torch.device) -> Iterator[float]:
+    """Milliseconds of each repetition; on a GPU between events, so that the host may run ahead."""
+    if device.type == "cpu":
+        for _ in range(repeats):
+            started = time.perf_counter()
+            step()
+            yield (time.perf_counter() - started) * 1e3
+        return
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    yield from (a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _memory(device: torch.device, reset: bool = False) -> int:
+    if device.type == "cpu":
+        return 0
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return torch.cuda.max_memory_allocated()
+
+
+def run(arguments: argparse.Namespace) -> list[Cell]:
+    from rich.progress import track
+
+    device = torch.device(arguments.device)
+    contestants = {**ours(), **theirs(arguments.leetdecoding)}
+    if arguments.only:
+        contestants = {name: c for name, c in contestants.items() if any(o in name for o in arguments.only)}
+    if arguments.training:
+        contestants = {name: c for name, c in contestants.items() if name.startswith("leetdist")}
+    cells = [
+        Cell(name, batch, tokens, dtype, arguments.training)
+        for name in contestants
+        for dtype in arguments.dtypes
+        for batch in arguments.batches
+        for tokens in arguments.lengths
+    ]
+    lost: dict[str, int] = {}  # contestant, dtype -> size at which it ran out of memory or time
+    for cell in track(cells, "measuring", console=_console(stderr=True)):
+        row, size = f"{cell.contestant} {cell.dtype} {cell.batch}", cell.tokens
+        if size > lost.get(row, size):
+            cell.note = "too long"
+            continue
+        try:
+            measure(cell, contestants[cell.contestant], device, arguments.limit)
+            if cell.milliseconds is not None and cell.milliseconds > 1e3 * arguments.limit:
+                lost[row] = size
+        except torch.OutOfMemoryError:
+            cell.note = "OOM"
+        except Exception as error:
+            cell.note = f"fails: {type(error).__name__}"
+            print(cell, str(error)[:300], file=sys.stderr)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return cells
+
+
+def tables(cells: list[Cell]) -> None:
+    from rich.table import Table
+
+    groups = sorted({(c.training, c.dtype, c.batch) for c in cells}, key=str)
+    for training, dtype, batch in groups:
+        mine = [c for c in cells if (c.training, c.dtype, c.batch) == (training, dtype, batch)]
+        lengths = sorted({c.tokens for c in mine})
+        kind = "forward and backward" if training else "forward"
+        table = Table("ms", *(f"{n:,}" for n in lengths), title=f"{kind}, {dtype}, batch {batch}")
+        for name in dict.fromkeys(c.contestant for c in mine):
+            texts = {c.tokens: c.text for c in mine if c.contestant == name}
+            table.add_row(name, *(texts.get(n, "") for n in lengths))
+        _console().print(table)
+
+
+def auto_against_best(cells: list[Cell]) -> dict[str, Any]:
+    """How far "auto" is from the best method of leetdist that was measured in the same cell."""
+    timed = [c for c in cells if c.contestant.startswith("leetdist") and c.milliseconds and not c.note]
+    ratios = {}
+    for auto in (c for c in timed if c.contestant == "leetdist auto"):
+        key = (auto.batch, auto.tokens, auto.dtype, auto.training)
+        best = min(
+            (c for c in timed if c is not auto and (c.batch, c.tokens, c.dtype, c.training) == key),
+            key=lambda c: c.milliseconds or 0.0,
+            default=None,
+        )
+        if best is not None and best.milliseconds and auto.milliseconds:
+            ratios[f"{key}: {best.contestant}"] = auto.milliseconds / best.milliseconds
+    if not ratios:
+        return {}
+    within = sum(r <= 1.05 for r in ratios.values()) / len(ratios)
+    return {"cells": len(ratios), "within 5 %": within, "worst": max(ratios.values()), "ratios": ratios}
+
+
+def figure(cells: list[Cell], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = sorted({(c.dtype, c.batch) for c in cells})
+    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), squeeze=False, sharey=True)
+    for axis, (dtype, batch) in zip(axes[0], panels, strict=True):
+        for name in dict.fromkeys(c.contestant for c in cells):
+            line = [c for c in cells if (c.contestant, c.dtype, c.batch) == (name, dtype, batch)]
+            good = [(c.tokens, c.milliseconds) for c in line if c.milliseconds and not c.note]
+            if good:
+                style = "-o" if name.startswith("leetdist") else "--x"
+                axis.plot(*zip(*sorted(good), strict=True), style, markersize=3, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{dtype}, batch {batch}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("ms")
+    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+
+
+def about(device: str) -> dict[str, Any]:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = Path(__file__).resolve().parents[1] / "COMMIT"  # where the tree was carried without git
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": git.stdout.strip() or (commit.read_text().strip() if commit.is_file() else "unknown"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": getattr(sys.modules.get("triton"), "__version__", None),
+        "python": platform.python_version(),
+        "heads": HEADS,
+        "dim": DIM,
+    }
+
+
+def fit(paths: list[Path]) -> None:
+    """Print the constants of leetdist/methods/cost.py: least squares of relative errors, none negative."""
+    cells = [Cell(**c) for path in paths for c in json.loads(path.read_text())["cells"]]
+    for half in (True, False):
+        for training in (False, True):
+            print(f"({half}, {training}): {{")
+            for method in CANDIDATES:
+                mine = [
+                    c for c in cells
+                    if c.contestant == f"leetdist {method}" and (c.dtype != "fp32") == half
+                    and c.training == training and c.milliseconds and not c.note
+                ]  # fmt: skip
+                if mine:
+                    print(f'    "{method}": Cost({", ".join(f"{x:.3g}" for x in _fitted(mine))}),')
+            print("},")
+
+
+def _fitted(cells: list[Cell]) -> list[float]:
+    times = torch.tensor([c.milliseconds or 0.0 for c in cells], dtype=torch.float64)
+    columns = torch.tensor(
+        [[1e-3, 1e-6 * min(default_tile(c.tokens), c.tokens), 1e-6 * c.batch * HEADS * c.tokens] for c in cells],
+        dtype=torch.float64,
+    )
+    used = [0, 1, 2]
+    while True:
+        weighted = columns[:, used] / times[:, None]
+        found = torch.linalg.lstsq(weighted, torch.ones(len(cells), 1, dtype=torch.float64)).solution[:, 0]
+        if bool((found >= 0).all()):
+            break
+        used.pop(int(found.argmin()))
+    return [float(found[used.index(i)]) if i in used else 0.0 for i in range(3)]
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, width=None if sys.stdout.isatty() else 150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "fp16"], choices=list(DTYPES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--training", action="store_true", help="forward and backward, leetdist only")
+    parser.add_argument("--leetdecoding", help="folder that holds LeetDecoding's package")
+    parser.add_argument("--only", nargs="+", help="contestants whose names contain one of these")
+    parser.add_argument("--limit", type=float, default=1.0, help="seconds: longer cells are timed once, none after")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--name", default="leetdecoding", help="of the files there")
+    parser.add_argument("--fit", type=Path, nargs="+", help="fit the cost model to these results, and stop")
+    arguments = parser.parse_args()
+    if arguments.fit:
+        fit(arguments.fit)
+        return
+    cells = run(arguments)
+    tables(cells)
+    against = auto_against_best(cells)
+    print({key: value for key, value in against.items() if key != "ratios"})
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        content = {**about(arguments.device), "auto": against, "cells": [asdict(c) for c in cells]}
+        (arguments.out / f"{arguments.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        figure(cells, arguments.out / f"{arguments.name}.png")
+
+
+if __name__ == "__main__":
+    main()

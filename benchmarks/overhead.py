@@ -1,0 +1,88 @@
+"""What sharding costs beside communication: the total work of P virtual ranks over one sequence, against one call.
+
+    python benchmarks/overhead.py --out benchmarks/results/overhead.json
+
+On a GPU the work is the time of all kernels and copies (torch.profiler), because P threads of one Python program launch
+slower than one GPU computes; on the CPU it is the wall time with as many threads on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import leetdist
+from leetdist.sequence.grid import default_tile
+from leetdist.testing.equality import lightning_slopes
+
+
+def work(call: Callable[[], Any], cuda: bool, repeat: int) -> float:
+    """Seconds of work in one call, median."""
+    call()
+    spans = []
+    for _ in range(repeat):
+        if not cuda:
+            begin = time.perf_counter()
+            call()
+            spans.append(time.perf_counter() - begin)
+            continue
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        spans.append(sum(event.self_device_time_total for event in profile.key_averages()) / 1e6)
+    return statistics.median(spans)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--tokens", type=int, default=131_072 if cuda else 16_384)
+    parser.add_argument("--heads", type=int, default=32 if cuda else 4)
+    parser.add_argument("--dim", type=int, default=128 if cuda else 64)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8])
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    q, k, v, do = (
+        torch.randn(1, args.tokens, args.heads, args.dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)
+    )
+    decay, tile = lightning_slopes(args.heads).to(device), default_tile(args.tokens)
+
+    def forward(group: Any) -> torch.Tensor:
+        with torch.no_grad():
+            shards = [leetdist.shard_sequence(x, 2, group) for x in (q, k, v)]
+            return leetdist.linear_attention(*shards, decay, group=group, tile=tile)
+
+    def both(group: Any) -> tuple[torch.Tensor, ...]:
+        leaves = [leetdist.shard_sequence(x, 2, group).detach().requires_grad_() for x in (q, k, v)]
+        o = leetdist.linear_attention(*leaves, decay, group=group, tile=tile)
+        return torch.autograd.grad(o, leaves, leetdist.shard_sequence(do, 2, group))
+
+    results: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__, "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
+    }  # fmt: skip
+    for name, call in {"forward": forward, "forward + backward": both}.items():
+        single = work(lambda call=call: call(None), cuda, args.repeat)
+        for ranks in args.ranks:
+            total = work(lambda call=call, ranks=ranks: leetdist.virtual_ranks(call, ranks), cuda, args.repeat)
+            results["rows"].append({"call": name, "ranks": ranks, "single_s": single, "ranks_s": total})
+            print(f"{name}, {ranks} ranks: {total * 1e3:.3f} ms, one {single * 1e3:.3f} ms, x {total / single:.3f}")
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

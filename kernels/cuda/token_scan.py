@@ -1,0 +1,115 @@
+"""Launches token_scan.cu: `tile_states` and `tile_outputs` token by token on the CUDA cores, in fp32 for every dtype.
+
+Shapes and meaning are those of leetdist.kernels.pytorch.block. The order of every sum depends on the shape of one token
+and the tile length alone: the bits do not change with the batch, the number of tiles, or from run to run.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.cuda.loader import kernel
+from leetdist.kernels.tiles import Tiles, ceil_div
+
+WIDEST_RANK = 256
+# As in token_scan.cu: tokens of a group that decays once, and the columns and threads of a block.
+GROUP = 8
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def tile_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See leetdist.kernels.pytorch.block.tile_states. One fma for each (token, rank, column)."""
+    batch, heads = b.shape[0], log_decay.shape[0]
+    ranks, columns = b.shape[3], c.shape[3]
+    if out is None:
+        out = torch.empty(batch, heads, tiles.count, ranks, columns, device=b.device)
+    if out.numel():
+        width, threads, held = _shape(ranks)
+        table = None if tiles.regular else tiles.table(b.device)
+        decay = log_decay.float().contiguous()
+        launch = kernel("token_scan.cu", "tile_states", b.device, _defines(width, b.dtype, torch.float32))
+        launch(
+            (batch * heads * tiles.count, ceil_div(columns, held)), threads,
+            *_rows(b, heads), *_rows(c, heads),
+            decay.data_ptr(), out.data_ptr(), None if table is None else table.data_ptr(),
+            heads, tiles.count, tiles.size, b.shape[2], ranks, columns, int(reverse), float(scale),
+        )  # fmt: skip
+    return out
+
+
+def tile_outputs(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float,
+    state_scale: float,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+    group: int = GROUP,
+) -> Tensor:
+    """See leetdist.kernels.pytorch.block.tile_outputs. `group`: tokens between two decays of the state, 8 or 1."""
+    batch, heads = a.shape[0], log_decay.shape[0]
+    ranks, columns = a.shape[3], c.shape[3]
+    if out is None:
+        out = torch.empty(batch, heads, a.shape[2], columns, dtype=out_dtype, device=a.device)
+        if a.stride(1) < a.stride(2):  # a (B, N, H, D) model gets its own layout back
+            out = torch.empty(batch, a.shape[2], heads, columns, dtype=out_dtype, device=a.device).transpose(1, 2)
+    if out.numel():
+        width, threads, held = _shape(ranks)
+        table = None if tiles.regular else tiles.table(a.device)
+        decay = log_decay.float().contiguous()
+        launch = kernel("token_scan.cu", "tile_outputs", a.device, _defines(width, a.dtype, out.dtype))
+        sign = -1 if reverse else 1
+        launch(
+            (batch * heads * tiles.count, ceil_div(columns, held)), threads,
+            *_rows(a, heads, sign), *_rows(b, heads, sign), *_rows(c, heads, sign),
+            states.data_ptr(), *states.stride(),
+            out.data_ptr(), *out.stride()[:2], sign * out.stride(2),
+            decay.data_ptr(), None if table is None else table.data_ptr(),
+            heads, tiles.count, tiles.size, a.shape[2], ranks, columns, int(reverse), group,
+            float(scale), float(state_scale),
+        )  # fmt: skip
+    return out
+
+
+def tile_outputs_by_token(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """`tile_outputs` with a decay at every token."""
+    return tile_outputs(*args, out=out, group=1, **kwargs)
+
+
+@cache
+def _shape(ranks: int) -> tuple[int, int, int]:
+    """The padded rank, the threads of a block, and the columns that a block holds."""
+    width = max(32, 1 << (ranks - 1).bit_length())
+    if width > WIDEST_RANK:
+        raise ValueError(f"the CUDA kernels hold a rank of up to {WIDEST_RANK}, got {ranks}")
+    warps, lanes = (4 if width >= 128 else 2), (8 if width <= 128 else 16)
+    return width, 32 * warps, warps * (32 // lanes) * 8
+
+
+def _defines(width: int, dtype: torch.dtype, out: torch.dtype) -> tuple[tuple[str, int], ...]:
+    return ("RANK", width), ("IN", DTYPES[dtype]), ("OUT", DTYPES[out])
+
+
+def _rows(x: Tensor, heads: int, sign: int = 1) -> tuple[int, ...]:
+    """Address, strides of batch, head and token, and the heads that share one of x's."""
+    batch, head, token, _ = x.stride()
+    return x.data_ptr(), batch, head, sign * token, heads // x.shape[1]

@@ -1,0 +1,199 @@
+"""`python -m leetdist.launch plan`: what a sharded call will cost on P ranks, before anybody buys them.
+
+Predicts time, exposed communication, bytes on the wire and memory a rank from `leetdist.sequence.cost`, prints a table,
+and draws strong and weak scaling beside LASP's, LASP-2's and ZeCO's formulas. The constants are one H200's as measured,
+or `--measure`d here, or given: `--set hop=2e-5 link=4e10`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leetdist.kernels.tiles import Tiles, ceil_div
+from leetdist.methods import kernels_for
+from leetdist.problem import describe
+from leetdist.sequence import cost
+from leetdist.sequence.cost import Job, Machine
+from leetdist.sequence.grid import default_tile
+from leetdist.testing.equality import lightning_slopes
+
+HEAD = (
+    "ranks", "tokens", "lanes", "forward ms", "exposed us", "fwd+bwd ms", "exposed us", "efficiency", "sent MiB",
+    "saved MiB", "LASP ms", "LASP-2 ms", "ZeCO ms",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="leetdist.launch plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, required=True, help="the largest number of ranks")
+    parser.add_argument("--tokens", type=int, required=True, help="of the whole sequence")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=1, help="times, bytes and memory are for so many layers")
+    parser.add_argument("--bytes", type=int, default=2, help="of an element of q")
+    parser.add_argument("--slopes", action="store_true", help="decays of Lightning Attention instead of none")
+    parser.add_argument("--measure", action="store_true", help="measure the kernels on this machine first")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="constants of the machine")
+    parser.add_argument("--plot", type=Path, help="draw strong and weak scaling into this file")
+    args = parser.parse_args(argv)
+    if min(args.ranks, args.tokens, args.heads, args.dim, args.batch, args.layers) < 1:
+        parser.error("--ranks, --tokens, --heads, --dim, --batch and --layers must be positive")
+    machine = _given(measure(args.heads, args.dim) if args.measure else Machine(), args.set, parser)
+    job = Job(args.ranks, args.tokens, args.heads, args.dim, args.dim, args.batch, itemsize=args.bytes)
+    forgetting = _forgetting(job) if args.slopes else 0
+
+    print(f"machine: {', '.join(f'{f.name} {getattr(machine, f.name)}' for f in fields(machine))}")
+    print(f"tile {job.grid} tokens; a state of {job.state_bytes / 2**20:.2f} MiB travels a hop and pass")
+    print(f"heads that wait for their neighbour only: {forgetting} of {args.heads}")
+    counts = _counts(args.ranks)
+    for name, jobs in (("strong", _strong(job, counts)), ("weak", _weak(job, counts))):
+        print(f"\n{name} scaling")
+        rows = [_row(each, machine, args.layers, forgetting / args.heads) for each in jobs]
+        widths = [max(len(row[i]) for row in [HEAD, *rows]) for i in range(len(HEAD))]
+        for row in [HEAD, *rows]:
+            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    if args.plot is not None:
+        draw(job, machine, counts, forgetting / args.heads, args.plot)
+        print(f"\n{args.plot}")
+    return 0
+
+
+def measure(heads: int, dim: int) -> Machine:
+    """The kernels' rates on this machine, from one call of each on enough tokens to fill it; hops are not measured."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    tokens, dtype = (65_536, torch.bfloat16) if cuda else (4_096, torch.float32)
+    q, k, v = (torch.randn(1, heads, tokens, dim, device=device, dtype=dtype) for _ in range(3))
+    decay = lightning_slopes(heads).to(device)
+    problem = describe(
+        q, k, v, decay, scale=1.0, initial_state=None, return_state=False, cu_seqlens=None, method="auto", tile=None
+    )
+    kernels, tiles = kernels_for(problem, tokens), Tiles(default_tile(tokens), (0, tokens))
+
+    def states() -> torch.Tensor:
+        return kernels.tile_states(k, v, decay, tiles, reverse=False)
+
+    start = states()
+
+    def outputs() -> torch.Tensor:
+        return kernels.tile_outputs(
+            q, k, v, start, decay, tiles, reverse=False, scale=1.0, state_scale=1.0, out_dtype=dtype
+        )
+
+    def fold() -> torch.Tensor:
+        return kernels.fold(start, None, decay, tiles, reverse=False)
+
+    size = q.numel() * q.element_size()
+    machine = Machine(
+        name=torch.cuda.get_device_name() if cuda else "this CPU",
+        states=2 * size / _seconds(states, cuda),
+        outputs=4 * size / _seconds(outputs, cuda),
+        memory=2 * start.numel() * start.element_size() / _seconds(fold, cuda),
+    )
+    # Messages between processes of one host, by gloo over loopback.
+    return machine if cuda else replace(machine, walk=0.0, launch=1e-4, hop=3e-4, link=1e9)
+
+
+def _seconds(call: object, cuda: bool, repeat: int = 7) -> float:
+    assert callable(call)
+    spans = []
+    for _ in range(repeat):
+        if cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        spans.append(time.perf_counter() - begin)
+    return sorted(spans)[repeat // 2]
+
+
+def _given(machine: Machine, assignments: list[str], parser: argparse.ArgumentParser) -> Machine:
+    known = {f.name for f in fields(Machine)} - {"name"}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        if name not in known:
+            parser.error(f"--set {assignment}: the constants are {', '.join(sorted(known))}")
+        try:
+            changes: dict[str, Any] = {name: float(value)}
+            machine = replace(machine, **changes)
+        except ValueError:
+            parser.error(f"--set {assignment}: {value!r} is no number")
+    return machine
+
+
+def _forgetting(job: Job) -> int:
+    """Heads with Lightning's slopes whose decay over a tile is exactly 0."""
+    return int((lightning_slopes(job.heads) * job.grid < -105).sum())
+
+
+def _counts(ranks: int) -> list[int]:
+    return [*(1 << i for i in range(ranks.bit_length()) if 1 << i < ranks), ranks]
+
+
+def _strong(job: Job, counts: list[int]) -> list[Job]:
+    return [replace(job, ranks=ranks) for ranks in counts if ranks <= ceil_div(job.tokens, job.grid)]
+
+
+def _weak(job: Job, counts: list[int]) -> list[Job]:
+    """As many tokens a rank as the call has on all its ranks."""
+    each = max(16, job.tokens // job.ranks)
+    return [replace(job, ranks=ranks, tokens=each * ranks) for ranks in counts]
+
+
+def _costs(job: Job, machine: Machine, forgetting: float) -> tuple[int, cost.Cost, cost.Cost]:
+    lanes = cost.best_lanes(
+        job.batch, job.heads, job.heads, job.dk, job.dv, job.shards, job.grid, "cuda", machine=machine
+    )
+    there = cost.forward(job, machine, lanes, forgetting=forgetting)
+    return lanes, there, cost.backward(job, machine, lanes, forgetting=forgetting)
+
+
+def _efficiency(job: Job, machine: Machine, total: float) -> float:
+    """Against one device with a P-th of the tokens, the grid being what it is."""
+    alone = cost.single(replace(job, tokens=max(job.shards), tile=job.grid), machine)
+    return sum(part.total for part in alone) / total
+
+
+def _row(job: Job, machine: Machine, layers: int, forgetting: float) -> tuple[str, ...]:
+    lanes, there, back = _costs(job, machine, forgetting)
+    both = there.total + back.total
+    peers = (f"{layers * formula(job, machine) * 1e3:.3f}" for formula in (cost.lasp, cost.lasp2, cost.zeco))
+    return (
+        f"{job.ranks}", f"{job.tokens}", f"{lanes}", f"{layers * there.total * 1e3:.3f}",
+        f"{layers * there.exposed * 1e6:.0f}", f"{layers * both * 1e3:.3f}",
+        f"{layers * (there.exposed + back.exposed) * 1e6:.0f}", f"{_efficiency(job, machine, both):.3f}",
+        f"{layers * 2 * max(job.sent_bytes()) / 2**20:.1f}", f"{layers * job.saved_bytes() / 2**20:.1f}", *peers,
+    )  # fmt: skip
+
+
+def draw(job: Job, machine: Machine, counts: list[int], forgetting: float, path: Path) -> None:
+    """Forward time over ranks: ours, and the formulas of LASP, LASP-2 and ZeCO around the same kernels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for axis, name, jobs in zip(axes, ("strong", "weak"), (_strong(job, counts), _weak(job, counts)), strict=True):
+        ranks = [each.ranks for each in jobs]
+        ours = [_costs(each, machine, forgetting)[1].total * 1e3 for each in jobs]
+        axis.plot(ranks, ours, marker="o", linewidth=2, label="leetdist")
+        for label, formula in (("LASP", cost.lasp), ("LASP-2", cost.lasp2), ("ZeCO", cost.zeco)):
+            axis.plot(ranks, [formula(each, machine) * 1e3 for each in jobs], "--", label=label)
+        size = f"{job.tokens:,} tokens in all" if name == "strong" else f"{jobs[0].tokens:,} tokens a rank"
+        axis.set(title=f"{name} scaling, {size}", xlabel="ranks", ylabel="forward, ms", xscale="log", yscale="log")
+        axis.legend()
+    figure.suptitle(f"predicted for {machine.name}: H = {job.heads}, D = {job.dk}")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)

@@ -1,0 +1,106 @@
+"""What a call would do, and why, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from leetdist.methods import backend_of, cost
+from leetdist.plan import plan_call
+from leetdist.problem import ONE_DEVICE, describe
+from leetdist.sequence.group import resolve
+
+if TYPE_CHECKING:
+    from leetdist.plan import Plan
+    from leetdist.problem import Problem
+    from leetdist.sequence.group import Group
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    method: str = "auto",
+    group: Group | None = None,
+    tile: int | None = None,
+) -> str:
+    """How `linear_attention` with the same arguments would be computed: method, kernels, tile, shards, and why.
+
+    Args:
+        All as `linear_attention` takes them: (B, H, N, D) tensors, fp32, bf16, fp16 or fp64. Nothing is computed; under
+        a group all ranks call, and each gets its own text.
+
+    Returns:
+        Lines of text for a reader.
+
+    Raises:
+        ValueError: as `linear_attention`.
+
+    Source: the cost model of leetdist/methods/cost.py; the methods are LeetDecoding's, arXiv 2501.02573.
+
+    >>> import torch, leetdist
+    >>> q, k, v = (torch.randn(1, 2, 1000, 64) for _ in range(3))
+    >>> print(leetdist.explain(q, k, v, method="fleet"))
+    problem  B 1, H 2, N 1,000, Dk 64, Dv 64, torch.float32 on cpu, forward
+    method   fleet: named by the caller
+    kernels  leetdist.kernels.pytorch.fleet
+    tile     32 tokens, 32 tiles: chosen from the length of the whole sequence
+    shards   one device
+    """
+    options: dict[str, Any] = {
+        "scale": scale,
+        "initial_state": initial_state,
+        "return_state": return_state,
+        "cu_seqlens": cu_seqlens,
+        "method": method,
+        "tile": tile,
+    }
+    transport = resolve(group)
+    if method in ONE_DEVICE and transport is None:
+        return _lines(describe(q, k, v, log_decay, **options), None)
+    plan = plan_call(q, k, v, log_decay, **options, transport=transport)
+    return _lines(plan.problem, plan)
+
+
+def _lines(problem: Problem, plan: Plan | None) -> str:
+    tokens = problem.tokens if plan is None else plan.layout.offsets[-1]
+    decay = "" if problem.has_decay else ", no decay"
+    lines = {
+        "problem": f"B {problem.batch}, H {problem.heads}, N {tokens:,}, Dk {problem.dk}, Dv {problem.dv}, "
+        f"{problem.dtype} on {problem.device}, {'forward and backward' if problem.needs_grad else 'forward'}{decay}",
+        "method": _method(problem, tokens),
+    }
+    if plan is not None:
+        lines |= {
+            "kernels": backend_of(plan.kernels),
+            "tile": f"{plan.tiles.size:,} tokens, {plan.tiles.count:,} tiles: "
+            + ("named by the caller" if problem.tile else "chosen from the length of the whole sequence"),
+            "shards": _shards(plan),
+        }
+    return "\n".join(f"{name:8} {text}" for name, text in lines.items())
+
+
+def _method(problem: Problem, tokens: int) -> str:
+    if problem.method in ONE_DEVICE:
+        return f"{problem.method}: named by the caller; one device, no tiles"
+    if problem.method != "auto":
+        return f"{problem.method}: named by the caller"
+    choice = cost.choose(problem, tokens)
+    costs = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in sorted(choice.seconds.items(), key=lambda x: x[1]))
+    return (
+        f"{choice.method}: the least of the expected ms for one batch entry ({costs}; measured on {choice.measured_on})"
+    )
+
+
+def _shards(plan: Plan) -> str:
+    if plan.transport is None:
+        return "one device"
+    lengths = ", ".join(f"{n:,}" for n in plan.layout.lengths)
+    return f"rank {plan.rank} of {len(plan.layout.lengths)}, tokens a rank: {lengths}"

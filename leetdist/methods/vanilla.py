@@ -1,0 +1,50 @@
+"""The definition: the masked product of all pairs of tokens.
+
+Algorithm: `O = ((Q K^T) . M) V`, `M_ij = gamma^(i-j)` for i >= j.
+Time: O(N^2 (Dk + Dv)); memory: O(N^2).
+Backend: PyTorch; fp32 arithmetic for 16-bit dtypes. Backward: PyTorch's own, so it can be differentiated twice. For one
+device: debugging, teaching, short sequences.
+
+Source: RetNet, arXiv 2307.08621, eq. 5 (parallel form); LeetDecoding, arXiv 2501.02573, eq. 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One sequence, unscaled. q, k: (B, H, N, Dk), v: (B, H, N, Dv), all of the state's dtype; log_decay: (H,).
+
+    Returns o (B, H, N, Dv) and the state after the last token (B, H, Dk, Dv).
+    """
+    return with_state(masked_product(q, k, v, log_decay), q, k, v, log_decay, initial_state)
+
+
+def with_state(
+    o: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs from a zero state made outputs from `initial_state`, and the state after the last token."""
+    tokens = torch.arange(q.shape[2], device=q.device)
+    state = (k * powers(log_decay, tokens.flip(0))).mT @ v
+    if initial_state is not None:
+        o = o + powers(log_decay, tokens + 1) * (q @ initial_state)
+        state = state + powers(log_decay, tokens[-1:] + 1) * initial_state
+    return o, state
+
+
+def masked_product(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """`((Q K^T) . M) V` over the last two dimensions of (B, H, ..., N, D)."""
+    tokens = torch.arange(q.shape[-2], device=q.device)
+    distance = tokens[:, None] - tokens
+    g = log_decay.to(q.dtype).view(-1, *[1] * (q.ndim - 2))
+    mask = torch.exp(g * distance.clamp_min(0)) * (distance >= 0)
+    return ((q @ k.mT) * mask) @ v
+
+
+def powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
+    """gamma^exponents: (H, exponents, 1)."""
+    return torch.exp(log_decay[:, None] * exponents)[..., None]

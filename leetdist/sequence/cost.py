@@ -1,0 +1,185 @@
+"""A model of what a sharded call costs: how many lanes to use, and what `python -m leetdist.launch plan` prints.
+
+Time is simulated, rank by rank and lane by lane, with the dependencies that the engine has (leetdist.autograd): a lane
+is folded on a rank when its tile states are there, what its neighbour sent has arrived, and the lane before it is
+folded; its outputs follow. Bytes and hops are not modelled but counted, and tests compare them with what ranks send.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from leetdist.kernels.tiles import ceil_div
+from leetdist.sequence.grid import default_tile, shard_lengths
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates in bytes/s, times in s. The defaults are one H200 and its NVLink, measured with bf16, H = 32, D = 128:
+    `states` and `outputs` as bytes of tokens read and written; `launch` what a kernel costs on top; `walk` a program's
+    time for one token of its tile; `slots` how many programs run at once; a hop takes `hop` + bytes / `link`."""
+
+    name: str = "H200"
+    states: float = 3.9e12
+    outputs: float = 2.8e12
+    memory: float = 4.28e12
+    launch: float = 4e-6
+    walk: float = 1.0e-8
+    slots: int = 264
+    hop: float = 9e-6
+    link: float = 3.3e11
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sharded call: (B, H, N, D) tensors of `itemsize` bytes an element, N tokens in all over `ranks`."""
+
+    ranks: int
+    tokens: int
+    heads: int
+    dk: int
+    dv: int
+    batch: int = 1
+    kv_heads: int | None = None
+    itemsize: int = 2
+    state_itemsize: int = 4
+    lengths: tuple[int, ...] | None = None
+    tile: int | None = None
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        return self.lengths or shard_lengths(self.tokens, self.ranks, self.grid)
+
+    @property
+    def grid(self) -> int:
+        return self.tile or default_tile(self.tokens)
+
+    @property
+    def state_bytes(self) -> int:
+        """What travels a hop: one state, for every head and batch entry."""
+        return self.batch * self.heads * self.dk * self.dv * self.state_itemsize
+
+    def sent_bytes(self, *, mute: int = 0) -> tuple[int, ...]:
+        """Each rank's bytes on the wire in the forward scan; in the backward scan, the same read from the right."""
+        one = self.state_bytes * (self.heads - mute) // self.heads
+        return tuple(one if rank < self.ranks - 1 else 0 for rank in range(self.ranks))
+
+    def saved_bytes(self) -> int:
+        """Most that a rank keeps between forward and backward beside q, k, v and o: a state a tile."""
+        return ceil_div(max(self.shards), self.grid) * self.state_bytes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one pass, in seconds: `total` until the last rank is done, `exposed` of it not covered by computing."""
+
+    total: float
+    exposed: float
+
+
+def forward(job: Job, machine: Machine, lanes: int, *, forgetting: float = 0.0) -> Cost:
+    """`tile_states`, the scan, `tile_outputs`. forgetting: share of the lanes whose chain is one hop long."""
+    k, v = job.dk * _share(job), job.dv * _share(job)
+    return _simulate(job, machine, lanes, (k + v,), (), (job.dk + k + v + job.dv,), forgetting)
+
+
+def backward(job: Job, machine: Machine, lanes: int, *, forgetting: float = 0.0) -> Cost:
+    """The reversed scan runs beside dq; dk and dv follow it."""
+    q, o = job.dk, job.dv
+    k, v = job.dk * _share(job), job.dv * _share(job)
+    gradient = (q + o + k + v + q, q + o + k + v + o)
+    return _simulate(job, machine, lanes, (q + o,), (q + o + k + v,), gradient, forgetting)
+
+
+def single(job: Job, machine: Machine) -> tuple[Cost, Cost]:
+    """The same call on one device."""
+    alone = replace(job, ranks=1, lengths=(job.tokens,), tile=job.grid)
+    return forward(alone, machine, 1), backward(alone, machine, 1)
+
+
+@lru_cache(maxsize=1024)
+def best_lanes(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dk: int,
+    dv: int,
+    lengths: tuple[int, ...],
+    tile: int,
+    device_type: str,
+    machine: Machine = Machine(),
+) -> int:
+    """How many lanes are fastest. On the CPU one: nothing computes there while a message travels."""
+    if device_type != "cuda" or len(lengths) < 2:
+        return 1
+    job = Job(len(lengths), sum(lengths), heads, dk, dv, batch, kv_heads, lengths=lengths, tile=tile)
+    choices = [lanes for lanes in (1, 2, 4, 8) if lanes <= kv_heads]
+    return min(choices, key=lambda n: forward(job, machine, n).total + backward(job, machine, n).total)
+
+
+def lasp(job: Job, machine: Machine) -> float:
+    """LASP (arXiv 2404.02882): the state travels serially, and nothing overlaps with it."""
+    alone = _local(job, machine)
+    return alone + (job.ranks - 1) * (machine.hop + job.state_bytes / machine.link)
+
+
+def lasp2(job: Job, machine: Machine) -> float:
+    """LASP-2 (arXiv 2502.07563): an all-gather of the states, each rank receives P - 1 of them, then a local sum."""
+    states = (job.ranks - 1) * job.state_bytes
+    return _local(job, machine) + machine.hop + states / machine.link + states / machine.memory
+
+
+def zeco(job: Job, machine: Machine, blocks: int = 8) -> float:
+    """ZeCO (arXiv 2507.01004, section 3): the state in K blocks, pipelined along the chain: tau + (P - 1) tau / K."""
+    travel = job.state_bytes / machine.link
+    return _local(job, machine) + travel + (job.ranks - 1) * (machine.hop + travel / blocks)
+
+
+def _local(job: Job, machine: Machine) -> float:
+    """Forward of the longest shard without any communication."""
+    longest = max(job.shards)
+    return forward(replace(job, ranks=1, tokens=longest, lengths=(longest,), tile=job.grid), machine, 1).total
+
+
+def _share(job: Job) -> float:
+    return (job.kv_heads or job.heads) / job.heads
+
+
+def _simulate(
+    job: Job,
+    machine: Machine,
+    lanes: int,
+    before: tuple[float, ...],
+    beside: tuple[float, ...],
+    after: tuple[float, ...],
+    forgetting: float,
+) -> Cost:
+    """before, beside and after the scan: kernels by the elements that they read and write for a token and head."""
+
+    def kernels(elements: tuple[float, ...], tokens: int, rate: float, parts: int) -> float:
+        size = job.batch * tokens * job.heads * job.itemsize / parts
+        programs = max(1.0, job.batch * job.heads * ceil_div(tokens, job.grid) / parts)
+        walk = machine.walk * min(tokens, job.grid) * ceil_div(int(programs), machine.slots)
+        return sum(max(size * count / rate, walk) + machine.launch for count in elements) if tokens else 0.0
+
+    hop = machine.hop + job.state_bytes / lanes / machine.link
+    arrived = [0.0] * lanes
+    total = longest = 0.0
+    early = lanes - round(forgetting * lanes)  # lanes from this one on forget
+    for tokens in job.shards:
+        tiles = ceil_div(tokens, job.grid)
+        prepare = kernels(before, tokens, machine.states, lanes)
+        fold = 2 * (tiles + 1) * job.state_bytes / lanes / machine.memory + machine.launch
+        finish = kernels(after, tokens, machine.outputs, lanes)
+        main = prepare * lanes + kernels(beside, tokens, machine.outputs, 1)
+        longest = max(longest, main + fold + finish * lanes)
+        side, handed = 0.0, []
+        for lane in range(lanes):
+            ready = max(side, prepare * (lane + 1))
+            side = max(ready, arrived[lane]) + fold
+            handed.append((ready + fold if lane >= early else side) + hop)
+            main = max(main, side) + finish
+        arrived = handed
+        total = max(total, main)
+    return Cost(total, max(0.0, total - longest))

@@ -1,0 +1,211 @@
+"""Point-to-point messages over torch.distributed: NCCL, gloo, or any other backend."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from leetdist.sequence.symmetric import Inboxes, connect
+from leetdist.sequence.transport import Message, Transport
+
+# Seconds a failing rank waits for its neighbours to say whether they live, before it names the one it waited for.
+ROLL_CALL_SECONDS = 2.0
+# What hosts tell each other must not be taken for a tensor, nor the other way round, where ranks have lost step.
+TENSORS, OBJECTS, HEADERS = 0, 1, 2
+# Sends that a rank may be ahead of its neighbour by.
+MOST_PENDING = 256
+
+# What is under way: the tensor has to live until it has left.
+Sent: TypeAlias = "tuple[dist.Work, Tensor, int, str]"
+
+
+class PointToPoint(Transport):
+    """Sends and receives of a process group."""
+
+    def __init__(self, group: dist.ProcessGroup, wanted: str | None = None) -> None:
+        """wanted: "auto", "p2p" or "symmetric"; see leetdist.sequence.symmetric.connect."""
+        super().__init__()
+        self.kind = "p2p"
+        self.group, self.name = group, group.group_name
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        backends = dist.get_backend_config(group)
+        self.host_group = group if "gloo" in backends else _companion(group)
+        # gloo reads and writes host memory only.
+        self.staged = "nccl" not in backends
+        self.pending: list[Sent] = []
+        if not self.staged:
+            # NCCL connects a group in its first collective call, which every rank has to take part in.
+            dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
+        self.inboxes: Inboxes | None = None
+        connect(self, wanted)
+
+    def send(self, tensor: Tensor, to: int, what: str) -> None:
+        if tensor.numel():
+            self.pending.append(self._send(self.group, self._outgoing(tensor), to, what, TENSORS))
+
+    def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
+        if not tensor.numel():
+            return tensor
+        buffer = self._incoming(tensor)
+        self._receive(self.group, buffer, source, what, TENSORS)
+        return tensor if buffer is tensor else tensor.copy_(buffer)
+
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], what: str) -> None:
+        if self.staged:
+            return super().exchange(outgoing, incoming, what)
+        # Two ranks that both send first, each waiting for the other to receive, would wait forever on NCCL, whose
+        # sends are in line with its receives: it has to be told of all of them at once.
+        ops, filled = [], []
+        for tensor, to in outgoing:
+            if tensor.numel():
+                ops.append(dist.P2POp(dist.isend, self._outgoing(tensor), group=self.group, group_peer=to))
+        for tensor, source in incoming:
+            if tensor.numel():
+                filled.append((tensor, self._incoming(tensor)))
+                ops.append(dist.P2POp(dist.irecv, filled[-1][1], group=self.group, group_peer=source))
+        if ops:
+            with self._blame(ops[0].group_peer, f"in an exchange of {what}"):
+                for work in dist.batch_isend_irecv(ops):
+                    self._wait(work)
+        for tensor, buffer in filled:
+            if buffer is not tensor:
+                tensor.copy_(buffer)
+
+    def reserve(self, size: int, device: torch.device) -> None:
+        if self.inboxes is not None and device.type == "cuda":
+            self.inboxes.reserve(size, device)
+
+    def send_state(self, tensor: Tensor, to: int, what: str) -> None:
+        if self.inboxes is None or not self.inboxes.serves(tensor, to):
+            return self.send(tensor, to, what)
+        self.bytes_sent += tensor.numel() * tensor.element_size()
+        self.inboxes.put(tensor, to)
+
+    def receive_state(self, tensor: Tensor, source: int, what: str) -> Tensor:
+        if self.inboxes is None or not self.inboxes.serves(tensor, source):
+            return self.receive(tensor, source, what)
+        return self.inboxes.take(tensor, source)
+
+    def flush(self) -> None:
+        # What NCCL is given it also keeps (below): the stream need not wait until a neighbour has taken it. In a CUDA
+        # graph it has to, because a graph ends only when all that it began has ended.
+        if not self.staged and len(self.pending) < MOST_PENDING and not torch.cuda.is_current_stream_capturing():
+            self.pending = [sent for sent in self.pending if not sent[0].is_completed()]
+            return
+        pending, self.pending = self.pending, []
+        self._taken(pending)
+
+    def gather_objects(self, mine: Any, what: str) -> list[Any]:
+        # Lengths first, then bytes: two small messages to each rank, no collective, so that a rank that does not answer
+        # is known by its number.
+        data = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        length = torch.tensor([data.numel()])
+        sent = [
+            self._send(self.host_group, message, rank, what, OBJECTS)
+            for rank in self.others()
+            for message in (length, data)
+        ]
+        everyone = [mine] * self.size
+        for rank in self.others():
+            size = self._receive(self.host_group, torch.zeros_like(length), rank, what, OBJECTS)
+            theirs = torch.zeros(int(size), dtype=torch.uint8)
+            everyone[rank] = pickle.loads(self._receive(self.host_group, theirs, rank, what, OBJECTS).numpy().tobytes())
+        self._taken(sent)
+        return everyone
+
+    def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
+        mine = torch.tensor(header)
+        sent = self._send(self.host_group, mine, to, what, HEADERS)
+        theirs: list[int] = self._receive(self.host_group, torch.zeros_like(mine), source, what, HEADERS).tolist()
+        self._taken([sent])
+        return theirs
+
+    def _outgoing(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().contiguous()
+        self.bytes_sent += tensor.numel() * tensor.element_size()
+        return tensor.cpu() if self.staged else tensor
+
+    def _incoming(self, tensor: Tensor) -> Tensor:
+        if tensor.is_contiguous() and not (self.staged and tensor.is_cuda):
+            return tensor
+        device = torch.device("cpu") if self.staged else tensor.device
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    def _send(self, group: dist.ProcessGroup, tensor: Tensor, to: int, what: str, tag: int) -> Sent:
+        with self._blame(to, f"to take {what}"):
+            work = dist.isend(tensor, group=group, group_dst=to, tag=tag)
+            assert work is not None
+        return work, tensor, to, what
+
+    def _taken(self, sent: list[Sent]) -> None:
+        """Wait until these have left."""
+        for work, _, to, what in sent:
+            with self._blame(to, f"to take {what}"):
+                self._wait(work)
+
+    def _receive(self, group: dist.ProcessGroup, buffer: Tensor, source: int, what: str, tag: int) -> Tensor:
+        with self._blame(source, f"for {what}"):
+            work = dist.irecv(buffer, group=group, group_src=source, tag=tag)
+            assert work is not None
+            self._wait(work)
+        return buffer
+
+    def _wait(self, work: dist.Work) -> None:
+        """gloo: the host waits. NCCL: the current stream waits; the host too where a timeout is set, because only a
+        host that waits can tell who it waited for (else NCCL's own watchdog ends the process)."""
+        if self.seconds is None:
+            work.wait()
+        else:
+            work.wait(timedelta(seconds=self.seconds))
+
+    @contextlib.contextmanager
+    def _blame(self, other: int, what: str) -> Iterator[None]:
+        """Turn a backend's error into one that names the rank that is gone."""
+        begin = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            waited = time.monotonic() - begin
+            gone = self._roll_call(other)
+            via = "" if gone == other else f" (which waits for rank {gone})"
+            raise RuntimeError(
+                f"leetdist: rank {gone} of {self.size} does not answer. Rank {self.rank} waited {waited:.1f} s "
+                f"on rank {other}{via} {what}; it may have died or failed: see its own error. A slow rank can be "
+                f"given more time with LEETDIST_TIMEOUT (seconds). Backend: {error}"
+            ) from error
+
+    def _roll_call(self, other: int) -> int:
+        """The rank at the end of the chain of those who wait for each other.
+
+        Every failing rank leaves a note of whom it waited for; whoever left none is the one that is gone.
+        """
+        with contextlib.suppress(RuntimeError, ValueError):  # the store may have gone with its rank
+            store = PrefixStore(f"leetdist/{self.name}", _get_default_store())
+            store.set(str(self.rank), str(other))
+            seen = {self.rank}
+            while other not in seen:
+                seen.add(other)
+                deadline = time.monotonic() + ROLL_CALL_SECONDS
+                while not store.check([str(other)]):
+                    if time.monotonic() > deadline:
+                        return other
+                    time.sleep(0.05)
+                other = int(store.get(str(other)))
+        return other
+
+
+def _companion(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, for what the hosts must agree on (a GPU backend would stop the stream)."""
+    ranks = dist.get_process_group_ranks(group)
+    options = getattr(group._get_backend(torch.device("cuda", torch.cuda.current_device())), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)

@@ -1,0 +1,96 @@
+// Enough of CUDA C++ to run leetdist's kernels on a CPU: a thread of a block is a fiber, and fibers take turns at
+// barriers and shuffles. Slow, exact in what it computes, and blind to races within a turn.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+#define asm(...) ((void)0)  // conversions of 16-bit types: not emulated
+
+using std::max;
+using std::min;
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+struct float4 {
+    float x, y, z, w;
+};
+inline dim3 threadIdx, blockIdx;
+
+struct Emulator {
+    static constexpr int LARGEST = 256;
+    ucontext_t scheduler, fibers[LARGEST];
+    std::vector<char> stacks[LARGEST];
+    std::function<void()> kernel;
+    bool done[LARGEST];
+    int threads = 0, current = 0, arrived = 0, warp_arrived[LARGEST / 32];
+    unsigned generation = 0, warp_generation[LARGEST / 32];
+    float exchanged[2][LARGEST];
+
+    void yield() {
+        const int me = current;
+        swapcontext(&fibers[me], &scheduler);
+        threadIdx.x = me;
+    }
+    void barrier(int& count, unsigned& turn, int size) {
+        const unsigned now = turn;
+        if (++count == size) {
+            count = 0, ++turn;
+        } else {
+            while (turn == now) yield();
+        }
+    }
+    float shuffle(float value, int mask) {
+        const int me = current, warp = me / 32;
+        float* const box = exchanged[warp_generation[warp] % 2];
+        box[me] = value;
+        barrier(warp_arrived[warp], warp_generation[warp], 32);
+        return box[me ^ mask];
+    }
+    static void enter();
+    void run(unsigned blocks_x, unsigned blocks_y, int count, std::function<void()> function) {
+        kernel = std::move(function), threads = count;
+        for (blockIdx.y = 0; blockIdx.y < blocks_y; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < blocks_x; ++blockIdx.x) {
+                for (int i = 0; i < threads; ++i) {
+                    stacks[i].resize(1 << 16);
+                    getcontext(&fibers[i]);
+                    fibers[i].uc_stack.ss_sp = stacks[i].data();
+                    fibers[i].uc_stack.ss_size = stacks[i].size();
+                    fibers[i].uc_link = &scheduler;
+                    makecontext(&fibers[i], enter, 0);
+                    done[i] = false;
+                }
+                for (bool busy = true; busy;) {
+                    busy = false;
+                    for (current = 0; current < threads; ++current)
+                        if (!done[current]) {
+                            busy = true, threadIdx.x = current;
+                            swapcontext(&scheduler, &fibers[current]);
+                        }
+                }
+            }
+    }
+};
+inline Emulator emulator;
+inline void Emulator::enter() {
+    emulator.kernel();
+    emulator.done[emulator.current] = true;
+}
+
+inline void __syncthreads() { emulator.barrier(emulator.arrived, emulator.generation, emulator.threads); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) { return emulator.shuffle(value, mask); }
+inline float __uint_as_float(unsigned x) {
+    float y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}

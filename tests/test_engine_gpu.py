@@ -1,0 +1,67 @@
+"""The engine on a GPU: lanes and side streams, symmetric memory, CUDA graphs, the compiler."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import leetdist
+from helpers import run_ranks, values
+from leetdist.sequence.group import resolve
+from leetdist.testing.equality import Case, check, compute, differences, make_tensors
+
+pytestmark = [pytest.mark.gpu, pytest.mark.real_empty]
+CUDA = torch.device("cuda", 0)
+CASES = [
+    Case(8192, 128, 128, heads=8, dtype=torch.bfloat16, decay="mixed", model_layout=True, initial=True),
+    Case(4096, 64, 64, heads=8, kv_heads=4, dtype=torch.float32, uneven=True),
+    Case(5000, 64, 64, heads=8, dtype=torch.bfloat16, documents=(0, 1, 1700, 2048, 5000)),
+]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lanes_are_equal(case: Case, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEETDIST_LANES", str(lanes))
+    tensors = make_tensors(case, CUDA, 0)
+    single = compute(case, tensors, None)
+    ours = leetdist.virtual_ranks(lambda group: compute(case, tensors, group), 8)
+    found = [str(d) for rank in range(8) for d in differences(case, rank, 8, ours[rank], single)]
+    assert found == []
+
+
+def on_one_gpu(rank: int, kind: str) -> list[str]:
+    torch.cuda.set_device(0)
+    transport = resolve(dist.group.WORLD, kind)
+    assert transport.kind == kind
+    found = []
+    for lanes in ("1", "4"):
+        os.environ["LEETDIST_LANES"] = lanes
+        for seed, case in enumerate(CASES):
+            found += [f"{case}: {d}" for d in check(case, transport, CUDA, seed)]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["p2p", "symmetric"])
+def test_processes_on_one_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    for found in values(run_ranks(on_one_gpu, 3, kind, timeout_s=120)):
+        assert found == []
+
+
+def test_cuda_graph_and_compiler() -> None:
+    q, k, v = (torch.randn(1, 4, 1000, 64, device=CUDA, dtype=torch.bfloat16) for _ in range(3))
+    decay = torch.tensor([-0.01, -0.1, -1.0, -200.0], device=CUDA)
+    expected = leetdist.linear_attention(q, k, v, decay)
+    compiled = torch.compile(leetdist.linear_attention, fullgraph=True)
+    assert torch.equal(compiled(q, k, v, decay), expected)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = leetdist.linear_attention(q, k, v, decay)
+    o.zero_()
+    graph.replay()
+    assert torch.equal(o, expected)
