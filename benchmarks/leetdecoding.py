@@ -36,7 +36,7 @@ from leetdist.reference import quadratic, relative_error
 from leetdist.sequence.grid import default_tile
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-HEADS, DIM = 32, 128
+DIM = 128
 LENGTHS = [128, 512, 2_048, 8_192, 12_800, 25_600, 100_000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative error of the whole output: fp32 arithmetic, and the rounding of a 16-bit output with some room.
@@ -51,6 +51,7 @@ class Cell:
     tokens: int
     dtype: str
     training: bool
+    heads: int
     milliseconds: float | None = None
     mebibytes: float | None = None
     error: float | None = None
@@ -108,11 +109,11 @@ def measure(cell: Cell, call: Attention, device: torch.device, limit: float) -> 
     """Fill the cell in: correct first, then timed."""
     dtype = DTYPES[cell.dtype]
     generator = torch.Generator(device).manual_seed(cell.tokens)
-    shape = (cell.batch, HEADS, cell.tokens, DIM)
+    shape = (cell.batch, cell.heads, cell.tokens, DIM)
     q, k, v = (
         torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_(cell.training) for _ in range(3)
     )
-    log_decay = -torch.logspace(-3, -0.1, HEADS, device=device)
+    log_decay = -torch.logspace(-3, -0.1, cell.heads, device=device)
     weight = torch.randn_like(v) if cell.training else None
 
     def step() -> Tensor:
@@ -137,7 +138,7 @@ def measure(cell: Cell, call: Attention, device: torch.device, limit: float) -> 
                 o[few, h : h + 1, rows],
                 quadratic(q[few, h : h + 1], k[few, h : h + 1], v[few, h : h + 1], log_decay[h : h + 1], rows=rows),
             )
-            for h in (0, HEADS // 2, HEADS - 1)
+            for h in (0, cell.heads // 2, cell.heads - 1)
         )
     if not cell.error <= BOUNDS[cell.dtype]:
         cell.note = f"wrong ({cell.error:.1e})"
@@ -196,7 +197,7 @@ def run(arguments: argparse.Namespace) -> list[Cell]:
     if arguments.training:
         contestants = {name: c for name, c in contestants.items() if name.startswith("leetdist")}
     cells = [
-        Cell(name, batch, tokens, dtype, arguments.training)
+        Cell(name, batch, tokens, dtype, arguments.training, arguments.heads)
         for name in contestants
         for dtype in arguments.dtypes
         for batch in arguments.batches
@@ -290,7 +291,6 @@ def about(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
         "python": platform.python_version(),
-        "heads": HEADS,
         "dim": DIM,
     }
 
@@ -315,7 +315,7 @@ def fit(paths: list[Path]) -> None:
 def _fitted(cells: list[Cell]) -> list[float]:
     times = torch.tensor([c.milliseconds or 0.0 for c in cells], dtype=torch.float64)
     columns = torch.tensor(
-        [[1e-3, 1e-6 * min(default_tile(c.tokens), c.tokens), 1e-6 * c.batch * HEADS * c.tokens] for c in cells],
+        [[1e-3, 1e-6 * min(default_tile(c.tokens), c.tokens), 1e-6 * c.batch * c.heads * c.tokens] for c in cells],
         dtype=torch.float64,
     )
     used = [0, 1, 2]
@@ -337,6 +337,7 @@ def _console(stderr: bool = False) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "fp16"], choices=list(DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

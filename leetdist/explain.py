@@ -48,9 +48,9 @@ def explain(
     >>> import torch, leetdist
     >>> q, k, v = (torch.randn(1, 2, 1000, 64) for _ in range(3))
     >>> print(leetdist.explain(q, k, v, method="fleet"))
-    problem  B 1, H 2, N 1,000, Dk 64, Dv 64, torch.float32 on cpu, forward
+    problem  B 1, H 2, N 1,000, Dk 64, Dv 64, torch.float32 on cpu, forward, no decay
     method   fleet: named by the caller
-    kernels  leetdist.kernels.pytorch.fleet
+    kernels  leetdist.kernels.pytorch.fleet, leetdist.kernels.pytorch.block
     tile     32 tokens, 32 tiles: chosen from the length of the whole sequence
     shards   one device
     """
