@@ -17,7 +17,6 @@ Nothing is timed while a check is red. Results: OUT.json, OUT.png and a table.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -28,15 +27,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import schemes
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import leetdist
-from leetdist.kernels.tiles import Tiles
 from leetdist.launch.runtime import Rank, joined
-from leetdist.methods import kernels_for
-from leetdist.problem import describe
 from leetdist.sequence import cost
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
@@ -239,17 +236,9 @@ def measure(
             )  # fmt: skip
 
 
-def inputs(bench: Bench, tokens: int) -> list[Tensor]:
-    """q, k, v, do: (1, H, N, D) in a model's (1, N, H, D) layout."""
-    shape = (1, tokens, bench.args.heads, bench.args.dim)
-    generator = torch.Generator(bench.me.device).manual_seed(tokens + bench.me.rank)
-    options: dict[str, Any] = {"generator": generator, "device": bench.me.device, "dtype": bench.args.dtype}
-    return [torch.randn(shape, **options).transpose(1, 2) for _ in range(4)]
-
-
 def passes(bench: Bench, tokens: int, tile: int, transport: Any) -> dict[str, Callable[[], Any]]:
     """The operator on this rank's `tokens`, forward alone and with its backward."""
-    q, k, v, do = inputs(bench, tokens)
+    q, k, v, do = schemes.inputs(tokens, bench.args, bench.me.device)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     decay = lightning_slopes(bench.args.heads).to(bench.me.device)
 
@@ -298,70 +287,14 @@ def measure_peers(
     tile = default_tile(tokens)
     mine = shard_lengths(tokens, ranks, tile)[bench.me.rank]
     group = None if transport is None else transport.group
-    for (what, name), call in (fla(bench, mine) if ranks == 1 else schemes(bench, mine, tile, transport)).items():
+    if transport is None:
+        made = schemes.fla(mine, bench.args, bench.me.device)
+    else:
+        made = schemes.around_our_kernels(mine, tile, transport, bench.args, bench.me.device)
+    for (what, name), call in made.items():
         reference = single.get((size, name)) if ranks > 1 else None
         seconds = bench.seconds(call, group)
         bench.add(Row(what, "weak" if weak else "strong", kind, ranks, tokens, name, seconds, reference))
-
-
-def schemes(bench: Bench, tokens: int, tile: int, transport: Any) -> dict[tuple[str, str], Callable[[], Any]]:
-    """Two other ways to pass states, around the same kernels; their sums associate otherwise than one device's."""
-    q, k, v, _ = inputs(bench, tokens)
-    decay = lightning_slopes(bench.args.heads).to(bench.me.device)
-    options: dict[str, Any] = {"initial_state": None, "return_state": False, "cu_seqlens": None, "tile": tile}
-    kernels = kernels_for(describe(q, k, v, decay, scale=1.0, method="auto", **options), sharded=True)
-    tiles = Tiles(tile, (0, tokens))
-    group, rank, ranks = transport.group, transport.rank, transport.size
-    shape = (1, bench.args.heads, bench.args.dim, bench.args.dim)
-    # gamma^(tokens between another rank's end and this rank's start)
-    distance = torch.tensor([(rank - 1 - other) * tokens for other in range(ranks)], device=q.device)
-    weights = torch.exp(decay[:, None] * distance.clamp_min(0)) * (distance >= 0)
-
-    def outputs(states: Tensor) -> Tensor:
-        return kernels.tile_outputs(
-            q, k, v, states, decay, tiles, reverse=False, scale=1.0, state_scale=1.0, out_dtype=q.dtype
-        )
-
-    def gathered() -> Tensor:
-        states = kernels.tile_states(k, v, decay, tiles, reverse=False)
-        mine = kernels.fold(states.clone(), None, decay, tiles, reverse=False)
-        everyone = mine.new_empty(ranks, *shape)
-        dist.all_gather_into_tensor(everyone.view(-1), mine.view(-1), group=group)
-        initial = torch.einsum("hr,rbhij->bhij", weights, everyone).contiguous()
-        kernels.fold(states, initial, decay, tiles, reverse=False)
-        return outputs(states)
-
-    def ring() -> Tensor:
-        states = kernels.tile_states(k, v, decay, tiles, reverse=False)
-        initial = torch.zeros(shape, device=q.device)
-        if rank > 0:
-            dist.recv(initial, group=group, group_src=rank - 1)
-        final = kernels.fold(states, initial, decay, tiles, reverse=False)
-        if rank < ranks - 1:
-            dist.send(final, group=group, group_dst=rank + 1)
-        return outputs(states)
-
-    return {("all-gather, LASP-2's scheme", "forward"): gathered, ("serial ring, LASP's scheme", "forward"): ring}
-
-
-def fla(bench: Bench, tokens: int) -> dict[tuple[str, str], Callable[[], Any]]:
-    """fla's chunk_simple_gla on one GPU."""
-    if not bench.cuda or importlib.util.find_spec("fla") is None:
-        return {}
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    q, k, v, do = (x.transpose(1, 2) for x in inputs(bench, tokens))
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    decay = lightning_slopes(bench.args.heads).to(bench.me.device)
-
-    def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-        out: Tensor = chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
-        return out
-
-    def both() -> Any:
-        return torch.autograd.grad(forward(*leaves), leaves, do)
-
-    return {("fla", "forward"): forward, ("fla", "forward + backward"): both}
 
 
 def cells(row: Row) -> tuple[str, ...]:

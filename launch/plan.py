@@ -11,6 +11,7 @@ import argparse
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -123,7 +124,8 @@ def _given(machine: Machine, assignments: list[str], parser: argparse.ArgumentPa
         if name not in known:
             parser.error(f"--set {assignment}: the constants are {', '.join(sorted(known))}")
         try:
-            machine = replace(machine, **{name: float(value)})
+            changes: dict[str, Any] = {name: float(value)}
+            machine = replace(machine, **changes)
         except ValueError:
             parser.error(f"--set {assignment}: {value!r} is no number")
     return machine

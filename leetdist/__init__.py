@@ -1,21 +1,61 @@
 """leetdist: exponentially decaying causal linear attention over sequences sharded across GPUs, bit for bit exact."""
 
+import importlib
+from typing import Any
+
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.decoder import causal_linear_decoder
 from leetdist.explain import explain
+from leetdist.inference.files import load_states, save_states
+from leetdist.inference.pool import StatePool
+from leetdist.inference.session import Session
+from leetdist.inference.state import State
+from leetdist.inference.steps import linear_attention_steps
+from leetdist.inference.stream import stream
 from leetdist.sequence.group import sequence_parallel
 from leetdist.sequence.shard import gather_sequence, shard_sequence
 from leetdist.sequence.virtual import virtual_ranks
 
 __version__ = "0.1.0"
 
+# Imported at first use: who only wants the operator need not wait for the rest. Name -> module (None: the name is one).
+_LAZY: dict[str, str | None] = {
+    "ShardedLoader": "leetdist.integrations.batches",
+    "device_mesh": "leetdist.mesh",
+    "nn": None,
+    "parallelize": "leetdist.integrations.parallelize",
+    "reduce_loss": "leetdist.integrations.loss",
+    "shard_batch": "leetdist.integrations.batches",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'leetdist' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name] or f"leetdist.{name}")
+    return getattr(module, name) if _LAZY[name] else module
+
+
 __all__ = [
     "causal_linear_decoder",
     "explain",
+    "ShardedLoader",
+    "device_mesh",
     "gather_sequence",
     "linear_attention",
     "linear_attention_step",
+    "linear_attention_steps",
+    "stream",
+    "Session",
+    "State",
+    "StatePool",
+    "save_states",
+    "load_states",
+    "nn",
+    "parallelize",
+    "reduce_loss",
     "sequence_parallel",
+    "shard_batch",
     "shard_sequence",
     "virtual_ranks",
 ]

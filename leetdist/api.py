@@ -9,9 +9,9 @@ from torch import Tensor
 
 from leetdist import ops
 from leetdist.autograd import LinearAttention
-from leetdist.methods import attention_on_one_device
+from leetdist.methods import attention_on_one_device, triton_serves
 from leetdist.plan import plan_call
-from leetdist.problem import ONE_DEVICE, check_state, describe
+from leetdist.problem import ONE_DEVICE, check_step, describe
 from leetdist.sequence.group import name_of, resolve
 from leetdist.sequence.shard import redistribute
 
@@ -149,16 +149,20 @@ def linear_attention_step(
     log_decay: Tensor | None = None,
     *,
     scale: float = 1.0,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of decoding: `state = gamma state + k v^T`, `o = scale * q^T state`; differentiable.
+
+    On a GPU, without gradients, one kernel that reads and writes the state once; a CUDA graph can capture it.
 
     Args:
         q: (B, H, 1, Dk), fp32, bf16, fp16 or fp64.
         k: (B, Hkv, 1, Dk), same dtype and device; Hkv divides H.
         v: (B, Hkv, 1, Dv).
-        state: (B, H, Dk, Dv) fp32 (fp64 with fp64 inputs), as `linear_attention` returns it; it is not changed.
+        state: (B, H, Dk, Dv) fp32 (fp64 with fp64 inputs), as `linear_attention` returns it.
         log_decay: (H,) fp32, natural log, <= 0; None is no decay.
         scale: factor of the output.
+        inplace: write the new state over `state` and return it (what a captured graph wants); not differentiable.
 
     Returns:
         o, (B, H, 1, Dv) in q's dtype, and the new state, shaped and typed as `state`.
@@ -178,17 +182,20 @@ def linear_attention_step(
         q, k, v, log_decay,
         scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
     )  # fmt: skip
-    if problem.tokens != 1:
-        raise ValueError(f"q must hold one token, (B, H, 1, Dk), got shape {tuple(q.shape)}")
-    check_state("state", state, (problem.batch, problem.heads, problem.dk, problem.dv), q)
+    check_step(problem, q, state, inplace=inplace)
+    if not (problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)) and triton_serves(problem):
+        from leetdist.kernels.triton.step import step
+
+        return step(q, k, v, state, log_decay, scale=problem.scale, out=state if inplace else None)
     with torch.autocast(q.device.type, enabled=False):
         share = problem.heads // problem.kv_heads
         k, v = (x.to(state.dtype).repeat_interleave(share, 1) for x in (k, v))
+        new = state
         if log_decay is not None:
-            state = state * torch.exp(log_decay).to(state.dtype)[:, None, None]
-        state = state + k.mT * v
-        o = (q.to(state.dtype).mT * state).sum(2, keepdim=True) * scale
-    return o.to(problem.dtype), state
+            new = new * torch.exp(log_decay).to(state.dtype)[:, None, None]
+        new = new + k.mT * v
+        o = (q.to(state.dtype).mT * new).sum(2, keepdim=True) * scale
+    return o.to(problem.dtype), state.copy_(new) if inplace else new
 
 
 __all__ = ["linear_attention", "linear_attention_step"]

@@ -255,20 +255,17 @@ class _Side:
             self.main.wait_event(self.end[lane])
 
 
-_streams: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
-
-
 @contextmanager
 def _together(x: Tensor, plan: Plan) -> Iterator[_Side]:
     """One pass over a group (or on this device alone): fp32 sums stay fp32 under autocast, and what was sent has left
     at the end."""
     stream = None
     if plan.transport is not None and plan.transport.size > 1 and x.is_cuda:
-        key = plan.transport.name, x.device
-        if key not in _streams:
+        streams = plan.transport.streams
+        if x.device not in streams:
             # Before waiting outputs: the next rank waits for what this stream computes.
-            _streams[key] = torch.cuda.Stream(x.device, priority=-1)
-        stream = _streams[key]
+            streams[x.device] = torch.cuda.Stream(x.device, priority=-1)
+        stream = streams[x.device]
     with torch.autocast(x.device.type, enabled=False):
         if plan.transport is None:
             yield _Side(None)

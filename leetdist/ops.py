@@ -111,6 +111,11 @@ def _backward(
     plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, group)
     decay = q.new_zeros(q.shape[1], dtype=torch.float32) if log_decay is None else log_decay
     count = q.shape[0] * q.shape[1] * plan.tiles.count * q.shape[3] * v.shape[3]
+    if states.untyped_storage().nbytes() < count * states.element_size():
+        raise RuntimeError(
+            "leetdist: what the forward op saved for the backward was copied in between, and only one element came "
+            "along: hooks that move saved tensors (torch.autograd.graph.save_on_cpu) do not work on compiled calls"
+        )
     states = states.as_strided((count,), (1,)) if count else states[:0]
     like_q, like_k, like_v = q, k, v
     q, k, v, do = (row_major(_aligned(x, plan)) for x in (q, k, v, do))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -82,6 +82,9 @@ class Plan:
     transport: Transport | None = None
     any_initial: bool = False
     any_initial_grad: bool = False
+    # Heads that forget in one tile, and in one token (leetdist.sequence.scan).
+    forgetting: frozenset[int] = frozenset()
+    mute: frozenset[int] = frozenset()
     # Tokens on each rank as the caller has them, before they are aligned to the grid.
     given: tuple[int, ...] = field(default=())
 
@@ -89,6 +92,14 @@ class Plan:
     def state_shape(self) -> tuple[int, int, int, int]:
         """Of the initial and the final state of the whole call."""
         return self.layout.num_states, self.problem.heads, self.problem.dk, self.problem.dv
+
+    def hops(self) -> tuple[int, ...]:
+        """How many hops the longest chain of each head has: as many as there are neighbours, 1 where a full tile is
+        enough to forget, 0 for a mute head."""
+        chain = 0 if self.transport is None else self.transport.size - 1
+        return tuple(
+            0 if h in self.mute else min(chain, 1) if h in self.forgetting else chain for h in range(self.problem.heads)
+        )
 
 
 def plan_call(
@@ -100,16 +111,17 @@ def plan_call(
     """
     if transport is None:
         problem = describe(q, k, v, log_decay, **options)
-        layout, tile = global_layout([problem])
-        return make_plan(problem, layout, tile, any_initial=problem.has_initial)
+        return _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)))
     lengths = declared_lengths(transport)
     mine: Problem | ValueError
     try:
         mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
-        if lengths is not None:
-            check_declared(mine, lengths, transport.rank)
     except ValueError as error:
         mine = error
+    else:
+        if lengths is not None:
+            with transport.call():  # the others rely on the promise, and will not be told
+                check_declared(mine, lengths, transport.rank)
     decays = known_decays(log_decay) if options.get("read_values", True) else None
     agreement = agree(
         mine, transport, "the shapes and arguments of this call",
@@ -127,11 +139,19 @@ def plan_call(
         )  # fmt: skip
         rows = plan.layout.batch * mine.dk * mine.dv
         widest = max(lane.width for lane in plan.lanes)
-        transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
+        with transport.call():
+            transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
         if len(agreement.memo) >= 8:  # a decay that is learnt has new values every step
             agreement.memo.clear()
         agreement.memo[key] = plan
     return plan
+
+
+@lru_cache(maxsize=512)
+def _local_plan(problem: Problem, _kernels: Hashable) -> Plan:
+    """Layers and steps come with the same few problems; `_kernels` is in the key because a setting may change them."""
+    layout, tile = global_layout([problem])
+    return make_plan(problem, layout, tile, any_initial=problem.has_initial)
 
 
 def make_plan(
@@ -167,6 +187,8 @@ def make_plan(
         transport=transport,
         any_initial=any_initial,
         any_initial_grad=any_initial_grad,
+        forgetting=forgetting,
+        mute=mute,
         given=given or layout.lengths,
     )
 

@@ -220,6 +220,7 @@ class Decays:
 
 
 # A decay seen good is not read again: reading a GPU tensor's values stops the stream.
+# By identity: an ordinary weak dictionary compares keys with ==, which a tensor does elementwise.
 _good_decays: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -263,6 +264,15 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
         raise ValueError(f"{name} must be {wanted}, got {state.dtype}")
     if state.device != q.device:
         raise ValueError(f"{name} must be on q's device, {q.device}, got {state.device}")
+
+
+def check_step(problem: Problem, q: Tensor, state: Tensor, *, inplace: bool) -> None:
+    """What one step of decoding needs beside `describe`."""
+    if problem.tokens != 1:
+        raise ValueError(f"q must hold one token, (B, H, 1, Dk), got shape {tuple(q.shape)}")
+    check_state("state", state, (problem.batch, problem.heads, problem.dk, problem.dv), q)
+    if inplace and (problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)):
+        raise ValueError("inplace must be False where gradients are recorded: the old state is needed for them")
 
 
 def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, heads: int) -> None:

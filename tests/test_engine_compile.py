@@ -12,6 +12,7 @@ import leetdist
 from helpers import run_ranks, values
 from leetdist import ops
 from leetdist.reference import relative_error
+from leetdist.sequence.virtual import VirtualGroup
 
 pytestmark = pytest.mark.real_empty  # opcheck compares what autograd fills in
 
@@ -81,6 +82,31 @@ def test_the_op_alone_is_equal() -> None:
     q, k, v, g = inputs(300)
     compiled = torch.compile(leetdist.linear_attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, g), leetdist.linear_attention(q, k, v, g))
+
+
+def test_saved_states_are_not_to_be_copied() -> None:
+    """The op's third output holds more memory than it shows; a copy of it is an error, never a wrong gradient."""
+    q, k, v, g = inputs(40)
+    o, final, states = ops._forward(q, k, v, g, None, None, 0.5, True, "auto", 16, "")
+    assert states.shape == (1,)
+    arguments = (q, k, v, g, None, None, states, o, final, 0.5, True, "auto", 16, "", True)
+    assert ops._backward(*arguments)[0].shape == q.shape
+    with pytest.raises(RuntimeError, match="saved for the backward was copied"):
+        ops._backward(*arguments[:6], states.clone(), *arguments[7:])
+
+
+def test_virtual_ranks() -> None:
+    """A compiled graph knows a virtual rank by name, too."""
+    args = inputs(128)
+
+    def rank(group: VirtualGroup) -> Tensor:
+        compiled = torch.compile(leetdist.linear_attention, fullgraph=True, backend="eager")
+        local = [leetdist.shard_sequence(x, 2, group) for x in args[:3]]
+        o: Tensor = compiled(*local, args[3], group=group)
+        return o
+
+    shards = leetdist.virtual_ranks(rank, 3)
+    assert torch.equal(torch.cat(shards, 2), leetdist.linear_attention(*args))
 
 
 def over_ranks(rank: int) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles, ceil_div
-from leetdist.kernels.triton.configs import Config, block_config, padded
+from leetdist.kernels.triton.configs import Config, block_config, on_hopper, padded
 
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
+# exp(-x) is 0 in fp32 for x from here on.
+FP32_RANGE = tl.constexpr(104.0)
 # Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
 COUNTS = ["tokens", "tiles", "tile_size"]
 
@@ -38,6 +40,12 @@ def tile_states(
     config = block_config(rows, columns, b.dtype, tiles.size)
     if out is None:
         out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
+    if on_hopper(rows, columns, b.dtype, tiles.size, b.device):
+        from leetdist.kernels.triton import hopper
+
+        if out.numel():
+            hopper.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale)
+        return out
     block_rows = states_block(rows, config)
     grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
     if out.numel():
@@ -88,6 +96,14 @@ def tile_outputs(
     config = block_config(rows, columns, a.dtype, tiles.size)
     if out is None:
         out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
+    if on_hopper(rows, columns, a.dtype, tiles.size, a.device):
+        from leetdist.kernels.triton import hopper
+
+        if out.numel():
+            hopper.tile_outputs(
+                a, b, c, states, log_decay, tiles, out, reverse=reverse, scale=scale, state_scale=state_scale
+            )
+        return out
     grid = (batch * heads * tiles.count, ceil_div(columns, config.columns))
     if out.numel():
         _tile_outputs[grid](
@@ -129,7 +145,7 @@ def decay_gradient(
             q.shape[2], tiles.count, tiles.size, rows, columns, scale,
             REGULAR=tiles.regular, CHUNK=config.chunk,
             ROWS=padded(rows), COLUMNS=held, PRECISION=_precision(q.dtype),
-            num_warps=config.warps, num_stages=1,
+            num_warps=4 if padded(rows) < 64 else 8, num_stages=1,
         )  # fmt: skip
     total = out[..., 0]
     for block in range(1, blocks):  # in one fixed order, which torch.sum does not promise
@@ -191,10 +207,16 @@ def _powers(log_decay, exponent):
 
 @triton.jit
 def _times_state(a, state, PRECISION: tl.constexpr):
-    """a . state. A state can exceed fp16's range (it grows with the sequence), so fp16 multiplies in tf32, whose
-    mantissa is fp16's and whose range is fp32's."""
+    """a . state.
+
+    bf16 takes the state as a sum of two bf16 numbers: rounding it to one would be the largest error of a head with a
+    long memory. A state can exceed fp16's range (it grows with the sequence), so fp16 multiplies in tf32, with fp16's
+    mantissa and fp32's range.
+    """
     if a.dtype == tl.bfloat16:
-        return tl.dot(a, state.to(tl.bfloat16))
+        high = state.to(tl.bfloat16)
+        low = (state - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(a, low, acc=tl.dot(a, high))
     else:
         if a.dtype == tl.float16:
             state = _rounded_to_tf32(state)
@@ -242,7 +264,9 @@ def _tile_states(
 
     state = tl.zeros((ROWS, COLUMNS), tl.float32)
     chunks = tl.cdiv(length, CHUNK)
-    for step in range(chunks):
+    # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
+    reach = tl.minimum(FP32_RANGE / tl.maximum(-g, 1e-9), tile_size * 1.0).to(tl.int32)
+    for step in range(tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0), chunks):
         offset = (chunks - 1 - step if REVERSE else step) * CHUNK
         count = tl.minimum(length - offset, CHUNK)
         b_i = _load(b, b_token, start + offset, count, row, rows, CHUNK, ROWS)
@@ -252,6 +276,13 @@ def _tile_states(
 
     i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     tl.store(out + program * rows * columns + i * columns + j, state, mask=(i < rows) & (j < columns))
+
+
+@triton.jit
+def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr):
+    """What the tile that is `step` tiles into the fold adds; nothing behind the last."""
+    tile = end - 1 - step if REVERSE else first + step
+    return tl.load(states + tile * size, mask=inside & (step < count), other=0.0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -272,12 +303,19 @@ def _fold(
     carry = tl.zeros((BLOCK,), tl.float32)
     if HAS_INITIAL:
         carry = tl.load(initial + program * size + element, mask=inside, other=0.0)
-    for step in range(end - first):
+    # The sums are a chain, the loads are not: four tiles are on their way at any time.
+    count = end - first
+    added_0 = _added(states, 0, count, first, end, size, inside, REVERSE)
+    added_1 = _added(states, 1, count, first, end, size, inside, REVERSE)
+    added_2 = _added(states, 2, count, first, end, size, inside, REVERSE)
+    added_3 = _added(states, 3, count, first, end, size, inside, REVERSE)
+    for step in range(count):
         tile = end - 1 - step if REVERSE else first + step
         _, length = _span(table, tile, tokens, tile_size, REGULAR)
-        added = tl.load(states + tile * size, mask=inside, other=0.0)
+        added_4 = _added(states, step + 4, count, first, end, size, inside, REVERSE)
         tl.store(states + tile * size, carry, mask=inside)
-        carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added)
+        carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
+        added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
     tl.store(final + program * size + element, carry, mask=inside)
 
 
@@ -365,12 +403,15 @@ def _decay_gradient(
         far = _times_state(q_i, slope, PRECISION) + _times_state(q_i, state, PRECISION) * steps[:, None]
         far = tl.sum(far * do_i.to(tl.float32), 1) * _powers(g, position + 1) * scale
         total += near + far
+        k_raw = k_i
         k_i = _to_state(k_i, g, 1.0, count, False, CHUNK)
-        left = tl.maximum(count - 1 - position, 0).to(tl.float32)[:, None]
-        k_left = (k_i.to(tl.float32) * left).to(k_i.dtype)
+        # One factor of gamma is left to the sum, so that 16-bit weights do not all vanish under a strong decay.
+        left = tl.maximum(count - 1 - position, 0)
+        weight = _powers(g, left - 1) * left.to(tl.float32)
+        k_left = (k_raw.to(tl.float32) * weight[:, None]).to(k_raw.dtype)
         across = _powers(g, count)
         slope = (slope + state * count.to(tl.float32)) * across
-        slope += tl.dot(tl.trans(k_left), v_i, input_precision=PRECISION)
+        slope += tl.dot(tl.trans(k_left), v_i, input_precision=PRECISION) * tl.exp(g)
         state = state * across + tl.dot(tl.trans(k_i), v_i, input_precision=PRECISION)
 
     gradient = tl.load(state_grads + element, mask=inside, other=0.0)

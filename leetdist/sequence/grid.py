@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from leetdist.kernels.tiles import Tiles, ceil_div
 
-SMALLEST_TILE, LARGEST_TILE = 16, 4096
-# 16 tiles a sequence are enough to fill a GPU (x 32 heads) and to be shared by a few ranks. Beyond 65,536 tokens the
-# tiles grow in number, not in length: a state every 4,096 tokens costs 2 % of the memory of the inputs at D = 128.
-TILES_WANTED = 16
+SMALLEST_TILE, LARGEST_TILE = 16, 8192
+# A few ranks want a tile each.
+TILES_WANTED = 8
+# Longer sequences want longer tiles, for a state in memory costs as much as 85 tokens of q, k and v (bf16, D = 128),
+# and more of them, to fill the GPUs of more ranks; so both grow as the square root: 1,024 tokens at 8,192, 4,096 at
+# 131,072.
+TOKENS_SHARED = 128
 
 
 def default_tile(total_tokens: int) -> int:
@@ -19,7 +23,7 @@ def default_tile(total_tokens: int) -> int:
 
     It depends on the length of the whole sequence alone, so every rank, and `shard_sequence`, knows it.
     """
-    wanted = max(1, total_tokens // TILES_WANTED)
+    wanted = max(1, min(total_tokens // TILES_WANTED, math.isqrt(TOKENS_SHARED * total_tokens)))
     return min(max(1 << (wanted.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
 
 

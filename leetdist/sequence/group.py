@@ -87,21 +87,36 @@ def sequence_parallel(
         _scope.group, _scope.transport, _scope.lengths = before
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Calls inside are this rank's own, whatever `sequence_parallel` surrounds them."""
+    before = (_scope.group, _scope.transport, _scope.lengths)
+    _scope.group, _scope.transport, _scope.lengths = None, None, None
+    try:
+        yield
+    finally:
+        _scope.group, _scope.transport, _scope.lengths = before
+
+
 def resolve(group: Group | None, transport: str | None = None) -> Transport | None:
     """The transport of a group; of the surrounding `sequence_parallel` for None; None for neither."""
     if group is None:
         return _scope.transport
     if isinstance(group, Transport):
-        return group
+        return _served_by(group, transport)
     process_group = _process_group(group)
     known = _of_group.get(process_group.group_name)
     if known is None or known[0] is not process_group:  # a name may be used again after its group was destroyed
         for name in [name for name, (old, _) in _of_group.items() if old not in c10d._world.pg_map]:
             del _of_group[name]
         known = _of_group[process_group.group_name] = (process_group, PointToPoint(process_group, transport))
-    if transport not in (None, "auto", known[1].kind):
-        raise ValueError(f"transport: the group is served by {known[1].kind!r} already, got {transport!r}")
-    return known[1]
+    return _served_by(known[1], transport)
+
+
+def _served_by(served: Transport, wanted: str | None) -> Transport:
+    if wanted not in (None, "auto", served.kind):
+        raise ValueError(f"transport: the group is served by {served.kind!r} already, got {wanted!r}")
+    return served
 
 
 def declared_lengths(transport: Transport) -> tuple[int, ...] | None:

@@ -7,7 +7,7 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,13 @@ from leetdist.sequence.transport import Message, Transport
 
 # Seconds a failing rank waits for its neighbours to say whether they live, before it names the one it waited for.
 ROLL_CALL_SECONDS = 2.0
+# What hosts tell each other must not be taken for a tensor, nor the other way round, where ranks have lost step.
+TENSORS, OBJECTS, HEADERS = 0, 1, 2
 # Sends that a rank may be ahead of its neighbour by.
 MOST_PENDING = 256
+
+# What is under way: the tensor has to live until it has left.
+Sent: TypeAlias = "tuple[dist.Work, Tensor, int, str]"
 
 
 class PointToPoint(Transport):
@@ -36,7 +41,7 @@ class PointToPoint(Transport):
         self.host_group = group if "gloo" in backends else _companion(group)
         # gloo reads and writes host memory only.
         self.staged = "nccl" not in backends
-        self.pending: list[tuple[dist.Work, Tensor, int, str]] = []
+        self.pending: list[Sent] = []
         if not self.staged:
             # NCCL connects a group in its first collective call, which every rank has to take part in.
             dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
@@ -45,13 +50,13 @@ class PointToPoint(Transport):
 
     def send(self, tensor: Tensor, to: int, what: str) -> None:
         if tensor.numel():
-            self._send(self.group, self._outgoing(tensor), to, what)
+            self.pending.append(self._send(self.group, self._outgoing(tensor), to, what, TENSORS))
 
     def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
         if not tensor.numel():
             return tensor
         buffer = self._incoming(tensor)
-        self._receive(self.group, buffer, source, what)
+        self._receive(self.group, buffer, source, what, TENSORS)
         return tensor if buffer is tensor else tensor.copy_(buffer)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], what: str) -> None:
@@ -97,30 +102,31 @@ class PointToPoint(Transport):
             self.pending = [sent for sent in self.pending if not sent[0].is_completed()]
             return
         pending, self.pending = self.pending, []
-        for work, _, to, what in pending:
-            with self._blame(to, f"to take {what}"):
-                self._wait(work)
+        self._taken(pending)
 
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         # Lengths first, then bytes: two small messages to each rank, no collective, so that a rank that does not answer
         # is known by its number.
         data = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
         length = torch.tensor([data.numel()])
-        for rank in self.others():
-            self._send(self.host_group, length, rank, what)
-            self._send(self.host_group, data, rank, what)
+        sent = [
+            self._send(self.host_group, message, rank, what, OBJECTS)
+            for rank in self.others()
+            for message in (length, data)
+        ]
         everyone = [mine] * self.size
         for rank in self.others():
-            size = self._receive(self.host_group, torch.zeros_like(length), rank, what)
+            size = self._receive(self.host_group, torch.zeros_like(length), rank, what, OBJECTS)
             theirs = torch.zeros(int(size), dtype=torch.uint8)
-            everyone[rank] = pickle.loads(self._receive(self.host_group, theirs, rank, what).numpy().tobytes())
-        self.flush()
+            everyone[rank] = pickle.loads(self._receive(self.host_group, theirs, rank, what, OBJECTS).numpy().tobytes())
+        self._taken(sent)
         return everyone
 
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
         mine = torch.tensor(header)
-        self._send(self.host_group, mine, to, what)
-        theirs: list[int] = self._receive(self.host_group, torch.zeros_like(mine), source, what).tolist()
+        sent = self._send(self.host_group, mine, to, what, HEADERS)
+        theirs: list[int] = self._receive(self.host_group, torch.zeros_like(mine), source, what, HEADERS).tolist()
+        self._taken([sent])
         return theirs
 
     def _outgoing(self, tensor: Tensor) -> Tensor:
@@ -134,15 +140,21 @@ class PointToPoint(Transport):
         device = torch.device("cpu") if self.staged else tensor.device
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    def _send(self, group: dist.ProcessGroup, tensor: Tensor, to: int, what: str) -> None:
+    def _send(self, group: dist.ProcessGroup, tensor: Tensor, to: int, what: str, tag: int) -> Sent:
         with self._blame(to, f"to take {what}"):
-            work = dist.isend(tensor, group=group, group_dst=to)
+            work = dist.isend(tensor, group=group, group_dst=to, tag=tag)
             assert work is not None
-            self.pending.append((work, tensor, to, what))  # the tensor lives until it has left
+        return work, tensor, to, what
 
-    def _receive(self, group: dist.ProcessGroup, buffer: Tensor, source: int, what: str) -> Tensor:
+    def _taken(self, sent: list[Sent]) -> None:
+        """Wait until these have left."""
+        for work, _, to, what in sent:
+            with self._blame(to, f"to take {what}"):
+                self._wait(work)
+
+    def _receive(self, group: dist.ProcessGroup, buffer: Tensor, source: int, what: str, tag: int) -> Tensor:
         with self._blame(source, f"for {what}"):
-            work = dist.irecv(buffer, group=group, group_src=source)
+            work = dist.irecv(buffer, group=group, group_src=source, tag=tag)
             assert work is not None
             self._wait(work)
         return buffer
@@ -194,4 +206,6 @@ class PointToPoint(Transport):
 def _companion(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A gloo group of the same ranks, for what the hosts must agree on (a GPU backend would stop the stream)."""
     ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    options = getattr(group._get_backend(torch.device("cuda", torch.cuda.current_device())), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)

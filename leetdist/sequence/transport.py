@@ -30,6 +30,7 @@ class Transport(ABC):
         self.seconds = timeout_seconds()
         self.failure: str | None = None
         self.agreements: dict[Any, Any] = {}
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}  # where this rank's scans run
         self.bytes_sent = 0  # of tensors, not of what the hosts agree on
 
     @abstractmethod

@@ -95,10 +95,10 @@ class VirtualGroup(Transport):
         self.bytes_sent += message.numel() * message.element_size()
         # The ranks' scans run on streams of their own.
         event = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
-        self.hub.put(self.rank, to, (message, event))
+        self.hub.put(self.rank, to, (message, event), "tensor")
 
     def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
-        message, event = self._take(source, what)
+        message, event = self._take(source, what, "tensor")
         if event is not None:
             stream = torch.cuda.current_stream(tensor.device)
             stream.wait_event(event)
@@ -110,20 +110,20 @@ class VirtualGroup(Transport):
 
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         for rank in self.others():
-            self.hub.put(self.rank, rank, mine)
+            self.hub.put(self.rank, rank, mine, "object")
         everyone = [mine] * self.size
         for rank in self.others():
-            everyone[rank] = self._take(rank, what)
+            everyone[rank] = self._take(rank, what, "object")
         return everyone
 
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
-        self.hub.put(self.rank, to, header)
-        theirs: list[int] = self._take(source, what)
+        self.hub.put(self.rank, to, header, "header")
+        theirs: list[int] = self._take(source, what, "header")
         return theirs
 
-    def _take(self, source: int, what: str) -> Any:
+    def _take(self, source: int, what: str, kind: str) -> Any:
         assert self.seconds is not None
-        return self.hub.take(source, self.rank, what, self.seconds)
+        return self.hub.take(source, self.rank, what, kind, self.seconds)
 
 
 _numbers = itertools.count()
@@ -137,7 +137,7 @@ def by_name(name: str) -> VirtualGroup | None:
 
 @dataclass
 class _Hub:
-    """The mailboxes between all pairs of virtual ranks."""
+    """The mailboxes between all pairs of virtual ranks, for each kind of message."""
 
     size: int
     failure: tuple[int, BaseException] | None = None
@@ -146,18 +146,21 @@ class _Hub:
     def __post_init__(self) -> None:
         ranks = range(self.size)
         self.number = next(_numbers)
-        self.boxes: dict[tuple[int, int], queue.SimpleQueue[Any]] = {
-            (source, to): queue.SimpleQueue() for source in ranks for to in ranks
+        self.boxes: dict[tuple[int, int, str], queue.SimpleQueue[Any]] = {
+            (source, to, kind): queue.SimpleQueue()
+            for source in ranks
+            for to in ranks
+            for kind in ("tensor", "object", "header")
         }
 
-    def put(self, source: int, to: int, message: Any) -> None:
-        self.boxes[source, to].put(message)
+    def put(self, source: int, to: int, message: Any, kind: str) -> None:
+        self.boxes[source, to, kind].put(message)
 
-    def take(self, source: int, to: int, what: str, seconds: float) -> Any:
+    def take(self, source: int, to: int, what: str, kind: str, seconds: float) -> Any:
         deadline = time.monotonic() + seconds
         while True:
             try:
-                return self.boxes[source, to].get(timeout=0.1)
+                return self.boxes[source, to, kind].get(timeout=0.1)
             except queue.Empty:
                 if self.failure is not None:
                     rank, error = self.failure

@@ -1,0 +1,125 @@
+"""What is measured: cases, and the suites that group them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; (B, N, H, D) bf16 with 32 heads of 128, Lightning Attention's slopes, unless said otherwise."""
+
+    batch: int
+    tokens: int
+    heads: int = 32
+    dk: int = 128
+    dv: int = 128
+    dtype: str = "bf16"
+    decay: str = "slopes"  # or "none"
+    passes: tuple[str, ...] = ("forward", "forward + backward")
+    graph: bool = False  # replayed from a CUDA graph
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.batch} x {self.tokens:,}"]
+        if self.heads != 32:
+            parts.append(f"H={self.heads}")
+        if self.dk != 128 or self.dv != 128:
+            parts.append(f"D={self.dk}" if self.dk == self.dv else f"Dk={self.dk} Dv={self.dv}")
+        if self.dtype != "bf16":
+            parts.append(self.dtype)
+        if self.decay != "slopes":
+            parts.append("no decay")
+        if self.graph:
+            parts.append("CUDA graph")
+        return " ".join(parts)
+
+    @property
+    def element(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    def floor_bytes(self, which: str) -> int:
+        """Bytes that must move: each input read once, each output written once."""
+        tokens = self.batch * self.heads * self.tokens * self.element
+        if which == "step":
+            return self.batch * self.heads * self.dk * self.dv * 4 * 2
+        if which == "forward":
+            return tokens * 2 * (self.dk + self.dv)  # q k v o
+        return tokens * (6 * self.dk + 5 * self.dv)  # and q k v do dq dk dv, o not
+
+    def flops(self, which: str) -> int:
+        """Of the recurrence, which no form undercuts: a state update and a product with it for each output."""
+        products = {"step": 2, "forward": 2, "forward + backward": 6}[which]
+        return products * 2 * self.batch * self.heads * self.tokens * self.dk * self.dv
+
+    def log_decay(self, device: str) -> torch.Tensor:
+        """(H,) natural logs; the slopes of Lightning Attention (and ALiBi), 2^(-8 h / H)."""
+        if self.decay == "none":
+            return torch.zeros(self.heads, device=device)
+        heads = torch.arange(1, self.heads + 1, device=device, dtype=torch.float32)
+        return -torch.exp2(-8 * heads / self.heads)
+
+
+LONG = Case(1, 131072)
+FORWARD = ("forward",)
+
+SUITES: dict[str, tuple[str, list[Case]]] = {
+    "lengths": (
+        "bf16, 32 heads of 128, from 2,048 tokens to a million",
+        [
+            Case(1, 2048),
+            Case(1, 2048, graph=True),
+            Case(1, 8192),
+            Case(1, 32768),
+            LONG,
+            Case(16, 8192),
+            Case(1, 524288),
+            Case(1, 1048576),
+        ],
+    ),
+    "shapes": (
+        "other heads, head sizes, dtypes and no decay, at 131,072 tokens",
+        [
+            replace(LONG, decay="none"),
+            replace(LONG, dk=64, dv=64),
+            replace(LONG, dk=256, dv=256),
+            replace(LONG, dk=64, dv=128),
+            replace(LONG, dk=128, dv=64),
+            replace(LONG, heads=8),
+            replace(LONG, heads=64),
+            replace(LONG, dtype="fp16"),
+        ],
+    ),
+    "fp32": (
+        "fp32 inputs, where accuracy is the point",
+        [Case(1, 8192, dtype="fp32"), Case(1, 131072, dtype="fp32")],
+    ),
+    "decode": (
+        "one token with a state of (B, 32, 128, 128) fp32",
+        [Case(batch, 1, passes=("step",), graph=graph) for graph in (True, False) for batch in (1, 32, 256)],
+    ),
+    "quick": (
+        "two lengths, to see that everything works",
+        [Case(1, 2048), Case(1, 32768)],
+    ),
+    "cpu": (
+        "fp32 on the CPU, 4 heads of 64, beside the MiniMax layer of transformers and softmax attention",
+        [Case(1, n, heads=4, dk=64, dv=64, dtype="fp32") for n in (512, 2048, 8192)],
+    ),
+}
+
+
+def checked_rows(tokens: int) -> list[int]:
+    """Tokens whose outputs are compared: both ends, and both sides of block boundaries."""
+    wanted = {0, 1, 63, 64, 127, 128, tokens // 2 - 1, tokens // 2, tokens - 65, tokens - 1}
+    wanted.add(int(tokens / math.pi))
+    return sorted(row for row in wanted if 0 <= row < tokens)

@@ -1,0 +1,249 @@
+"""Who competes. A contestant that is not installed, or does not serve a case, says so and is left out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from cases import Case
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Inputs:
+    """q, k: (B, N, H, Dk); v, do: (B, N, H, Dv); state: (B, H, Dk, Dv) fp32 where a token is decoded."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    log_decay: Tensor
+    scale: float
+    state: Tensor | None
+
+
+class Contestant:
+    """One implementation. Subclasses say what they need and compute `forward` in (B, N, H, D)."""
+
+    name = ""
+    module = "torch"  # what must be installed
+    devices: tuple[str, ...] = ("cuda",)
+    passes: tuple[str, ...] = ("forward", "forward + backward")
+    operator = "decaying linear attention"
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        return None if importlib.util.find_spec(self.module) else f"{self.module} is not installed"
+
+    def serves(self, case: Case, which: str, device: str) -> bool:
+        return device in self.devices and which in self.passes
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """What must hold while it runs."""
+        return contextlib.nullcontext()
+
+    def forward(self, x: Inputs) -> Tensor:
+        raise NotImplementedError
+
+    def gradients(self, x: Inputs, do: Tensor) -> tuple[Tensor, ...]:
+        """Forward and backward: dq, dk, dv."""
+        leaves = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]
+        o = self.forward(Inputs(*leaves, x.do, x.log_decay, x.scale, x.state))
+        return torch.autograd.grad(o, leaves, do)
+
+    def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        """One token: o (B, 1, H, Dv) and the new state."""
+        raise NotImplementedError
+
+    def reference(self, *arguments: Any) -> Tensor:
+        from measure import linear_reference
+
+        return linear_reference(*arguments)
+
+
+class Ours(Contestant):
+    """leetdist as it is in this tree, or in an earlier commit of it."""
+
+    name = "leetdist"
+    devices = ("cuda", "cpu")
+    passes = ("step", "forward", "forward + backward")
+
+    def __init__(self, revision: str | None = None) -> None:
+        self.modules: dict[str, ModuleType] | None = None
+        if revision is not None:
+            self.name = f"leetdist@{revision}"
+            self.modules = _load(revision)
+        with self.active():
+            self.library = importlib.import_module("leetdist")
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        if self.modules is None:
+            yield
+            return
+        # Two versions of one package: while the old one runs, sys.modules holds its modules.
+        current = _take_out()
+        sys.modules.update(self.modules)
+        try:
+            yield
+        finally:
+            self.modules = _take_out()
+            sys.modules.update(current)
+
+    def forward(self, x: Inputs) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+        o = self.library.linear_attention(q, k, v, x.log_decay, scale=x.scale)
+        return o.transpose(1, 2)
+
+    def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+        o, state = self.library.linear_attention_step(q, k, v, x.state, x.log_decay, scale=x.scale)
+        return o.transpose(1, 2), state
+
+
+def _take_out() -> dict[str, ModuleType]:
+    names = [n for n in sys.modules if n == "leetdist" or n.startswith("leetdist.")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _load(revision: str) -> dict[str, ModuleType]:
+    """The modules of leetdist at a git revision."""
+    tree = Path(tempfile.mkdtemp(prefix="leetdist-base-"))
+    archive = subprocess.run(
+        ["git", "archive", revision, "leetdist", "kernels", "launch"],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
+        files.extractall(tree, filter="fully_trusted")
+    current = _take_out()
+    sys.path.insert(0, str(tree))
+    try:
+        importlib.import_module("leetdist")
+        return _take_out()
+    finally:
+        sys.path.remove(str(tree))
+        sys.modules.update(current)
+
+
+class Fla(Contestant):
+    """flash-linear-attention's simple_gla with one fixed decay a head."""
+
+    module = "fla"
+
+    def __init__(self, function: str) -> None:
+        self.function, self.name = function, f"fla {function}"
+        if function == "fused_recurrent":
+            self.passes = ("step", "forward")
+
+    def serves(self, case: Case, which: str, device: str) -> bool:
+        # A recurrence over all tokens, one after another, is the peer where fp32 accuracy is asked for.
+        slow = self.function == "fused_recurrent" and case.dtype != "fp32" and which != "step"
+        return super().serves(case, which, device) and not slow and not self._only_chunks(which)
+
+    def _only_chunks(self, which: str) -> bool:
+        return which == "step" and self.function != "fused_recurrent"
+
+    def _call(self, x: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
+        operator = getattr(importlib.import_module("fla.ops.simple_gla"), f"{self.function}_simple_gla")
+        return operator(x.q, x.k, x.v, g_gamma=x.log_decay, scale=x.scale, **options)
+
+    def forward(self, x: Inputs) -> Tensor:
+        return self._call(x)[0]
+
+    def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        return self._call(x, initial_state=x.state, output_final_state=True)
+
+
+class Softmax(Contestant):
+    """torch's scaled_dot_product_attention, causal: another operator, for scale."""
+
+    name = "SDPA (softmax)"
+    devices = ("cuda", "cpu")
+    operator = "softmax attention"
+
+    def serves(self, case: Case, which: str, device: str) -> bool:
+        limit = 32768 if device == "cuda" else 8192
+        fits = case.tokens <= limit and case.dtype != "fp32" if device == "cuda" else True
+        return super().serves(case, which, device) and fits and max(case.dk, case.dv) <= 128
+
+    def forward(self, x: Inputs) -> Tensor:
+        q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.scale)
+        return o.transpose(1, 2)
+
+    def reference(self, *arguments: Any) -> Tensor:
+        q, k, v, _, scale, rows = arguments
+        scores = (q[:, :, rows] @ k.mT) * scale
+        later = torch.arange(k.shape[2], device=k.device) > rows[:, None]
+        return scores.masked_fill(later, float("-inf")).softmax(-1) @ v
+
+
+class MiniMax(Contestant):
+    """The attention of transformers' MiniMaxLightningAttention: its own code, its projections left out."""
+
+    name = "transformers MiniMax"
+    module = "transformers"
+    devices = ("cpu", "cuda")
+
+    def __init__(self) -> None:
+        self.layer: Any = None
+        self.key: tuple[Any, ...] = ()
+
+    def serves(self, case: Case, which: str, device: str) -> bool:
+        # Its slopes are fixed, its loop over blocks of 256 tokens is long, its decays are fp32.
+        fits = case.tokens <= 32768 and case.dk == case.dv and case.decay == "slopes"
+        return super().serves(case, which, device) and fits
+
+    def forward(self, x: Inputs) -> Tensor:
+        layer = self._layer(x)
+        qkv = torch.cat((x.q * x.scale, x.k, x.v), -1)
+        layer.qkv_proj = lambda hidden: qkv
+        out = layer(qkv.flatten(2)[..., : x.q[0, 0].numel()], None, None)[0]
+        return out.unflatten(-1, (x.v.shape[2], x.v.shape[3])).to(x.q.dtype)
+
+    def _layer(self, x: Inputs) -> Any:
+        heads, dim = x.q.shape[2:]
+        key = (heads, dim, x.q.device)
+        if key != self.key:
+            from transformers import MiniMaxConfig
+            from transformers.models.minimax import modeling_minimax
+
+            config = MiniMaxConfig(
+                hidden_size=8, num_attention_heads=heads, num_key_value_heads=heads, head_dim=dim,
+                num_hidden_layers=2, layer_types=["linear_attention"] * 2,
+            )  # fmt: skip
+            layer = modeling_minimax.MiniMaxLightningAttention(config, 0).to(x.q.device)
+            slopes = -x.log_decay[:, None, None]
+            layer.slope_rate = slopes
+            decays = layer.decay_factors(slopes)
+            layer.query_decay, layer.key_decay, layer.diagonal_decay = decays
+            for name in ("act_fn", "qkv_proj", "norm", "output_gate", "out_proj"):
+                delattr(layer, name)
+            layer.act_fn = layer.norm = layer.out_proj = lambda y: y
+            layer.output_gate = lambda hidden: hidden.new_full((), float("inf"))  # sigmoid: 1
+            self.layer, self.key = layer, key
+        return self.layer
+
+
+def contestants(base: str | None) -> tuple[list[Contestant], dict[str, str]]:
+    """Everyone who can run here, and who cannot and why."""
+    everyone: list[Contestant] = [Ours()]
+    if base is not None:
+        everyone.append(Ours(base))
+    everyone += [Fla("chunk"), Fla("fused_chunk"), Fla("fused_recurrent"), MiniMax(), Softmax()]
+    missing = {c.name: reason for c in everyone if (reason := c.missing())}
+    return [c for c in everyone if c.name not in missing], missing

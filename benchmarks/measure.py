@@ -1,0 +1,229 @@
+"""Correctness first, then time: contestants take turns, so that a change in clocks meets all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from cases import DTYPES, Case, checked_rows
+from contestants import Contestant, Inputs
+from torch import Tensor
+
+from leetdist.reference import quadratic, recurrence, relative_error
+
+# A result further than this from fp64 is wrong, and gets no time. bf16's rounding alone is 1.7e-3.
+WRONG = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 4e-3}
+CHECKED_HEADS = 2
+# Input sets are rotated until they exceed this, so that no contestant finds its inputs in the cache.
+CACHE_BYTES = 256 * 2**20
+LARGE_BYTES = 8 * 2**30
+
+
+@dataclass
+class Result:
+    """One contestant on one case and pass. Times in ms; memory in bytes beyond inputs and outputs."""
+
+    suite: str
+    case: str
+    which: str
+    contestant: str
+    error: float | None = None
+    milliseconds: float | None = None
+    fastest: float | None = None
+    slowest: float | None = None
+    floor_ms: float | None = None
+    x_floor: float | None = None
+    tflops: float | None = None
+    gbytes: float | None = None
+    peak_bytes: int | None = None
+    note: str = ""
+    details: dict[str, object] = field(default_factory=dict)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second of a large copy on the device, read and written."""
+    elements = 2**29 if device == "cuda" else 2**26
+    source = torch.randn(elements, device=device, dtype=torch.float32)
+    target = torch.empty_like(source)
+    times = [_milliseconds(lambda: target.copy_(source), device) for _ in range(10)]
+    return 2 * source.nbytes / (statistics.median(times[2:]) * 1e-3)
+
+
+def draw(case: Case, device: str, seed: int) -> Inputs:
+    """Fresh random inputs, laid out (B, N, H, D)."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.empty(shape, device=device, dtype=DTYPES[case.dtype])
+        return x.normal_(generator=generator)
+
+    tokens = (case.batch, case.tokens, case.heads)
+    state = None
+    if case.passes == ("step",):
+        state = torch.empty(case.batch, case.heads, case.dk, case.dv, device=device)
+        state.normal_(generator=generator)
+    q, k, v, do = (normal(*tokens, d) for d in (case.dk, case.dk, case.dv, case.dv))
+    return Inputs(q, k, v, do, case.log_decay(device), case.dk**-0.5, state)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN, so that an output that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def check(contestant: Contestant, case: Case, which: str, inputs: Inputs) -> float:
+    """The largest relative error of the outputs, or of the gradients, against fp64 on a few rows and heads."""
+    if which == "step":
+        o, state = contestant.step(inputs)
+        expected, end = _step_reference(inputs)
+        return max(relative_error(o, expected), relative_error(state, end))
+    device = inputs.q.device
+    rows = torch.tensor(checked_rows(case.tokens), device=device)
+    heads = torch.linspace(0, case.heads - 1, CHECKED_HEADS, device=device).long()
+    parts = [x[:1, :, heads].transpose(1, 2).double() for x in (inputs.q, inputs.k, inputs.v)]
+    if which == "forward":
+        with torch.no_grad(), poisoned():
+            o = contestant.forward(inputs)
+        with torch.no_grad():
+            expected = contestant.reference(*parts, inputs.log_decay[heads], inputs.scale, rows)
+        return relative_error(o[:1, rows][:, :, heads].transpose(1, 2), expected)
+    # The gradient of the checked rows alone reaches every token, and is affordable in fp64.
+    do = torch.zeros_like(inputs.do)
+    do[:, rows] = inputs.do[:, rows]
+    with poisoned():
+        grads = contestant.gradients(inputs, do)
+    parts = [x.requires_grad_() for x in parts]
+    expected = contestant.reference(*parts, inputs.log_decay[heads], inputs.scale, rows)
+    wanted = torch.autograd.grad(expected, parts, do[:1, rows][:, :, heads].transpose(1, 2).double())
+    return max(relative_error(x[:1, :, heads].transpose(1, 2), y) for x, y in zip(grads, wanted, strict=True))
+
+
+def _step_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    assert inputs.state is not None
+    q, k, v = (x[:1].transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+    o, state = recurrence(q, k, v, inputs.log_decay, scale=inputs.scale, initial_state=inputs.state[:1])
+    return o.transpose(1, 2), state
+
+
+def linear_reference(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, rows: Tensor) -> Tensor:
+    return quadratic(q, k, v, log_decay, scale=scale, rows=rows)
+
+
+def _milliseconds(function: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        begin = time.perf_counter()
+        function()
+        return (time.perf_counter() - begin) * 1e3
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _call(contestant: Contestant, which: str, inputs: Inputs) -> Callable[[], object]:
+    if which == "step":
+        return lambda: contestant.step(inputs)
+    if which == "forward":
+        return torch.no_grad()(lambda: contestant.forward(inputs))
+    return lambda: contestant.gradients(inputs, inputs.do)
+
+
+def _graphed(function: Callable[[], object]) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def run_case(
+    suite: str,
+    case: Case,
+    which: str,
+    contestants: list[Contestant],
+    device: str,
+    bandwidth: float,
+    rounds: int,
+    say: Callable[[str], None],
+) -> list[Result]:
+    """Check every contestant, then time those that are right, in turns."""
+    results = {c.name: Result(suite, case.name, which, c.name) for c in contestants}
+    sets = max(1, min(8, CACHE_BYTES // max(1, case.floor_bytes("forward"))))
+    if device == "cpu":
+        sets = 1
+    inputs = [draw(case, device, seed) for seed in range(sets)]
+    ready: dict[str, list[Callable[[], object]]] = {}
+    for contestant in contestants:
+        result = results[contestant.name]
+        say(f"checking {contestant.name}")
+        try:
+            with contestant.active():
+                # Other inputs than the timed ones, where there is room for them.
+                large = case.floor_bytes("forward") > LARGE_BYTES
+                result.error = check(contestant, case, which, inputs[0] if large else draw(case, device, 1000))
+                bound = WRONG[case.dtype]
+                if not result.error <= bound:
+                    result.note = f"wrong: relative error {result.error:.1e}, bound {bound:.0e}"
+                    continue
+                calls = [_call(contestant, which, x) for x in inputs]
+                for call in calls:
+                    call()
+                result.peak_bytes = _peak(calls[0], case, which) if device == "cuda" else None
+                ready[contestant.name] = [_graphed(f) for f in calls] if case.graph else calls
+        except Exception as error:  # one contestant's failure is a line in the table
+            result.note = f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
+        finally:
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for turn in range(rounds + 1):
+        say(f"round {turn} of {rounds}")
+        for contestant in contestants:
+            if contestant.name in ready:
+                calls = ready[contestant.name]
+                with contestant.active():
+                    elapsed = _milliseconds(calls[turn % len(calls)], device)
+                if turn:  # the first round warms up
+                    times[contestant.name].append(elapsed)
+    floor = case.floor_bytes(which) / bandwidth * 1e3
+    for name, measured in times.items():
+        result, middle = results[name], statistics.median(measured)
+        result.milliseconds, result.fastest, result.slowest = middle, min(measured), max(measured)
+        result.floor_ms, result.x_floor = floor, middle / floor
+        result.tflops = case.flops(which) / middle / 1e9
+        result.gbytes = case.floor_bytes(which) / middle / 1e6
+    return list(results.values())
+
+
+def _peak(call: Callable[[], object], case: Case, which: str) -> int:
+    """Memory beyond inputs and outputs at the worst moment of a call."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    tokens = case.batch * case.tokens * case.heads * case.element
+    outputs = {"forward": case.dv, "forward + backward": 2 * case.dk + 2 * case.dv}.get(which, 0)
+    return torch.cuda.max_memory_allocated() - before - tokens * outputs

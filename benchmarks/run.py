@@ -1,0 +1,109 @@
+"""python benchmarks/run.py [SUITE ...]: leetdist beside its peers; without a suite, what there is to run.
+
+Every contestant's result is compared with fp64 first, on fresh inputs and poisoned memory; no time is shown for a wrong
+one. Then they take turns. The floor is the bytes that must move over the copy bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from cases import SUITES
+from contestants import contestants
+from measure import Result, copy_bandwidth, run_case
+from report import machine, save, table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def listing() -> str:
+    lines = ["suites (python benchmarks/run.py SUITE ...):"]
+    for name, (about, cases) in SUITES.items():
+        lines += [f"\n  {name}: {about}"]
+        lines += [f"    {case.name}  [{', '.join(case.passes)}]" for case in cases]
+    here, missing = contestants(None)
+    lines += ["\ncontestants: " + ", ".join(f"{c.name} ({'/'.join(c.devices)})" for c in here)]
+    lines += [f"left out: {name}, {reason}" for name, reason in missing.items()]
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="what to run; none lists them")
+    parser.add_argument("--base", metavar="REV", help="an earlier commit to compare with")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", default="", help="only contestants whose name contains this")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds a contestant (20)")
+    parser.add_argument("--seconds", type=float, help="start no further case after this long")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--name", help="name of the result files (the suites' names)")
+    arguments = parser.parse_args()
+    for suite in arguments.suites:
+        if suite not in SUITES:
+            parser.error(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+    return arguments
+
+
+def say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    arguments = parse()
+    if not arguments.suites:
+        print(listing())
+        return 0
+    begin = time.monotonic()
+    here, missing = contestants(arguments.base)
+    for name, reason in missing.items():
+        print(f"left out: {name}, {reason}")
+    results: list[Result] = []
+    facts: dict[str, object] = {}
+    todo = [
+        (suite, case, which)
+        for suite in arguments.suites
+        for case in SUITES[suite][1]
+        for which in case.passes
+        if arguments.case in case.name
+    ]
+    for number, (suite, case, which) in enumerate(todo, 1):
+        device = "cpu" if suite == "cpu" else "cuda"
+        if device == "cuda" and not torch.cuda.is_available():
+            print(f"{suite} needs a CUDA device; the suite cpu does not")
+            return 1
+        if arguments.seconds and time.monotonic() - begin > arguments.seconds:
+            print(f"stopped after {arguments.seconds:.0f} s, {len(todo) - number + 1} passes left out")
+            break
+        if not facts:
+            facts = machine(device, copy_bandwidth(device))
+            print(json.dumps(facts), flush=True)
+        who = [c for c in here if c.serves(case, which, device) and arguments.only in c.name]
+        prefix = f"[{number}/{len(todo)}] {case.name}, {which}: "
+        say(prefix)
+        measured = run_case(
+            suite, case, which, who, device, facts["copy_bytes_per_second"], arguments.rounds,
+            lambda text, prefix=prefix: say(prefix + text),
+        )  # fmt: skip
+        for result in measured:
+            result.details["length"] = suite in ("lengths", "cpu") and case.batch == 1 and not case.graph
+        results += measured
+        say("")
+        print(table(measured) + "\n", flush=True)
+    if results:
+        name = arguments.name or "-".join(arguments.suites)
+        print(table(results))
+        for path in save(results, facts, arguments.out, name):
+            print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

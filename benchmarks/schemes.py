@@ -1,0 +1,87 @@
+"""What scaling.py measures beside leetdist, at the same sizes: other ways to pass states, and fla."""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from leetdist.kernels.tiles import Tiles
+from leetdist.methods import kernels_for
+from leetdist.problem import describe
+from leetdist.testing.equality import lightning_slopes
+
+
+def inputs(tokens: int, args: Namespace, device: torch.device) -> list[Tensor]:
+    """q, k, v, do: (1, H, N, D) in a model's (1, N, H, D) layout."""
+    shape = (1, tokens, args.heads, args.dim)
+    generator = torch.Generator(device).manual_seed(tokens)
+    options: dict[str, Any] = {"generator": generator, "device": device, "dtype": args.dtype}
+    return [torch.randn(shape, **options).transpose(1, 2) for _ in range(4)]
+
+
+def around_our_kernels(
+    tokens: int, tile: int, transport: Any, args: Namespace, device: torch.device
+) -> dict[tuple[str, str], Callable[[], Any]]:
+    """Two other ways to pass states, around the same kernels; their sums associate otherwise than one device's."""
+    q, k, v, _ = inputs(tokens, args, device)
+    decay = lightning_slopes(args.heads).to(device)
+    options: dict[str, Any] = {"initial_state": None, "return_state": False, "cu_seqlens": None, "tile": tile}
+    kernels = kernels_for(describe(q, k, v, decay, scale=1.0, method="auto", **options), sharded=True)
+    tiles = Tiles(tile, (0, tokens))
+    group, rank, ranks = transport.group, transport.rank, transport.size
+    shape = (1, args.heads, args.dim, args.dim)
+    # gamma^(tokens between another rank's end and this rank's start)
+    distance = torch.tensor([(rank - 1 - other) * tokens for other in range(ranks)], device=q.device)
+    weights = torch.exp(decay[:, None] * distance.clamp_min(0)) * (distance >= 0)
+
+    def outputs(states: Tensor) -> Tensor:
+        return kernels.tile_outputs(
+            q, k, v, states, decay, tiles, reverse=False, scale=1.0, state_scale=1.0, out_dtype=q.dtype
+        )
+
+    def gathered() -> Tensor:
+        states = kernels.tile_states(k, v, decay, tiles, reverse=False)
+        mine = kernels.fold(states.clone(), None, decay, tiles, reverse=False)
+        everyone = mine.new_empty(ranks, *shape)
+        dist.all_gather_into_tensor(everyone.view(-1), mine.view(-1), group=group)
+        initial = torch.einsum("hr,rbhij->bhij", weights, everyone).contiguous()
+        kernels.fold(states, initial, decay, tiles, reverse=False)
+        return outputs(states)
+
+    def ring() -> Tensor:
+        states = kernels.tile_states(k, v, decay, tiles, reverse=False)
+        initial = torch.zeros(shape, device=q.device)
+        if rank > 0:
+            dist.recv(initial, group=group, group_src=rank - 1)
+        final = kernels.fold(states, initial, decay, tiles, reverse=False)
+        if rank < ranks - 1:
+            dist.send(final, group=group, group_dst=rank + 1)
+        return outputs(states)
+
+    return {("all-gather, LASP-2's scheme", "forward"): gathered, ("serial ring, LASP's scheme", "forward"): ring}
+
+
+def fla(tokens: int, args: Namespace, device: torch.device) -> dict[tuple[str, str], Callable[[], Any]]:
+    """fla's chunk_simple_gla on one GPU."""
+    if device.type != "cuda" or importlib.util.find_spec("fla") is None:
+        return {}
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    q, k, v, do = (x.transpose(1, 2) for x in inputs(tokens, args, device))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    decay = lightning_slopes(args.heads).to(device)
+
+    def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+        out: Tensor = chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
+        return out
+
+    def both() -> Any:
+        return torch.autograd.grad(forward(*leaves), leaves, do)
+
+    return {("fla", "forward"): forward, ("fla", "forward + backward"): both}

@@ -1,0 +1,132 @@
+"""Models from folders, and text from and to tokens."""
+
+from __future__ import annotations
+
+import codecs
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+import leetdist
+from leetdist.integrations.checkpoint import latest
+from leetdist.launch.model import Config, LanguageModel
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+
+PRESETS = ("tiny", "10m", "100m")
+
+
+class Text(Protocol):
+    """Between text and tokens."""
+
+    name: str
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def spoken(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text of tokens as they come: whole characters only."""
+
+
+class Bytes:
+    """Tokens are the bytes of UTF-8."""
+
+    name = "tokens are bytes"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def spoken(self, tokens: Iterable[int]) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            yield decoder.decode(bytes([token % 256]))
+        yield decoder.decode(b"", final=True)
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        self.name = f"{type(self.tokenizer).__name__} of {len(self.tokenizer)} tokens"
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text).input_ids
+        return ids
+
+    def spoken(self, tokens: Iterable[int]) -> Iterator[str]:
+        line: list[int] = []
+        shown = ""
+        for token in tokens:
+            line.append(token)
+            text: str = self.tokenizer.decode(line)
+            if text.endswith("\ufffd"):  # in the middle of a character
+                continue
+            yield text[len(shown) :]
+            line, shown = ([], "") if text.endswith("\n") else (line, text)
+
+
+def load_language_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, tokenizer: str | None = None
+) -> tuple[LanguageModel, Text]:
+    """A model that `leetdist.launch train` saved: in the folder, or in the newest of its checkpoints."""
+    newest = latest(folder)
+    weights = _weights(folder if newest is None else newest[1])
+    model = LanguageModel(_config(weights, folder))
+    model.load_state_dict(weights)
+    text: Text = Bytes() if tokenizer is None else Tokenizer(tokenizer)
+    return model.to(device, dtype).eval(), text
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """The whole model's, from what accelerate saved under DDP, FSDP2 or DeepSpeed."""
+    if (folder / "model.safetensors").is_file():
+        from safetensors.torch import load_file
+
+        return load_file(folder / "model.safetensors")
+    if (sharded := folder / "pytorch_model_fsdp_0").is_dir():
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        with tempfile.TemporaryDirectory() as temporary:
+            dcp_to_torch_save(sharded, Path(temporary, "model"))
+            state: dict[str, Any] = torch.load(Path(temporary, "model"), weights_only=True)
+        return state.get("model", state)
+    if (folder / "pytorch_model").is_dir():
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="pytorch_model"))
+    raise SystemExit(
+        f"{folder} holds neither a Hugging Face model (config.json) nor a checkpoint of leetdist.launch train "
+        "(model.safetensors, pytorch_model_fsdp_0 or pytorch_model)"
+    )
+
+
+def _config(weights: dict[str, Tensor], folder: Path) -> Config:
+    """The preset that has these shapes: they tell all but the number of heads."""
+    if "embedding.weight" not in weights:
+        raise SystemExit(f"{folder}: its weights are of another model than leetdist.launch.model's")
+    vocab, dim = weights["embedding.weight"].shape
+    layers = sum(name.endswith(".down.weight") for name in weights)
+    for name in PRESETS:
+        config = Config.preset(name, vocab)
+        if (config.dim, config.layers) == (dim, layers):
+            return replace(config, learnable_decay="blocks.0.attention.log_slope" in weights)
+    raise SystemExit(f"{folder}: no preset of {', '.join(PRESETS)} has {layers} layers of width {dim}")
+
+
+def load_hugging_face(
+    folder: Path, device: torch.device, dtype: torch.dtype, group: Group | None
+) -> tuple[torch.nn.Module, Text]:
+    """A causal language model of transformers, its linear attention through leetdist where it has any."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return leetdist.parallelize(model, group), Tokenizer(str(folder)) if has_tokenizer else Bytes()

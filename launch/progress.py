@@ -1,0 +1,101 @@
+"""What a training run shows and writes down: a progress bar or lines, metrics.jsonl, and accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Progress:
+    """Counts the steps; the first rank shows and logs loss, gradient norm, tokens/s and memory of each."""
+
+    def __init__(self, options: Namespace, accelerator: Any) -> None:
+        self.options, self.accelerator = options, accelerator
+        self.step = 0
+        self.first: bool = accelerator.is_main_process
+        self.file: Path = options.out / "metrics.jsonl"
+        self.bar: Any = None
+        self.then = 0.0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+    def begin(self, headline: str) -> None:
+        if self.first:
+            print(headline, flush=True)
+            self.options.out.mkdir(parents=True, exist_ok=True)
+            old = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+            # A resumed run writes again what came after its checkpoint.
+            new = self.file.with_suffix(".part")
+            new.write_text("".join(line for line in old if json.loads(line)["step"] <= self.step))
+            os.replace(new, self.file)
+            if sys.stdout.isatty():
+                self.bar = _bar(self.options.steps, self.step)
+        if self.accelerator.log_with:
+            plain = {k: v for k, v in vars(self.options).items() if isinstance(v, bool | int | float | str)}
+            self.accelerator.init_trackers("tensorboard", config=plain)
+        self.then = time.perf_counter()
+
+    def advance(self, loss: Tensor, norm: Tensor | float | None) -> None:
+        """The end of a step. Waits for the device, so that the time is the step's."""
+        values = {"loss": float(loss), "grad_norm": float(norm or 0.0)}
+        now = time.perf_counter()
+        values["tokens_per_s"] = self.options.batch * self.options.tokens / (now - self.then)
+        values["memory_gib"] = memory_gib(self.accelerator.device)
+        self.then = now
+        self.step += 1
+        if not math.isfinite(values["loss"]):
+            raise RuntimeError(f"the loss of step {self.step} is {values['loss']}; gradient norm {values['grad_norm']}")
+        self.accelerator.log(values, step=self.step)
+        if not self.first:
+            return
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        line = (
+            f"loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  "
+            f"{values['tokens_per_s']:,.0f} tokens/s  {values['memory_gib']:.1f} GiB"
+        )
+        if self.bar is not None:
+            self.bar.update(0, completed=self.step, line=line)
+        elif self.step % max(1, self.options.steps // 20) == 0 or self.step == 1:
+            print(f"step {self.step:>6}  {line}", flush=True)
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most that this process has held so far: of the GPU's memory, or of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _bar(steps: int, done: int) -> Any:
+    """rich's progress bar, or None where rich is not installed."""
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+    except ImportError:
+        return None
+    bar = Bar(MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
+    bar.add_task("", total=steps, completed=done, line="")
+    bar.start()
+    return bar

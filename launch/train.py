@@ -1,0 +1,215 @@
+"""Train a language model on sequences that no single GPU holds. Copy this file and change it.
+
+    python -m leetdist.launch train --text book.txt
+    torchrun --nproc-per-node 8 -m leetdist.launch.train --text books/ --sequence-parallel 4 --tokens 1048576
+    accelerate launch --config_file launch/configs/fsdp2.yaml launch/train.py --text books/ --sequence-parallel 4
+    deepspeed --num_gpus 8 launch/train.py --deepspeed-config launch/configs/zero3.json --text books/
+
+The same script runs under each launcher; accelerate is what talks to DDP, FSDP2 and DeepSpeed. What makes it train on
+sharded sequences is marked with (1) to (5); all else is an ordinary training loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import leetdist
+from leetdist.integrations import checkpoint
+from leetdist.launch.model import Config, LanguageModel
+from leetdist.launch.progress import Progress
+from leetdist.launch.text import Windows, load_tokens
+
+PRESETS = ("tiny", "10m", "100m")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--text", default=sysconfig.get_path("stdlib"), help="file, folder or data set (default: Python's own library)")
+    add("--tokenizer", help="name or folder of a transformers tokenizer (default: bytes)")
+    add("--model", default="tiny", help=f"{', '.join(PRESETS)}, or a transformers model's name or folder")
+    add("--tokens", type=int, default=8192, help="tokens in a sequence, over all its ranks")
+    add("--batch", type=int, help="sequences a step, over all ranks (default: one for each data-parallel rank)")
+    add("--micro-batch", type=int, default=1, help="sequences at once on a data-parallel rank; the rest accumulates")
+    add("--sequence-parallel", type=int, default=0, help="ranks that share a sequence (default: all)")
+    add("--steps", type=int, default=200)
+    add("--lr", type=float, default=3e-4)
+    add("--warmup", type=int, default=20, help="steps")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--precision", choices=("no", "bf16"), help="default: the launcher's own setting, else bf16 on GPUs")
+    add("--checkpointing", action="store_true", help="recompute activations in the backward")
+    add("--fsdp", action="store_true", help="FSDP2 without an accelerate config, as under torchrun")
+    add("--deepspeed-config", "--deepspeed_config", help="JSON file; DeepSpeed instead of DDP or FSDP2")
+    add("--out", type=Path, default=Path("runs/train"), help="checkpoints, metrics.jsonl and TensorBoard logs")
+    add("--save-every", type=int, default=100, help="steps; 0 saves at the end only, -1 never")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
+    add("--seed", type=int, default=0)
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # of the deepspeed launcher
+    return parser.parse_args(argv)
+
+
+def make_accelerator(options: argparse.Namespace) -> Accelerator:
+    """accelerate, however we were launched; on a machine without a GPU over gloo."""
+    cuda = torch.cuda.is_available()
+    how: dict[str, Any] = {"mixed_precision": options.precision}
+    if options.precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and cuda:
+        how["mixed_precision"] = "bf16"
+    if options.deepspeed_config:
+        how["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=options.deepspeed_config)
+        how["kwargs_handlers"] = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")]
+    elif not cuda and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        how["cpu"] = True
+    if options.fsdp:
+        how["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+    if importlib.util.find_spec("tensorboard"):
+        how["log_with"] = "tensorboard"
+    accelerator = Accelerator(project_dir=options.out, **how)
+    if accelerator.num_processes != dist.get_world_size():  # accelerate then trains that many models, and says nothing
+        raise SystemExit(
+            f"accelerate sees {accelerator.num_processes} of {dist.get_world_size()} processes: see launch/README.md"
+        )
+    fsdp = options.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        accelerator.print("accelerate has FSDP2 on GPUs only: this is DDP")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = options.micro_batch
+        config["gradient_clipping"] = options.clip
+    return accelerator
+
+
+def make_model(options: argparse.Namespace, vocabulary: int) -> nn.Module:
+    if options.model in PRESETS:
+        return LanguageModel(Config.preset(options.model, vocabulary), checkpointing=options.checkpointing)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def logits_of(model: nn.Module, batch: dict[str, Tensor], options: argparse.Namespace) -> Tensor:
+    """(rows, tokens, vocabulary) of this rank's shard."""
+    if options.model in PRESETS:
+        return model(batch["input_ids"])
+    # transformers' models need the positions in the whole sequence.
+    return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+
+
+def learning_rate(step: int, options: argparse.Namespace) -> float:
+    """Linear warm-up, then half a cosine down to a tenth; from the step alone, so there is nothing to save."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    done = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.lr * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    joined_before = dist.is_initialized()
+    mesh = leetdist.device_mesh(options.sequence_parallel or None)  # (1) data parallel x sequence parallel
+    accelerator = make_accelerator(options)
+    set_seed(options.seed)
+    data_ranks = mesh["dp"].size()
+    options.batch = options.batch or data_ranks * options.micro_batch
+    micro_batches, left = divmod(options.batch, data_ranks * options.micro_batch)
+    if left or not micro_batches:
+        raise SystemExit(f"--batch {options.batch} must be a multiple of {data_ranks} x --micro-batch")
+    accelerator.gradient_accumulation_steps = micro_batches
+
+    tokens, vocabulary = load_tokens(options.text, options.tokenizer)
+    windows = Windows(tokens, options.tokens)
+    rows = DataLoader(windows, batch_size=options.batch, shuffle=True, drop_last=True)
+    loader = leetdist.ShardedLoader(rows, mesh, seed=options.seed, device=accelerator.device)  # (2) batches
+    if not len(loader):
+        raise SystemExit(f"the text has {len(windows)} sequences of {options.tokens} tokens: fewer than a batch")
+
+    model = leetdist.parallelize(make_model(options, vocabulary), mesh)  # (3) before DDP, FSDP2 or DeepSpeed
+    parameters = sum(p.numel() for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    progress = Progress(options, accelerator)
+    accelerator.register_for_checkpointing(loader, progress)
+    newest = checkpoint.latest(options.out) if options.resume else None
+    if newest is not None:
+        accelerator.load_state(str(newest[1]))
+    progress.begin(
+        f"{parameters / 1e6:.1f}M parameters, {len(tokens):,} tokens of text, {options.batch} x {options.tokens:,} a "
+        f"step; {mesh.size()} ranks, {mesh['sp'].size()} a sequence, {accelerator.distributed_type.value}, "
+        f"{accelerator.device}{f', from step {progress.step}' if newest else ''}"
+    )
+    while progress.step < options.steps:
+        for batch in loader:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress.step, options)
+            loss, norm = train_step(accelerator, model, optimizer, batch, mesh, micro_batches, options)
+            progress.advance(loss, norm)
+            last = progress.step == options.steps
+            if options.save_every >= 0 and (last or (options.save_every and not progress.step % options.save_every)):
+                checkpoint.write_atomically(options.out, progress.step, accelerator.save_state)
+            if last:
+                break
+    progress.end()
+    if not joined_before:
+        dist.barrier()  # without it, 5 of 160 runs aborted when the first rank left
+        dist.destroy_process_group()
+    return 0
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    mesh: Any,
+    micro_batches: int,
+    options: argparse.Namespace,
+) -> tuple[Tensor, Tensor | float]:
+    """One step over all micro-batches: the mean loss over all ranks, and the norm of the gradient."""
+    parts = [
+        {name: x[rows] if len(x) > 1 else x for name, x in batch.items()}
+        for rows in torch.arange(len(batch["input_ids"])).chunk(micro_batches)
+    ]
+    counted = (batch["shift_labels"] != -100).sum()
+    total = leetdist.reduce_loss(counted.double(), 1, mesh, total_tokens=1)  # over all ranks
+    mean = torch.zeros((), device=accelerator.device)
+    norm: Tensor | float = 0.0
+    for part in parts:
+        with accelerator.accumulate(model):
+            logits, labels = logits_of(model, part, options), part["shift_labels"]  # (4) labels are shifted already
+            loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            # (5) the mean over every rank's labels; times micro_batches, by which accelerate divides
+            loss = leetdist.reduce_loss(loss_sum, labels.numel(), mesh, total_tokens=total)
+            accelerator.backward(loss * micro_batches)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            mean += loss.detach()
+    return mean, norm
+
+
+if __name__ == "__main__":
+    sys.exit(main())

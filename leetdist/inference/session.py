@@ -1,0 +1,179 @@
+"""A language model in the middle of a text: its prompt over ranks, in pieces, then one token at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from leetdist.inference.problem import check_like
+from leetdist.inference.state import State
+from leetdist.sequence.grid import LARGEST_TILE
+from leetdist.sequence.group import alone, resolve, sequence_parallel
+from leetdist.sequence.shard import gather_sequence, shard_sequence
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+
+
+class Recurrent(Protocol):
+    """See `Session`: each block is called as `x, state = block(x, state, keep=True)`."""
+
+    embedding: Any
+    blocks: Any
+    norm: Any
+    head: Any
+
+
+class Session:
+    """A model and the states of its blocks after the tokens so far: of constant size, whatever their number.
+
+    `prefill` takes a prompt in, shared by all ranks of the group; `step` a token a row, on each rank by itself; `fork`
+    makes several continuations of each row; `keep` and `resume` are for `save_states` and `load_states`. `tokens` are
+    those seen so far.
+
+    Args:
+        model: a stack of blocks like leetdist.launch.model.LanguageModel: `embedding`, `blocks`, `norm`, `head`, and in
+            each block a `leetdist.nn` layer `attention` whose own group is None.
+        group: ranks that share each piece of a prompt; every rank ends with the states of the whole. None takes the
+            surrounding `sequence_parallel`.
+        piece: tokens a rank takes in at a time: activations of that many, whatever the length of the prompt.
+
+    Tokens are (B, N) int64, the same on every rank; logits (B, vocab) in the model's dtype; states fp32.
+
+    Raises:
+        ValueError: a prompt is empty, or states are of another model.
+
+    Source: the recurrent form of RetNet, arXiv 2307.08621, eq. 6; sharing a prompt as in LASP-2, arXiv 2502.07563.
+
+    >>> import torch, leetdist
+    >>> from leetdist.launch.model import Config, LanguageModel
+    >>> session = leetdist.Session(LanguageModel(Config(dim=32, layers=2, heads=2, hidden=64)))
+    >>> logits = session.prefill(torch.zeros(1, 100, dtype=torch.long))
+    >>> session.step(logits.argmax(-1, keepdim=True)).shape, session.tokens
+    (torch.Size([1, 256]), 101)
+    """
+
+    def __init__(self, model: Recurrent, group: Group | None = None, piece: int = 65_536) -> None:
+        self.model, self.tokens = model, 0
+        self.transport = resolve(group)
+        self.piece = piece * (1 if self.transport is None else self.transport.size)
+        self.states: list[Tensor] = []
+        self._graph: _Graph | None = None
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Take in (B, N) tokens, the same on every rank; the next one's logits, (B, vocab), on every rank."""
+        last = None
+        for piece in tokens.split(self.piece, 1):
+            last = self._piece(piece)
+        if last is None:
+            raise ValueError("tokens: N is 0; a prompt needs at least one token")
+        self.tokens += tokens.shape[1]
+        self._graph = None
+        return self._logits(last)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Take in one token a row, (B, 1), on this rank alone; the next one's logits, (B, vocab).
+
+        On a GPU the first call captures a CUDA graph, and the others replay it: they are one launch each, instead of
+        some 300 for 13 blocks.
+        """
+        self.tokens += 1
+        if tokens.device.type != "cuda":
+            last, self.states = self._run(tokens, self.states)
+            return self._logits(last)
+        if self._graph is None or self._graph.tokens.shape != tokens.shape:
+            self._graph = _Graph(self, tokens)
+        return self._graph.replay(tokens)
+
+    def fork(self, copies: int) -> None:
+        """Each row becomes `copies` rows, one beside the other."""
+        self.states = [state.repeat_interleave(copies, 0) for state in self.states]
+        self._graph = None
+
+    def keep(self) -> dict[str, State]:
+        """What `save_states` takes: a state for each block."""
+        kept = {}
+        for number, (block, state) in enumerate(zip(self.model.blocks, self.states, strict=True)):
+            nothing = state.new_empty(*state.shape[:2], 0, state.shape[2])
+            kept[f"blocks.{number}"] = State(
+                boundary=state.clone(), k=nothing, v=nothing.new_empty(*state.shape[:2], 0, state.shape[3]),
+                log_decay=block.attention.log_decay(state.device).detach(), tokens=self.tokens, tile=LARGEST_TILE,
+            )  # fmt: skip
+        return kept
+
+    def resume(self, states: Mapping[str, State]) -> None:
+        """Go on from what `keep` gave, here or elsewhere; ValueError where it is another model's."""
+        kept = list(states.values())
+        if len(kept) != len(self.model.blocks):
+            raise ValueError(f"the states are of {len(kept)} blocks, and the model has {len(self.model.blocks)}")
+        self.states, self.tokens, self._graph = [state.now for state in kept], kept[0].tokens, None
+        for mine, theirs in zip(self.keep().values(), kept, strict=True):
+            check_like(theirs, mine)
+
+    def _piece(self, tokens: Tensor) -> Tensor:
+        if self.transport is None:
+            last, self.states = self._run(tokens, self.states)
+            return last[:, -1]
+        # A state enters on the first rank, where the sequence begins, and comes out on every one.
+        states = self.states if self.transport.rank == 0 else []
+        with sequence_parallel(self.transport):
+            last, self.states = self._run(shard_sequence(tokens, 1, self.transport), states)
+        return gather_sequence(last, 1, self.transport)[:, -1]
+
+    def _run(self, tokens: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The last token's activations, (B, 1, dim), or (B, 0, dim) where this rank has none, and all states."""
+        x, after = self.model.embedding(tokens), []
+        for number, block in enumerate(self.model.blocks):
+            x, state = block(x, states[number] if states else None, keep=True)
+            after.append(state)
+        return x[:, -1:], after
+
+    def _logits(self, last: Tensor) -> Tensor:
+        logits: Tensor = self.model.head(self.model.norm(last.flatten(0, last.ndim - 2)))
+        return logits
+
+
+class _Graph:
+    """One step, captured: reads `tokens`, moves `states` on, leaves the logits."""
+
+    def __init__(self, session: Session, tokens: Tensor) -> None:
+        self.tokens = tokens.clone()
+        self.states = session.states = [state.clone() for state in session.states]
+        held = [state.clone() for state in self.states]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), alone():  # compiles what is to be compiled
+            session._run(self.tokens, self.states)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph), alone():
+            last, after = session._run(self.tokens, self.states)
+            self.logits = session._logits(last)
+            for state, new in zip(self.states, after, strict=True):
+                state.copy_(new)
+        for state, old in zip(self.states, held, strict=True):
+            state.copy_(old)
+
+    def replay(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits.clone()
+
+
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """A short text that says which weights these are: SHA-256 over names, shapes, dtypes and bits."""
+    digest = hashlib.sha256()
+    for name, parameter in parameters:
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        bits = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(bits.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+__all__ = ["Session", "fingerprint"]

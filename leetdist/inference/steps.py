@@ -1,0 +1,76 @@
+"""Decoding: several tokens of many requests a call, on states in a pool, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leetdist.inference.problem import check_steps
+from leetdist.methods import triton_serves
+from leetdist.problem import describe
+
+
+@torch.no_grad()
+def linear_attention_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    states: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    index: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """T tokens of each of B requests at once: all T outputs, and the states moved on in place.
+
+    The same bits as T calls of one token (with fp32 states). `lengths` says how many of the T tokens a row keeps:
+    T by default; fewer for a request with fewer tokens to add; 0 leaves its state alone. That makes speculative
+    decoding two calls and an exact rollback: *verify* with lengths 0 (T outputs, nothing changes), then *accept*
+    with the length of the accepted prefix. The state is what it would be had the other tokens never been seen.
+
+    Args:
+        q: (B, H, T, Dk), fp32, bf16, fp16 or fp64.
+        k: (B, Hkv, T, Dk), same dtype and device; Hkv divides H.
+        v: (B, Hkv, T, Dv).
+        states: (slots, H, Dk, Dv) fp32 (fp64 with fp64 inputs), or bf16, then rounded once a call; changed in place.
+        log_decay: (H,) fp32, natural log, <= 0; None is no decay.
+        scale: factor of the output.
+        index: (B,) int32 or int64, the slot of each row, all different; None: row b is slot b. Rows of length 0 may
+            share a slot, which pads a batch to the size a CUDA graph was captured with (see `StatePool.idle`).
+        lengths: (B,) int32 or int64, tokens that each row keeps, 0 to T. Neither is read on the host: a call can be
+            captured in a CUDA graph and replayed for other requests by writing new values into both.
+
+    Returns:
+        o, (B, H, T, Dv) in q's dtype, for all T tokens.
+
+    Raises:
+        ValueError: an argument is wrong; the message says which, what it is and what it must be.
+
+    Source: RetNet, arXiv 2307.08621, eq. 6; verification of drafts: Leviathan et al., arXiv 2211.17192.
+
+    >>> import torch, leetdist
+    >>> q, k, v = (torch.randn(3, 2, 4, 16) for _ in range(3))             # 4 draft tokens of 3 requests
+    >>> pool, index = torch.randn(8, 2, 16, 16), torch.tensor([5, 0, 2])   # which live in 3 of 8 slots
+    >>> before = pool.clone()
+    >>> o = leetdist.linear_attention_steps(q, k, v, pool, index=index, lengths=torch.tensor([0, 0, 0]))
+    >>> torch.equal(pool, before)                                          # verified; now accept 4, 1 and none
+    True
+    >>> o = leetdist.linear_attention_steps(q, k, v, pool, index=index, lengths=torch.tensor([4, 1, 0]))
+    >>> [not torch.equal(pool[i], before[i]) for i in index]
+    [True, True, False]
+    """
+    problem = describe(
+        q, k, v, log_decay,
+        scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
+    )  # fmt: skip
+    check_steps(q, k, v, states, index, lengths)
+    if triton_serves(problem):
+        from leetdist.kernels.triton.steps import steps
+    else:
+        from leetdist.kernels.pytorch.decode import steps
+    with torch.autocast(q.device.type, enabled=False):
+        return steps(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths).to(q.dtype)
+
+
+__all__ = ["linear_attention_steps"]

@@ -1,0 +1,256 @@
+"""Streaming prefill: a sequence of any length in pieces of any size, in constant memory, with the bits of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from leetdist.api import linear_attention
+from leetdist.inference.problem import check_piece, check_shards
+from leetdist.inference.staging import Staging
+from leetdist.inference.state import State, run
+from leetdist.sequence.grid import LARGEST_TILE
+from leetdist.sequence.group import resolve
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+    from leetdist.sequence.transport import Transport
+
+Piece = tuple[Tensor, Tensor, Tensor]
+# Tiles that a piece from elsewhere is cut into for the trip to the device: of 32 bf16 heads of 128, two windows of
+# 65,536 tokens take 3.2 GB, and the copy of one (30 ms) hides its compute and all that the host does.
+WINDOW_TILES = 8
+
+
+def stream(
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    tile: int | None = None,
+    method: str = "auto",
+    state: State | None = None,
+    device: torch.device | str | None = None,
+    group: Group | None = None,
+) -> Stream:
+    """`linear_attention` over a sequence that comes in pieces: any number of tokens, memory of one piece.
+
+    The outputs are, bit for bit, those of one call over the whole sequence with the same `tile` and `method`, however
+    it is cut.
+    `stream.push(q, k, v)` takes a piece and returns its outputs at once; `stream.map(pieces)` does so for an iterator
+    of pieces, whose copies to and from `device` overlap with compute. `stream.state` is what there is to keep: a
+    `State`, to save, fork, decode from, or to go on from with `stream(state=...)`.
+
+    A piece that ends inside a tile costs up to a tile of work again with the next one: where tokens come one by one,
+    use `linear_attention_steps`.
+
+    Args:
+        log_decay: (H,) fp32, natural log, <= 0; None is no decay.
+        scale: factor of the output.
+        tile: tile length in tokens, a power of two >= 16. None: 8,192, what `linear_attention` chooses for itself for
+            sequences of 524,288 tokens and more.
+        method: a local method by name, one that works tile by tile. "auto" is "block", because the choice that
+            `linear_attention` makes depends on the length of the whole sequence, which nobody knows yet.
+        state: go on from here, with its decay, scale, tile and method; the other arguments stay at their defaults.
+        device: where to compute. None: where the pieces are. Pieces in host memory (pinned, for copies that overlap)
+            go to a CUDA device window by window, and the outputs come back to the host.
+        group: ranks that hold consecutive shards of each piece, cut on the tile grid; every rank ends with the same
+            state. Pieces but the last have a multiple of `tile` tokens. None takes the surrounding
+            `sequence_parallel`.
+
+    Pieces: q (B, H, n, Dk), k (B, Hkv, n, Dk), v (B, Hkv, n, Dv); outputs (B, H, n, Dv) in their dtype.
+
+    Raises:
+        ValueError: an argument or a piece is wrong, or does not continue what came before.
+
+    Source: the chunked recurrence of RetNet, arXiv 2307.08621, eq. 7; LeetDecoding, arXiv 2501.02573.
+
+    >>> import torch, leetdist
+    >>> q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    >>> log_decay = torch.tensor([-0.01, -0.5])
+    >>> stream = leetdist.stream(log_decay, tile=16)
+    >>> parts = [stream.push(*piece) for piece in zip(*(x.split([7, 50, 1, 42], 2) for x in (q, k, v)))]
+    >>> o, last = leetdist.linear_attention(q, k, v, log_decay, tile=16, method="block", return_state=True)
+    >>> torch.equal(torch.cat(parts, 2), o), torch.equal(stream.state.now, last)
+    (True, True)
+    """
+    method = "block" if method == "auto" else method
+    return Stream(log_decay, scale, tile or LARGEST_TILE, method, state, device, resolve(group))
+
+
+class Stream:
+    """One sequence (or a batch of one age) on its way through the operator; made by `stream`."""
+
+    def __init__(
+        self,
+        log_decay: Tensor | None,
+        scale: float,
+        tile: int,
+        method: str,
+        state: State | None,
+        device: torch.device | str | None,
+        transport: Transport | None,
+    ) -> None:
+        self.device = None if device is None else torch.empty(0, device=device).device
+        if state is not None and self.device is not None:
+            state = state.to(self.device)
+        self._state = state
+        self._options = (log_decay, scale, tile, method)
+        self._transport = transport
+
+    @property
+    def state(self) -> State:
+        """The state after what came so far; ValueError before the first piece."""
+        if self._state is None:
+            raise ValueError("stream.state: nothing was pushed yet, so its shape is not known")
+        return self._state
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen so far."""
+        return 0 if self._state is None else self._state.tokens
+
+    @property
+    def _tile(self) -> int:
+        return self._options[2] if self._state is None else self._state.tile
+
+    @property
+    def _open(self) -> int:
+        return 0 if self._state is None else self._state.open
+
+    def push(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The outputs of the next n tokens, where the piece is."""
+        (o,) = self.map([(q, k, v)])
+        return o
+
+    @torch.no_grad()
+    def map(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
+        """The outputs of each piece in turn. A piece may be overwritten once the next one is asked for."""
+        pieces = iter(pieces)
+        first = next(pieces, None)
+        if first is None:
+            return
+        everything = chain([first], pieces)
+        device = first[0].device if self.device is None else self.device
+        if first[0].device == device:
+            for piece in everything:
+                yield self._advance(*piece)
+        else:
+            staging = Staging(device, WINDOW_TILES * self._tile)
+            yield from staging.map(self._advance, everything, lambda: -self._open % self._tile)
+
+    def _advance(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._transport is not None:
+            return self._advance_shard(q, k, v, self._transport)
+        state = self._checked(q, k, v)
+        tokens = q.shape[2]
+        head = min(-state.open % state.tile, tokens)
+        tail = (tokens - head) % state.tile
+        outputs = []
+        for part, whole_tiles in ((head, False), (tokens - head - tail, True), (tail, False)):
+            if not part:
+                continue
+            (q_i, q), (k_i, k), (v_i, v) = ((x[:, :, :part], x[:, :, part:]) for x in (q, k, v))
+            if whole_tiles:
+                o, boundary = run(state, q_i, k_i, v_i)
+                state = replace(state, boundary=boundary, tokens=state.tokens + part)
+            else:
+                o, state = _into_open_tile(state, q_i, k_i, v_i)
+            outputs.append(o)
+        self._state = state
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+    def _advance_shard(self, q: Tensor, k: Tensor, v: Tensor, transport: Transport) -> Tensor:
+        """The whole tiles of the piece over all ranks; its short last tile where it is, and then known to all."""
+        checked: State | ValueError
+        try:
+            checked = self._checked(q, k, v, transport.size)
+        except ValueError as error:
+            checked = error
+        mine = checked if isinstance(checked, ValueError) else (q.shape[2], self.tokens, self._open)
+        everyone = transport.gather_objects(mine, "the lengths of this piece")
+        owner, tail, whole = check_shards(everyone, transport.rank, self._tile)
+        assert isinstance(checked, State)
+        state, outputs = checked, []
+        last = tail if transport.rank == owner else 0
+        begin = q.shape[2] - last
+        if whole:
+            o, boundary = linear_attention(
+                q[:, :, :begin], k[:, :, :begin], v[:, :, :begin], state.log_decay,
+                scale=state.scale, initial_state=state.boundary if transport.rank == 0 else None,
+                return_state=True, method=state.method, group=transport, tile=state.tile,
+            )  # fmt: skip
+            state = replace(state, boundary=boundary, tokens=state.tokens + whole)
+            outputs.append(o)
+        if tail:
+            q, k, v = (
+                x[:, :, begin:].contiguous() if last else x.new_zeros(*x.shape[:2], tail, x.shape[3]) for x in (q, k, v)
+            )
+            k, v = (_from_owner(x, owner, transport) for x in (k, v))
+            transport.flush()
+            o, state = _into_open_tile(state, q, k, v)
+            outputs.append(o[:, :, tail - last :])
+        self._state = state
+        return torch.cat(outputs, 2)
+
+    def _checked(self, q: Tensor, k: Tensor, v: Tensor, ranks: int = 1) -> State:
+        """The state that this piece continues: an empty one for the first."""
+        state = self._state
+        if state is not None:
+            check_piece(
+                q, k, v, state.log_decay, state.scale, state.tile, state.method, ranks=ranks,
+                after=(state.boundary, state.k, state.v),
+            )  # fmt: skip
+            return state
+        log_decay, scale, tile, method = self._options
+        check_piece(q, k, v, *self._options, ranks=ranks)
+        batch, heads, _, dk = q.shape
+        if log_decay is None:
+            log_decay = torch.zeros(heads, device=q.device)
+        log_decay = log_decay.detach().to(q.device)
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return State(
+            boundary=torch.zeros(batch, heads, dk, v.shape[3], dtype=dtype, device=q.device),
+            k=_no_tokens(k), v=_no_tokens(v),
+            log_decay=log_decay, tokens=0, tile=tile, scale=scale, method=method,
+        )  # fmt: skip
+
+
+def _into_open_tile(state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    """The outputs of tokens that end in the open tile, or with it, and the state after them.
+
+    The open tile is computed again from its start. Its earlier rows stand in as zeros: an output depends on its own
+    row of q alone.
+    """
+    before, tokens = state.open, q.shape[2]
+    k, v = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
+    padded = torch.cat((q.new_zeros(*q.shape[:2], before, q.shape[3]), q), 2)
+    o, after = run(state, padded, k, v)
+    if before + tokens == state.tile:
+        state = replace(state, boundary=after, k=_no_tokens(k), v=_no_tokens(v))
+    else:
+        state = replace(state, k=k, v=v)
+    state = replace(state, tokens=state.tokens + tokens)
+    return o[:, :, before:], state
+
+
+def _from_owner(x: Tensor, owner: int, transport: Transport) -> Tensor:
+    """`x` as the owner has it, on every rank."""
+    what = "the open tile of this piece"
+    if transport.rank != owner:
+        return transport.receive(x, owner, what)
+    for rank in transport.others():
+        transport.send(x, rank, what)
+    return x
+
+
+def _no_tokens(x: Tensor) -> Tensor:
+    """Not a slice of x, which would keep all of x alive."""
+    return x.new_empty(*x.shape[:2], 0, x.shape[3])
+
+
+__all__ = ["Stream", "stream"]

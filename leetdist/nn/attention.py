@@ -1,0 +1,242 @@
+"""Attention layers around the operator. Each takes its group from `module.group`, never from a global."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leetdist.api import linear_attention, linear_attention_step
+from leetdist.nn.decay import log_decay
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+
+
+class _DecayAttention(nn.Module):
+    """What the layers share: the heads' decays, and the call of the operator.
+
+    `group` belongs to the module and not to a surrounding context, so that a recomputation under activation
+    checkpointing, which autograd runs later and in a thread of its own, sees the same ranks.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        decay: str | Tensor,
+        layer: int,
+        layers: int,
+        learnable_decay: bool,
+        group: Group | None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.group = group
+        ladder = log_decay(decay, heads, layer, layers) if isinstance(decay, str) else decay.float()
+        if ladder.shape != (heads,) or bool((ladder > 0).any()):
+            raise ValueError(f"decay must be a ladder's name or (heads,) = ({heads},) log decays <= 0, got {decay!r}")
+        self.log_slope: nn.Parameter | None = None
+        if learnable_decay:
+            # The decay is -exp(log_slope): never positive. A head without decay starts at -1e-6.
+            self.log_slope = nn.Parameter(ladder.neg().clamp_min(1e-6).log())
+        # No buffer: `model.bfloat16()` would round it, and slow heads would forget at another rate.
+        self._ladder = ladder
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def log_decay(self, device: torch.device) -> Tensor:
+        """(heads,) fp32, <= 0."""
+        if self.log_slope is not None:
+            return -self.log_slope.float().exp()
+        if device not in self._on_device:
+            self._on_device[device] = self._ladder.to(device)
+        return self._on_device[device]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        state: Tensor | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, H, D) to (B, N, H, Dv), without a copy; one token with a state is a step of decoding."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        decay = self.log_decay(q.device)
+        if state is not None and q.shape[2] == 1 and self.group is None:
+            o, state = linear_attention_step(q, k, v, state, decay, scale=scale)
+            return o.transpose(1, 2), state
+        call = partial(
+            linear_attention, q, k, v, decay,
+            scale=scale, initial_state=state, cu_seqlens=cu_seqlens, group=self.group,
+        )  # fmt: skip
+        o, state = call(return_state=True) if return_state else (call(), None)
+        return o.transpose(1, 2), state
+
+
+class LightningAttention(_DecayAttention):
+    """Lightning attention with a sigmoid gate and a norm, as in TransNormerLLM and MiniMax-01.
+
+        q, k, v = silu(qkv_proj(x))      y = out_proj(sigmoid(output_gate(x)) * norm(attention(q, k, v)))
+
+    Weights have the names and the layout of transformers' MiniMaxLightningAttention. No position enters but through
+    the decay, so a shard needs none.
+
+    Args:
+        dim: width of x.
+        heads: number of heads.
+        head_dim: width of a head; None is dim / heads.
+        decay: name of a ladder (leetdist.nn.decay), or (heads,) log decays.
+        layer, layers: which layer of how many, for the ladders that ask.
+        learnable_decay: one parameter a head, started at the ladder.
+        group: ranks that hold consecutive shards of the sequence; None takes the surrounding `sequence_parallel`, and
+            without one computes on this device alone. `leetdist.parallelize` sets it.
+
+    Raises:
+        ValueError: heads do not divide dim, or the decay is none.
+
+    Source: TransNormerLLM, arXiv 2307.14995; MiniMax-01, arXiv 2501.08313.
+
+    >>> import torch, leetdist
+    >>> layer = leetdist.nn.LightningAttention(64, heads=4)
+    >>> layer(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        decay: str | Tensor = "tnl",
+        layer: int = 0,
+        layers: int = 1,
+        learnable_decay: bool = False,
+        group: Group | None = None,
+    ) -> None:
+        super().__init__(heads, decay, layer, layers, learnable_decay, group)
+        self.head_dim = head_dim or _divide(dim, heads)
+        inner = heads * self.head_dim
+        self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
+        self.output_gate = nn.Linear(dim, inner, bias=False)
+        self.norm = nn.RMSNorm(inner, eps=1e-6)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: Tensor | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: (B, N, dim), this rank's shard under a group. state: (B, H, D, D) fp32, on the first rank."""
+        qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (self.heads, 3 * self.head_dim))
+        q, k, v = qkv.chunk(3, -1)
+        o, final = self.attend(q, k, v, 1.0, state, return_state, cu_seqlens)
+        y = self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(o.flatten(2)))
+        return y if final is None else (y, final)
+
+
+class Retention(_DecayAttention):
+    """RetNet's multi-scale retention: a decay a head, a norm a head, a swish gate.
+
+        q, k = rotate(q_proj(x)), rotate(k_proj(x)) / sqrt(D)      v = v_proj(x)
+        y = out_proj(silu(gate(x)) * norm_per_head(retention(q, k, v)))
+
+    The norm is per head and without weights, and makes RetNet's own normalisations of the scores redundant.
+
+    Args:
+        dim: width of x; q and k have width dim / heads a head.
+        heads: number of heads.
+        value_dim: width of v over all heads; None is 2 * dim.
+        rotary: rotate q and k by their position (the part of xPos that RetNet keeps); False is the xPos-free variant.
+        decay, layer, layers, learnable_decay, group: as for `LightningAttention`.
+
+    Raises:
+        ValueError: heads do not divide dim or value_dim, or, when called, a rotary layer under a group gets no
+            `position_ids`.
+
+    Source: RetNet, arXiv 2307.08621, section 2.3.
+
+    >>> import torch, leetdist
+    >>> layer = leetdist.nn.Retention(64, heads=4)
+    >>> layer(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        value_dim: int | None = None,
+        *,
+        rotary: bool = True,
+        decay: str | Tensor = "retnet",
+        layer: int = 0,
+        layers: int = 1,
+        learnable_decay: bool = False,
+        group: Group | None = None,
+    ) -> None:
+        super().__init__(heads, decay, layer, layers, learnable_decay, group)
+        value_dim = value_dim or 2 * dim
+        self.head_dim, self.rotary = _divide(dim, heads), rotary
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, value_dim, bias=False)
+        self.gate = nn.Linear(dim, value_dim, bias=False)
+        self.norm = nn.RMSNorm(_divide(value_dim, heads), eps=1e-6, elementwise_affine=False)
+        self.out_proj = nn.Linear(value_dim, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        state: Tensor | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: (B, N, dim), this rank's shard under a group; position_ids: (B or 1, N), global, for rotary layers."""
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rotary:
+            angles = self._angles(x, position_ids, continued=state is not None)
+            q, k = _rotate(q, angles), _rotate(k, angles)
+        o, final = self.attend(q, k, v, self.head_dim**-0.5, state, return_state, cu_seqlens)
+        y = self.out_proj(F.silu(self.gate(x)) * self.norm(o).flatten(2))
+        return y if final is None else (y, final)
+
+    def _angles(self, x: Tensor, position_ids: Tensor | None, continued: bool) -> Tensor:
+        """(B or 1, N, 1, D / 2) fp32: the position times each pair's frequency."""
+        if position_ids is None:
+            if self.group is not None or continued:
+                raise ValueError(
+                    "position_ids must be given to a rotary layer whose x does not start the sequence on every rank: "
+                    "(B or 1, N) positions in the whole sequence, as leetdist.shard_batch makes them"
+                )
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        half = self.head_dim // 2
+        frequencies = 10000.0 ** -torch.linspace(0, 1, half, device=x.device)
+        # fp32: bf16 cannot tell position 257 from 256.
+        return position_ids[..., None, None].float() * frequencies
+
+
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Each pair (x_2i, x_2i+1) turned by its angle, in fp32."""
+    even, odd = x.float()[..., ::2], x.float()[..., 1::2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+def _divide(width: int, heads: int) -> int:
+    if heads < 1 or width % heads:
+        raise ValueError(f"heads must divide the width {width}, got {heads}")
+    return width // heads
+
+
+__all__ = ["LightningAttention", "Retention"]

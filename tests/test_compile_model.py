@@ -1,0 +1,52 @@
+"""torch.compile of whole models: one graph without a break, the same loss and gradients, also over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import leetdist
+from helpers import run_ranks, values
+from leetdist.launch.model import Config, LanguageModel
+
+pytest.importorskip("leetdist.ops", reason="the operator is no custom op here")
+
+CONFIG = Config(vocab=48, dim=32, layers=2, heads=2, hidden=40, learnable_decay=True)
+TOKENS = 256
+
+
+def gradients(mesh: Any, *, compiled: bool, checkpointing: bool = False) -> list[Tensor]:
+    """The loss and each parameter's gradient on this rank."""
+    torch.manual_seed(0)
+    model = leetdist.parallelize(LanguageModel(CONFIG, checkpointing=checkpointing), mesh)
+    ids = torch.randint(CONFIG.vocab, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    batch = leetdist.shard_batch({"input_ids": ids, "labels": ids}, mesh)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    logits = run(batch["input_ids"])
+    total = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    loss = leetdist.reduce_loss(total, (batch["labels"] != -100).sum(), mesh)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_device(checkpointing: bool) -> None:
+    same(gradients(None, compiled=True, checkpointing=checkpointing), gradients(None, compiled=False))
+
+
+def over_ranks(rank: int) -> None:
+    mesh = leetdist.device_mesh(sequence=2)
+    same(gradients(mesh, compiled=True, checkpointing=True), gradients(mesh, compiled=False))
+
+
+def test_over_ranks() -> None:
+    values(run_ranks(over_ranks, 2, frameworks=True, timeout_s=120))

@@ -1,0 +1,249 @@
+"""Decoding: tokens together or one by one, any slots, any ages, drafts rolled back; all bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import leetdist
+from leetdist.reference import recurrence, relative_error
+
+H, DK, DV = 4, 16, 24
+LOG_DECAY = torch.tensor([0.0, -1e-3, -0.1, -3.0])
+
+
+def inputs(batch: int, tokens: int, kv_heads: int = H, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    heads = (H, kv_heads, kv_heads)
+    return [torch.randn(batch, h, tokens, d).to(dtype) for h, d in zip(heads, (DK, DK, DV), strict=True)]
+
+
+def one_by_one(tensors: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    """The oracle: linear_attention_step for each token."""
+    outputs = []
+    for t in range(tensors[0].shape[2]):
+        o, state = leetdist.linear_attention_step(*(x[:, :, t : t + 1] for x in tensors), state, LOG_DECAY, scale=0.3)
+        outputs.append(o)
+    return torch.cat(outputs, 2), state
+
+
+@pytest.mark.interpreter
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_steps_in_triton_are_single_steps(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Slots, lengths, grouped heads, odd sizes: one kernel, with the bits of the one-token kernel."""
+    monkeypatch.setenv("LEETDIST_BACKEND", "triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [x.to(device) for x in inputs(3, 4, 2, dtype)]
+    log_decay, slots, lengths = LOG_DECAY.to(device), [4, 0, 2], [4, 0, 3]
+    pool = torch.randn(6, H, DK, DV, device=device)
+    before = pool.clone()
+    index, kept = torch.tensor(slots, device=device), torch.tensor(lengths, device=device)
+    o = leetdist.linear_attention_steps(*tensors, pool, log_decay, scale=0.3, index=index, lengths=kept)
+    for row, slot in enumerate(slots):
+        state = before[slot : slot + 1]
+        after = state
+        for t in range(4):
+            token = [x[row : row + 1, :, t : t + 1] for x in tensors]
+            expected, state = leetdist.linear_attention_step(*token, state, log_decay, scale=0.3)
+            assert torch.equal(o[row : row + 1, :, t : t + 1], expected)
+            after = state if t < lengths[row] else after
+        assert torch.equal(pool[slot : slot + 1], after)
+    assert torch.equal(pool[[1, 3, 5]], before[[1, 3, 5]])
+
+    rounded = before.bfloat16()  # and bf16 states, rounded once a call
+    leetdist.linear_attention_steps(*tensors, rounded, log_decay, scale=0.3, index=index, lengths=kept)
+    exact = before.bfloat16().float()
+    leetdist.linear_attention_steps(*tensors, exact, log_decay, scale=0.3, index=index, lengths=kept)
+    if device == "cuda":
+        assert torch.equal(rounded, exact.bfloat16())
+    else:  # the interpreter cuts where the GPU rounds to nearest
+        torch.testing.assert_close(rounded.float(), exact, rtol=2**-7, atol=0)
+
+
+@given(data=st.data())
+def test_steps_of_any_slots_are_single_steps(data: st.DataObject) -> None:
+    """B requests in any slots keep any number of their T tokens: each is what it is alone, one token at a time."""
+    batch, tokens = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 4), "tokens")
+    slots = data.draw(st.permutations(range(7)), "slots")[:batch]
+    lengths = data.draw(st.lists(st.integers(0, tokens), min_size=batch, max_size=batch), "lengths")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]), "dtype")
+    torch.manual_seed(batch)
+    tensors = inputs(batch, tokens, data.draw(st.sampled_from([1, 2, 4]), "kv heads"), dtype)
+    pool = torch.randn(7, H, DK, DV)
+    before = pool.clone()
+    o = leetdist.linear_attention_steps(
+        *tensors, pool, LOG_DECAY, scale=0.3, index=torch.tensor(slots), lengths=torch.tensor(lengths)
+    )
+    for row, (slot, kept) in enumerate(zip(slots, lengths, strict=True)):
+        mine = [x[row : row + 1] for x in tensors]
+        expected, _ = one_by_one(mine, before[slot : slot + 1])
+        assert torch.equal(o[row : row + 1], expected)
+        _, state = (
+            one_by_one([x[:, :, :kept] for x in mine], before[slot : slot + 1]) if kept else (0, before[slot][None])
+        )
+        assert torch.equal(pool[slot : slot + 1], state)
+    others = [slot for slot in range(7) if slot not in slots]
+    assert torch.equal(pool[others], before[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_agree_with_the_reference(dtype: torch.dtype) -> None:
+    tensors = inputs(2, 6, dtype=dtype)
+    states = torch.randn(2, H, DK, DV, dtype=dtype)
+    expected, last = recurrence(*tensors, LOG_DECAY, scale=0.3, initial_state=states)
+    o = leetdist.linear_attention_steps(*tensors, states, LOG_DECAY, scale=0.3)
+    bound = 1e-6 if dtype == torch.float32 else 1e-14
+    # The decay itself is given in fp32, and exponentiated in it.
+    assert relative_error(o, expected) < max(bound, 1e-7)
+    assert relative_error(states, last) < max(bound, 1e-7)
+
+
+def test_drafts_are_verified_and_rolled_back_exactly() -> None:
+    """Speculative decoding: a prefix of the draft is accepted, and no trace of the rest is left."""
+    drafts = inputs(3, 5)
+    pool = torch.randn(3, H, DK, DV)
+    plain = pool.clone()
+    nothing, accepted = torch.tensor([0, 0, 0]), torch.tensor([2, 5, 0])
+    verified = leetdist.linear_attention_steps(*drafts, pool, LOG_DECAY, scale=0.3, lengths=nothing)
+    assert torch.equal(pool, plain)
+    leetdist.linear_attention_steps(*drafts, pool, LOG_DECAY, scale=0.3, lengths=accepted)
+    for row, count in enumerate(accepted.tolist()):
+        state = plain[row : row + 1]
+        for t in range(count):
+            token = [x[row : row + 1, :, t : t + 1] for x in drafts]
+            o, state = leetdist.linear_attention_step(*token, state, LOG_DECAY, scale=0.3)
+            assert torch.equal(verified[row : row + 1, :, t : t + 1], o)
+        assert torch.equal(pool[row : row + 1], state)
+
+
+def test_a_pool_of_requests_of_different_ages() -> None:
+    """Requests come, fork and go; each decodes as if it were alone."""
+    prompts = [inputs(1, n) for n in (5, 40, 16)]
+    states = []
+    for prompt in prompts:
+        stream = leetdist.stream(LOG_DECAY, scale=0.3, tile=16)
+        stream.push(*prompt)
+        states.append(stream.state)
+    pool = leetdist.StatePool(5, like=states[0])
+    slots = [slot for state in states for slot in pool.put(state)]
+    alone = [state.now for state in states]
+    ages = [5, 40, 16]
+    for step in range(6):
+        if step == 3:  # the first one leaves, the second one forks into its slot
+            pool.release([slots.pop(0)])
+            alone, ages = [*alone[1:], alone[1]], [*ages[1:], ages[1]]
+            slots += pool.fork(slots[0], 1)
+            assert slots == [1, 2, 0]
+        tensors = inputs(len(slots), 1)
+        o = pool.steps(*tensors, torch.tensor(slots))
+        for row in range(len(slots)):
+            expected, alone[row] = one_by_one([x[row : row + 1] for x in tensors], alone[row])
+            assert torch.equal(o[row : row + 1], expected)
+            ages[row] += 1
+    for slot, state, age in zip(slots, alone, ages, strict=True):
+        assert torch.equal(pool.take(slot).now, state)
+        assert pool.take(slot).tokens == age == pool.tokens[slot]
+
+    taken = pool.take(slots[0])  # and on in pieces again, from a new grid
+    stream = leetdist.stream(state=taken)
+    more = inputs(1, 20)
+    o, _ = leetdist.linear_attention(
+        *more, LOG_DECAY, scale=0.3, method="block", tile=16, initial_state=alone[0], return_state=True
+    )
+    assert torch.equal(stream.push(*more), o)
+
+
+def test_idle_rows_pad_a_batch() -> None:
+    stream = leetdist.stream(LOG_DECAY, tile=16)
+    stream.push(*inputs(2, 9))
+    pool = leetdist.StatePool(4, like=stream.state)
+    first, second = pool.put(stream.state)
+    tensors = inputs(4, 1)
+    o = pool.steps(*tensors, torch.tensor([second, pool.idle, first, pool.idle]), torch.tensor([1, 0, 1, 0]))
+    states = stream.state.now[[1, 0]].clone()
+    expected = leetdist.linear_attention_steps(*(x[[0, 2]] for x in tensors), states, LOG_DECAY)
+    assert torch.equal(o[[0, 2]], expected)
+    assert torch.equal(pool.states[[second, first]], states)
+    assert pool.tokens.tolist() == [10, 10, 0, 0, 0]
+    assert not pool.states[pool.idle].any()
+
+
+@pytest.mark.parametrize(("memory", "bound"), [(8, 5e-3), (128, 2e-2), (2048, 6e-2)])
+def test_error_of_bf16_states(memory: int, bound: float) -> None:
+    """What StatePool's docstring says of rounding the state after each token (and that fp32 has none of it)."""
+    tokens, log_decay = 1024, torch.full((2,), -1 / memory)
+    q, k, v = (torch.randn(1, 2, tokens, 32) for _ in range(3))
+    expected, _ = recurrence(q, k, v, log_decay)
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        states = torch.zeros(1, 2, 32, 32, dtype=dtype)
+        parts = [
+            leetdist.linear_attention_steps(*(x[:, :, t : t + 1] for x in (q, k, v)), states, log_decay)
+            for t in range(tokens)
+        ]
+        errors[dtype] = relative_error(torch.cat(parts, 2), expected)
+    assert errors[torch.float32] < 4e-6
+    assert bound / 4 < errors[torch.bfloat16] < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_step_serves_any_requests(dtype: torch.dtype) -> None:
+    """A CUDA graph of one step, replayed with other slots and lengths, gives what eager calls give."""
+    tensors = [x.cuda() for x in inputs(4, 3)]
+    states = torch.randn(9, H, DK, DV, device="cuda").to(dtype)
+    eager, log_decay = states.clone(), LOG_DECAY.cuda()
+    index, lengths = torch.tensor([0, 1, 2, 3]).cuda(), torch.tensor([3, 3, 3, 3]).cuda()
+
+    def step(pool: Tensor) -> Tensor:
+        return leetdist.linear_attention_steps(*tensors, pool, log_decay, scale=0.3, index=index, lengths=lengths)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step(states.clone())
+    torch.cuda.current_stream().wait_stream(side)
+    graph, held = torch.cuda.CUDAGraph(), states.clone()
+    with torch.cuda.graph(graph):
+        o = step(states)
+    states.copy_(held)  # whatever capture did
+    for slots, kept in (([5, 1, 8, 2], [1, 0, 3, 2]), ([7, 8, 0, 1], [3, 3, 3, 1])):
+        index.copy_(torch.tensor(slots))
+        lengths.copy_(torch.tensor(kept))
+        for x in tensors:
+            x.normal_()
+        graph.replay()
+        assert torch.equal(o, step(eager))
+        assert torch.equal(states, eager)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    tensors, pool = inputs(2, 1), torch.zeros(5, H, DK, DV)
+    index = torch.tensor([0, 1])
+    steps = leetdist.linear_attention_steps
+    with pytest.raises(ValueError, match="a slot for each of the 2 rows, or index"):
+        steps(*tensors, pool)
+    with pytest.raises(ValueError, match=r"states must have shape .*\(slots, 4, 16, 24\), got \(5, 4, 16, 16\)"):
+        steps(*tensors, pool[..., :16], index=index)
+    with pytest.raises(ValueError, match=r"states must be torch.float32 or torch.bfloat16, got torch.float16"):
+        steps(*tensors, pool.half(), index=index)
+    with pytest.raises(ValueError, match=r"index must have shape \(B,\) = \(2,\), got \(3,\)"):
+        steps(*tensors, pool, index=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"lengths must be an int32 or int64 tensor, got torch.float32"):
+        steps(*tensors, pool, index=index, lengths=torch.ones(2))
+    stream = leetdist.stream(LOG_DECAY, tile=16)
+    stream.push(*inputs(1, 3))
+    pool = leetdist.StatePool(2, like=stream.state)
+    pool.put(stream.state)
+    with pytest.raises(ValueError, match="slot 1 is not in use"):
+        pool.take(1)
+    with pytest.raises(RuntimeError, match="1 free slots of 2, and 3 are needed"):
+        pool.fork(0, 3)
+    other = leetdist.stream(LOG_DECAY, tile=32)
+    other.push(*inputs(1, 3))
+    with pytest.raises(ValueError, match="made with tile 32, wanted 16"):
+        pool.put(other.state)
+    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
+        leetdist.StatePool(2, like=stream.state, dtype=torch.float16)

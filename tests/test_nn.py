@@ -1,0 +1,143 @@
+"""The modules, the decay ladders, and the small language model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import leetdist
+from leetdist.launch.model import Config, LanguageModel
+from leetdist.nn import LADDERS, LightningAttention, Retention, log_decay
+
+LAYERS = {
+    "lightning": lambda **more: LightningAttention(32, 4, decay="fla-lightning", **more),
+    "lightning, learnable": lambda **more: LightningAttention(32, 4, learnable_decay=True, **more),
+    "retention": lambda **more: Retention(32, 4, **more),
+    "retention, no xPos": lambda **more: Retention(32, 4, rotary=False, **more),
+}
+
+
+@pytest.mark.parametrize("name", sorted(LADDERS))
+@pytest.mark.parametrize("heads", [1, 2, 6, 8, 20])
+def test_ladders_are_decays(name: str, heads: int) -> None:
+    for layer in range(3):
+        decay = log_decay(name, heads, layer, 3)
+        assert decay.shape == (heads,)
+        assert decay.dtype == torch.float32
+        assert bool((decay <= 0).all())
+
+
+def test_published_numbers() -> None:
+    # ALiBi's paper: 8 heads have 1/2 ... 1/256; other counts take every other slope of the next power of two.
+    assert (-log_decay("alibi", 8)).tolist() == [2.0**-i for i in range(1, 9)]
+    twelve = [2.0**-i for i in range(1, 9)] + [2.0 ** -(i / 2) for i in (1, 3, 5, 7)]
+    torch.testing.assert_close(-log_decay("alibi", 12), torch.tensor(twelve))
+    # RetNet's paper: 1 - 2^(-5 - i).
+    torch.testing.assert_close(log_decay("retnet", 3).exp(), 1 - 2.0 ** torch.tensor([-5, -6, -7]))
+    # fla: -(8 / H) (1 - layer / layers) head.
+    torch.testing.assert_close(log_decay("fla-lightning", 4, 1, 4), torch.tensor([0, -1.5, -3, -4.5]))
+    # Heads that are a power of two: TransNormerLLM's ladder is ALiBi's, times 1 - layer / (layers - 1) + 1e-5.
+    torch.testing.assert_close(log_decay("tnl", 8, 1, 3), log_decay("alibi", 8) * (0.5 + 1e-5))
+
+
+def test_minimax_ladder_is_that_of_transformers() -> None:
+    minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    config = minimax.MiniMaxConfig(
+        hidden_size=60, num_attention_heads=6, num_key_value_heads=6, num_hidden_layers=5, block_size=4
+    )
+    for layer in (1, 3):
+        theirs = minimax.MiniMaxLightningAttention(config, layer).get_slope_rate().flatten()
+        torch.testing.assert_close(-log_decay("minimax", 6, layer, 5), theirs)
+
+
+def test_unknown_ladder_and_bad_layers_are_errors() -> None:
+    with pytest.raises(ValueError, match="got 'tnn'"):
+        log_decay("tnn", 4)
+    with pytest.raises(ValueError, match="layer 2 of 2"):
+        log_decay("tnl", 4, 2, 2)
+    with pytest.raises(ValueError, match="decay must be"):
+        LightningAttention(32, 4, decay=torch.ones(4))
+    with pytest.raises(ValueError, match="heads must divide the width 32, got 5"):
+        Retention(32, 5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_decoding_equals_the_whole(name: str) -> None:
+    layer = LAYERS[name]()
+    x = torch.randn(2, 40, 32)
+    position = torch.arange(40)[None]
+    options = [{"position_ids": position[:, i:j]} if name == "retention" else {} for i, j in ((0, 37), (37, 38))]
+    whole = layer(x)
+    y, state = layer(x[:, :37], return_state=True, **options[0])
+    torch.testing.assert_close(y, whole[:, :37])
+    y, _ = layer(x[:, 37:38], state=state, return_state=True, **options[1])
+    torch.testing.assert_close(y, whole[:, 37:38])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sharded_layer_equals_whole(name: str, ranks: int) -> None:
+    """Outputs, and the sum over ranks of every parameter's gradient, with checkpointing."""
+    layer = LAYERS[name]()
+    x, dy = torch.randn(2, 2, 100, 32)
+    (layer(x) * dy).sum().backward()
+    expected = {key: p.grad for key, p in layer.named_parameters()}
+    positions = torch.arange(100)[None]
+
+    def rank(group):
+        local = LAYERS[name](group=group)
+        local.load_state_dict(layer.state_dict())
+        x_local, dy_local, position = (leetdist.shard_sequence(y, 1, group) for y in (x, dy, positions))
+        options = {"position_ids": position} if name == "retention" else {}
+        y = torch.utils.checkpoint.checkpoint(local, x_local, use_reentrant=False, **options)
+        (y * dy_local).sum().backward()
+        return y.detach(), {key: p.grad for key, p in local.named_parameters()}
+
+    results = leetdist.virtual_ranks(rank, ranks)
+    torch.testing.assert_close(torch.cat([y for y, _ in results], 1), layer(x))
+    for key, grad in expected.items():
+        torch.testing.assert_close(sum(grads[key] for _, grads in results), grad, msg=key)
+
+
+def test_rotary_without_positions_is_refused_under_a_group() -> None:
+    def rank(group):
+        Retention(32, 4, group=group)(torch.randn(1, 16, 32))
+
+    with pytest.raises(ValueError, match="position_ids must be given"):
+        leetdist.virtual_ranks(rank, 2)
+
+
+def test_bf16_leaves_the_decays_alone() -> None:
+    layer = LightningAttention(32, 4, layer=3, layers=4)
+    before = layer.log_decay(torch.device("cpu")).clone()
+    layer.bfloat16()
+    assert torch.equal(layer.log_decay(torch.device("cpu")), before)
+
+
+def test_layer_loads_the_weights_of_minimax() -> None:
+    minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    config = minimax.MiniMaxConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=3, block_size=8
+    )
+    theirs = minimax.MiniMaxLightningAttention(config, 1)
+    ours = LightningAttention(32, 4, decay="minimax", layer=1, layers=3)
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in ours.state_dict()})
+    x = torch.randn(2, 50, 32)
+    torch.testing.assert_close(ours(x), theirs(x, None, None)[0])
+
+
+def test_language_model_steps_as_it_runs() -> None:
+    model = LanguageModel(Config(dim=32, layers=2, heads=2, hidden=64))
+    tokens = torch.randint(256, (2, 50))
+    logits = model(tokens)
+    last, states = model.step(tokens[:, :48])
+    torch.testing.assert_close(last, logits[:, 47])
+    for t in (48, 49):
+        last, states = model.step(tokens[:, t : t + 1], states)
+        torch.testing.assert_close(last, logits[:, t])
+
+
+def test_the_100m_preset_has_100m_parameters() -> None:
+    with torch.device("meta"):
+        model = LanguageModel(Config.preset("100m"))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(100e6, rel=0.01)
