@@ -22,8 +22,8 @@ from leetdist.reference import relative_error
 HERE = Path(__file__).parent
 SOURCE = loader.SOURCES / "token_scan.cu"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("/usr/local/bin/nvcc")
-# Rank, type of the inputs, type of the outputs. Compiling takes seconds: every rank and type for one architecture, those
-# that need the most registers for the others.
+# Rank, type of the inputs, type of the outputs. Compiling takes seconds: every rank and type for one architecture, and
+# what needs the most registers for the others.
 VARIANTS = [
     *(("sm_90", *variant) for variant in [(128, 0, 0), (128, 1, 1), (256, 0, 0), (64, 1, 0), (32, 2, 2)]),
     *((architecture, rank, 0, 0) for architecture in ("sm_80", "sm_100") for rank in (128, 256)),
