@@ -163,12 +163,15 @@ def measure(cell: Cell, call: Attention, inputs: Inputs, device: torch.device, l
 
 
 def _times(step: Callable[[], Any], repeats: int, device: torch.device) -> Iterator[float]:
-    """Milliseconds of each repetition; on a GPU between events, so that the host may run ahead."""
+    """Milliseconds of each repetition; on a GPU between events, so that the host may run ahead.
+
+    On a CPU they are the process's own, so that other programs do not count: set OMP_NUM_THREADS=1.
+    """
     if device.type == "cpu":
         for _ in range(repeats):
-            started = time.perf_counter()
+            started = time.process_time()
             step()
-            yield (time.perf_counter() - started) * 1e3
+            yield (time.process_time() - started) * 1e3
         return
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
