@@ -97,7 +97,7 @@ def main() -> int:
             else:
                 single = single or row["tokens_per_s"]
                 print(
-                    f"{ranks} ranks, {name}: {row['tokens_per_s']:,.0f} tokens/s (x {row['tokens_per_s'] / single:.2f}),"
+                    f"{ranks} ranks, {name}: {row['tokens_per_s']:,.0f} tokens/s, x {row['tokens_per_s'] / single:.2f},"
                     f" {row['memory_gib']:.1f} GiB a GPU, loss {row['loss']:.3f}, {time.monotonic() - begin:.0f} s",
                     flush=True,
                 )
