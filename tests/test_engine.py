@@ -17,6 +17,7 @@ from leetdist.launch import plan as plan_command
 from leetdist.plan import make_lanes, plan_call
 from leetdist.sequence import cost
 from leetdist.sequence.cost import Job, Machine
+from leetdist.sequence.symmetric import SLOTS, Inboxes, _obstacle
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors
 
@@ -386,3 +387,27 @@ def test_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         forward = [e["name"] for e in spans if e["pid"] == rank]
         assert names <= set(forward) >= {"tile states", "fold", "outputs", "dq", "dk, dv"}
     assert all(event["dur"] >= 0 for event in spans)
+
+
+def test_where_symmetric_memory_can_be() -> None:
+    host, gpus = "a", ["0", "1"]
+    assert _obstacle([(host, gpu, False) for gpu in gpus]) is None
+    assert _obstacle([(host, "0", False)] * 2) == "ranks 0 and 1 share a GPU"
+    assert _obstacle([(host, "0", True)] * 2) is None
+    assert _obstacle([(host, "0", False), (host, "none", False)]) == "rank 1 has no GPU"
+    assert _obstacle([("a", "0", False), ("b", "0", False)]) == "no two ranks are on one host"
+    assert _obstacle([("a", "0", False), ("a", "1", False), ("b", "0", False)]) is None
+
+
+def test_symmetric_slots() -> None:
+    """Every link has channels of its own between two ranks, and they fit the signal pads."""
+    channels = {
+        (source, to, slot, free): Inboxes._channel(source, to, slot, free=free)
+        for source, to in ((0, 1), (1, 0))
+        for slot in range(SLOTS)
+        for free in (False, True)
+    }
+    # A signal is told from others by who sends it, to whom, and its channel: "full" goes along, "free" comes back.
+    signals = {((t, s) if free else (s, t), channel) for (s, t, _, free), channel in channels.items()}
+    assert len(signals) == len(channels)
+    assert max(channels.values()) < 16
