@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -111,7 +110,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _strides(x: Tensor) -> list[int]:
-    """Of batch, head and token; where there is but one, a stride that means nothing is replaced by one that is allowed."""
+    """Of batch, head and token; where there is but one, a stride means nothing, and is one that is allowed."""
     return [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
 
 
@@ -190,7 +189,7 @@ def _decayed(scores, g, scale, dtype: gl.constexpr, REVERSE: gl.constexpr, SCORE
 
 @gluon.jit
 def _two_parts(x, dtype: gl.constexpr):
-    """x as a sum of two numbers of `dtype`: rounding a weighted token once would cost as much as rounding the output."""
+    """x as a sum of two numbers of `dtype`. Rounded to one, weighted tokens would cost as much as rounding the output."""
     high = x.to(dtype)
     return high, (x - high.to(gl.float32)).to(dtype)
 
