@@ -189,7 +189,7 @@ def _decayed(scores, g, scale, dtype: gl.constexpr, REVERSE: gl.constexpr, SCORE
 
 @gluon.jit
 def _two_parts(x, dtype: gl.constexpr):
-    """x as a sum of two numbers of `dtype`. Rounded to one, weighted tokens would cost as much as rounding the output."""
+    """x as a sum of two numbers of `dtype`: one rounding of weighted tokens costs as much as one of the output."""
     high = x.to(dtype)
     return high, (x - high.to(gl.float32)).to(dtype)
 
