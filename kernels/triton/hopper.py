@@ -190,8 +190,12 @@ def _decayed(scores, g, scale, dtype: gl.constexpr, REVERSE: gl.constexpr, SCORE
 @gluon.jit
 def _two_parts(x, dtype: gl.constexpr):
     """x as a sum of two numbers of `dtype`: one rounding of weighted tokens costs as much as one of the output."""
-    high = x.to(dtype)
-    return high, (x - high.to(gl.float32)).to(dtype)
+    if dtype == gl.bfloat16:
+        # The upper half of an fp32 number is a bf16 number: cheaper than to round it and convert it back.
+        high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    else:
+        high = x.to(dtype).to(gl.float32)
+    return high.to(dtype), (x - high).to(dtype)
 
 
 @gluon.jit
