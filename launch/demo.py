@@ -14,6 +14,7 @@ import resource
 import sysconfig
 import time
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131_072, help="bytes of text, over all ranks (131072)")
     parser.add_argument("--text", default=sysconfig.get_path("stdlib"), help="file or folder (Python's own library)")
-    parser.add_argument("--steps", type=int, default=4, help="optimiser steps, all on the one text (4)")
+    parser.add_argument("--steps", type=int, default=8, help="optimiser steps, all on the one text (8)")
     parser.add_argument("--new", type=int, default=64, help="bytes to generate (64)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model's products (fp32)")
@@ -88,7 +89,7 @@ def train(
     model: LanguageModel, inputs: Tensor, labels: Tensor, options: argparse.Namespace, rank: Rank, report: Report
 ) -> None:
     """Each rank computes the loss of its shard; the sum of the ranks' gradients is the gradient of the whole."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(options.steps):
         begin = time.perf_counter()
         with torch.autocast(rank.device.type, torch.bfloat16, enabled=options.dtype == "bf16"):

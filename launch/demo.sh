@@ -12,7 +12,7 @@ usage: bash launch/demo.sh [--ranks P] [--here] [options of the demo]
   --here          use the Python environment as it is instead of making one
   --tokens N      bytes of text, over all ranks (131072)
   --text PATH     a file or a folder (the source text of the running Python's standard library)
-  --steps N       optimiser steps (4)
+  --steps N       optimiser steps (8)
   --new N         bytes to generate (64)
   --device D      auto, cpu or cuda (auto)
   --dtype D       fp32 or bf16 (fp32)

@@ -50,9 +50,9 @@ def forward_pass(
         for lane in plan.lanes:
             side.join(lane)
             with trace.span("outputs", plan.rank, lane, q):
-                q_, k_, v_ = _part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv)
                 o.put(
-                    lane, kernels.tile_outputs, q_, k_, v_, states[lane], _part(log_decay, lane.heads, 0), tiles,
+                    lane, kernels.tile_outputs, _part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv),
+                    states[lane], _part(log_decay, lane.heads, 0), tiles,
                     reverse=False, scale=problem.scale, state_scale=problem.scale, out_dtype=q.dtype,
                 )  # fmt: skip
         whole = None
@@ -90,10 +90,9 @@ def backward_pass(
         grads = _Lanes(k.shape[0], k.shape[3], v.shape[3], q, plan)
         for lane in plan.lanes:
             with trace.span("tile states", plan.rank, lane, q):
-                q_, do_ = _part(q, lane.heads), _part(do, lane.heads)
                 grads.put(
-                    lane, kernels.tile_states, q_, do_, _part(log_decay, lane.heads, 0), tiles,
-                    reverse=True, scale=scale,
+                    lane, kernels.tile_states, _part(q, lane.heads), _part(do, lane.heads),
+                    _part(log_decay, lane.heads, 0), tiles, reverse=True, scale=scale,
                 )  # fmt: skip
             side.after(lane)
         if problem.return_state and (dfinal is not None or plan.transport is not None):
@@ -107,9 +106,9 @@ def backward_pass(
         dq = _Heads(q, problem.dk, q.dtype, plan)
         for lane in plan.lanes:
             with trace.span("dq", plan.rank, lane, q):
-                do_, v_, k_ = _part(do, lane.heads), _part(v, lane.kv), _part(k, lane.kv)
                 dq.put(
-                    lane, kernels.tile_outputs, do_, v_, k_, states[lane].mT, _part(log_decay, lane.heads, 0), tiles,
+                    lane, kernels.tile_outputs, _part(do, lane.heads), _part(v, lane.kv), _part(k, lane.kv),
+                    states[lane].mT, _part(log_decay, lane.heads, 0), tiles,
                     reverse=False, scale=scale, state_scale=scale, out_dtype=q.dtype,
                 )  # fmt: skip
         dk, dv = (_Heads(x, x.shape[3], wide, plan, shared=True) for x in (k, v))

@@ -18,6 +18,8 @@ from leetdist.kernels.triton.configs import Config, block_config, on_hopper, pad
 from leetdist.kernels.triton.fold import COUNTS, _powers, _span, _table
 from leetdist.kernels.triton.launch import launch
 
+__all__ = ["decay_gradient", "fold", "tile_outputs", "tile_states"]
+
 # exp(-x) is 0 in fp32 for x from here on.
 FP32_RANGE = tl.constexpr(104.0)
 
