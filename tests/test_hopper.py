@@ -18,6 +18,12 @@ TILES = [Tiles(256, (0, 256)), Tiles(512, (0, 1300)), Tiles(128, (0, 128, 300, 3
 ERROR = {torch.bfloat16: 3e-3, torch.float16: 6e-4}
 
 
+def test_every_backend_has_every_primitive():
+    for backend in (exact, triton_block):
+        for name in ("tile_states", "fold", "tile_outputs", "decay_gradient"):
+            assert callable(getattr(backend, name))
+
+
 def test_serves_by_the_problem_alone():
     cpu = torch.device("cpu")
     assert not on_hopper(128, 128, torch.bfloat16, 1024, cpu)
@@ -39,10 +45,10 @@ def test_against_fp64(order, dtype, rows, columns, reverse, tiles):
         return torch.randn(2, tiles.num_tokens, heads, dim, device="cuda").to(dtype).transpose(1, 2)
 
     a, b, c = draw(4, rows), draw(2, rows), draw(2, columns)
-    log_decay = torch.tensor([0.0, -0.01, -0.5, -20.0], device="cuda")
+    log_decay = torch.tensor([0.0, -0.01, -0.5, -5.0], device="cuda")
     # A state beyond fp16's range, which the kernels must hold all the same.
     states = 1e6 * torch.randn(2, 4, tiles.count, rows, columns, device="cuda")
-    options = {"reverse": reverse, "scale": 0.3, "state_scale": 7e-7}
+    options = {"reverse": reverse, "scale": 1e-6, "state_scale": 1e-6}
     out = triton_block.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=dtype, **options)
     expected = exact.tile_outputs(
         a.double(), b.double(), c.double(), states.double(), log_decay, tiles,
