@@ -13,8 +13,6 @@ import leetdist
 from helpers import run_ranks, values
 from leetdist.launch.model import Config, LanguageModel
 
-pytest.importorskip("leetdist.ops", reason="the operator is no custom op here")
-
 CONFIG = Config(vocab=48, dim=32, layers=2, heads=2, hidden=40, learnable_decay=True)
 TOKENS = 256
 

@@ -62,6 +62,7 @@ def test_launchers(name: str, alone: list[float], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "2 ranks, 2 a sequence" in done.stdout
     assert [line["loss"] for line in metrics(tmp_path)] == pytest.approx(alone, rel=1e-5)
+    assert list(tmp_path.rglob("events.out.tfevents.*")), "no TensorBoard log"
 
 
 def with_zero(rank: int, out: Path) -> None:

@@ -87,6 +87,21 @@ def sharded(rank: int, build: Any, ranks: int) -> dict[str, float]:
     return errors
 
 
+def under_fsdp2(rank: int, ranks: int) -> float:
+    """The largest error of a gradient when every layer is wrapped by FSDP2 over the ranks of the sequence."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = leetdist.device_mesh(sequence=ranks)
+    batch = batch_of()
+    _, _, grads = alone(tiny(), batch)
+    model = leetdist.parallelize(tiny(), mesh)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["sp"])
+    fully_shard(model, mesh=mesh["sp"])
+    model(**leetdist.shard_batch(batch, mesh)).loss.backward()
+    return max(relative(p.grad.full_tensor(), grads[key]) for key, p in model.named_parameters())
+
+
 def generated(rank: int, ranks: int) -> None:
     mesh = leetdist.device_mesh(sequence=ranks)
     ids = batch_of()["input_ids"]
@@ -148,11 +163,12 @@ def lost_state(rank: int, ranks: int) -> float:
     return relative(leetdist.gather_sequence(logits, 1, mesh["sp"]), expected)
 
 
-def everything(rank: int, ranks: int) -> dict[str, dict[str, float] | float]:
+def everything(rank: int, ranks: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     found: dict[str, Any] = {"MiniMax": sharded(rank, tiny, ranks)}
     if ranks == 2:
         found["Llama"] = sharded(rank, llama, ranks)
+        found["FSDP2"] = {"gradients": under_fsdp2(rank, ranks)}
     with torch.no_grad():
         generated(rank, ranks)
         packed(rank, ranks)

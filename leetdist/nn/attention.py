@@ -23,6 +23,9 @@ class _DecayAttention(nn.Module):
     checkpointing, which autograd runs later and in a thread of its own, sees the same ranks.
     """
 
+    inplace = False
+    """Whether a step of decoding overwrites its state, as a captured graph wants."""
+
     def __init__(
         self,
         heads: int,
@@ -68,7 +71,7 @@ class _DecayAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         decay = self.log_decay(q.device)
         if state is not None and q.shape[2] == 1 and self.group is None:
-            o, state = linear_attention_step(q, k, v, state, decay, scale=scale)
+            o, state = linear_attention_step(q, k, v, state, decay, scale=scale, inplace=self.inplace)
             return o.transpose(1, 2), state
         call = partial(
             linear_attention, q, k, v, decay,
@@ -139,7 +142,10 @@ class LightningAttention(_DecayAttention):
         qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (self.heads, 3 * self.head_dim))
         q, k, v = qkv.chunk(3, -1)
         o, final = self.attend(q, k, v, 1.0, state, return_state, cu_seqlens)
-        y = self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(o.flatten(2)))
+        o = o.flatten(2)
+        # Under autocast o is bf16 and the weight fp32: mixed, there is no fused kernel. It computes in fp32 anyway.
+        o = F.rms_norm(o, self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps)
+        y = self.out_proj(torch.sigmoid(self.output_gate(x)) * o)
         return y if final is None else (y, final)
 
 
