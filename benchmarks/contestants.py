@@ -197,7 +197,7 @@ class MiniMax(Contestant):
 
     name = "transformers MiniMax"
     module = "transformers"
-    devices = ("cpu", "cuda")
+    devices = ("cpu",)
 
     def __init__(self) -> None:
         self.layer: Any = None

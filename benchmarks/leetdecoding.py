@@ -2,6 +2,7 @@
 
     python benchmarks/leetdecoding.py --leetdecoding path/to/leetDecoding-0.0.3 --out benchmarks/results
     python benchmarks/leetdecoding.py --training --batches 1 --lengths 2048 8192
+    python benchmarks/leetdecoding.py --show benchmarks/results/leetdecoding*.json --out benchmarks/results
     python benchmarks/leetdecoding.py --fit benchmarks/results/*.json        # the constants of leetdist/methods/cost.py
 
 Latency (median; device events) and peak memory beyond the inputs, for 32 heads, rank 128, dimension 128, with decay.
@@ -12,6 +13,7 @@ is what it says, "wrong" is a relative error beyond the dtype's bound. Writes <n
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -36,12 +38,12 @@ from leetdist.reference import quadratic, relative_error
 from leetdist.sequence.grid import default_tile
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-HEADS, DIM = 32, 128
+DIM = 128
 LENGTHS = [128, 512, 2_048, 8_192, 12_800, 25_600, 100_000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative error of the whole output: fp32 arithmetic, and the rounding of a 16-bit output with some room.
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
-SECONDS_A_CELL = 0.15
+SECONDS_A_CELL = 0.08
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Cell:
     tokens: int
     dtype: str
     training: bool
+    heads: int
     milliseconds: float | None = None
     mebibytes: float | None = None
     error: float | None = None
@@ -70,7 +73,7 @@ def _named(call: Any, method: str, *tensors: Tensor) -> Tensor:
     return call(*tensors, method=method)
 
 
-def theirs(folder: str | None) -> dict[str, Attention]:
+def theirs(folder: str | None, only: list[str] | None = None) -> dict[str, Attention]:
     """LeetDecoding's kernels that can be imported here, each given the decay in the form it takes."""
     if folder is None:
         return {}
@@ -92,6 +95,8 @@ def theirs(folder: str | None) -> dict[str, Attention]:
     ]
     found: dict[str, Attention] = {}
     for name, module, function, form in wanted:
+        if only and not any(part in f"LeetDecoding {name}" for part in only):
+            continue  # some of them are compiled when they are imported
         try:
             loaded = __import__(f"leetDecoding.methods.{module}", fromlist=[function])
             found[f"LeetDecoding {name}"] = partial(_in_their_form, getattr(loaded, function), form)
@@ -104,45 +109,47 @@ def _in_their_form(call: Any, form: Any, q: Tensor, k: Tensor, v: Tensor, log_de
     return call(q, k, v, form(log_decay).to(q.dtype))
 
 
-def measure(cell: Cell, call: Attention, device: torch.device, limit: float) -> None:
+class Inputs:
+    """What all contestants of a cell get, and a few rows of what they must return."""
+
+    def __init__(self, cell: Cell, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(cell.tokens)
+        shape, dtype = (cell.batch, cell.heads, cell.tokens, DIM), DTYPES[cell.dtype]
+        q, k, v = (
+            torch.randn(shape, device=device, dtype=dtype, generator=generator).requires_grad_(cell.training)
+            for _ in range(3)
+        )
+        self.qkv = (q, k, v)
+        self.log_decay = -torch.logspace(-3, -0.1, cell.heads, device=device)
+        self.weight = torch.randn_like(v) if cell.training else None
+        rows = torch.randint(cell.tokens, (4,), device=device, generator=generator)
+        self.rows = torch.unique(torch.cat((rows, rows.new_tensor([0, cell.tokens - 1]))))
+        # Of the last batch entry, the slowest and the fastest decay.
+        self.exact = []
+        for part in (slice(0, 1), slice(cell.heads - 1, cell.heads)):
+            with torch.no_grad():
+                some = (x[-1:, part] for x in self.qkv)
+                self.exact.append((part, quadratic(*some, self.log_decay[part], rows=self.rows)))
+
+    def error(self, o: Tensor) -> float:
+        return max(relative_error(o[-1:, part, self.rows], exact) for part, exact in self.exact)
+
+
+def measure(cell: Cell, call: Attention, inputs: Inputs, device: torch.device, limit: float) -> None:
     """Fill the cell in: correct first, then timed."""
-    dtype = DTYPES[cell.dtype]
-    generator = torch.Generator(device).manual_seed(cell.tokens)
-    shape = (cell.batch, HEADS, cell.tokens, DIM)
-    q, k, v = (
-        torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_(cell.training) for _ in range(3)
-    )
-    log_decay = -torch.logspace(-3, -0.1, HEADS, device=device)
-    weight = torch.randn_like(v) if cell.training else None
 
     def step() -> Tensor:
-        o = call(q, k, v, log_decay)
-        if weight is not None:
-            torch.autograd.grad(o, (q, k, v), weight)
+        o = call(*inputs.qkv, inputs.log_decay)
+        if inputs.weight is not None:
+            torch.autograd.grad(o, inputs.qkv, inputs.weight)
         return o
 
-    poison = torch.full_like(v, float("nan"), requires_grad=False)
+    poison = torch.full_like(inputs.qkv[2], float("nan"), requires_grad=False)
     del poison
-    started = time.perf_counter()
     with torch.set_grad_enabled(cell.training):
-        o = step()
-    _synchronize(device)
-    rows = torch.unique(torch.randint(cell.tokens, (4,), device=device, generator=generator))
-    rows = torch.unique(torch.cat((rows, rows.new_tensor([0, cell.tokens - 1]))))
-    few = slice(0, min(cell.batch, 2))
-    with torch.no_grad():
-        # A head at a time: 100,000 tokens in fp64 are 100 MiB a head and tensor.
-        cell.error = max(
-            relative_error(
-                o[few, h : h + 1, rows],
-                quadratic(q[few, h : h + 1], k[few, h : h + 1], v[few, h : h + 1], log_decay[h : h + 1], rows=rows),
-            )
-            for h in (0, HEADS // 2, HEADS - 1)
-        )
-    if not cell.error <= BOUNDS[cell.dtype]:
-        cell.note = f"wrong ({cell.error:.1e})"
-    del o
-    with torch.set_grad_enabled(cell.training):
+        cell.error = inputs.error(step().detach())
+        if not cell.error <= BOUNDS[cell.dtype]:
+            cell.note = f"wrong ({cell.error:.1e})"
         _synchronize(device)
         before = _memory(device, reset=True)
         started = time.perf_counter()
@@ -150,18 +157,21 @@ def measure(cell: Cell, call: Attention, device: torch.device, limit: float) -> 
         _synchronize(device)
         seconds = time.perf_counter() - started
         cell.mebibytes = (_memory(device) - before) / 2**20
-        repeats = 0 if seconds > limit else max(5, min(100, int(SECONDS_A_CELL / seconds)))
+        repeats = 0 if seconds > limit else max(3, min(50, int(SECONDS_A_CELL / seconds)))
         times = list(_times(step, repeats, device))
     cell.milliseconds = statistics.median(times) if times else seconds * 1e3
 
 
 def _times(step: Callable[[], Any], repeats: int, device: torch.device) -> Iterator[float]:
-    """Milliseconds of each repetition; on a GPU between events, so that the host may run ahead."""
+    """Milliseconds of each repetition; on a GPU between events, so that the host may run ahead.
+
+    On a CPU they are the process's own, so that other programs do not count: set OMP_NUM_THREADS=1.
+    """
     if device.type == "cpu":
         for _ in range(repeats):
-            started = time.perf_counter()
+            started = time.process_time()
             step()
-            yield (time.perf_counter() - started) * 1e3
+            yield (time.process_time() - started) * 1e3
         return
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
@@ -186,40 +196,42 @@ def _memory(device: torch.device, reset: bool = False) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def run(arguments: argparse.Namespace) -> list[Cell]:
+def run(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
+    """The cells of one shape after the other."""
     from rich.progress import track
 
     device = torch.device(arguments.device)
-    contestants = {**ours(), **theirs(arguments.leetdecoding)}
+    contestants = {**ours(), **theirs(arguments.leetdecoding, arguments.only)}
     if arguments.only:
         contestants = {name: c for name, c in contestants.items() if any(o in name for o in arguments.only)}
     if arguments.training:
         contestants = {name: c for name, c in contestants.items() if name.startswith("leetdist")}
-    cells = [
-        Cell(name, batch, tokens, dtype, arguments.training)
-        for name in contestants
-        for dtype in arguments.dtypes
-        for batch in arguments.batches
-        for tokens in arguments.lengths
-    ]
-    lost: dict[str, int] = {}  # contestant, dtype -> size at which it ran out of memory or time
-    for cell in track(cells, "measuring", console=_console(stderr=True)):
-        row, size = f"{cell.contestant} {cell.dtype} {cell.batch}", cell.tokens
-        if size > lost.get(row, size):
-            cell.note = "too long"
-            continue
-        try:
-            measure(cell, contestants[cell.contestant], device, arguments.limit)
-            if cell.milliseconds is not None and cell.milliseconds > 1e3 * arguments.limit:
-                lost[row] = size
-        except torch.OutOfMemoryError:
-            cell.note = "OOM"
-        except Exception as error:
-            cell.note = f"fails: {type(error).__name__}"
-            print(cell, str(error)[:300], file=sys.stderr)
+    slow: set[tuple[str, str, int]] = set()  # contestant, dtype, batch: a shorter cell took longer than the limit
+    shapes = list(itertools.product(arguments.dtypes, arguments.batches, sorted(arguments.lengths)))
+    for dtype, batch, tokens in track(shapes, "measuring", console=_console(stderr=True)):
+        cells = [Cell(name, batch, tokens, dtype, arguments.training, arguments.heads) for name in contestants]
+        inputs: Inputs | None = None
+        for cell in cells:
+            key = (cell.contestant, dtype, batch)
+            if key in slow:
+                cell.note = "too long"
+                continue
+            try:
+                inputs = inputs or Inputs(cell, device)
+                measure(cell, contestants[cell.contestant], inputs, device, arguments.limit)
+            except torch.OutOfMemoryError:
+                cell.note = "OOM"
+            except Exception as error:
+                cell.note = f"fails: {type(error).__name__}"
+                print(cell, str(error)[:300], file=sys.stderr)
+            if (cell.milliseconds or 0.0) > 1e3 * arguments.limit:
+                slow.add(key)
+            if device.type == "cuda" and cell.note:
+                torch.cuda.empty_cache()
+        del inputs
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return cells
+        yield cells
 
 
 def tables(cells: list[Cell]) -> None:
@@ -290,7 +302,6 @@ def about(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
         "python": platform.python_version(),
-        "heads": HEADS,
         "dim": DIM,
     }
 
@@ -299,23 +310,22 @@ def fit(paths: list[Path]) -> None:
     """Print the constants of leetdist/methods/cost.py: least squares of relative errors, none negative."""
     cells = [Cell(**c) for path in paths for c in json.loads(path.read_text())["cells"]]
     for half in (True, False):
-        for training in (False, True):
-            print(f"({half}, {training}): {{")
-            for method in CANDIDATES:
-                mine = [
-                    c for c in cells
-                    if c.contestant == f"leetdist {method}" and (c.dtype != "fp32") == half
-                    and c.training == training and c.milliseconds and not c.note
-                ]  # fmt: skip
-                if mine:
-                    print(f'    "{method}": Cost({", ".join(f"{x:.3g}" for x in _fitted(mine))}),')
-            print("},")
+        print(f"{half}: {{")
+        for method in CANDIDATES:
+            mine = [
+                c for c in cells
+                if c.contestant == f"leetdist {method}" and (c.dtype != "fp32") == half
+                and not c.training and c.milliseconds and not c.note
+            ]  # fmt: skip
+            if mine:
+                print(f'    "{method}": Cost({", ".join(f"{x:.3g}" for x in _fitted(mine))}),')
+        print("},")
 
 
 def _fitted(cells: list[Cell]) -> list[float]:
     times = torch.tensor([c.milliseconds or 0.0 for c in cells], dtype=torch.float64)
     columns = torch.tensor(
-        [[1e-3, 1e-6 * min(default_tile(c.tokens), c.tokens), 1e-6 * c.batch * HEADS * c.tokens] for c in cells],
+        [[1e-3, 1e-6 * min(default_tile(c.tokens), c.tokens), 1e-6 * c.batch * c.heads * c.tokens] for c in cells],
         dtype=torch.float64,
     )
     used = [0, 1, 2]
@@ -337,6 +347,7 @@ def _console(stderr: bool = False) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "fp16"], choices=list(DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -346,19 +357,27 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1.0, help="seconds: longer cells are timed once, none after")
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--name", default="leetdecoding", help="of the files there")
+    parser.add_argument("--show", type=Path, nargs="+", help="print and draw these results, and measure nothing")
     parser.add_argument("--fit", type=Path, nargs="+", help="fit the cost model to these results, and stop")
     arguments = parser.parse_args()
     if arguments.fit:
         fit(arguments.fit)
         return
-    cells = run(arguments)
+    cells, began = [], about(arguments.device)
+    if arguments.show:
+        shown = [json.loads(path.read_text()) for path in arguments.show]
+        cells = [Cell(**c) for content in shown for c in content["cells"]]
+    else:
+        for more in run(arguments):
+            cells += more
+            if arguments.out:  # after every shape: what is cut off keeps what it has
+                arguments.out.mkdir(parents=True, exist_ok=True)
+                content = {**began, "auto": auto_against_best(cells), "cells": [asdict(c) for c in cells]}
+                (arguments.out / f"{arguments.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     tables(cells)
-    against = auto_against_best(cells)
-    print({key: value for key, value in against.items() if key != "ratios"})
+    print({key: value for key, value in auto_against_best(cells).items() if key != "ratios"})
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        content = {**about(arguments.device), "auto": against, "cells": [asdict(c) for c in cells]}
-        (arguments.out / f"{arguments.name}.json").write_text(json.dumps(content, indent=1) + "\n")
         figure(cells, arguments.out / f"{arguments.name}.png")
 
 

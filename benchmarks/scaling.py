@@ -170,13 +170,13 @@ def hops(bench: Bench) -> None:
             continue
 
         def there_and_back(transport: Any = transport) -> None:
-            buffer, other = torch.empty_like(state), 1 - transport.rank
+            other = 1 - transport.rank
             for _ in range(times):
                 if transport.rank == 0:
                     transport.send_state(state, other, "a hop")
-                transport.receive_state(buffer, other, "a hop")
-                if transport.rank == 1:
-                    transport.send_state(buffer, other, "a hop")
+                with transport.receive_state(tuple(state.shape), state, other, "a hop") as received:
+                    if transport.rank == 1:
+                        transport.send_state(received, other, "a hop")
             transport.flush()
 
         with bench.survive(f"hops of {kind}"):

@@ -32,7 +32,7 @@ def around_our_kernels(
     q, k, v, _ = inputs(tokens, args, device)
     decay = lightning_slopes(args.heads).to(device)
     options: dict[str, Any] = {"initial_state": None, "return_state": False, "cu_seqlens": None, "tile": tile}
-    kernels = kernels_for(describe(q, k, v, decay, scale=1.0, method="auto", **options), sharded=True)
+    kernels = kernels_for(describe(q, k, v, decay, scale=1.0, method="block", **options), tokens)
     tiles = Tiles(tile, (0, tokens))
     group, rank, ranks = transport.group, transport.rank, transport.size
     shape = (1, args.heads, args.dim, args.dim)

@@ -37,8 +37,13 @@ class Config:
 
     @staticmethod
     def preset(name: str, vocab: int = 256) -> Config:
-        """ "tiny" 0.9M parameters (a laptop), "10m", "100m"."""
-        sizes = {"tiny": (128, 4, 2, 344), "10m": (384, 6, 3, 1024), "100m": (768, 13, 6, 2048)}
+        """ "mini" 0.3M parameters, "tiny" 0.9M (a laptop), "10m", "100m"."""
+        sizes = {
+            "mini": (128, 2, 2, 256),
+            "tiny": (128, 4, 2, 344),
+            "10m": (384, 6, 3, 1024),
+            "100m": (768, 13, 6, 2048),
+        }
         if name not in sizes:
             raise ValueError(f"the preset must be one of {list(sizes)}, got {name!r}")
         return Config(vocab, *sizes[name])

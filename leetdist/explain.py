@@ -9,6 +9,7 @@ from torch import Tensor
 from leetdist.methods import backend_of, cost
 from leetdist.plan import plan_call
 from leetdist.problem import ONE_DEVICE, describe
+from leetdist.sequence.grid import default_tile
 from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ def explain(
     >>> import torch, leetdist
     >>> q, k, v = (torch.randn(1, 2, 1000, 64) for _ in range(3))
     >>> print(leetdist.explain(q, k, v, method="fleet"))
-    problem  B 1, H 2, N 1,000, Dk 64, Dv 64, torch.float32 on cpu, forward
+    problem  B 1, H 2, N 1,000, Dk 64, Dv 64, torch.float32 on cpu, forward, no decay
     method   fleet: named by the caller
-    kernels  leetdist.kernels.pytorch.fleet
-    tile     32 tokens, 32 tiles: chosen from the length of the whole sequence
+    kernels  leetdist.kernels.pytorch.fleet, leetdist.kernels.pytorch.block
+    tile     64 tokens, 16 tiles: chosen from the length of the whole sequence
     shards   one device
     """
     options: dict[str, Any] = {
@@ -92,10 +93,11 @@ def _method(problem: Problem, tokens: int) -> str:
         return f"{problem.method}: named by the caller; one device, no tiles"
     if problem.method != "auto":
         return f"{problem.method}: named by the caller"
-    choice = cost.choose(problem, tokens)
+    choice = cost.choose(problem, problem.tile or default_tile(tokens))
     costs = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in sorted(choice.seconds.items(), key=lambda x: x[1]))
     return (
-        f"{choice.method}: the least of the expected ms for one batch entry ({costs}; measured on {choice.measured_on})"
+        f"{choice.method}: the least of the expected ms for 32 heads at the tile's usual length "
+        f"({costs}; measured on {choice.measured_on})"
     )
 
 

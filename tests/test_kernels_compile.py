@@ -12,7 +12,7 @@ if not hasattr(triton, "compile") or triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from leetdist.kernels.triton import block  # noqa: E402
+from leetdist.kernels.triton import block, fold, step  # noqa: E402
 from leetdist.kernels.triton.configs import block_config, padded  # noqa: E402
 
 # Shared memory that one program may use, bytes: the CUDA programming guide's table of compute capabilities.
@@ -25,13 +25,14 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
     """Compile a kernel: `*_dtype` arguments are pointers to inputs, counts and strides are 64-bit."""
     pointers = {"out": NAMES[dtype] if kernel is block._tile_outputs else "*fp32", "table": "*i64"}
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
+    pointers |= {"state": "*fp32", "new": "*fp32"}
     signature, values = {}, {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name], values[name] = "constexpr", constants[name]
         elif name in pointers:
             signature[name] = pointers[name]
-        elif name in ("a", "b", "c", "q", "k", "v", "do"):
+        elif name in ("a", "b", "c", "q", "k", "v", "do", "o"):
             signature[name] = NAMES[dtype]
         elif name == "segments":
             signature[name] = "*i64"
@@ -72,5 +73,10 @@ def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_fold_compiles(architecture: int) -> None:
-    constants = {"REGULAR": False, "REVERSE": True, "HAS_INITIAL": True, "BLOCK": block.FOLD_BLOCK}
-    compiled(block._fold, architecture, 4, 1, torch.float32, **constants)
+    constants = {"REGULAR": False, "REVERSE": True, "HAS_INITIAL": True, "BLOCK": fold.FOLD_BLOCK}
+    compiled(fold._fold, architecture, 4, 1, torch.float32, **constants)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_step_compiles(architecture: int) -> None:
+    compiled(step._step, architecture, step.WARPS, 1, torch.bfloat16, ROWS=128, COLUMNS=step.COLUMNS)

@@ -23,8 +23,7 @@ def draw(batch, heads, kv_heads, dk, dv, dtype):
 def check(q, k, v, state, log_decay):
     o, new = leetdist.linear_attention_step(q, k, v, state, log_decay, scale=0.3)
     expected, end = recurrence(q, k, v, log_decay, scale=0.3, initial_state=state)
-    assert o.dtype == q.dtype
-    assert new.dtype == torch.float32
+    assert (o.dtype, new.dtype) == (q.dtype, torch.float32)
     assert relative_error(o, expected) < ROUNDING[q.dtype]
     assert relative_error(new, end) < 1e-6
 

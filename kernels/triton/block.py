@@ -15,13 +15,11 @@ from torch import Tensor
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles, ceil_div
 from leetdist.kernels.triton.configs import Config, block_config, on_hopper, padded
+from leetdist.kernels.triton.fold import COUNTS, _powers, _span, _table
+from leetdist.kernels.triton.launch import launch
 
-# Elements of the state that one program of the fold carries through all tiles.
-FOLD_BLOCK = 1024
 # exp(-x) is 0 in fp32 for x from here on.
 FP32_RANGE = tl.constexpr(104.0)
-# Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
-COUNTS = ["tokens", "tiles", "tile_size"]
 
 
 def tile_states(
@@ -49,31 +47,21 @@ def tile_states(
     block_rows = states_block(rows, config)
     grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
     if out.numel():
-        _tile_states[grid](
-            b, c, log_decay, out, _table(tiles, b.device),
-            *b.stride()[:3], *c.stride()[:3], heads, heads // b.shape[1], heads // c.shape[1],
-            b.shape[2], tiles.count, tiles.size, rows, columns, scale,
-            REGULAR=tiles.regular, REVERSE=reverse, CHUNK=config.chunk,
-            ROWS=block_rows, COLUMNS=config.columns, PRECISION=_precision(b.dtype),
+        launch(
+            _tile_states,
+            grid,
+            (
+                b, c, log_decay, out, _table(tiles, b.device),
+                *b.stride()[:3], *c.stride()[:3], heads, heads // b.shape[1], heads // c.shape[1],
+                b.shape[2], tiles.count, tiles.size, rows, columns, scale,
+            ),
+            {
+                "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": config.chunk, "ROWS": block_rows,
+                "COLUMNS": config.columns, "PRECISION": _precision(b.dtype),
+            },
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out
-
-
-def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
-    """See leetdist.kernels.pytorch.block.fold. One rounding rule: a fused multiply-add."""
-    batch, heads, _, dk, dv = states.shape
-    final = torch.empty(batch * tiles.num_segments, heads, dk, dv, dtype=states.dtype, device=states.device)
-    segments = tiles.segment_table(states.device)
-    grid = (final.shape[0] * heads, ceil_div(dk * dv, FOLD_BLOCK))
-    if final.numel():
-        _fold[grid](
-            states, final if initial is None else initial.contiguous(), final, log_decay, segments,
-            _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size, dk * dv,
-            REGULAR=tiles.regular, REVERSE=reverse, HAS_INITIAL=initial is not None,
-            BLOCK=FOLD_BLOCK,
-        )  # fmt: skip
-    return final
 
 
 def tile_outputs(
@@ -106,13 +94,20 @@ def tile_outputs(
         return out
     grid = (batch * heads * tiles.count, ceil_div(columns, config.columns))
     if out.numel():
-        _tile_outputs[grid](
-            a, b, c, states, log_decay, out, _table(tiles, a.device),
-            *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
-            heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-            a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale, scale_of_added(scale, state_scale),
-            REGULAR=tiles.regular, REVERSE=reverse, CHUNK=config.chunk,
-            ROWS=padded(rows), COLUMNS=config.columns, PRECISION=_precision(a.dtype),
+        launch(
+            _tile_outputs,
+            grid,
+            (
+                a, b, c, states, log_decay, out, _table(tiles, a.device),
+                *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
+                heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+                a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale,
+                scale_of_added(scale, state_scale),
+            ),
+            {
+                "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": config.chunk, "ROWS": padded(rows),
+                "COLUMNS": config.columns, "PRECISION": _precision(a.dtype),
+            },
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out
@@ -138,13 +133,19 @@ def decay_gradient(
     blocks = ceil_div(columns, held)
     out = torch.empty(batch, heads, tiles.count, blocks, dtype=torch.float32, device=q.device)
     if out.numel():
-        _decay_gradient[(batch * heads * tiles.count, blocks)](
-            q, k, v, do, states, state_grads, log_decay, out, _table(tiles, q.device),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-            heads, heads // k.shape[1], heads // v.shape[1],
-            q.shape[2], tiles.count, tiles.size, rows, columns, scale,
-            REGULAR=tiles.regular, CHUNK=config.chunk,
-            ROWS=padded(rows), COLUMNS=held, PRECISION=_precision(q.dtype),
+        launch(
+            _decay_gradient,
+            (batch * heads * tiles.count, blocks),
+            (
+                q, k, v, do, states, state_grads, log_decay, out, _table(tiles, q.device),
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+                heads, heads // k.shape[1], heads // v.shape[1],
+                q.shape[2], tiles.count, tiles.size, rows, columns, scale,
+            ),
+            {
+                "REGULAR": tiles.regular, "CHUNK": config.chunk, "ROWS": padded(rows), "COLUMNS": held,
+                "PRECISION": _precision(q.dtype),
+            },
             num_warps=4 if padded(rows) < 64 else 8, num_stages=1,
         )  # fmt: skip
     total = out[..., 0]
@@ -163,10 +164,6 @@ def slope_columns(config: Config) -> int:
     return max(16, config.columns // 2)
 
 
-def _table(tiles: Tiles, device: torch.device) -> Tensor | None:
-    return None if tiles.regular else tiles.table(device)
-
-
 def _precision(dtype: torch.dtype) -> str:
     """fp32 products as three tf32 products, which keep fp32's accuracy; 16-bit dtypes multiply as they are."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
@@ -180,29 +177,11 @@ def _empty_like_model(batch: int, heads: int, tokens: int, dim: int, dtype: torc
 
 
 @triton.jit
-def _span(table, tile, tokens, tile_size, REGULAR: tl.constexpr):
-    """First token and number of tokens of a tile."""
-    if REGULAR:
-        start = tile.to(tl.int64) * tile_size
-        length = tl.minimum(tokens - start, tile_size)
-    else:
-        start = tl.load(table + 2 * tile)
-        length = tl.load(table + 2 * tile + 1)
-    return start, length.to(tl.int32)
-
-
-@triton.jit
 def _load(base, stride, first, count, column, columns, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
     """(CHUNK, COLUMNS) of the rows from `first` on, zero outside."""
     i, d = tl.arange(0, CHUNK), column + tl.arange(0, COLUMNS)
     pointers = base + (first + i)[:, None] * stride + d[None, :]
     return tl.load(pointers, mask=(i < count)[:, None] & (d < columns)[None, :], other=0.0)
-
-
-@triton.jit
-def _powers(log_decay, exponent):
-    """gamma^exponent; exponents below zero belong to tokens that are not there, and must not overflow."""
-    return tl.exp(log_decay * tl.maximum(exponent, 0).to(tl.float32))
 
 
 @triton.jit
@@ -276,47 +255,6 @@ def _tile_states(
 
     i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     tl.store(out + program * rows * columns + i * columns + j, state, mask=(i < rows) & (j < columns))
-
-
-@triton.jit
-def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr):
-    """What the tile that is `step` tiles into the fold adds; nothing behind the last."""
-    tile = end - 1 - step if REVERSE else first + step
-    return tl.load(states + tile * size, mask=inside & (step < count), other=0.0)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _fold(
-    states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, size,
-    REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    head, segment = program % heads, program // heads % num_segments
-    batch = program // heads // num_segments
-    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = element < size
-    g = tl.load(log_decay + head)
-    states += (batch * heads + head) * tiles * size + element
-    first, end = tl.load(segments + segment), tl.load(segments + segment + 1)
-
-    carry = tl.zeros((BLOCK,), tl.float32)
-    if HAS_INITIAL:
-        carry = tl.load(initial + program * size + element, mask=inside, other=0.0)
-    # The sums are a chain, the loads are not: four tiles are on their way at any time.
-    count = end - first
-    added_0 = _added(states, 0, count, first, end, size, inside, REVERSE)
-    added_1 = _added(states, 1, count, first, end, size, inside, REVERSE)
-    added_2 = _added(states, 2, count, first, end, size, inside, REVERSE)
-    added_3 = _added(states, 3, count, first, end, size, inside, REVERSE)
-    for step in range(count):
-        tile = end - 1 - step if REVERSE else first + step
-        _, length = _span(table, tile, tokens, tile_size, REGULAR)
-        added_4 = _added(states, step + 4, count, first, end, size, inside, REVERSE)
-        tl.store(states + tile * size, carry, mask=inside)
-        carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
-        added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
-    tl.store(final + program * size + element, carry, mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles, ceil_div
-from leetdist.kernels.triton.block import COUNTS, _empty_like_model, _span, _table
+from leetdist.kernels.triton.block import _empty_like_model
 from leetdist.kernels.triton.configs import padded
+from leetdist.kernels.triton.fold import COUNTS, _span, _table
 
 # Elements of the state that a program, one warp, keeps in its registers: 128 of a thread's 255.
 HELD = 4096

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from functools import cache
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -11,13 +12,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles
+from leetdist.kernels.triton.launch import launch
 
 LOG2E = gl.constexpr(1.4426950408889634)
 # exp(-x) is 0 in fp32 for x from here on.
@@ -25,18 +26,35 @@ FP32_RANGE = gl.constexpr(104.0)
 COUNTS = ["tokens", "tiles", "tile_size"]
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Bulk copies of `rows` tokens of one head of x (B, H, N, D)."""
-    sizes, strides = list(x.shape), list(x.stride())
-    if x.data_ptr() % 16 or any(
-        stride % 8 or not stride for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1
-    ):
-        x = x.contiguous()
-        strides = list(x.stride())
-    strides = [s if n > 1 else x.shape[-1] * 8 for n, s in zip(sizes[:3], strides[:3], strict=True)] + [1]
-    block = [1, 1, rows, x.shape[-1]]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor(x, sizes, strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+# Chunks on their way at a time, by (outputs or states, rows): as many as shared memory holds.
+STAGES = {("outputs", 128): 2, ("outputs", 64): 3, ("states", 128): 3, ("states", 64): 4}
+
+
+def chunk_and_warps(rows: int) -> tuple[int, int]:
+    """Tokens a product works on, and warps: a warpgroup has 64 rows of the chunk's outputs, and of the state."""
+    return (128, 8) if rows == 128 else (64, 4)
+
+
+def tile_states(
+    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float
+) -> None:
+    """See leetdist.kernels.pytorch.block.tile_states."""
+    batch, heads = b.shape[0], log_decay.shape[0]
+    rows, columns = b.shape[3], c.shape[3]
+    chunk, warps = chunk_and_warps(rows)
+    table = None if tiles.regular else tiles.table(b.device)
+    launch(
+        tile_states_kernel,
+        (batch * heads * tiles.count, 1, 1),
+        (
+            _descriptor(b, chunk), _descriptor(c, chunk), log_decay, out, table, heads, heads // b.shape[1],
+            heads // c.shape[1], b.shape[2], tiles.count, tiles.size, scale,
+        ),
+        {
+            "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
+            "STAGES": STAGES["states", rows], "num_warps": warps,
+        },
+    )  # fmt: skip
 
 
 def tile_outputs(
@@ -51,36 +69,49 @@ def tile_outputs(
     reverse: bool,
     scale: float,
     state_scale: float,
-    stages: int = 0,
 ) -> None:
+    """See leetdist.kernels.pytorch.block.tile_outputs."""
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
-    chunk, warps = (128, 8) if rows == 128 else (64, 4)
-    stages = stages or (2 if rows == 128 else 3)
+    chunk, warps = chunk_and_warps(rows)
     table = None if tiles.regular else tiles.table(a.device)
-    tile_outputs_kernel[(batch * heads * tiles.count,)](
-        _descriptor(a, chunk), _descriptor(b, chunk), _descriptor(c, chunk), states, log_decay, out, table,
-        *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-        a.shape[2], tiles.count, tiles.size, scale, state_scale, scale_of_added(scale, state_scale),
-        REGULAR=tiles.regular, REVERSE=reverse, CHUNK=chunk,
-        ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps,
+    launch(
+        tile_outputs_kernel,
+        (batch * heads * tiles.count, 1, 1),
+        (
+            _descriptor(a, chunk), _descriptor(b, chunk), _descriptor(c, chunk), states, log_decay, out, table,
+            *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+            a.shape[2], tiles.count, tiles.size, scale, state_scale, scale_of_added(scale, state_scale),
+        ),
+        {
+            "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
+            "STAGES": STAGES["outputs", rows], "num_warps": warps,
+        },
     )  # fmt: skip
 
 
-def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float, stages: int = 3
-) -> None:
-    """See leetdist.kernels.pytorch.block.tile_states."""
-    batch, heads = b.shape[0], log_decay.shape[0]
-    rows, columns = b.shape[3], c.shape[3]
-    chunk, warps = (128, 8) if rows == 128 else (64, 4)
-    table = None if tiles.regular else tiles.table(b.device)
-    tile_states_kernel[(batch * heads * tiles.count,)](
-        _descriptor(b, chunk), _descriptor(c, chunk), log_decay, out, table, heads, heads // b.shape[1],
-        heads // c.shape[1], b.shape[2], tiles.count, tiles.size, scale,
-        REGULAR=tiles.regular, REVERSE=reverse, CHUNK=chunk,
-        ROWS=rows, COLUMNS=columns, STAGES=stages, num_warps=warps,
-    )  # fmt: skip
+@cache
+def _block(rows: int, columns: int) -> tuple[list[int], gl.NVMMASharedLayout]:
+    block = [1, 1, rows, columns]
+    return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Bulk copies of `rows` tokens of one head of x (B, H, N, D), bf16."""
+    strides = _strides(x)
+    if x.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in strides):
+        x = x.contiguous()  # what bulk copies ask for
+        strides = _strides(x)
+    found = TensorDescriptor.__new__(TensorDescriptor)  # its own checks take as long as a launch
+    found.base, found.shape, found.strides, found.padding = x, x.shape, (*strides, 1), "zero"
+    found.block_shape, found.layout = _block(rows, x.shape[3])
+    found.key = (rows, x.shape[3])
+    return found
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Of batch, head and token; where there is but one, some stride that is allowed."""
+    return [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
 
 
 @gluon.jit
@@ -128,22 +159,42 @@ def _decayed(scores, g, scale, dtype: gl.constexpr, REVERSE: gl.constexpr, SCORE
     """scale gamma^(i-j) scores_ij for the tokens j that i sees, else 0."""
     CHUNK: gl.constexpr = scores.shape[0]
     # The decays are computed anew in each chunk: held, they would cost 64 registers. (Nothing adds to `row`, as g is
-    # never above 0, but the compiler does not know.) Adding 2^23 makes an integer a float: cheaper than a conversion.
+    # never above 0, but the compiler does not know.) 2^23 and an integer are a float: cheaper than a conversion.
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, SCORES))[:, None] + gl.where(g > 0, 1, 0)
     column = gl.arange(0, CHUNK, gl.SliceLayout(0, SCORES))[None, :]
     distance = column - row if REVERSE else row - column
-    steps = (distance + 0x4B000000).to(gl.float32, bitcast=True) - 8388608.0
-    decay = gl.where(distance >= 0, _exp2(g * steps), 0.0)
+    shifted = (distance + 0x4B000000).to(gl.float32, bitcast=True)
+    decay = gl.where(distance >= 0, _exp2(gl.fma(shifted, g + gl.zeros_like(shifted), g * -8388608.0)), 0.0)
     return (scores * decay * scale).to(dtype)
 
 
 @gluon.jit
-def _to_state(b, g, added_scale, count, REVERSE: gl.constexpr, LEFT: gl.constexpr):
-    """b^T, each token times added_scale gamma^(steps to the state at the chunk's end)."""
-    token = gl.arange(0, b.shape[0], gl.SliceLayout(0, LEFT))
-    exponent = token + 1 if REVERSE else gl.maximum(count - 1 - token, 0)
-    weight = _exp2(g * exponent.to(gl.float32)) * added_scale
-    return (b.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :]).to(b.dtype)
+def _two_parts(x, dtype: gl.constexpr):
+    """x as a sum of two numbers of `dtype`: rounding a weighted token would cost as much as rounding the output."""
+    high = x.to(dtype)
+    return high, (x - high.to(gl.float32)).to(dtype)
+
+
+@gluon.jit
+def _weighted(b, g, exponent, scale, LEFT: gl.constexpr):
+    """b^T, each token times scale gamma^exponent, in two parts."""
+    weight = _exp2(g * exponent.to(gl.float32)) * scale
+    return _two_parts(b.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :], b.dtype)
+
+
+@gluon.jit
+def _to_tile_end(
+    b, c, g, offset, length, scale, REVERSE: gl.constexpr, LEFT: gl.constexpr, FLAT: gl.constexpr
+):  # fmt: skip
+    """b^T, weighted by the steps from each token to the state at the tile's end; c's rows behind the tile zero."""
+    if length - offset < b.shape[0]:
+        _zero_rows(b, length - offset, FLAT)
+        _zero_rows(c, length - offset, FLAT)
+        fence_async_shared()
+        gl.thread_barrier()
+    token = offset + gl.arange(0, b.shape[0], gl.SliceLayout(0, LEFT))
+    exponent = token + 1 if REVERSE else gl.maximum(length - 1 - token, 0)
+    return _weighted(b, g, exponent, scale, LEFT)
 
 
 @gluon.jit
@@ -198,37 +249,36 @@ def tile_states_kernel(
         _fetch(c, batch, c_head, origin + s * stride, ready.index(s), c_ring.index(s), s < chunks)
 
     g = log_gamma * LOG2E
-    token = gl.arange(0, CHUNK, gl.SliceLayout(0, LEFT))
-    state = warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, WIDE))
+    offset = origin - start.to(gl.int32)
+    state = gl.zeros([ROWS, COLUMNS], gl.float32, WIDE)
+    mbarrier.wait(ready.index(0), 0)
+    b_i, c_i = b_ring.index(0).reshape([CHUNK, ROWS]), c_ring.index(0).reshape([CHUNK, COLUMNS])
+    high, low = _to_tile_end(b_i, c_i, g, offset, length, scale, REVERSE, LEFT, FLAT)
     for step in range(chunks):
-        stage = step % STAGES
-        b_i = b_ring.index(stage).reshape([CHUNK, ROWS])
-        c_i = c_ring.index(stage).reshape([CHUNK, COLUMNS])
-        offset = origin - start.to(gl.int32) + step * stride
-        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-        if length - offset < CHUNK:
-            _zero_rows(b_i, length - offset, FLAT)
-            _zero_rows(c_i, length - offset, FLAT)
-            fence_async_shared()
-            gl.thread_barrier()
-        exponent = offset + token + 1 if REVERSE else gl.maximum(length - 1 - offset - token, 0)
-        weight = _exp2(g * exponent.to(gl.float32))
-        b_t = (b_i.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :]).to(b.dtype)
-        state = warpgroup_mma_wait(0, [state])
-        state = warpgroup_mma(b_t, c_i, state, is_async=True)
-        # The product before this one is done: its chunk makes room for another.
-        gl.thread_barrier()
-        free = (step + STAGES - 1) % STAGES
-        more = (step > 0) & (step - 1 + STAGES < chunks)
+        state = warpgroup_mma(high, c_i, state, is_async=True)
+        state = warpgroup_mma(low, c_i, state, is_async=True)
+        # Meanwhile, the next chunk.
+        more = step + 1 < chunks
+        stage = (step + 1) % STAGES
+        mbarrier.wait(ready.index(stage), ((step + 1) // STAGES) & 1, pred=more)
+        b_i, c_i = b_ring.index(stage).reshape([CHUNK, ROWS]), c_ring.index(stage).reshape([CHUNK, COLUMNS])
+        offset += stride
+        high_next, low_next = _to_tile_end(
+            b_i, c_i, g, gl.where(more, offset, 0), gl.where(more, length, CHUNK), scale, REVERSE, LEFT, FLAT
+        )
+        # The operands pass through the wait, so that their registers are not used again before it.
+        state, high, low = warpgroup_mma_wait(0, [state, high, low])
+        gl.thread_barrier()  # all have read the chunk before: it makes room for another
+        free = step % STAGES
+        where, more = origin + (step + STAGES) * stride, step + STAGES < chunks
         mbarrier.expect(ready.index(free), BYTES, pred=more)
-        where = origin + (step - 1 + STAGES) * stride
         _fetch(b, batch, b_head, where, ready.index(free), b_ring.index(free), more)
         _fetch(c, batch, c_head, where, ready.index(free), c_ring.index(free), more)
+        high, low = high_next, low_next
 
-    state = warpgroup_mma_wait(0, [state])
     i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))[:, None]
     j = gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
-    gl.store(out + program * (ROWS * COLUMNS) + i * COLUMNS + j, state * scale)
+    gl.store(out + program * (ROWS * COLUMNS) + i * COLUMNS + j, state)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -298,11 +348,9 @@ def tile_outputs_kernel(
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if count < CHUNK:
             _zero_chunk(a_i, b_i, c_i, count, FLAT)
-        # Four products a chunk, with other work for the time that each takes. The first two:
+        # The products of a chunk, with other work for the time that they take. First the scores:
         scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
         scores = warpgroup_mma(a_i, b_i.permute((1, 0)), scores, use_acc=False, is_async=True)
-        o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
-        o = warpgroup_mma(a_i, held, o, use_acc=False, is_async=True)
         g = gl.load(log_decay + head, volatile=True) * LOG2E  # the same number, but the compiler does not know
         if step > 0:
             free = (step - 1) % STAGES
@@ -317,23 +365,30 @@ def tile_outputs_kernel(
             _fetch(a, batch32, a_head, token, ready.index(free), a_ring.index(free), more)
             _fetch(b, batch32, b_head, token, ready.index(free), b_ring.index(free), more)
             _fetch(c, batch32, c_head, token, ready.index(free), c_ring.index(free), more)
-        scores = warpgroup_mma_wait(1, [scores])
-        left = gl.convert_layout(_decayed(scores, g, scale, dtype, REVERSE, SCORES), LEFT)
-        o = warpgroup_mma_wait(0, [o])
-        o = o * _from_state(g, state_scale, count, CHUNK, REVERSE, WIDE)
+        exponent = gl.arange(0, CHUNK, gl.SliceLayout(0, LEFT))
+        exponent = exponent + 1 if REVERSE else gl.maximum(count - 1 - exponent, 0)
+        high, low = _weighted(b_i, g, exponent, added_scale, LEFT)
+        state = warpgroup_mma(high, c_i, state, is_async=True)
+        state = warpgroup_mma(low, c_i, state, is_async=True)
 
-        o = warpgroup_mma(left, c_i, o, is_async=True)
-        b_t = _to_state(b_i, g, added_scale, count, REVERSE, LEFT)
-        state = warpgroup_mma(b_t, c_i, state, is_async=True)
-        o = warpgroup_mma_wait(1, [o])
+        scores = warpgroup_mma_wait(2, [scores])
+        seen = gl.convert_layout(_decayed(scores, g, scale, dtype, REVERSE, SCORES), LEFT)
+        # Operands pass through the wait, so that their registers are not used again before it.
+        state, high, low = warpgroup_mma_wait(0, [state, high, low])
+        o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
+        o = warpgroup_mma(a_i, held, o, use_acc=False, is_async=True)
+        from_state = _from_state(g, state_scale, count, CHUNK, REVERSE, WIDE)
+        o = warpgroup_mma_wait(0, [o])
+        o = o * from_state
+        o = warpgroup_mma(seen, c_i, o, is_async=True)
+        gl.thread_barrier()  # all have read `held`
+        held.store(state.to(dtype))
         before, count_before = start + offset, count
+        o, seen = warpgroup_mma_wait(0, [o, seen])
         if BY_ROWS:
             a_i.store(o.to(dtype))
         else:
             _write(o.to(out.dtype.element_ty), out, before, out_token, count, WIDE)
-        gl.thread_barrier()  # all have read `held`
-        state = warpgroup_mma_wait(0, [state])
-        held.store(state.to(dtype))
         fence_async_shared()
 
     if BY_ROWS:

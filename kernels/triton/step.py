@@ -9,6 +9,7 @@ from torch import Tensor
 
 from leetdist.kernels.tiles import ceil_div
 from leetdist.kernels.triton.configs import padded
+from leetdist.kernels.triton.launch import launch
 
 # State columns a program holds, for all rows: 32 heads of 128 x 128 make 128 programs, about one for
 # each multiprocessor at batch 1, and a row's piece is one 128-byte line.
@@ -31,12 +32,17 @@ def step(
     new = torch.empty(state.shape, dtype=state.dtype, device=state.device) if out is None else out
     o = torch.empty(batch, heads, 1, columns, dtype=q.dtype, device=q.device)
     block = min(COLUMNS, padded(columns))
-    _step[(batch * heads, ceil_div(columns, block))](
-        q, k, v, state, log_decay, o, new,
-        q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3),
-        v.stride(0), v.stride(1), v.stride(3), *state.stride()[:3], *new.stride(),
-        heads, heads // k.shape[1], rows, columns, scale,
-        ROWS=padded(rows), COLUMNS=block, num_warps=WARPS,
+    launch(
+        _step,
+        (batch * heads, ceil_div(columns, block)),
+        (
+            q, k, v, state, log_decay, o, new,
+            q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3),
+            v.stride(0), v.stride(1), v.stride(3), *state.stride()[:3], *new.stride(),
+            heads, heads // k.shape[1], rows, columns, scale,
+        ),
+        {"ROWS": padded(rows), "COLUMNS": block},
+        num_warps=WARPS,
     )  # fmt: skip
     return o, new
 

@@ -152,11 +152,19 @@ class _Graph:
             session._run(self.tokens, self.states)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph), alone():
-            last, after = session._run(self.tokens, self.states)
-            self.logits = session._logits(last)
-            for state, new in zip(self.states, after, strict=True):
-                state.copy_(new)
+        layers = [block.attention for block in session.model.blocks]
+        for layer in layers:
+            layer.inplace = True
+        try:
+            with torch.cuda.graph(self.graph), alone():
+                last, after = session._run(self.tokens, self.states)
+                self.logits = session._logits(last)
+                for state, new in zip(self.states, after, strict=True):
+                    if new is not state:
+                        state.copy_(new)
+        finally:
+            for layer in layers:
+                layer.inplace = False
         for state, old in zip(self.states, held, strict=True):
             state.copy_(old)
 

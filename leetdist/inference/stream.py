@@ -136,9 +136,10 @@ class Stream:
             return
         everything = chain([first], pieces)
         device = first[0].device if self.device is None else self.device
-        if first[0].device == device:
+        if device.type != "cuda" or first[0].device == device:
             for piece in everything:
-                yield self._advance(*piece)
+                q, k, v = (x.to(device) for x in piece)
+                yield self._advance(q, k, v).to(piece[0].device)
         else:
             staging = Staging(device, WINDOW_TILES * self._tile)
             yield from staging.map(self._advance, everything, lambda: -self._open % self._tile)

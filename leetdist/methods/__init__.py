@@ -16,6 +16,7 @@ from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles
 from leetdist.methods import cost
+from leetdist.sequence.grid import default_tile
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
@@ -97,7 +98,7 @@ def kernels_for(problem: Problem, tokens: int) -> Kernels:
     """The kernels of the problem's method on its device; `tokens` are those of all ranks."""
     method = problem.method
     if method == "auto":
-        method = cost.choose(problem, tokens).method
+        method = cost.choose(problem, problem.tile or default_tile(tokens)).method
     module = importlib.import_module(f"leetdist.methods.{method}")
     return cast(Kernels, module.kernels(problem))
 

@@ -32,7 +32,7 @@ def with_state(
     state = (k * powers(log_decay, tokens.flip(0))).mT @ v
     if initial_state is not None:
         o = o + powers(log_decay, tokens + 1) * (q @ initial_state)
-        state = state + powers(log_decay, tokens[-1:] + 1) * initial_state
+        state = state + powers(log_decay, tokens.new_tensor([len(tokens)])) * initial_state
     return o, state
 
 

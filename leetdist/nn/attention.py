@@ -23,6 +23,9 @@ class _DecayAttention(nn.Module):
     checkpointing, which autograd runs later and in a thread of its own, sees the same ranks.
     """
 
+    inplace = False
+    """Whether a step of decoding overwrites its state, as a captured graph wants."""
+
     def __init__(
         self,
         heads: int,
@@ -68,7 +71,7 @@ class _DecayAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         decay = self.log_decay(q.device)
         if state is not None and q.shape[2] == 1 and self.group is None:
-            o, state = linear_attention_step(q, k, v, state, decay, scale=scale)
+            o, state = linear_attention_step(q, k, v, state, decay, scale=scale, inplace=self.inplace)
             return o.transpose(1, 2), state
         call = partial(
             linear_attention, q, k, v, decay,

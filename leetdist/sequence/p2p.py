@@ -90,10 +90,13 @@ class PointToPoint(Transport):
         self.bytes_sent += tensor.numel() * tensor.element_size()
         self.inboxes.put(tensor, to)
 
-    def receive_state(self, tensor: Tensor, source: int, what: str) -> Tensor:
-        if self.inboxes is None or not self.inboxes.serves(tensor, source):
-            return self.receive(tensor, source, what)
-        return self.inboxes.take(tensor, source)
+    @contextlib.contextmanager
+    def receive_state(self, shape: tuple[int, ...], like: Tensor, source: int, what: str) -> Iterator[Tensor]:
+        if self.inboxes is None or not self.inboxes.serves(like, source):
+            yield self.receive(like.new_empty(shape), source, what)
+        else:
+            with self.inboxes.taken(shape, like.dtype, source) as state:
+                yield state
 
     def flush(self) -> None:
         # What NCCL is given it also keeps (below): the stream need not wait until a neighbour has taken it. In a CUDA

@@ -27,6 +27,8 @@ rank, final states go to every rank, and their gradients go the same ways back.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,14 +54,16 @@ def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, 
     previous, following = (rank + 1, rank - 1) if reverse else (rank - 1, rank + 1)
     what = f"the {'gradient of the ' if reverse else ''}state of {lane} ({'backward' if reverse else 'forward'} scan)"
 
-    def receive() -> Tensor:
+    @contextmanager
+    def received() -> Iterator[Tensor]:
         assert transport is not None
-        with trace.span("receive", plan.rank, lane, states):
-            shape = (batch, len(lane.sent), dk, dv)
+        shape = (batch, len(lane.sent), dk, dv)
+        with ExitStack() as stack:
             carried = states.new_empty(shape)
-            if carried.numel():
-                transport.receive_state(carried, previous, what)
-            return lane.spread(carried)
+            with trace.span("receive", plan.rank, lane, states):
+                if lane.sent:
+                    carried = stack.enter_context(transport.receive_state(shape, states, previous, what))
+            yield lane.spread(carried)
 
     def hand_on(final: Tensor) -> None:
         assert transport is not None
@@ -71,20 +75,27 @@ def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, 
     # The tile that takes over what arrives: full, or the sequence's last and short.
     edge = tiles - 1 if reverse else 0
     early = before and lane.forgets and tiles > 0 and plan.tiles.spans[edge][1] == plan.tiles.size
-    carried = None
-    if before:
-        carried = states.new_zeros(batch, heads, dk, dv) if early else receive()
-        if initial is None:
-            rows = states.shape[0] * plan.tiles.num_segments - batch
-            initial = states.new_zeros(rows, heads, dk, dv)
-        initial = torch.cat((initial, carried) if reverse else (carried, initial))
-    with trace.span("fold", plan.rank, lane, states):
-        final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse)
-    if after:
-        hand_on(final)
-        final = final[batch:] if reverse else final[: final.shape[0] - batch]
+    carry: AbstractContextManager[Tensor | None] = nullcontext()
     if early:
-        states[:, :, edge] = receive()
+        carry = nullcontext(states.new_zeros(batch, heads, dk, dv))
+    elif before:
+        carry = received()
+    with carry as carried:
+        if carried is not None:
+            rows = batch * (plan.tiles.num_segments - 1)
+            if rows:
+                other = states.new_zeros(rows, heads, dk, dv) if initial is None else initial
+                initial = torch.cat((other, carried) if reverse else (carried, other))
+            else:
+                initial = carried
+        with trace.span("fold", plan.rank, lane, states):
+            final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse)
+        if after:
+            hand_on(final)
+            final = final[batch:] if reverse else final[: final.shape[0] - batch]
+    if early:
+        with received() as carried:
+            states[:, :, edge] = carried
     return final
 
 

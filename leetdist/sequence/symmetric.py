@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,29 +70,30 @@ class Inboxes:
         slot = self.sent.get(to, 0) % SLOTS
         self.sent[to] = slot + 1
         self._await(to, self._channel(self.rank, to, slot, free=True))
-        self._view(to, self.rank, slot, tensor).copy_(tensor)
+        self._view(to, self.rank, slot, tuple(tensor.shape), tensor.dtype).copy_(tensor)
         self._signal(to, self._channel(self.rank, to, slot, free=False))
 
-    def take(self, tensor: Tensor, source: int) -> Tensor:
+    @contextmanager
+    def taken(self, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> Iterator[Tensor]:
+        """The next message from `source`, in the inbox itself: what the stream does with it is launched inside."""
         slot = self.received.get(source, 0) % SLOTS
         self.received[source] = slot + 1
         self._await(source, self._channel(source, self.rank, slot, free=False))
-        tensor.copy_(self._view(self.rank, source, slot, tensor))
+        yield self._view(self.rank, source, slot, shape, dtype)
         self._signal(source, self._channel(source, self.rank, slot, free=True))
-        return tensor
 
     @staticmethod
     def _channel(source: int, to: int, slot: int, *, free: bool) -> int:
         """Channels are counted for each pair of ranks; states go right in the forward scan and left in the backward."""
         return ((source > to) * 2 + free) * SLOTS + slot
 
-    def _view(self, owner: int, source: int, slot: int, like: Tensor) -> Tensor:
+    def _view(self, owner: int, source: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The slot in `owner`'s inbox for what comes from `source`."""
         direction = int(source > owner)
-        key = (owner, direction, slot, like.shape, like.dtype)
+        key = (owner, direction, slot, shape, dtype)
         if key not in self.views:
-            offset = (direction * SLOTS + slot) * self.slot_bytes // like.element_size()
-            self.views[key] = self.handle.get_buffer(self.local[owner], like.shape, like.dtype, offset)
+            offset = (direction * SLOTS + slot) * self.slot_bytes // dtype.itemsize
+            self.views[key] = self.handle.get_buffer(self.local[owner], shape, dtype, offset)
         return self.views[key]
 
     def _signal(self, to: int, channel: int) -> None:

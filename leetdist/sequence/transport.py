@@ -68,9 +68,10 @@ class Transport(ABC):
         """`send` to a neighbour in the scan."""
         self.send(tensor, to, what)
 
-    def receive_state(self, tensor: Tensor, source: int, what: str) -> Tensor:
-        """`receive` from a neighbour in the scan."""
-        return self.receive(tensor, source, what)
+    @contextmanager
+    def receive_state(self, shape: tuple[int, ...], like: Tensor, source: int, what: str) -> Iterator[Tensor]:
+        """What a neighbour in the scan sends, of a shape, on the device and in the dtype of `like`; valid inside."""
+        yield self.receive(like.new_empty(shape), source, what)
 
     def others(self) -> Iterator[int]:
         return (rank for rank in range(self.size) if rank != self.rank)

@@ -1,0 +1,116 @@
+"""FleetAttention over 131,072 tokens: error, time, the floor, and LeetDecoding's own kernel in the same run.
+
+    python benchmarks/fleet.py --leetdecoding path/to/leetDecoding-0.0.3 --out benchmarks/results
+
+The floor: 3 fp32 operations a token, rank index and column on the CUDA cores (leetdist/methods/fleet.py), at the clock
+that the GPU reports as its highest; one operation a lane and clock, 128 lanes a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from leetdecoding import about, theirs
+
+import leetdist
+from leetdist.kernels.tiles import Tiles
+from leetdist.methods import kernels_for
+from leetdist.problem import describe
+from leetdist.reference import quadratic, relative_error
+from leetdist.sequence.grid import default_tile
+
+HEADS, DIM = 32, 128
+
+
+def milliseconds(call: Callable[[], Any], repeats: int = 9) -> float:
+    call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def floor(tokens: int) -> float:
+    """Milliseconds."""
+    clock = subprocess.run(
+        ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"], capture_output=True, text=True
+    )
+    lanes = 128 * torch.cuda.get_device_properties(0).multi_processor_count
+    return 3 * HEADS * tokens * DIM * DIM / (lanes * float(clock.stdout.split()[0]) * 1e6) * 1e3
+
+
+def measure(tokens: int, dtype: torch.dtype, other: dict[str, Any]) -> dict[str, Any]:
+    q, k, v = (torch.randn(1, HEADS, tokens, DIM, device="cuda", dtype=dtype) for _ in range(3))
+    decays = {"decay": -torch.logspace(-4, -0.1, HEADS, device="cuda"), "none": torch.zeros(HEADS, device="cuda")}
+    rows = torch.tensor([0, 1, tokens // 2 - 1, tokens // 2, tokens - 1], device="cuda")
+    result: dict[str, Any] = {"tokens": tokens, "dtype": str(dtype), "floor ms": floor(tokens)}
+    for name, log_decay in decays.items():
+        o = leetdist.linear_attention(q, k, v, log_decay, method="fleet")
+        result[f"error, {name}"] = max(
+            relative_error(o[:, p, rows], quadratic(q[:, p], k[:, p], v[:, p], log_decay[p], rows=rows))
+            for p in (slice(h, h + 1) for h in (0, HEADS // 2, HEADS - 1))
+        )
+        del o
+        for method in ("fleet", "causal_dot_product", "block"):
+            result[f"{method} ms, {name}"] = milliseconds(
+                lambda m=method, g=log_decay: leetdist.linear_attention(q, k, v, g, method=m)
+            )
+    log_decay, tiles = decays["decay"], Tiles(default_tile(tokens), (0, tokens))
+    options = {"scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "tile": None}
+    outputs = {"reverse": False, "scale": 1.0, "state_scale": 1.0, "out_dtype": dtype}
+    for method in ("fleet", "block"):
+        kernels = kernels_for(describe(q, k, v, None, method=method, **options), tokens)
+        states = kernels.tile_states(k, v, log_decay, tiles, reverse=False)
+        parts = {
+            "tile_states": lambda kernels=kernels: kernels.tile_states(k, v, log_decay, tiles, reverse=False),
+            "fold": lambda kernels=kernels, x=states: kernels.fold(x, None, log_decay, tiles, reverse=False),
+            "tile_outputs": lambda kernels=kernels, x=states: kernels.tile_outputs(
+                q, k, v, x, log_decay, tiles, **outputs
+            ),
+        }
+        for name, part in parts.items():
+            result[f"{method} {name} ms"] = milliseconds(part)
+    if "LeetDecoding FleetAttention" in other:
+        call = other["LeetDecoding FleetAttention"]
+        result["LeetDecoding FleetAttention ms"] = milliseconds(lambda: call(q, k, v, log_decay), repeats=1)
+        result["LeetDecoding FleetAttention error"] = relative_error(
+            call(q, k, v, log_decay)[:, :1, rows], quadratic(q[:, :1], k[:, :1], v[:, :1], log_decay[:1], rows=rows)
+        )
+    result["over the floor"] = result["fleet ms, decay"] / result["floor ms"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--leetdecoding", help="folder that holds LeetDecoding's package")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    arguments = parser.parse_args()
+    other = theirs(arguments.leetdecoding, only=["FleetAttention"])
+    results = [measure(arguments.tokens, getattr(torch, dtype), other) for dtype in arguments.dtypes]
+    print(json.dumps(results, indent=1))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        content = {**about("cuda"), "results": results}
+        (arguments.out / "fleet.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
