@@ -69,9 +69,9 @@ def device_mesh(sequence: int | None = None, *, device_type: str | None = None) 
 
 def _ranks(group: Any) -> int:
     """How many ranks a group has; nothing is set up to serve it yet."""
-    if isinstance(group, Transport):
-        return group.size
-    return group.size()  # type: ignore[no-any-return]
+    if not hasattr(group, "size"):
+        resolve(group)  # says what a group has to be
+    return int(group.size if isinstance(group, Transport) else group.size())
 
 
 def _dimensions(mesh: Any) -> dict[str, Any]:
