@@ -18,7 +18,7 @@ from helpers import free_port, run_ranks, values
 from leetdist.launch.text import Windows, documents, load_tokens
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
-ARGUMENTS = ["--text", __file__, "--tokens", "320", "--batch", "1", "--warmup", "2", "--lr", "0.003"]
+ARGUMENTS = ["--text", __file__, "--tokens", "160", "--batch", "1", "--warmup", "2", "--lr", "0.003"]
 
 pytest.importorskip("accelerate")
 
