@@ -69,7 +69,7 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def save(results: list[Result], facts: dict[str, Any], folder: Path, name: str) -> list[Path]:
+def save(results: list[Result], facts: dict[str, Any], folder: Path, name: str, *, plots: bool) -> list[Path]:
     """`name`.json, .csv and plots in `folder`; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{name}.json", folder / f"{name}.csv"]
@@ -79,6 +79,8 @@ def save(results: list[Result], facts: dict[str, Any], folder: Path, name: str) 
         writer = csv.DictWriter(file, [f.name for f in fields(Result)])
         writer.writeheader()
         writer.writerows(asdict(result) for result in results)
+    if not plots:
+        return written
     try:
         import matplotlib
     except ImportError:

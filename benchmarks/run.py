@@ -63,8 +63,9 @@ def main() -> int:
         return 0
     begin = time.monotonic()
     here, missing = contestants(arguments.base)
-    for name, reason in missing.items():
-        print(f"left out: {name}, {reason}")
+    for who, reason in missing.items():
+        print(f"left out: {who}, {reason}")
+    name = arguments.name or "-".join(arguments.suites)
     results: list[Result] = []
     facts: dict[str, object] = {}
     todo = [
@@ -85,11 +86,11 @@ def main() -> int:
         if not facts:
             facts = machine(device, copy_bandwidth(device))
             print(json.dumps(facts), flush=True)
-        who = [c for c in here if c.serves(case, which, device) and arguments.only in c.name]
+        chosen = [c for c in here if c.serves(case, which, device) and arguments.only in c.name]
         prefix = f"[{number}/{len(todo)}] {case.name}, {which}: "
         say(prefix)
         measured = run_case(
-            suite, case, which, who, device, facts["copy_bytes_per_second"], arguments.rounds,
+            suite, case, which, chosen, device, facts["copy_bytes_per_second"], arguments.rounds,
             lambda text, prefix=prefix: say(prefix + text),
         )  # fmt: skip
         for result in measured:
@@ -97,10 +98,10 @@ def main() -> int:
         results += measured
         say("")
         print(table(measured) + "\n", flush=True)
+        save(results, facts, arguments.out, name, plots=False)  # in case the rest is cut short
     if results:
-        name = arguments.name or "-".join(arguments.suites)
         print(table(results))
-        for path in save(results, facts, arguments.out, name):
+        for path in save(results, facts, arguments.out, name, plots=True):
             print(f"wrote {path}")
     return 0
 

@@ -213,7 +213,8 @@ def measure(
     tile = default_tile(tokens)
     mine = shard_lengths(tokens, ranks, tile)[bench.me.rank]
     group = None if transport is None else transport.group
-    calls, locally = passes(bench, mine, tile, transport), passes(bench, mine, tile, None)
+    tensors = schemes.inputs(mine, bench.args, bench.me.device)
+    calls, locally = passes(bench, tensors, tile, transport), passes(bench, tensors, tile, None)
     for name in calls:
         for graph in (False, True) if bench.args.graphs else (False,):
             call, alone = calls[name], locally[name]
@@ -223,9 +224,11 @@ def measure(
                 call()
                 sent += transport.bytes_sent
             if graph:
-                call, alone = captured(call), captured(alone)
+                torch.cuda.empty_cache()
+                call, alone = captured(call), captured(alone) if transport is not None else None
             seconds = bench.seconds(call, group)
             local = None if transport is None else bench.seconds(alone, group)
+            del call, alone
             if transport is None:
                 single[size, label] = seconds
             bench.add(
@@ -236,9 +239,9 @@ def measure(
             )  # fmt: skip
 
 
-def passes(bench: Bench, tokens: int, tile: int, transport: Any) -> dict[str, Callable[[], Any]]:
-    """The operator on this rank's `tokens`, forward alone and with its backward."""
-    q, k, v, do = schemes.inputs(tokens, bench.args, bench.me.device)
+def passes(bench: Bench, tensors: list[Tensor], tile: int, transport: Any) -> dict[str, Callable[[], Any]]:
+    """The operator on this rank's tokens, forward alone and with its backward."""
+    q, k, v, do = tensors
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     decay = lightning_slopes(bench.args.heads).to(bench.me.device)
 

@@ -33,7 +33,13 @@ def forward_pass(
         for lane in plan.lanes:
             with trace.span("tile states", plan.rank, lane, q):
                 states.put(
-                    lane, kernels.tile_states, k[:, lane.kv], v[:, lane.kv], log_decay[lane.heads], tiles, reverse=False
+                    lane,
+                    kernels.tile_states,
+                    _part(k, lane.kv),
+                    _part(v, lane.kv),
+                    _part(log_decay, lane.heads, 0),
+                    tiles,
+                    reverse=False,
                 )
             side.after(lane)
         initial = None
@@ -45,8 +51,8 @@ def forward_pass(
             side.join(lane)
             with trace.span("outputs", plan.rank, lane, q):
                 o.put(
-                    lane, kernels.tile_outputs, q[:, lane.heads], k[:, lane.kv], v[:, lane.kv], states[lane],
-                    log_decay[lane.heads], tiles,
+                    lane, kernels.tile_outputs, _part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv),
+                    states[lane], _part(log_decay, lane.heads, 0), tiles,
                     reverse=False, scale=problem.scale, state_scale=problem.scale, out_dtype=q.dtype,
                 )  # fmt: skip
         whole = None
@@ -85,8 +91,8 @@ def backward_pass(
         for lane in plan.lanes:
             with trace.span("tile states", plan.rank, lane, q):
                 grads.put(
-                    lane, kernels.tile_states, q[:, lane.heads], do[:, lane.heads], log_decay[lane.heads], tiles,
-                    reverse=True, scale=scale,
+                    lane, kernels.tile_states, _part(q, lane.heads), _part(do, lane.heads),
+                    _part(log_decay, lane.heads, 0), tiles, reverse=True, scale=scale,
                 )  # fmt: skip
             side.after(lane)
         if problem.return_state and (dfinal is not None or plan.transport is not None):
@@ -101,26 +107,47 @@ def backward_pass(
         for lane in plan.lanes:
             with trace.span("dq", plan.rank, lane, q):
                 dq.put(
-                    lane, kernels.tile_outputs, do[:, lane.heads], v[:, lane.kv], k[:, lane.kv], states[lane].mT,
-                    log_decay[lane.heads], tiles, reverse=False, scale=scale, state_scale=scale, out_dtype=q.dtype,
+                    lane, kernels.tile_outputs, _part(do, lane.heads), _part(v, lane.kv), _part(k, lane.kv),
+                    states[lane].mT, _part(log_decay, lane.heads, 0), tiles,
+                    reverse=False, scale=scale, state_scale=scale, out_dtype=q.dtype,
                 )  # fmt: skip
         dk, dv = (_Heads(x, x.shape[3], wide, plan, shared=True) for x in (k, v))
         for lane in plan.lanes:
             side.join(lane)
-            of_lane = (q[:, lane.heads], k[:, lane.kv], v[:, lane.kv], do[:, lane.heads])
+            of_lane = (_part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv), _part(do, lane.heads))
             with trace.span("dk, dv", plan.rank, lane, q):
                 common: dict[str, Any] = {"reverse": True, "scale": scale, "state_scale": 1.0, "out_dtype": wide}
                 q_, k_, v_, do_ = of_lane
-                dk.put(lane, kernels.tile_outputs, v_, do_, q_, grads[lane].mT, log_decay[lane.heads], tiles, **common)
-                dv.put(lane, kernels.tile_outputs, k_, q_, do_, grads[lane], log_decay[lane.heads], tiles, **common)
+                dk.put(
+                    lane,
+                    kernels.tile_outputs,
+                    v_,
+                    do_,
+                    q_,
+                    grads[lane].mT,
+                    _part(log_decay, lane.heads, 0),
+                    tiles,
+                    **common,
+                )
+                dv.put(
+                    lane,
+                    kernels.tile_outputs,
+                    k_,
+                    q_,
+                    do_,
+                    grads[lane],
+                    _part(log_decay, lane.heads, 0),
+                    tiles,
+                    **common,
+                )
 
         dlog_decay = None
         if needs_decay_grad:
             shares = {}
             for lane in plan.lanes:
-                of_lane = (q[:, lane.heads], k[:, lane.kv], v[:, lane.kv], do[:, lane.heads])
+                of_lane = (_part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv), _part(do, lane.heads))
                 shares[lane] = kernels.decay_gradient(
-                    *of_lane, states[lane], grads[lane], log_decay[lane.heads], tiles, scale=scale
+                    *of_lane, states[lane], grads[lane], _part(log_decay, lane.heads, 0), tiles, scale=scale
                 )
             dlog_decay = scan.decay_gradient_to_first(_in_order(shares, plan), log_decay, plan)
         dinitial_whole = None
@@ -244,7 +271,7 @@ class _Side:
                 if self.stream is not None:
                     self.stream.wait_event(self.begin[lane])
                 own = None if initial is None else initial[:, lane.heads].contiguous()
-                final[lane] = scan.scan(states[lane], own, log_decay[lane.heads], plan, lane, reverse=reverse)
+                final[lane] = scan.scan(states[lane], own, _part(log_decay, lane.heads, 0), plan, lane, reverse=reverse)
                 if self.stream is not None and self.main is not None:
                     final[lane].record_stream(self.main)
                     self.end[lane] = self.stream.record_event()
@@ -259,6 +286,9 @@ class _Side:
 def _together(x: Tensor, plan: Plan) -> Iterator[_Side]:
     """One pass over a group (or on this device alone): fp32 sums stay fp32 under autocast, and what was sent has left
     at the end."""
+    if plan.transport is None and not torch.is_autocast_enabled(x.device.type):
+        yield _Side(None)
+        return
     stream = None
     if plan.transport is not None and plan.transport.size > 1 and x.is_cuda:
         streams = plan.transport.streams
@@ -273,6 +303,11 @@ def _together(x: Tensor, plan: Plan) -> Iterator[_Side]:
             with plan.transport.call():
                 yield _Side(stream)
                 plan.transport.flush()
+
+
+def _part(x: Tensor, heads: slice, dim: int = 1) -> Tensor:
+    """x's `heads`; x itself where they are all, because a view takes a few microseconds too."""
+    return x if heads.stop - heads.start == x.shape[dim] else x.narrow(dim, heads.start, heads.stop - heads.start)
 
 
 def _in_order(lanes: dict[Lane, Tensor], plan: Plan) -> Tensor:

@@ -85,6 +85,12 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
             + ("named by the caller" if problem.tile else "chosen from the length of the whole sequence"),
             "shards": _shards(plan),
         }
+        if plan.transport is not None:
+            lines["states"] = (
+                f"by {plan.transport.kind}, {plan.sent_bytes():,} bytes from this rank in the forward scan, heads in "
+                f"{len(plan.lanes)} lane{'s' if len(plan.lanes) > 1 else ''}"
+            )
+            lines["hops"] = _hops(plan)
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
 
@@ -99,6 +105,19 @@ def _method(problem: Problem, tokens: int) -> str:
         f"{choice.method}: the least of the expected ms for 32 heads at the tile's usual length "
         f"({costs}; measured on {choice.measured_on})"
     )
+
+
+def _hops(plan: Plan) -> str:
+    """How many hops the heads' chains have."""
+    hops, last = plan.hops(), plan.layout.ranks - 1
+    why = {0: "decay at once", 1: "forget within a tile"}
+    parts = []
+    for count in sorted(set(hops), reverse=True):
+        heads = [str(head) for head, own in enumerate(hops) if own == count]
+        named = ", ".join(heads[:8]) + (", ..." if len(heads) > 8 else "")
+        reason = f", which {why[count]}" if count in why and count < last else ""
+        parts.append(f"{count} for {len(heads)} of the heads ({named}){reason}")
+    return "; ".join(parts)
 
 
 def _shards(plan: Plan) -> str:

@@ -93,6 +93,14 @@ class Plan:
         """Of the initial and the final state of the whole call."""
         return self.layout.num_states, self.problem.heads, self.problem.dk, self.problem.dv
 
+    def sent_bytes(self) -> int:
+        """Bytes of states that this rank sends in the forward scan."""
+        if self.transport is None or not self.layout.continues_to_right(self.rank):
+            return 0
+        heads = sum(len(lane.sent) for lane in self.lanes)
+        size = 8 if self.problem.dtype == torch.float64 else 4
+        return self.layout.batch * heads * self.problem.dk * self.problem.dv * size
+
     def hops(self) -> tuple[int, ...]:
         """How many hops the longest chain of each head has: as many as there are neighbours, 1 where a full tile is
         enough to forget, 0 for a mute head."""

@@ -134,6 +134,10 @@ def test_hops_by_head() -> None:
     }  # fmt: skip
     plans = leetdist.virtual_ranks(lambda group: plan_call(q, k, v, decay, transport=group, **options), 4)
     assert {plan.hops() for plan in plans} == {(3, 1, 0)}
+    assert [plan.sent_bytes() for plan in plans] == [2 * 4 * 16 * 16] * 3 + [0]
+    text = leetdist.virtual_ranks(lambda group: leetdist.explain(q, k, v, decay, tile=64, group=group), 4)[1]
+    assert "by virtual, 2,048 bytes from this rank" in text
+    assert "3 for 1 of the heads (0); 1 for 1 of the heads (1), which forget within a tile; 0 for 1" in text
 
 
 class Count:

@@ -12,7 +12,7 @@ if not hasattr(triton, "compile") or triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from leetdist.kernels.triton import block, fold, step  # noqa: E402
+from leetdist.kernels.triton import block, fleet, fold, step  # noqa: E402
 from leetdist.kernels.triton.configs import block_config, padded  # noqa: E402
 
 # Shared memory that one program may use, bytes: the CUDA programming guide's table of compute capabilities.
@@ -25,7 +25,7 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
     """Compile a kernel: `*_dtype` arguments are pointers to inputs, counts and strides are 64-bit."""
     pointers = {"out": NAMES[dtype] if kernel is block._tile_outputs else "*fp32", "table": "*i64"}
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
-    pointers |= {"state": "*fp32", "new": "*fp32"}
+    pointers |= {"state": "*fp32", "new": "*fp32", "decays": "*fp32"}
     signature, values = {}, {}
     for name in kernel.arg_names:
         if name in constants:
@@ -80,3 +80,10 @@ def test_fold_compiles(architecture: int) -> None:
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_step_compiles(architecture: int) -> None:
     compiled(step._step, architecture, step.WARPS, 1, torch.bfloat16, ROWS=128, COLUMNS=step.COLUMNS)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_fleet_compiles(architecture: int) -> None:
+    for rows, held in ((128, 32), (256, 16)):
+        constants = {"REGULAR": True, "REVERSE": False, "ROWS": rows, "COLUMNS": held}
+        compiled(fleet._fleet_outputs, architecture, 1, 1, torch.float32, **constants)

@@ -15,8 +15,10 @@ from torch import Tensor
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles, ceil_div
 from leetdist.kernels.triton.configs import Config, block_config, on_hopper, padded
-from leetdist.kernels.triton.fold import COUNTS, _powers, _span, _table
+from leetdist.kernels.triton.fold import COUNTS, _powers, _span, _table, fold
 from leetdist.kernels.triton.launch import launch
+
+__all__ = ["decay_gradient", "fold", "tile_outputs", "tile_states"]
 
 # exp(-x) is 0 in fp32 for x from here on.
 FP32_RANGE = tl.constexpr(104.0)

@@ -30,7 +30,7 @@ def on_hopper(rows: int, columns: int, dtype: torch.dtype, tile: int, device: to
     LEETDIST_HOPPER=0 takes the general kernels instead, which have other roundings.
     """
     return (
-        dtype == torch.bfloat16
+        dtype in (torch.bfloat16, torch.float16)
         and {rows, columns} <= {64, 128}
         and tile >= 128
         and device.type == "cuda"

@@ -93,11 +93,11 @@ def tile_outputs(
 @cache
 def _block(rows: int, columns: int) -> tuple[list[int], gl.NVMMASharedLayout]:
     block = [1, 1, rows, columns]
-    return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # and fp16
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Bulk copies of `rows` tokens of one head of x (B, H, N, D), bf16."""
+    """Bulk copies of `rows` tokens of one head of x (B, H, N, D), bf16 or fp16."""
     strides = _strides(x)
     if x.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in strides):
         x = x.contiguous()  # what bulk copies ask for
@@ -105,7 +105,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     found = TensorDescriptor.__new__(TensorDescriptor)  # its own checks take as long as a launch
     found.base, found.shape, found.strides, found.padding = x, x.shape, (*strides, 1), "zero"
     found.block_shape, found.layout = _block(rows, x.shape[3])
-    found.key = (rows, x.shape[3])
+    found.key = (rows, x.shape[3], x.dtype)
     return found
 
 
@@ -130,6 +130,25 @@ def _span(table, tile, tokens, tile_size, REGULAR: gl.constexpr):
         start = gl.load(table + 2 * tile)
         length = gl.load(table + 2 * tile + 1)
     return start, length.to(gl.int32)
+
+
+@gluon.jit
+def _hold(held, state):
+    """Store the state as an operand, and return the factor to multiply what is read by.
+
+    A state grows with the sequence and can exceed fp16's range, so fp16 holds it times a power of two, which is exact.
+    """
+    if held.dtype == gl.float16:
+        largest = gl.max(gl.max(gl.abs(state), 1), 0)
+        # The power of two below it, but so large that its inverse is finite; and the inverse.
+        power = gl.maximum(largest.to(gl.int32, bitcast=True) & 0x7F800000, 0x10000000)
+        inverse = (0x7F000000 - power).to(gl.float32, bitcast=True)
+        held.store((state * (inverse * 16384.0)).to(gl.float16))
+        unit = power.to(gl.float32, bitcast=True) / 16384.0
+    else:
+        held.store(state.to(held.dtype))
+        unit = 1.0
+    return unit
 
 
 @gluon.jit
@@ -325,15 +344,15 @@ def tile_outputs_kernel(
         _fetch(b, batch32, b_head, where, bar, b_ring.index(s), s < chunks)
         _fetch(c, batch32, c_head, where, bar, c_ring.index(s), s < chunks)
 
+    g = gl.load(log_decay + head) * LOG2E
     states += batch * state_batch + head * state_head + tile * state_tile
     i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))[:, None]
     j = gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
     state = gl.load(states + i * state_row + j * state_column)
-    held.store(state.to(dtype))
+    unit = _hold(held, state)
     fence_async_shared()
 
     out += batch * out_batch + head * out_head
-    g = gl.load(log_decay + head) * LOG2E
     before, count_before = start, 0
 
     for step in range(chunks):
@@ -377,12 +396,12 @@ def tile_outputs_kernel(
         state, high, low = warpgroup_mma_wait(0, [state, high, low])
         o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
         o = warpgroup_mma(a_i, held, o, use_acc=False, is_async=True)
-        from_state = _from_state(g, state_scale, count, CHUNK, REVERSE, WIDE)
+        from_state = _from_state(g, state_scale * unit, count, CHUNK, REVERSE, WIDE)
         o = warpgroup_mma_wait(0, [o])
         o = o * from_state
         o = warpgroup_mma(seen, c_i, o, is_async=True)
         gl.thread_barrier()  # all have read `held`
-        held.store(state.to(dtype))
+        unit = _hold(held, state)
         before, count_before = start + offset, count
         o, seen = warpgroup_mma_wait(0, [o, seen])
         if BY_ROWS:

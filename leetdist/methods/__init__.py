@@ -8,7 +8,7 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -96,6 +96,11 @@ def compose(
 
 def kernels_for(problem: Problem, tokens: int) -> Kernels:
     """The kernels of the problem's method on its device; `tokens` are those of all ranks."""
+    return _kernels_for(problem, tokens, os.environ.get("LEETDIST_BACKEND"))
+
+
+@lru_cache(maxsize=512)
+def _kernels_for(problem: Problem, tokens: int, _backend: str | None) -> Kernels:
     method = problem.method
     if method == "auto":
         method = cost.choose(problem, problem.tile or default_tile(tokens)).method

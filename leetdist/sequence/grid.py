@@ -52,6 +52,10 @@ class Layout:
         return tuple(accumulate(self.lengths, initial=0))
 
     @property
+    def ranks(self) -> int:
+        return len(self.lengths)
+
+    @property
     def num_states(self) -> int:
         return self.batch if self.documents is None else len(self.documents) - 1
 
