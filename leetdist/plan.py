@@ -177,14 +177,14 @@ def make_plan(
     rank = 0 if transport is None else transport.rank
     kernels = kernels_for(problem, layout.offsets[-1])
     tiles = layout.tiles(rank, tile)
+    forgetting = frozenset(() if decays is None else decays.forgetting(tile))
+    mute = frozenset(() if decays is None else decays.forgetting(1))
     lanes = 1
     if transport is not None and _writes_into_given(cast(Hashable, kernels)):
         lanes = problem.lanes or best_lanes(
             layout.batch, problem.heads, problem.kv_heads, problem.dk, problem.dv, layout.lengths, tile,
-            problem.device.type,
+            problem.device.type, forgetting=len(forgetting) / problem.heads,
         )  # fmt: skip
-    forgetting = frozenset(() if decays is None else decays.forgetting(tile))
-    mute = frozenset(() if decays is None else decays.forgetting(1))
     return Plan(
         problem=problem,
         kernels=kernels,
