@@ -324,10 +324,8 @@ def fit(paths: list[Path]) -> None:
 
 def _fitted(cells: list[Cell]) -> list[float]:
     times = torch.tensor([c.milliseconds or 0.0 for c in cells], dtype=torch.float64)
-    columns = torch.tensor(
-        [[1e-3, 1e-6 * min(default_tile(c.tokens), c.tokens), 1e-6 * c.batch * c.heads * c.tokens] for c in cells],
-        dtype=torch.float64,
-    )
+    rows = [(c.batch * c.heads, c.tokens, -(-c.tokens // default_tile(c.tokens))) for c in cells]
+    columns = torch.tensor([[1e-3, 1e-6 * n * tiles, 1e-6 * n * tokens] for n, tokens, tiles in rows]).double()
     used = [0, 1, 2]
     while True:
         weighted = columns[:, used] / times[:, None]
