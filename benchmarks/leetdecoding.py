@@ -226,6 +226,9 @@ def run(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
                 print(cell, str(error)[:300], file=sys.stderr)
             if (cell.milliseconds or 0.0) > 1e3 * arguments.limit:
                 slow.add(key)
+            if "AcceleratorError" in cell.note:  # nothing more can run in this process
+                yield cells
+                return
             if device.type == "cuda" and cell.note:
                 torch.cuda.empty_cache()
         del inputs
