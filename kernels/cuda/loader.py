@@ -80,14 +80,13 @@ def kernel(source: str, name: str, device: torch.device, defines: tuple[tuple[st
 
     major, minor = torch.cuda.get_device_capability(device)
     torch.cuda.current_stream(device)  # makes torch's context, which cuda-core then shares
-    chip = Device(device.index)
-    chip.set_current()
+    Device(device.index).set_current()
     module = ObjectCode.from_cubin(cubin(source, f"sm_{major}{minor}", defines))
     function = module.get_kernel(name)
 
     def run(grid: tuple[int, ...], block: int, *arguments: Any) -> None:
         with torch.cuda.device(device):
-            chip.set_current()  # a thread of autograd's has no context of its own yet
+            Device(device.index).set_current()  # a thread of autograd's may have no context yet
             stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
             launch(
                 stream,
