@@ -296,10 +296,10 @@ def figure(cells: list[Cell], path: Path) -> None:
 
 def about(device: str) -> dict[str, Any]:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    commit = Path(__file__).resolve().parents[1] / "COMMIT"  # where the tree was carried without git
+    commit = Path(__file__).resolve().parents[1] / "COMMIT"  # of a tree that was carried without its git folder
     return {
         "command": " ".join(["python", *sys.argv]),
-        "commit": git.stdout.strip() or (commit.read_text().strip() if commit.is_file() else "unknown"),
+        "commit": commit.read_text().strip() if commit.is_file() else git.stdout.strip() or "unknown",
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
