@@ -3,7 +3,7 @@
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
 On a GPU the work is the time of all kernels and copies (torch.profiler), because P threads of one Python program launch
-slower than one GPU computes; on the CPU it is the wall time with as many threads on both sides.
+slower than one GPU computes; on the CPU it is the processor time of all threads.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def work(call: Callable[[], Any], cuda: bool, repeat: int) -> float:
     spans = []
     for _ in range(repeat):
         if not cuda:
-            begin = time.perf_counter()
+            begin = time.process_time()
             call()
-            spans.append(time.perf_counter() - begin)
+            spans.append(time.process_time() - begin)
             continue
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -278,9 +278,12 @@ def model(bench: Bench, tokens: int, ranks: int, name: str) -> float | None:
     if not bench.cuda:
         return None  # its constants are a GPU's
     job = cost.Job(ranks, tokens, bench.args.heads, bench.args.dim, bench.args.dim)
-    lanes = cost.best_lanes(1, job.heads, job.heads, job.dk, job.dv, job.shards, job.grid, "cuda")
-    there = cost.forward(job, cost.Machine(), lanes).total
-    return there if name == "forward" else there + cost.backward(job, cost.Machine(), lanes).total
+    forgets = float((lightning_slopes(job.heads) * job.grid < -105).float().mean())
+    shape = (1, job.heads, job.heads, job.dk, job.dv, job.shards, job.grid)
+    lanes = cost.best_lanes(*shape, "cuda", forgetting=forgets)
+    there = cost.forward(job, cost.Machine(), lanes, forgetting=forgets).total
+    back = cost.backward(job, cost.Machine(), lanes, forgetting=forgets).total
+    return there if name == "forward" else there + back
 
 
 def measure_peers(

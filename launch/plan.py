@@ -100,7 +100,7 @@ def measure(heads: int, dim: int) -> Machine:
         memory=2 * start.numel() * start.element_size() / _seconds(fold, cuda),
     )
     # Messages between processes of one host, by gloo over loopback.
-    return machine if cuda else replace(machine, walk=0.0, launch=1e-4, hop=3e-4, link=1e9)
+    return machine if cuda else replace(machine, slots=1, launch=1e-4, hop=3e-4, link=1e9)
 
 
 def _seconds(call: object, cuda: bool, repeat: int = 7) -> float:
@@ -124,7 +124,7 @@ def _given(machine: Machine, assignments: list[str], parser: argparse.ArgumentPa
         if name not in known:
             parser.error(f"--set {assignment}: the constants are {', '.join(sorted(known))}")
         try:
-            changes: dict[str, Any] = {name: float(value)}
+            changes: dict[str, Any] = {name: int(value) if name == "slots" else float(value)}
             machine = replace(machine, **changes)
         except ValueError:
             parser.error(f"--set {assignment}: {value!r} is no number")
@@ -152,7 +152,16 @@ def _weak(job: Job, counts: list[int]) -> list[Job]:
 
 def _costs(job: Job, machine: Machine, forgetting: float) -> tuple[int, cost.Cost, cost.Cost]:
     lanes = cost.best_lanes(
-        job.batch, job.heads, job.heads, job.dk, job.dv, job.shards, job.grid, "cuda", machine=machine
+        job.batch,
+        job.heads,
+        job.heads,
+        job.dk,
+        job.dv,
+        job.shards,
+        job.grid,
+        "cuda",
+        machine=machine,
+        forgetting=forgetting,
     )
     there = cost.forward(job, machine, lanes, forgetting=forgetting)
     return lanes, there, cost.backward(job, machine, lanes, forgetting=forgetting)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import leetdist
-from leetdist import trace
-from leetdist.launch import plan as plan_command
 from leetdist.plan import make_lanes, plan_call
-from leetdist.sequence import cost
-from leetdist.sequence.cost import Job, Machine
+from leetdist.sequence.cost import Job
+from leetdist.sequence.symmetric import SLOTS, Inboxes, _obstacle
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors
 
@@ -56,8 +52,8 @@ def test_many_ranks_and_empty_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lanes_cover_the_heads() -> None:
     lanes = make_lanes(12, 6, 4, forgetting=frozenset({0, 1, 5, 11}), mute=frozenset({11}))
     assert sorted(h for lane in lanes for h in range(12)[lane.heads]) == list(range(12))
-    assert [lane.forgets for lane in lanes] == [False, False, False, True]  # long chains first
-    assert lanes[-1].heads == slice(0, 2)
+    assert [lane.forgets for lane in lanes] == [True, False, False, False]  # they wait for nobody
+    assert lanes[0].heads == slice(0, 2)
     sent = {range(12)[lane.heads][h] for lane in lanes for h in lane.sent}
     assert sent == set(range(11))
     assert len(make_lanes(4, 2, 8)) == 2  # heads that share k and v stay together
@@ -334,55 +330,25 @@ def test_only_the_initial_state_needs_a_gradient() -> None:
     assert torch.equal(ours, expected)
 
 
-def test_cost_model() -> None:
-    job = Job(ranks=8, tokens=131_072, heads=32, dk=128, dv=128)
-    assert job.state_bytes == 2 * 2**20
-    assert sum(job.shards) == job.tokens
-    machine = Machine()
-    alone, _ = cost.single(job, machine)
-    for lanes in (1, 2, 4):
-        there = cost.forward(job, machine, lanes)
-        assert alone.total / 8 < there.total < alone.total
-        assert 0 <= there.exposed < there.total
-        # A chain of one hop is never slower, an infinitely fast wire exposes next to nothing.
-        assert cost.forward(job, machine, lanes, forgetting=1.0).total <= there.total
-    free = Machine(hop=0.0, link=1e18, memory=1e18, launch=0.0)
-    assert cost.forward(job, free, 1).exposed < 1e-9
-    assert cost.lasp2(job, machine) < cost.lasp(job, machine)
-    assert cost.best_lanes(1, 32, 32, 128, 128, job.shards, job.grid, "cpu") == 1
-    assert cost.best_lanes(1, 32, 32, 128, 128, tuple([131_072] * 64), 4096, "cuda") > 1
+def test_where_symmetric_memory_can_be() -> None:
+    host, gpus = "a", ["0", "1"]
+    assert _obstacle([(host, gpu, False) for gpu in gpus]) is None
+    assert _obstacle([(host, "0", False)] * 2) == "ranks 0 and 1 share a GPU"
+    assert _obstacle([(host, "0", True)] * 2) is None
+    assert _obstacle([(host, "0", False), (host, "none", False)]) == "rank 1 has no GPU"
+    assert _obstacle([("a", "0", False), ("b", "0", False)]) == "no two ranks are on one host"
+    assert _obstacle([("a", "0", False), ("a", "1", False), ("b", "0", False)]) is None
 
 
-def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "plan.png"
-    arguments = "--ranks 1024 --tokens 1048576 --heads 32 --dim 128 --layers 2 --slopes --set hop=2e-5 --plot"
-    assert plan_command.main([*arguments.split(), str(picture)]) == 0
-    text = capsys.readouterr().out
-    assert "hop 2e-05" in text
-    assert "1024  " in text
-    assert picture.stat().st_size > 10_000
-    with pytest.raises(SystemExit):
-        plan_command.main(["--ranks", "2", "--tokens", "64", "--set", "speed=3"])
-    assert "--set speed=3" in capsys.readouterr().err
-
-
-def test_plan_measures_here(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan_command.main(["--ranks", "2", "--tokens", "4096", "--heads", "2", "--dim", "16", "--measure"]) == 0
-    assert "this CPU" in capsys.readouterr().out
-
-
-def test_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEETDIST_LANES", "2")
-    monkeypatch.setattr(trace, "_file", None)
-    trace.start(str(tmp_path / "trace.json"))
-    for _ in range(2):  # the second time, ranks append to what is there
-        assert sharded_differences(Case(256, 8, 8, heads=2, tile=64), 3) == []
-        trace.save()
-    events = json.loads((tmp_path / "trace.json").read_text() + "]")
-    spans = [event for event in events if event["ph"] == "X"]
-    assert {event["pid"] for event in spans} == {0, 1, 2}
-    assert {event["tid"] for event in spans} == {0, 1}
-    for rank, names in ((0, {"send"}), (1, {"send", "receive"}), (2, {"receive"})):
-        forward = [e["name"] for e in spans if e["pid"] == rank]
-        assert names <= set(forward) >= {"tile states", "fold", "outputs", "dq", "dk, dv"}
-    assert all(event["dur"] >= 0 for event in spans)
+def test_symmetric_slots() -> None:
+    """Every link has channels of its own between two ranks, and they fit the signal pads."""
+    channels = {
+        (source, to, slot, free): Inboxes._channel(source, to, slot, free=free)
+        for source, to in ((0, 1), (1, 0))
+        for slot in range(SLOTS)
+        for free in (False, True)
+    }
+    # A signal is told from others by who sends it, to whom, and its channel: "full" goes along, "free" comes back.
+    signals = {((t, s) if free else (s, t), channel) for (s, t, _, free), channel in channels.items()}
+    assert len(signals) == len(channels)
+    assert max(channels.values()) < 16

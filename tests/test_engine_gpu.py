@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import leetdist
 from helpers import run_ranks, values
+from leetdist.sequence import symmetric
 from leetdist.sequence.group import resolve
 from leetdist.testing.equality import Case, check, compute, differences, make_tensors
 
@@ -35,6 +36,9 @@ def test_lanes_are_equal(case: Case, lanes: int, monkeypatch: pytest.MonkeyPatch
 
 def on_one_gpu(rank: int, kind: str) -> list[str]:
     torch.cuda.set_device(0)
+    if kind == "two nodes":  # ranks 0 and 1 on one, rank 2 on another: a hop of each kind
+        real, kind = symmetric._place, "symmetric"
+        symmetric._place = lambda: (f"node {rank // 2}", *real()[1:])
     transport = resolve(dist.group.WORLD, kind)
     assert transport.kind == kind
     found = []
@@ -45,7 +49,7 @@ def on_one_gpu(rank: int, kind: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["p2p", "symmetric"])
+@pytest.mark.parametrize("kind", ["p2p", "symmetric", "two nodes"])
 def test_processes_on_one_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
     for found in values(run_ranks(on_one_gpu, 3, kind, timeout_s=120)):

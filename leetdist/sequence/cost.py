@@ -17,16 +17,15 @@ from leetdist.sequence.grid import default_tile, shard_lengths
 @dataclass(frozen=True)
 class Machine:
     """Rates in bytes/s, times in s. The defaults are one H200 and its NVLink, measured with bf16, H = 32, D = 128:
-    `states` and `outputs` as bytes of tokens read and written; `launch` what a kernel costs on top; `walk` a program's
-    time for one token of its tile; `slots` how many programs run at once; a hop takes `hop` + bytes / `link`."""
+    `states` and `outputs` as bytes of tokens read and written; `launch` what a kernel costs on top; `slots` how many
+    programs run at once; a hop takes `hop` + bytes / `link`."""
 
     name: str = "H200"
     states: float = 3.9e12
     outputs: float = 2.8e12
     memory: float = 4.28e12
     launch: float = 4e-6
-    walk: float = 1.0e-8
-    slots: int = 264
+    slots: int = 132
     hop: float = 9e-6
     link: float = 3.3e11
 
@@ -79,7 +78,8 @@ class Cost:
 
 
 def forward(job: Job, machine: Machine, lanes: int, *, forgetting: float = 0.0) -> Cost:
-    """`tile_states`, the scan, `tile_outputs`. forgetting: share of the lanes whose chain is one hop long."""
+    """`tile_states`, the scan, `tile_outputs`. forgetting: share of the heads that forget within a
+    tile, side by side as with Lightning's slopes."""
     k, v = job.dk * _share(job), job.dv * _share(job)
     return _simulate(job, machine, lanes, (k + v,), (), (job.dk + k + v + job.dv,), forgetting)
 
@@ -109,13 +109,19 @@ def best_lanes(
     tile: int,
     device_type: str,
     machine: Machine = Machine(),
+    forgetting: float = 0.0,
 ) -> int:
     """How many lanes are fastest. On the CPU one: nothing computes there while a message travels."""
     if device_type != "cuda" or len(lengths) < 2:
         return 1
     job = Job(len(lengths), sum(lengths), heads, dk, dv, batch, kv_heads, lengths=lengths, tile=tile)
     choices = [lanes for lanes in (1, 2, 4, 8) if lanes <= kv_heads]
-    return min(choices, key=lambda n: forward(job, machine, n).total + backward(job, machine, n).total)
+
+    def total(lanes: int) -> float:
+        there = forward(job, machine, lanes, forgetting=forgetting)
+        return there.total + backward(job, machine, lanes, forgetting=forgetting).total
+
+    return min(choices, key=total)
 
 
 def lasp(job: Job, machine: Machine) -> float:
@@ -158,15 +164,16 @@ def _simulate(
     """before, beside and after the scan: kernels by the elements that they read and write for a token and head."""
 
     def kernels(elements: tuple[float, ...], tokens: int, rate: float, parts: int) -> float:
-        size = job.batch * tokens * job.heads * job.itemsize / parts
-        programs = max(1.0, job.batch * job.heads * ceil_div(tokens, job.grid) / parts)
-        walk = machine.walk * min(tokens, job.grid) * ceil_div(int(programs), machine.slots)
-        return sum(max(size * count / rate, walk) + machine.launch for count in elements) if tokens else 0.0
+        # One program a tile and head, `slots` at a time, each at its share of the rate: too few leave the GPU idle.
+        programs = max(1, round(job.batch * job.heads * ceil_div(tokens, job.grid) / parts))
+        waves = ceil_div(programs, machine.slots) * machine.slots
+        size = waves * min(tokens, job.grid) * job.itemsize
+        return sum(size * count / rate + machine.launch for count in elements) if tokens else 0.0
 
     hop = machine.hop + job.state_bytes / lanes / machine.link
     arrived = [0.0] * lanes
     total = longest = 0.0
-    early = lanes - round(forgetting * lanes)  # lanes from this one on forget
+    early = int(forgetting * lanes)  # lanes up to this one forget: those without any other head
     for tokens in job.shards:
         tiles = ceil_div(tokens, job.grid)
         prepare = kernels(before, tokens, machine.states, lanes)
@@ -177,8 +184,8 @@ def _simulate(
         side, handed = 0.0, []
         for lane in range(lanes):
             ready = max(side, prepare * (lane + 1))
-            side = max(ready, arrived[lane]) + fold
-            handed.append((ready + fold if lane >= early else side) + hop)
+            side = max(ready + fold, arrived[lane]) if lane < early else max(ready, arrived[lane]) + fold
+            handed.append((ready + fold if lane < early else side) + hop)
             main = max(main, side) + finish
         arrived = handed
         total = max(total, main)

@@ -108,10 +108,12 @@ def states_from_first(states: Tensor | None, shape: tuple[int, ...], like: Tenso
     mine = plan.layout.beginning(plan.rank)
     if plan.rank == 0:
         assert states is not None
-        for rank in transport.others():
-            transport.send(states[plan.layout.beginning(rank)], rank, what)
+        # An exchange is through when it returns: the tensor is the caller's, who may write into it.
+        transport.exchange([(states[plan.layout.beginning(rank)], rank) for rank in transport.others()], [], what)
         return states[mine]
-    return transport.receive(like.new_empty(mine.stop - mine.start, *shape[1:]), 0, what)
+    received = like.new_empty(mine.stop - mine.start, *shape[1:])
+    transport.exchange([], [(received, 0)], what)
+    return received
 
 
 def states_to_first(states: Tensor, shape: tuple[int, ...], plan: Plan) -> Tensor | None:

@@ -133,8 +133,8 @@ def connect(transport: PointToPoint, wanted: str | None) -> None:
         transport.inboxes = None
         if wanted == "symmetric":
             raise ValueError(f"transport 'symmetric' cannot serve this group: {problems[0]}")
-    elif transport.inboxes is not None:
-        transport.kind = "symmetric"
+    else:
+        transport.kind = "symmetric"  # also on a rank that is alone on its node
 
 
 def _place() -> tuple[str, str, bool]:
@@ -148,6 +148,8 @@ def _place() -> tuple[str, str, bool]:
 
 
 def _obstacle(everyone: list[tuple[str, str, bool]]) -> str | None:
+    if len({host for host, *_ in everyone}) == len(everyone):
+        return "no two ranks are on one host"
     for rank, (host, gpu, may_share) in enumerate(everyone):
         if gpu == "none":
             return f"rank {rank} has no GPU"
