@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from leetdist.kernels.triton.hopper import (
+from leetdist.kernels.triton.hopper_kernels import (
     COUNTS,
     LOG2E,
     _decayed,
