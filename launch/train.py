@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--micro-batch", type=int, default=1, help="sequences at once on a data-parallel rank; the rest accumulates")
     add("--sequence-parallel", type=int, default=0, help="ranks that share a sequence (default: all)")
     add("--steps", type=int, default=200)
+    add("--seconds", type=float, help="stop, and save, after the first step that ends later than this")
     add("--lr", type=float, default=3e-4)
     add("--warmup", type=int, default=20, help="steps")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
@@ -127,7 +129,7 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
+    begin, options = time.monotonic(), parse(argv)
     joined_before = dist.is_initialized()
     mesh = leetdist.device_mesh(options.sequence_parallel or None)  # (1) data parallel x sequence parallel
     accelerator = make_accelerator(options)
@@ -167,10 +169,11 @@ def main(argv: list[str] | None = None) -> int:
                 group["lr"] = learning_rate(progress.step, options)
             loss, norm = train_step(accelerator, model, optimizer, batch, mesh, micro_batches, options)
             progress.advance(loss, norm)
-            last = progress.step == options.steps
+            last = progress.step == options.steps or out_of_time(begin, options.seconds, accelerator.device)
             if options.save_every >= 0 and (last or (options.save_every and not progress.step % options.save_every)):
                 checkpoint.write_atomically(options.out, progress.step, accelerator.save_state)
             if last:
+                options.steps = progress.step
                 break
     progress.end()
     if not joined_before:
@@ -178,6 +181,15 @@ def main(argv: list[str] | None = None) -> int:
             dist.barrier()  # without it, 5 of 160 runs aborted when the first rank left
         dist.destroy_process_group()
     return 0
+
+
+def out_of_time(begin: float, seconds: float | None, device: torch.device) -> bool:
+    """Whether the first rank's clock says so: all ranks must stop after the same step."""
+    if seconds is None:
+        return False
+    late = torch.tensor(time.monotonic() - begin > seconds, device=device)
+    dist.broadcast(late, 0)
+    return bool(late)
 
 
 def train_step(

@@ -72,6 +72,13 @@ def train(rank: int, *arguments: str) -> None:
     main([*ARGUMENTS, "--steps", "2", "--save-every", "-1", *arguments])
 
 
+def test_a_run_that_is_out_of_time_stops_and_saves(tmp_path: Path) -> None:
+    arguments = ("--steps", "5", "--seconds", "0", "--save-every", "0", "--out", str(tmp_path))
+    values(run_ranks(train, 2, *arguments, frameworks=True))
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
+    assert (tmp_path / "step-00000001" / "model.safetensors").exists()
+
+
 def test_a_transformers_model_from_a_folder(tmp_path: Path) -> None:
     """MiniMax, sharded over two ranks by the script as it is."""
     transformers = pytest.importorskip("transformers")

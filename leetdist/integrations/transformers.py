@@ -50,7 +50,8 @@ class LightningAttention(MiniMaxLightningAttention):
     def log_decay(self, device: torch.device) -> Tensor:
         """(H,) fp32: the slopes anew, because the model's buffers take the model's dtype."""
         if device not in self.decays:
-            self.decays[device] = -self.get_slope_rate(device).float().flatten()
+            # Without its `device`, which transformers before 5.23 does not have.
+            self.decays[device] = -self.get_slope_rate().float().flatten().to(device)
         return self.decays[device]
 
     def forward(
