@@ -204,8 +204,8 @@ def make_plan(
 def make_lanes(
     heads: int, kv_heads: int, count: int, forgetting: frozenset[int] = frozenset(), mute: frozenset[int] = frozenset()
 ) -> tuple[Lane, ...]:
-    """The heads in `count` lanes, those that share a head of k and v together. Lanes whose chain runs through all ranks
-    go first, because they take longest; those that forget wait for their neighbour only."""
+    """The heads in `count` lanes, those that share a head of k and v together. Those that forget go first: they
+    wait for their neighbour only, and their outputs are computed while the others' chains run through all ranks."""
     count = min(count, kv_heads)
     share = heads // kv_heads
     lanes: list[Lane] = []
@@ -220,7 +220,7 @@ def make_lanes(
                 forgets=forgetting.issuperset(own),
             )
         )
-    return tuple(sorted(lanes, key=lambda lane: lane.forgets))
+    return tuple(sorted(lanes, key=lambda lane: not lane.forgets))
 
 
 @cache

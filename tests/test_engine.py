@@ -52,8 +52,8 @@ def test_many_ranks_and_empty_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lanes_cover_the_heads() -> None:
     lanes = make_lanes(12, 6, 4, forgetting=frozenset({0, 1, 5, 11}), mute=frozenset({11}))
     assert sorted(h for lane in lanes for h in range(12)[lane.heads]) == list(range(12))
-    assert [lane.forgets for lane in lanes] == [False, False, False, True]  # long chains first
-    assert lanes[-1].heads == slice(0, 2)
+    assert [lane.forgets for lane in lanes] == [True, False, False, False]  # they wait for nobody
+    assert lanes[0].heads == slice(0, 2)
     sent = {range(12)[lane.heads][h] for lane in lanes for h in lane.sent}
     assert sent == set(range(11))
     assert len(make_lanes(4, 2, 8)) == 2  # heads that share k and v stay together

@@ -110,7 +110,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _strides(x: Tensor) -> list[int]:
-    """Of batch, head and token; where there is but one, some stride that is allowed."""
+    """Of batch, head and token; where there is but one, a stride means nothing, and is one that is allowed."""
     return [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
 
 
@@ -189,9 +189,13 @@ def _decayed(scores, g, scale, dtype: gl.constexpr, REVERSE: gl.constexpr, SCORE
 
 @gluon.jit
 def _two_parts(x, dtype: gl.constexpr):
-    """x as a sum of two numbers of `dtype`: rounding a weighted token would cost as much as rounding the output."""
-    high = x.to(dtype)
-    return high, (x - high.to(gl.float32)).to(dtype)
+    """x as a sum of two numbers of `dtype`: one rounding of weighted tokens costs as much as one of the output."""
+    if dtype == gl.bfloat16:
+        # The upper half of an fp32 number is a bf16 number: cheaper than to round it and convert it back.
+        high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    else:
+        high = x.to(dtype).to(gl.float32)
+    return high.to(dtype), (x - high).to(dtype)
 
 
 @gluon.jit

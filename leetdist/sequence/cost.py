@@ -173,7 +173,7 @@ def _simulate(
     hop = machine.hop + job.state_bytes / lanes / machine.link
     arrived = [0.0] * lanes
     total = longest = 0.0
-    early = lanes - int(forgetting * lanes)  # lanes from this one on forget: those without any other head
+    early = int(forgetting * lanes)  # lanes up to this one forget: those without any other head
     for tokens in job.shards:
         tiles = ceil_div(tokens, job.grid)
         prepare = kernels(before, tokens, machine.states, lanes)
@@ -184,8 +184,8 @@ def _simulate(
         side, handed = 0.0, []
         for lane in range(lanes):
             ready = max(side, prepare * (lane + 1))
-            side = max(ready, arrived[lane]) + fold
-            handed.append((ready + fold if lane >= early else side) + hop)
+            side = max(ready + fold, arrived[lane]) if lane < early else max(ready, arrived[lane]) + fold
+            handed.append((ready + fold if lane < early else side) + hop)
             main = max(main, side) + finish
         arrived = handed
         total = max(total, main)
