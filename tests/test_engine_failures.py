@@ -47,7 +47,8 @@ def before(stage: str, action: Callable[[], None], patch: pytest.MonkeyPatch) ->
 
 def call(group: Any, backward: Callable[[], None] = lambda: None) -> None:
     q, k, v = (torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3))
-    o, state = leetdist.linear_attention(q, k, v, return_state=True, group=group)
+    # The method whose primitives STAGES names.
+    o, state = leetdist.linear_attention(q, k, v, return_state=True, method="block", group=group)
     backward()
     (o.sum() + state.sum()).backward()
 

@@ -1,11 +1,29 @@
 """Variant 4."""
+
 from __future__ import annotations
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
-from leetdist.kernels.triton.hopper import (COUNTS, LOG2E, _exp2, _span, _fetch, _zero_rows, _two_parts, _from_state, _decayed, _hold, _write)
+
+from leetdist.kernels.triton.hopper_kernels import (
+    COUNTS,
+    LOG2E,
+    _decayed,
+    _exp2,
+    _fetch,
+    _from_state,
+    _hold,
+    _span,
+    _two_parts,
+    _write,
+    _zero_rows,
+)
 
 
 @gluon.jit
@@ -51,9 +69,7 @@ def tile_outputs_kernel(
     wide_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, COLUMNS], dtype)
     high = gl.allocate_shared_memory(dtype, [CHUNK, COLUMNS], wide_shared)
     low = gl.allocate_shared_memory(dtype, [CHUNK, COLUMNS], wide_shared)
-    seen = gl.allocate_shared_memory(
-        dtype, [CHUNK, CHUNK], gl.NVMMASharedLayout.get_default_for([CHUNK, CHUNK], dtype)
-    )
+    seen = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], gl.NVMMASharedLayout.get_default_for([CHUNK, CHUNK], dtype))
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
