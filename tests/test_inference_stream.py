@@ -13,12 +13,12 @@ from torch import Tensor
 
 import leetdist
 from leetdist.inference.state import State
-from leetdist.problem import METHODS
+from leetdist.problem import METHODS, ONE_DEVICE
 from leetdist.sequence.grid import default_tile
 
 H, DK, DV = 4, 16, 24
 LOG_DECAY = torch.tensor([0.0, -1e-3, -0.1, -3.0])
-TILED = [method for method in METHODS if method not in ("auto", "vanilla", "recursion")]
+TILED = [method for method in METHODS if method not in ("auto", *ONE_DEVICE)]
 
 
 def inputs(tokens: int, batch: int = 1, kv_heads: int = H, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -16,6 +16,9 @@ from leetdist.kernels.triton.launch import launch
 # are slower.
 COLUMNS = 64
 WARPS = 4
+# The compiler fuses products and sums in one kernel and not in the other, and then one token gives other bits than
+# several at once; so it may not, and what is to be fused is written as tl.fma.
+FUSION = False
 
 
 def step(
@@ -44,6 +47,7 @@ def step(
         ),
         {"ROWS": padded(rows), "COLUMNS": block},
         num_warps=WARPS,
+        enable_fp_fusion=FUSION,
     )  # fmt: skip
     return o, new
 
@@ -69,7 +73,7 @@ def _step(
     v_j = tl.load(v + j * v_dim, mask=j < columns, other=0.0).to(tl.float32)
     if log_decay is not None:
         held *= tl.exp(tl.load(log_decay + head))
-    held += k_i[:, None] * v_j[None, :]
+    held = tl.fma(tl.broadcast_to(k_i[:, None], held.shape), tl.broadcast_to(v_j[None, :], held.shape), held)
     new += batch * new_batch + head * new_head
     tl.store(new + i[:, None] * new_row + j[None, :] * new_column, held, mask=inside)
     total = tl.sum(q_i[:, None] * held, 0) * scale

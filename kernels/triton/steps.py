@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leetdist.kernels.tiles import ceil_div
 from leetdist.kernels.triton.configs import padded
-from leetdist.kernels.triton.step import COLUMNS, WARPS
+from leetdist.kernels.triton.step import COLUMNS, FUSION, WARPS
 
 
 def steps(
@@ -32,7 +32,7 @@ def steps(
         q, k, v, states, log_decay, o, index, lengths,
         *q.stride(), *k.stride(), *v.stride(), *states.stride(),
         heads, heads // k.shape[1], tokens, rows, columns, scale,
-        ROWS=padded(rows), COLUMNS=block, num_warps=WARPS,
+        ROWS=padded(rows), COLUMNS=block, num_warps=WARPS, enable_fp_fusion=FUSION,
     )  # fmt: skip
     return o
 
@@ -69,7 +69,7 @@ def _steps(
         v_j = tl.load(v + t * v_token, mask=j < columns, other=0.0).to(tl.float32)
         if log_decay is not None:
             held *= gamma
-        held += k_i[:, None] * v_j[None, :]
+        held = tl.fma(tl.broadcast_to(k_i[:, None], held.shape), tl.broadcast_to(v_j[None, :], held.shape), held)
         if t + 1 == kept:
             tl.store(pointers, held.to(states.dtype.element_ty), mask=inside)
         total = tl.sum(q_i[:, None] * held, 0) * scale

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from leetdist.problem import describe
+from leetdist.problem import ONE_DEVICE, describe
 
 if TYPE_CHECKING:
     from leetdist.inference.state import State
@@ -58,7 +58,7 @@ def check_piece(
     after: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """One piece of a stream; `after`: the state, keys and values that it continues."""
-    if method in ("vanilla", "recursion"):
+    if method in ONE_DEVICE:
         raise ValueError(f"method must be one that works tile by tile, got {method!r}: it takes a sequence as a whole")
     describe(
         q, k, v, log_decay, ranks=ranks,
