@@ -62,7 +62,7 @@ def fma_rate() -> float:
     blocks, threads, each = 8 * torch.cuda.get_device_properties(0).multi_processor_count, 256, 16 * 8192
     out = torch.empty(blocks * threads, device="cuda")
     source = str(Path(__file__).resolve().parent / "fma.cu")
-    launch = kernel(source, "fma", torch.device("cuda", 0), ())
+    launch = kernel(source, "fma_rate", torch.device("cuda", 0), ())
     return blocks * threads * each / (milliseconds(lambda: launch((blocks,), threads, out.data_ptr(), 0.5)) * 1e-3)
 
 
