@@ -62,7 +62,7 @@ def fma_rate() -> float:
     blocks, threads, each = 8 * torch.cuda.get_device_properties(0).multi_processor_count, 256, 16 * 8192
     out = torch.empty(blocks * threads, device="cuda")
     source = str(Path(__file__).resolve().parent / "fma.cu")
-    launch = kernel(source, "fma", torch.device("cuda", 0), ())
+    launch = kernel(source, "fma_rate", torch.device("cuda", 0), ())
     return blocks * threads * each / (milliseconds(lambda: launch((blocks,), threads, out.data_ptr(), 0.5)) * 1e-3)
 
 
@@ -115,13 +115,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the results")
     arguments = parser.parse_args()
     other = theirs(arguments.leetdecoding, only=["FleetAttention"])
-    results = [measure(arguments.tokens, getattr(torch, dtype), other) for dtype in arguments.dtypes]
-    rate = fma_rate()
-    print(json.dumps(results, indent=1), f"{rate:.3e} fma/s")
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        content = {**about("cuda"), "fma a second": rate, "results": results}
-        (arguments.out / "fleet.json").write_text(json.dumps(content, indent=1) + "\n")
+    content: dict[str, Any] = {**about("cuda"), "fma a second": fma_rate(), "results": []}
+    for dtype in arguments.dtypes:
+        content["results"].append(measure(arguments.tokens, getattr(torch, dtype), other))
+        print(json.dumps(content, indent=1))
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            (arguments.out / "fleet.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

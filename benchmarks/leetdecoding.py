@@ -61,7 +61,8 @@ class Cell:
 
     @property
     def text(self) -> str:
-        return f"{self.milliseconds:.3g}" if self.milliseconds and not self.note else self.note
+        time = "" if self.milliseconds is None else f"{self.milliseconds:.3g}"
+        return f"{time} {self.note}".strip()
 
 
 def ours() -> dict[str, Attention]:
@@ -278,18 +279,21 @@ def figure(cells: list[Cell], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = sorted({(c.dtype, c.batch) for c in cells})
-    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 5), squeeze=False, sharey=True)
-    for axis, (dtype, batch) in zip(axes[0], panels, strict=True):
+    across = -(-len(panels) // 2)
+    fig, axes = plt.subplots(2, across, figsize=(5 * across, 9), squeeze=False, sharey=True)
+    for axis, (dtype, batch) in zip(axes.flat, panels, strict=False):
         for name in dict.fromkeys(c.contestant for c in cells):
             line = [c for c in cells if (c.contestant, c.dtype, c.batch) == (name, dtype, batch)]
-            good = [(c.tokens, c.milliseconds) for c in line if c.milliseconds and not c.note]
-            if good:
-                style = "-o" if name.startswith("leetdist") else "--x"
-                axis.plot(*zip(*sorted(good), strict=True), style, markersize=3, label=name)
+            timed = [(c.tokens, c.milliseconds) for c in line if c.milliseconds]
+            if timed:
+                wrong = any(c.note.startswith("wrong") for c in line)
+                style = "-o" if name.startswith("leetdist") else ":x" if wrong else "--x"
+                label = f"{name} (wrong)" if wrong else name
+                axis.plot(*zip(*sorted(timed), strict=True), style, markersize=3, label=label)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{dtype}, batch {batch}")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("ms")
-    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0][0].legend(fontsize=7, loc="upper left")
     fig.tight_layout()
     fig.savefig(path, dpi=110)
 

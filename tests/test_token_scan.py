@@ -181,6 +181,12 @@ def test_nvrtc_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(not loader.available(), reason="needs cuda-core and NVRTC")
+def test_the_benchmarks_kernel_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path))
+    assert loader.cubin(str(HERE.parent / "benchmarks" / "fma.cu"), "sm_90", ())[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(not loader.available(), reason="needs cuda-core and NVRTC")
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path / "file" / "below"))

@@ -41,9 +41,8 @@ def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) 
     path = cache_folder() / f"{hashlib.sha256(repr(described).encode()).hexdigest()[:32]}.cubin"
     if path.is_file():
         return path.read_bytes()
-    options = ProgramOptions(
-        std="c++17", arch=architecture, define_macro=[(name, str(value)) for name, value in defines]
-    )
+    macros = [(name, str(value)) for name, value in defines]
+    options = ProgramOptions(std="c++17", arch=architecture, define_macro=macros or None)
     made = bytes(Program(code, "c++", options).compile("cubin").code)
     _keep(path, made)
     return made
