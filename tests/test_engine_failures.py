@@ -31,7 +31,7 @@ STAGES: dict[str, tuple[Any, str]] = {
 }
 PLACES = [(stage, "forward") for stage in ("agreement", "receive", "fold", "send")]
 PLACES += [(stage, "backward") for stage in ("tile states", "fold", "outputs")]  # no agreement there
-CASE = Case(300, 16, 16, heads=2, tile=32, initial=True, decay="slow")
+CASE = Case(300, 16, 16, heads=2, tile=32, initial=True, decay="slow", method="block")
 
 
 def before(stage: str, action: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def before(stage: str, action: Callable[[], None], patch: pytest.MonkeyPatch) ->
 
 def call(group: Any, backward: Callable[[], None] = lambda: None) -> None:
     q, k, v = (torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3))
-    o, state = leetdist.linear_attention(q, k, v, return_state=True, group=group)
+    o, state = leetdist.linear_attention(q, k, v, return_state=True, group=group, method="block")
     backward()
     (o.sum() + state.sum()).backward()
 
