@@ -141,3 +141,20 @@ def be_late(rank: int) -> list[str]:
 
 def test_a_rank_that_is_late() -> None:
     assert values(run_ranks(be_late, 3)) == [[], [], []]
+
+
+def companions(rank: int) -> list[list[int]]:
+    """Hosts of groups that not all ranks are in: names that count a rank's groups would not fit together."""
+    heard = []
+    for ranks in ([0, 1], [0, 1, 2], [1, 2]):
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            transport = p2p.PointToPoint(group)
+            transport.host_group = p2p._companion(group)
+            heard.append(transport.gather_objects(rank, "a number"))
+    return heard
+
+
+def test_companions_of_uneven_groups() -> None:
+    everyone = [[0, 1], [0, 1, 2], [1, 2]]
+    assert values(run_ranks(companions, 3)) == [everyone[:2], everyone, everyone[1:]]
