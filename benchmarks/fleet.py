@@ -3,7 +3,8 @@
     python benchmarks/fleet.py --leetdecoding path/to/leetDecoding-0.0.3 --out benchmarks/results
 
 The floor: 3 fp32 operations a token, rank index and column on the CUDA cores (leetdist/methods/fleet.py), at the clock
-that the GPU reports as its highest; one operation a lane and clock, 128 lanes a multiprocessor.
+that the GPU reports as its highest; one operation a lane and clock, 128 lanes a multiprocessor. Beside it the rate of
+fused multiply-adds that a kernel of nothing else (benchmarks/fma.cu) reaches in the same run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from leetdecoding import about, theirs
 
 import leetdist
+from leetdist.kernels.cuda.loader import kernel
 from leetdist.kernels.tiles import Tiles
 from leetdist.methods import kernels_for
 from leetdist.problem import describe
@@ -53,6 +55,15 @@ def floor(tokens: int) -> float:
     )
     lanes = 128 * torch.cuda.get_device_properties(0).multi_processor_count
     return 3 * HEADS * tokens * DIM * DIM / (lanes * float(clock.stdout.split()[0]) * 1e6) * 1e3
+
+
+def fma_rate() -> float:
+    """Fused multiply-adds a second, of a kernel that does nothing else."""
+    blocks, threads, each = 8 * torch.cuda.get_device_properties(0).multi_processor_count, 256, 16 * 8192
+    out = torch.empty(blocks * threads, device="cuda")
+    source = str(Path(__file__).resolve().parent / "fma.cu")
+    launch = kernel(source, "fma", torch.device("cuda", 0), ())
+    return blocks * threads * each / (milliseconds(lambda: launch((blocks,), threads, out.data_ptr(), 0.5)) * 1e-3)
 
 
 def measure(tokens: int, dtype: torch.dtype, other: dict[str, Any]) -> dict[str, Any]:
@@ -105,10 +116,11 @@ def main() -> None:
     arguments = parser.parse_args()
     other = theirs(arguments.leetdecoding, only=["FleetAttention"])
     results = [measure(arguments.tokens, getattr(torch, dtype), other) for dtype in arguments.dtypes]
-    print(json.dumps(results, indent=1))
+    rate = fma_rate()
+    print(json.dumps(results, indent=1), f"{rate:.3e} fma/s")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        content = {**about("cuda"), "results": results}
+        content = {**about("cuda"), "fma a second": rate, "results": results}
         (arguments.out / "fleet.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

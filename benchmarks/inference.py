@@ -365,12 +365,13 @@ def main() -> None:
             print(f"  {_shown(row)}  [{time.perf_counter() - begin:.0f} s]", flush=True)
             path.write_text(json.dumps(results, indent=1))
     print(f"\n{path}")
-    try:
-        from inference_plot import plot  # needs matplotlib
+    if results.get("contexts") and results.get("operator_decode"):
+        try:
+            from inference_plot import plot  # needs matplotlib
 
-        plot(path)
-    except Exception:
-        traceback.print_exc()
+            plot(path)
+        except ImportError as error:
+            print(f"no plot: {error}")
 
 
 if __name__ == "__main__":

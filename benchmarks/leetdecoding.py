@@ -226,6 +226,9 @@ def run(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
                 print(cell, str(error)[:300], file=sys.stderr)
             if (cell.milliseconds or 0.0) > 1e3 * arguments.limit:
                 slow.add(key)
+            if "AcceleratorError" in cell.note:  # nothing more can run in this process
+                yield cells
+                return
             if device.type == "cuda" and cell.note:
                 torch.cuda.empty_cache()
         del inputs
@@ -293,10 +296,10 @@ def figure(cells: list[Cell], path: Path) -> None:
 
 def about(device: str) -> dict[str, Any]:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    commit = Path(__file__).resolve().parents[1] / "COMMIT"  # where the tree was carried without git
+    commit = Path(__file__).resolve().parents[1] / "COMMIT"  # of a tree that was carried without its git folder
     return {
         "command": " ".join(["python", *sys.argv]),
-        "commit": git.stdout.strip() or (commit.read_text().strip() if commit.is_file() else "unknown"),
+        "commit": commit.read_text().strip() if commit.is_file() else git.stdout.strip() or "unknown",
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -324,10 +327,8 @@ def fit(paths: list[Path]) -> None:
 
 def _fitted(cells: list[Cell]) -> list[float]:
     times = torch.tensor([c.milliseconds or 0.0 for c in cells], dtype=torch.float64)
-    columns = torch.tensor(
-        [[1e-3, 1e-6 * min(default_tile(c.tokens), c.tokens), 1e-6 * c.batch * c.heads * c.tokens] for c in cells],
-        dtype=torch.float64,
-    )
+    rows = [(c.batch * c.heads, c.tokens, -(-c.tokens // default_tile(c.tokens))) for c in cells]
+    columns = torch.tensor([[1e-3, 1e-6 * n * tiles, 1e-6 * n * tokens] for n, tokens, tiles in rows]).double()
     used = [0, 1, 2]
     while True:
         weighted = columns[:, used] / times[:, None]

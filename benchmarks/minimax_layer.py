@@ -52,22 +52,32 @@ def forward_backward(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
     call(layer, x).backward(dy)
 
 
-def timed(function: Callable[[], Any], device: torch.device, repeats: int) -> tuple[float, float]:
-    """Median milliseconds, and the most memory in GiB beyond what was there before."""
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begin))
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else float("nan")
-    return statistics.median(times), peak
+def project(projections: list[nn.Module], x: Tensor) -> None:
+    with torch.no_grad():
+        for projection in projections:
+            projection(x)
+
+
+def timed(
+    functions: dict[str, Callable[[], Any]], device: torch.device, repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median milliseconds of each, taken in turns, and the most memory in GiB beyond what was there before."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    peaks = {}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            begin = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            if repeat:  # the first one warms up
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: statistics.median(each) for name, each in times.items()}, peaks
 
 
 def main() -> None:
@@ -104,23 +114,21 @@ def main() -> None:
         "torch": torch.__version__, "python": platform.python_version(), "dtype": str(dtype).removeprefix("torch."),
         "tokens": options.tokens, "hidden": options.hidden, "relative_error": errors, "ms": {}, "peak_gib": {},
     }  # fmt: skip
-    for what, function in (("forward", forward), ("forward + backward", forward_backward)):
-        grown = x.requires_grad_(function is forward_backward)
-        for name, layer in (("transformers", theirs), ("leetdist", ours)):
-            try:
-                ms, gib = timed(partial(function, layer, grown, dy), device, options.repeats)
-            except torch.OutOfMemoryError:
-                ms = gib = float("nan")
-            result["ms"].setdefault(what, {})[name] = ms
-            result["peak_gib"].setdefault(what, {})[name] = gib
-        old, new = result["ms"][what]["transformers"], result["ms"][what]["leetdist"]
-        print(f"{what:<20} transformers {old:9.1f} ms   leetdist {new:9.1f} ms   {old / new:5.1f} x")
-    # What no operator can save: the three projections and the gate.
+    # What no operator can save: the projections and the gate.
     projections = [theirs.qkv_proj, theirs.output_gate, theirs.out_proj]
-    with torch.no_grad():
-        ms, _ = timed(lambda: [p(x) for p in projections], device, options.repeats)
-    result["ms"]["projections, forward"] = ms
-    print(f"projections alone, forward: {ms:.1f} ms")
+    layers = {"transformers": theirs, "leetdist": ours}
+    for what, function in (("forward", forward), ("forward + backward", forward_backward)):
+        x.requires_grad_(function is forward_backward)
+        calls: dict[str, Callable[[], Any]] = {n: partial(function, layer, x, dy) for n, layer in layers.items()}
+        if function is forward:
+            calls["projections alone"] = partial(project, projections, x)
+        ms, peak = timed(calls, device, options.repeats)
+        result["ms"][what], result["peak_gib"][what] = ms, peak
+        print(
+            f"{what:<20}" + "   ".join(f"{name} {value:.1f} ms" for name, value in ms.items())
+            + f"   {ms['transformers'] / ms['leetdist']:.1f} x   GiB: "
+            + ", ".join(f"{name} {value:.1f}" for name, value in peak.items())
+        )  # fmt: skip
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -40,6 +40,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", metavar="REV", help="an earlier commit to compare with")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--only", default="", help="only contestants whose name contains this")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME[/PASS]",
+        help="leave out a contestant, or one of its passes; may be repeated",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds a contestant (20)")
     parser.add_argument("--seconds", type=float, help="start no further case after this long")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -86,7 +93,14 @@ def main() -> int:
         if not facts:
             facts = machine(device, copy_bandwidth(device))
             print(json.dumps(facts), flush=True)
-        chosen = [c for c in here if c.serves(case, which, device) and arguments.only in c.name]
+        left_out = set(arguments.without)
+        chosen = [
+            c
+            for c in here
+            if c.serves(case, which, device)
+            and arguments.only in c.name
+            and left_out.isdisjoint((c.name, f"{c.name}/{which}"))
+        ]
         prefix = f"[{number}/{len(todo)}] {case.name}, {which}: "
         say(prefix)
         measured = run_case(

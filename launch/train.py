@@ -78,7 +78,8 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
         how["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Block"],
+            # A transformers model names its own.
+            transformer_cls_names_to_wrap=["Block"] if options.model in PRESETS else None,
             state_dict_type="SHARDED_STATE_DICT",
         )
     if importlib.util.find_spec("tensorboard"):
@@ -173,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
                 break
     progress.end()
     if not joined_before:
-        dist.barrier()  # without it, 5 of 160 runs aborted when the first rank left
+        if mesh.size() > 1:
+            dist.barrier()  # without it, 5 of 160 runs aborted when the first rank left
         dist.destroy_process_group()
     return 0
 
@@ -201,7 +203,7 @@ def train_step(
             logits, labels = logits_of(model, part, options), part["shift_labels"]  # (4) labels are shifted already
             loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
             # (5) the mean over every rank's labels; times micro_batches, by which accelerate divides
-            loss = leetdist.reduce_loss(loss_sum, labels.numel(), mesh, total_tokens=total)
+            loss = leetdist.reduce_loss(loss_sum, (labels != -100).sum(), mesh, total_tokens=total)
             accelerator.backward(loss * micro_batches)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), options.clip)

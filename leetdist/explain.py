@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from leetdist.methods import backend_of, cost
+from leetdist.methods import backend_of, choice_for
 from leetdist.plan import plan_call
 from leetdist.problem import ONE_DEVICE, describe
-from leetdist.sequence.grid import default_tile
 from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
@@ -99,10 +98,10 @@ def _method(problem: Problem, tokens: int) -> str:
         return f"{problem.method}: named by the caller; one device, no tiles"
     if problem.method != "auto":
         return f"{problem.method}: named by the caller"
-    choice = cost.choose(problem, problem.tile or default_tile(tokens))
+    choice = choice_for(problem, tokens)
     costs = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in sorted(choice.seconds.items(), key=lambda x: x[1]))
     return (
-        f"{choice.method}: the least of the expected ms for 32 heads at the tile's usual length "
+        f"{choice.method}: the least of the expected ms for 4 x 32 heads at the tile's usual length "
         f"({costs}; measured on {choice.measured_on})"
     )
 

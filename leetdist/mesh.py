@@ -67,6 +67,13 @@ def device_mesh(sequence: int | None = None, *, device_type: str | None = None) 
     return init_device_mesh(device_type, (ranks // sequence, sequence), mesh_dim_names=("dp", "sp"))
 
 
+def _ranks(group: Any) -> int:
+    """How many ranks a group has; nothing is set up to serve it yet."""
+    if not hasattr(group, "size"):
+        resolve(group)  # says what a group has to be
+    return int(group.size if isinstance(group, Transport) else group.size())
+
+
 def _dimensions(mesh: Any) -> dict[str, Any]:
     """Name -> 1-D mesh, for each dimension of a DeviceMesh with names; nothing for what else serves as a group."""
     names = getattr(mesh, "mesh_dim_names", None) or ()
@@ -83,8 +90,7 @@ def sequence_group(mesh: Mesh | None) -> Group | None:
         if len(found) != 1:
             raise ValueError(f"mesh must have one dimension named sp or cp, got the dimensions {tuple(dimensions)}")
         (group,) = found
-    transport = resolve(group)
-    return group if transport is not None and transport.size > 1 else None
+    return group if _ranks(group) > 1 else None
 
 
 def data_rank(mesh: Mesh | None) -> tuple[int, int]:
@@ -107,8 +113,8 @@ def all_transports(mesh: Mesh | None) -> list[Transport]:
                 f"{', '.join(SEQUENCE_NAMES + DATA_NAMES)}"
             )
     groups = list(dimensions.values()) or ([] if mesh is None else [mesh])
-    found = [resolve(group) for group in groups]
-    return [transport for transport in found if transport is not None and transport.size > 1]
+    found = [resolve(group) for group in groups if _ranks(group) > 1]
+    return [transport for transport in found if transport is not None]
 
 
 def process_group(transport: Transport) -> dist.ProcessGroup | None:

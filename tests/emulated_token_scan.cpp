@@ -1,19 +1,8 @@
-// token_scan.cu for the CPU: the two kernels, one launch each, through a C interface.
+// token_scan.cu for the CPU: the kernel through a C interface.
 #include "emulated_cuda.h"
 #define IN 0
 #define OUT 0
 #include "../kernels/cuda/token_scan.cu"
-
-extern "C" void run_tile_states(
-    const float* b, Long b_batch, Long b_head, Long b_token, Long b_share, const float* c, Long c_batch, Long c_head,
-    Long c_token, Long c_share, const float* log_decay, float* out, const Long* table, Long heads, Long tiles, Long size,
-    Long all_tokens, Long ranks, Long columns, Long reverse, float scale, Long blocks
-) {
-    emulator.run(blocks, (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS, THREADS, [=] {
-        tile_states(b, b_batch, b_head, b_token, b_share, c, c_batch, c_head, c_token, c_share, log_decay, out, table,
-                    heads, tiles, size, all_tokens, ranks, columns, reverse, scale);
-    });
-}
 
 extern "C" void run_tile_outputs(
     const float* a, Long a_batch, Long a_head, Long a_token, Long a_share, const float* b, Long b_batch, Long b_head,

@@ -141,6 +141,11 @@ def test_bad_losses_are_errors() -> None:
         leetdist.reduce_loss(torch.zeros(()), 2, None, gradients="median")  # type: ignore[arg-type]
 
 
+def test_what_is_no_group_is_refused() -> None:
+    with pytest.raises(ValueError, match="got str"):
+        leetdist.shard_batch(batch_of(64), "sp")  # type: ignore[arg-type]
+
+
 def test_a_mesh_without_a_sequence_dimension_is_refused() -> None:
     class Mesh:
         mesh_dim_names = ("dp", "tp")

@@ -19,7 +19,21 @@ from leetdist.integrations import checkpoint
 
 pytest.importorskip("accelerate")
 
-ARGUMENTS = ["--tokens", "320", "--batch", "2", "--steps", "9", "--save-every", "3", "--warmup", "2", "--resume"]
+ARGUMENTS = [
+    "--tokens",
+    "160",
+    "--batch",
+    "2",
+    "--lr",
+    "0.002",
+    "--steps",
+    "9",
+    "--save-every",
+    "3",
+    "--warmup",
+    "2",
+    "--resume",
+]
 
 
 def train(rank: int, out: Path, sequence: int, *more: str, kill: str | None = None) -> None:

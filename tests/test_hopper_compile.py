@@ -72,6 +72,6 @@ def test_compiles_and_fits(kernel, rows, columns, reverse, regular, tmp_path):
     said = report(result.asm["ptx"], tmp_path)
     assert "wgmma" in result.asm["ptx"]
     assert "serialized" not in said, said
-    assert "injected" not in said, said
+    assert "injected" not in said, said  # a wait
     spilled = int(said.split("bytes stack frame,")[1].split("bytes spill stores")[0])
     assert spilled <= SPILLS, said

@@ -63,6 +63,8 @@ def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) ->
         ]
         for kernel, stages, block_rows, block_columns in kernels:
             constants = common | {"ROWS": block_rows, "COLUMNS": block_columns}
+            if kernel is block._decay_gradient and dtype == torch.float32:
+                constants["PRECISION"] = "ieee"
             if kernel is not block._decay_gradient:
                 constants["REVERSE"] = reverse
             result = compiled(kernel, architecture, config.warps, stages, dtype, **constants)

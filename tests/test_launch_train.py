@@ -18,7 +18,7 @@ from helpers import free_port, run_ranks, values
 from leetdist.launch.text import Windows, documents, load_tokens
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
-ARGUMENTS = ["--text", __file__, "--tokens", "320", "--batch", "1", "--warmup", "2", "--lr", "0.003"]
+ARGUMENTS = ["--text", __file__, "--tokens", "160", "--batch", "1", "--warmup", "2", "--lr", "0.003"]
 
 pytest.importorskip("accelerate")
 
@@ -63,6 +63,29 @@ def test_launchers(name: str, alone: list[float], tmp_path: Path) -> None:
     assert "2 ranks, 2 a sequence" in done.stdout
     assert [line["loss"] for line in metrics(tmp_path)] == pytest.approx(alone, rel=1e-5)
     assert list(tmp_path.rglob("events.out.tfevents.*")), "no TensorBoard log"
+
+
+def train(rank: int, *arguments: str) -> None:
+    from leetdist.launch.train import main
+
+    torch.set_num_threads(1)
+    main([*ARGUMENTS, "--steps", "2", "--save-every", "-1", *arguments])
+
+
+def test_a_transformers_model_from_a_folder(tmp_path: Path) -> None:
+    """MiniMax, sharded over two ranks by the script as it is."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MiniMaxConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    transformers.MiniMaxForCausalLM(config).save_pretrained(tmp_path / "model")
+    for ranks in (1, 2):
+        arguments = ("--model", str(tmp_path / "model"), "--checkpointing", "--out", str(tmp_path / str(ranks)))
+        values(run_ranks(train, ranks, *arguments, frameworks=True))
+    one, two = ([line["loss"] for line in metrics(tmp_path / str(ranks))] for ranks in (1, 2))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one[1] != one[0]
 
 
 def with_zero(rank: int, out: Path) -> None:

@@ -235,8 +235,17 @@ def test_auto_takes_the_least_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = describe(x, x, x, None, method="auto", **options)
     table = {name: cost.Cost(5.0, 0.0, 1.0) for name in cost.CANDIDATES} | {"fleet": cost.Cost(1.0, 0.0, 2.0)}
     monkeypatch.setitem(cost.COSTS["cpu"], False, table)
-    assert cost.choose(problem, 16).method == "fleet"
-    assert cost.choose(problem, 4096).method == "block"
+    assert cost.choose(problem, 16, cuda=True).method == "fleet"
+    assert cost.choose(problem, 4096, cuda=True).method == "block"
+
+
+def test_auto_on_a_gpu_without_cuda_core() -> None:
+    x = torch.empty(1, 1, 1, 128)
+    options = {"scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "tile": None}
+    problem = replace(describe(x, x, x, None, method="auto", **options), device=torch.device("cuda", 0))
+    assert cost.choose(problem, 4096, cuda=True).method == "fleet"  # fp32: three times faster than block
+    assert cost.choose(problem, 4096, cuda=False).method == "block"
+    assert cost.choose(replace(problem, dtype=torch.bfloat16), 4096, cuda=True).method == "block"
 
 
 def test_explain() -> None:

@@ -61,6 +61,28 @@ def test_unknown_ladder_and_bad_layers_are_errors() -> None:
         Retention(32, 5)
 
 
+def test_retention_is_the_papers_equation() -> None:
+    """Eqs. 3 to 8 with complex numbers: (QΘ)(KΘ)^* ⊙ D, a group norm over each head, and the swish gate."""
+    layer = Retention(24, 3).double()
+    x = torch.randn(1, 30, 24, dtype=torch.float64)
+    n = torch.arange(30, dtype=torch.float64)
+    theta = 10000.0 ** -torch.linspace(0, 1, 4, dtype=torch.float64)
+    turn = torch.exp(1j * n[:, None] * theta)
+    q, k = (
+        torch.view_as_complex(proj(x)[0].view(30, 3, 4, 2)) * turn[:, None] for proj in (layer.q_proj, layer.k_proj)
+    )
+    v = layer.v_proj(x)[0].view(30, 3, 16)
+    gamma = 1 - 2.0 ** -torch.arange(5, 8, dtype=torch.float64)
+    decay = (gamma[:, None, None] ** (n[:, None] - n).clamp_min(0)).tril()
+    scores = torch.einsum("nhd,mhd->hnm", q, k.conj()).real * decay / 8**0.5
+    o = torch.einsum("hnm,mhd->nhd", scores, v)
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    gate = layer.gate(x)[0]
+    expected = layer.out_proj(gate * gate.sigmoid() * o.flatten(1))
+    # Angles and decays are fp32.
+    torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_decoding_equals_the_whole(name: str) -> None:
     layer = LAYERS[name]()

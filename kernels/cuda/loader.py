@@ -86,6 +86,7 @@ def kernel(source: str, name: str, device: torch.device, defines: tuple[tuple[st
 
     def run(grid: tuple[int, ...], block: int, *arguments: Any) -> None:
         with torch.cuda.device(device):
+            Device(device.index).set_current()  # a thread of autograd's may have no context yet
             stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
             launch(
                 stream,

@@ -1,18 +1,18 @@
-// Decaying linear attention token by token, the state in registers: tile_states and tile_outputs of the methods
-// "fleet" and "causal_dot_product". leetdist/kernels/cuda/token_scan.py launches it and says what it computes.
+// Decaying linear attention token by token, the state in registers: tile_outputs of the methods "fleet" and
+// "causal_dot_product". leetdist/kernels/cuda/token_scan.py launches it and says what it computes.
 //
 // A block owns one tile of one head and BLOCK_COLUMNS columns of the state. A thread holds HELD rank indices of
 // COLUMNS columns; LANES neighbouring lanes share the rank, and their partial sums over it meet in a fixed tree of
 // shuffles: no atomics, no order that depends on anything but the shape. Operands pass through shared memory, CHUNK
 // tokens ahead, in fp32.
 //
-// Instructions for each (token, rank, column): fma(k, v, s), fma(q, s, o), and the decay of s. In groups of CHUNK tokens
-// the decay is paid once a group: inside one the state is kept divided by gamma^t, so v_t comes divided by gamma^t and
-// o_t is multiplied by it. t stays below CHUNK, whatever the length, and a head whose gamma^-7 would exceed e^14 decays
-// token by token, so nothing can overflow that would not anyway.
+// Instructions for each (token, rank, column): fma(k, v, s), fma(q, s, o), and the decay of s, which is paid once for a
+// group of 16 or 8 tokens: inside one the state is kept divided by gamma^t, so v_t comes divided by gamma^t and o_t is
+// multiplied by it. t stays below 16, whatever the length, and gamma^-t below e^14: heads that decay faster take groups
+// of 8, or of one token, so nothing can overflow that would not anyway.
 //
-// Compile with -DRANK=32|64|128|256 -DIN=0|1|2 -DOUT=0|1|2 (fp32, bf16, fp16). No headers, so that NVRTC needs
-// none.
+// Compile with -DRANK=32|64|128|256 -DIN=0|1|2 -DOUT=0|1|2 (fp32, bf16, fp16) -DVECTOR=1|4 (4: every row of the inputs
+// is aligned to, and as long as, whole vectors of 4 elements). No headers, so that NVRTC needs none.
 
 typedef long long Long;
 
@@ -48,7 +48,8 @@ template <> struct Number<2> {
 using In = Number<IN>;
 using Out = Number<OUT>;
 
-constexpr int CHUNK = 8;  // tokens staged together
+constexpr int CHUNK = 8;   // tokens staged together
+constexpr int GROUP = 16;  // tokens, at most, that decay together
 constexpr int WARPS = RANK >= 128 ? 4 : 2;
 constexpr int THREADS = 32 * WARPS;
 constexpr int LANES = RANK <= 128 ? 8 : 16;
@@ -56,8 +57,12 @@ constexpr int HELD = RANK / LANES;
 constexpr int COLUMNS = 8;
 constexpr int WARP_COLUMNS = 32 / LANES * COLUMNS;
 constexpr int BLOCK_COLUMNS = WARPS * WARP_COLUMNS;
-// Tokens in a loop's body: 2 spill a few registers on sm_80, 8 fill the instruction cache.
+// Tokens in a loop's body: what ptxas compiles without spilling registers.
+#if __CUDA_ARCH__ >= 900
 constexpr int UNROLL = 4;
+#else
+constexpr int UNROLL = VECTOR == 1 ? 4 : RANK == 256 ? 2 : 1;
+#endif
 constexpr unsigned EVERYONE = 0xffffffffu;
 
 // The rows of one operand that a block reads, in the order of its walk: a head of it, one tile's tokens.
@@ -67,14 +72,23 @@ struct Rows {
     int width;   // elements to read of each
 };
 
-// One chunk of an operand on its way from memory to shared memory: COUNT elements a thread, either PER_STEP of each
-// token, or of every PER_PASS-th token one.
+// VECTOR neighbouring elements, moved by one instruction.
+struct alignas(VECTOR * sizeof(In::Stored)) Pack {
+    In::Stored x[VECTOR];
+};
+struct alignas(VECTOR * sizeof(float)) Floats {
+    float x[VECTOR];
+};
+
+// One chunk of an operand on its way from memory to shared memory, as it lies in memory: a conversion before delivery
+// would wait for the load. COUNT packs a thread, either PER_STEP of each token, or of every PER_PASS-th token one.
 template <int WIDTH> struct Parcel {
-    static constexpr int COUNT = CHUNK * WIDTH / THREADS;
-    static constexpr int PER_STEP = WIDTH > THREADS ? WIDTH / THREADS : 1;
-    static constexpr int PER_PASS = WIDTH > THREADS ? 1 : THREADS / WIDTH;
-    static_assert(COUNT * THREADS == CHUNK * WIDTH, "every thread carries as much");
-    float x[COUNT];
+    static constexpr int ACROSS = WIDTH / VECTOR;  // packs of a token
+    static constexpr int COUNT = CHUNK * ACROSS / THREADS;
+    static constexpr int PER_STEP = ACROSS > THREADS ? ACROSS / THREADS : 1;
+    static constexpr int PER_PASS = ACROSS > THREADS ? 1 : THREADS / ACROSS;
+    static_assert(COUNT * THREADS == CHUNK * ACROSS, "every thread carries as much");
+    Pack packs[COUNT];
     const In::Stored* next;
     Long pass;
     int left;  // tokens from this thread's next one to the end of the tile; none where the columns end before
@@ -87,14 +101,14 @@ template <int WIDTH> struct Parcel {
         fetch(rows.width);
     }
 
-    static __device__ int step(int i) { return (PER_STEP > 1 ? 0 : threadIdx.x / WIDTH) + i / PER_STEP * PER_PASS; }
-    static __device__ int column(int i) { return threadIdx.x % WIDTH + i % PER_STEP * THREADS; }
+    static __device__ int step(int i) { return (PER_STEP > 1 ? 0 : threadIdx.x / ACROSS) + i / PER_STEP * PER_PASS; }
+    static __device__ int column(int i) { return VECTOR * (threadIdx.x % ACROSS + i % PER_STEP * THREADS); }
 
     __device__ void fetch(int width) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             const bool inside = i / PER_STEP * PER_PASS < left && (PER_STEP == 1 || column(i) < width);
-            x[i] = inside ? In::load(next[i % PER_STEP * THREADS]) : 0.f;
+            packs[i] = inside ? *reinterpret_cast<const Pack*>(next + i % PER_STEP * THREADS * VECTOR) : Pack{};
             if (i % PER_STEP == PER_STEP - 1) next += pass;
         }
         left -= CHUNK;
@@ -103,21 +117,25 @@ template <int WIDTH> struct Parcel {
     // factors: (CHUNK,), one a token
     __device__ void deliver(float (*to)[WIDTH], const float* factors, float factor) const {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) to[step(i)][column(i)] = x[i] * (factors[step(i)] * factor);
+        for (int i = 0; i < COUNT; ++i) put(to, i, factors[step(i)] * factor);
     }
     __device__ void deliver(float (*to)[WIDTH]) const {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) to[step(i)][column(i)] = x[i];
+        for (int i = 0; i < COUNT; ++i) put(to, i, 1.f);
+    }
+
+    __device__ void put(float (*to)[WIDTH], int i, float factor) const {
+        Floats floats;
+#pragma unroll
+        for (int e = 0; e < VECTOR; ++e) floats.x[e] = In::load(packs[i].x[e]) * factor;
+        *reinterpret_cast<Floats*>(&to[step(i)][column(i)]) = floats;
     }
 };
 
 struct Stage {
+    float a[CHUNK][RANK];
     float b[CHUNK][RANK];
     float c[CHUNK][BLOCK_COLUMNS];
-};
-
-struct OutputStage : Stage {
-    float a[CHUNK][RANK];
 };
 
 // The part of the state that a thread holds. Rank indices lie in fours, LANES fours apart, so that the lanes' 16-byte
@@ -224,68 +242,6 @@ __device__ float power(float log_decay, int exponent) {
     return static_cast<float>(exp(static_cast<double>(log_decay) * exponent));
 }
 
-// states[batch, head, tile] = scale * sum_i gamma^(n-1-i) b_i c_i^T, or gamma^(i+1) for reverse. The weights of b carry
-// the whole decay, at exponents <= 0, so the sum is one fma for each (token, rank, column).
-extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_states(
-    const In::Stored* b, Long b_batch, Long b_head, Long b_token, Long b_share,
-    const In::Stored* c, Long c_batch, Long c_head, Long c_token, Long c_share,
-    const float* log_decay, float* out, const Long* table,
-    Long heads, Long tiles, Long size, Long all_tokens, Long ranks, Long columns, Long reverse, float scale
-) {
-    __shared__ __align__(16) Stage stages[2];
-    __shared__ float powers[CHUNK];
-    const Place place(table, heads, tiles, size, all_tokens);
-    const float g = log_decay[place.head];
-    if (threadIdx.x < CHUNK) powers[threadIdx.x] = power(g, reverse ? threadIdx.x : CHUNK - 1 - threadIdx.x);
-    const Rows b_rows = place.rows(b, b_batch, b_head, b_token, b_share, 0, ranks, false);
-    const Rows c_rows = place.rows(c, c_batch, c_head, c_token, c_share, place.column, columns, false);
-    const int n = place.tokens, chunks = (n + CHUNK - 1) / CHUNK;
-
-    State state;
-    state.each([](float& s, int, int) { s = 0.f; });
-    Parcel<RANK> b_next(b_rows, n);
-    Parcel<BLOCK_COLUMNS> c_next(c_rows, n);
-    __syncthreads();
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        Stage& stage = stages[chunk % 2];
-        // Of the chunk's last token (first, reversed). In a short last chunk it is past the end: gamma^-7 at most.
-        const int exponent = reverse ? chunk * CHUNK + 1 : n - CHUNK * (chunk + 1);
-        if (exponent >= 0) {
-            b_next.deliver(stage.b, powers, expf(g * exponent));
-        } else {
-#pragma unroll
-            for (int i = 0; i < b_next.COUNT; ++i) {
-                const int left = max(n - 1 - chunk * CHUNK - b_next.step(i), 0);
-                stage.b[b_next.step(i)][b_next.column(i)] = b_next.x[i] * expf(g * left);
-            }
-        }
-        c_next.deliver(stage.c);
-        __syncthreads();
-        b_next.fetch(b_rows.width);
-        c_next.fetch(c_rows.width);
-#pragma unroll UNROLL
-        for (int t = 0; t < CHUNK; ++t) {
-            float c_t[COLUMNS];
-            state.load_columns(c_t, stage.c[t]);
-#pragma unroll
-            for (int four = 0; four < HELD / 4; ++four) {
-                float b_t[4];
-                state.load_ranks(b_t, stage.b[t], four);
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-#pragma unroll
-                    for (int j = 0; j < COLUMNS; ++j)
-                        state.s[4 * four + i][j] = fmaf(b_t[i], c_t[j], state.s[4 * four + i][j]);
-            }
-        }
-    }
-
-    float* const to = out + static_cast<Long>(blockIdx.x) * ranks * columns;
-    state.each([=](float s, int i, int j) {
-        if (i < ranks && place.column + j < columns) to[i * columns + place.column + j] = s * scale;
-    });
-}
-
 // out_i = scale * sum_{j<=i} gamma^(i-j) (a_i . b_j) c_j + state_scale * w_i a_i . state, with w_i = gamma^(i+1); for
 // reverse, j >= i and w_i = gamma^(n-1-i), and the strides *_token are negative: from one token of the walk to the next.
 extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
@@ -297,13 +253,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
     Long heads, Long tiles, Long size, Long all_tokens, Long ranks, Long columns, Long reverse, Long group,
     float scale, float state_scale
 ) {
-    __shared__ __align__(16) OutputStage stages[2];
-    __shared__ float up[CHUNK], down[CHUNK];
+    __shared__ __align__(16) Stage stages[2];
+    __shared__ float up[GROUP], down[GROUP];
     const Place place(table, heads, tiles, size, all_tokens);
     const float g = log_decay[place.head];
-    // Tokens between two decays of the state, and gamma to their number: see the head of this file.
-    const int steps = g * (1 - CHUNK) < 14.f ? static_cast<int>(group) : 1;
-    if (threadIdx.x < CHUNK) {
+    // Tokens between two decays of the state: see the head of this file.
+    const auto fits = [=](int steps) { return steps <= group && g * (1 - steps) < 14.f; };
+    const int steps = fits(GROUP) ? GROUP : fits(CHUNK) ? CHUNK : 1;
+    if (threadIdx.x < GROUP) {
         const int t = threadIdx.x % steps;
         up[threadIdx.x] = power(g, -t);
         down[threadIdx.x] = power(g, t);
@@ -332,16 +289,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
     Parcel<BLOCK_COLUMNS> c_next(c_rows, tokens);
     __syncthreads();
     for (int chunk = 0; chunk * CHUNK < tokens; ++chunk) {
-        OutputStage& stage = stages[chunk % 2];
+        Stage& stage = stages[chunk % 2];
         a_next.deliver(stage.a);
         b_next.deliver(stage.b);
-        c_next.deliver(stage.c, up, scale);
+        const int phase = chunk * CHUNK % GROUP;
+        c_next.deliver(stage.c, up + phase, scale);
         __syncthreads();
         a_next.fetch(a_rows.width);
         b_next.fetch(b_rows.width);
         c_next.fetch(c_rows.width);
         for (int t = 0; t < CHUNK;) {
-            const int end = t + steps;
+            const int end = min(t + steps, CHUNK);
 #pragma unroll UNROLL
             for (; t < end; ++t) {
                 float o[COLUMNS] = {}, c_t[COLUMNS];
@@ -360,11 +318,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
                             o[j] = fmaf(a_t[i], s, o[j]);
                         }
                 }
-                const float total = sum_over_rank(o, state.lane) * down[t];
+                const float total = sum_over_rank(o, state.lane) * down[phase + t];
                 if (writes && chunk * CHUNK + t < tokens) *out = Out::store(total);
                 out += out_token;
             }
-            state.decay(slow, decay);
+            if ((phase + end) % steps == 0) state.decay(slow, decay);
         }
     }
 }

@@ -1,4 +1,4 @@
-"""Launches token_scan.cu: `tile_states` and `tile_outputs` token by token on the CUDA cores, in fp32 for every dtype.
+"""Launches token_scan.cu: `tile_outputs` token by token on the CUDA cores, in fp32 for every dtype.
 
 Shapes and meaning are those of leetdist.kernels.pytorch.block. The order of every sum depends on the shape of one token
 and the tile length alone: the bits do not change with the batch, the number of tiles, or from run to run.
@@ -16,38 +16,9 @@ from leetdist.kernels.cuda.loader import kernel
 from leetdist.kernels.tiles import Tiles, ceil_div
 
 WIDEST_RANK = 256
-# As in token_scan.cu: tokens of a group that decays once, and the columns and threads of a block.
-GROUP = 8
+GROUP = 16  # as in token_scan.cu: the most tokens that decay together
+VECTOR = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def tile_states(
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    tiles: Tiles,
-    *,
-    reverse: bool,
-    scale: float = 1.0,
-    out: Tensor | None = None,
-) -> Tensor:
-    """See leetdist.kernels.pytorch.block.tile_states. One fma for each (token, rank, column)."""
-    batch, heads = b.shape[0], log_decay.shape[0]
-    ranks, columns = b.shape[3], c.shape[3]
-    if out is None:
-        out = torch.empty(batch, heads, tiles.count, ranks, columns, device=b.device)
-    if out.numel():
-        width, threads, held = _shape(ranks)
-        table = None if tiles.regular else tiles.table(b.device)
-        decay = log_decay.float().contiguous()
-        launch = kernel("token_scan.cu", "tile_states", b.device, _defines(width, b.dtype, torch.float32))
-        launch(
-            (batch * heads * tiles.count, ceil_div(columns, held)), threads,
-            *_rows(b, heads), *_rows(c, heads),
-            decay.data_ptr(), out.data_ptr(), None if table is None else table.data_ptr(),
-            heads, tiles.count, tiles.size, b.shape[2], ranks, columns, int(reverse), float(scale),
-        )  # fmt: skip
-    return out
 
 
 def tile_outputs(
@@ -65,7 +36,7 @@ def tile_outputs(
     out: Tensor | None = None,
     group: int = GROUP,
 ) -> Tensor:
-    """See leetdist.kernels.pytorch.block.tile_outputs. `group`: tokens between two decays of the state, 8 or 1."""
+    """See leetdist.kernels.pytorch.block.tile_outputs. `group`: the most tokens between two decays."""
     batch, heads = a.shape[0], log_decay.shape[0]
     ranks, columns = a.shape[3], c.shape[3]
     if out is None:
@@ -76,7 +47,9 @@ def tile_outputs(
         width, threads, held = _shape(ranks)
         table = None if tiles.regular else tiles.table(a.device)
         decay = log_decay.float().contiguous()
-        launch = kernel("token_scan.cu", "tile_outputs", a.device, _defines(width, a.dtype, out.dtype))
+        launch = kernel(
+            "token_scan.cu", "tile_outputs", a.device, _defines(width, a.dtype, out.dtype, _vector(a, b, c))
+        )
         sign = -1 if reverse else 1
         launch(
             (batch * heads * tiles.count, ceil_div(columns, held)), threads,
@@ -105,8 +78,17 @@ def _shape(ranks: int) -> tuple[int, int, int]:
     return width, 32 * warps, warps * (32 // lanes) * 8
 
 
-def _defines(width: int, dtype: torch.dtype, out: torch.dtype) -> tuple[tuple[str, int], ...]:
-    return ("RANK", width), ("IN", DTYPES[dtype]), ("OUT", DTYPES[out])
+def _defines(width: int, dtype: torch.dtype, out: torch.dtype, vector: int) -> tuple[tuple[str, int], ...]:
+    return ("RANK", width), ("IN", DTYPES[dtype]), ("OUT", DTYPES[out]), ("VECTOR", vector)
+
+
+def _vector(*operands: Tensor) -> int:
+    """How many elements one instruction may load. The bits are the same either way."""
+    for x in operands:
+        steps = (x.shape[3], *(stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1))
+        if x.data_ptr() % (VECTOR * x.element_size()) or any(step % VECTOR for step in steps):
+            return 1
+    return VECTOR
 
 
 def _rows(x: Tensor, heads: int, sign: int = 1) -> tuple[int, ...]:

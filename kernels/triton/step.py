@@ -11,8 +11,8 @@ from leetdist.kernels.tiles import ceil_div
 from leetdist.kernels.triton.configs import padded
 from leetdist.kernels.triton.launch import launch
 
-# State columns a program holds, for all rows. On an H200 (state 128 x 128, 32 heads, under a CUDA graph, in place), in
-# us at batch 1, 32 and 256: 32 columns 2.6, 39.5, 309; 64 columns 3.1, 38.0, 271; 128 columns 4.1, 39.3, 270. 8 warps
+# State columns a program holds, for all rows. On an H200 (state 128 x 128, 32 heads, under a CUDA graph, in place), us
+# at batch 1, 32 and 256: 32 columns 2.6, 39.5, 309; 64 columns 3.1, 38.0, 271; 128 columns 4.1, 39.3, 270. More warps
 # are slower.
 COLUMNS = 64
 WARPS = 4

@@ -103,9 +103,14 @@ def kernels_for(problem: Problem, tokens: int) -> Kernels:
 def _kernels_for(problem: Problem, tokens: int, _backend: str | None) -> Kernels:
     method = problem.method
     if method == "auto":
-        method = cost.choose(problem, problem.tile or default_tile(tokens)).method
+        method = choice_for(problem, tokens).method
     module = importlib.import_module(f"leetdist.methods.{method}")
     return cast(Kernels, module.kernels(problem))
+
+
+def choice_for(problem: Problem, tokens: int) -> cost.Choice:
+    """What "auto" takes."""
+    return cost.choose(problem, problem.tile or default_tile(tokens), cuda_serves(problem))
 
 
 def backend_of(kernels: Kernels) -> str:

@@ -4,7 +4,7 @@ Algorithm: `S = gamma S + k_t v_t^T`, `o_t = q_t^T S` for one token after the ot
 the state at a tile's start comes from the scan over tiles.
 Time: O(N Dk Dv); memory: O(Dk Dv) a tile beside inputs and outputs.
 Backends: CUDA C++ (CUDA cores, fp32 arithmetic for every dtype), PyTorch. Backward: its own, the same kernels in both
-directions of time; tile states of the PyTorch backend and the gradient of log_decay are the block kernels'. Works
+directions of time; tile states and the gradient of log_decay are the block kernels'. Works
 under `group=`.
 
 Source: Fast Transformers with Clustered Attention, arXiv 2007.04825 (causal product); with decay: LeetDecoding, arXiv
@@ -27,7 +27,7 @@ def kernels(problem: Problem) -> Kernels:
     if cuda_serves(problem):
         from leetdist.kernels.cuda import token_scan
 
-        return compose(base, token_scan.tile_outputs_by_token, token_scan.tile_states)
+        return compose(base, token_scan.tile_outputs_by_token)
     from leetdist.kernels.pytorch import causal_dot_product
 
     return compose(base, causal_dot_product.tile_outputs)

@@ -1,13 +1,14 @@
 """What each method costs, and what "auto" takes: one model, its constants measured.
 
-    time = fixed + per_step x (tokens of a tile, which a program walks one after the other) + per_token x B H N
+    time = fixed + per_state x B H (number of tiles) + per_token x B H N
 
-of a forward; `per_token` and `per_step` for Dk = Dv = 128, and in proportion to their product for other sizes. The
+of a forward; `per_token` and `per_state` for Dk = Dv = 128, and in proportion to their product for other sizes. The
 constants are fitted by `benchmarks/leetdecoding.py --fit` to its own measurements (least squares of relative errors).
 
 A method is part of what a call means, to the last bit. So "auto" may look at nothing that the contract lets vary: not
 at the number of ranks, the batch, the heads, the gradients wanted, nor, once the tile is known, at the length. What is
-left is the tile, the head sizes, the dtype and the chip; the cost is that of 32 heads and the length whose tile it is.
+left is the tile, the head sizes, the dtype and the chip; the cost is that of 4 x 32 heads and the length whose tile it
+is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from leetdist.kernels.tiles import ceil_div
 from leetdist.sequence.grid import default_tile
 
 if TYPE_CHECKING:
@@ -26,20 +28,21 @@ if TYPE_CHECKING:
 # thing differ by as much (lightning on tiles of 256 tokens or fewer is block, and is fitted 10 % apart).
 CANDIDATES = ("block", "lightning", "fleet", "causal_dot_product")
 NOISE = 1.1
-HEADS = 32
+ALL_HEADS = 128  # four batch entries of 32 heads
 
 
 @dataclass(frozen=True)
 class Cost:
-    """fixed: microseconds; per_step: nanoseconds a token of a tile; per_token: nanoseconds a token and head."""
+    """fixed: microseconds; per_state: nanoseconds a tile and head; per_token: nanoseconds a token and head."""
 
     fixed: float
-    per_step: float
+    per_state: float
     per_token: float
 
-    def seconds(self, rows: int, tokens: int, tile: int, size: float) -> float:
-        walked = min(tile, tokens)
-        return self.fixed * 1e-6 + (self.per_step * walked + self.per_token * rows * tokens) * size * 1e-9
+    def seconds(self, heads: int, tokens: int, tile: int, size: float) -> float:
+        """heads: of all batch entries together; size: of a state, in states of 128 x 128."""
+        tiles = ceil_div(tokens, tile)
+        return self.fixed * 1e-6 + (self.per_state * tiles + self.per_token * tokens) * heads * size * 1e-9
 
 
 @dataclass(frozen=True)
@@ -55,28 +58,43 @@ class Choice:
 COSTS: dict[str, dict[bool, dict[str, Cost]]] = {
     "cpu": {  # benchmarks/results/leetdecoding_cpu.json
         True: {
-            "block": Cost(1.12e3, 0, 4.44e3),
-            "lightning": Cost(993, 0, 5.03e3),
-            "fleet": Cost(2.13e4, 2.52e5, 6.85e4),
-            "causal_dot_product": Cost(1.93e3, 9.25e4, 3.11e4),
+            "block": Cost(0, 1.84e5, 3.59e3),
+            "lightning": Cost(0, 1.74e5, 4.09e3),
+            "fleet": Cost(2.25e4, 0, 8.45e4),
+            "causal_dot_product": Cost(2.39e3, 7e4, 3.5e4),
         },
         False: {
-            "block": Cost(2.39e3, 0, 5.23e3),
-            "lightning": Cost(1.65e3, 0, 6.2e3),
-            "fleet": Cost(2.38e4, 3.74e5, 7.6e4),
-            "causal_dot_product": Cost(6.18e3, 7.16e4, 3.65e4),
+            "block": Cost(0, 3.19e5, 4.08e3),
+            "lightning": Cost(0, 2.47e5, 5.16e3),
+            "fleet": Cost(2.62e4, 0, 9.68e4),
+            "causal_dot_product": Cost(0, 1.13e6, 3.47e4),
         },
     },
-    "sm_90": {half: {m: Cost(float(i + 1), 0.0, 1.0) for i, m in enumerate(CANDIDATES)} for half in (True, False)},
+    "sm_90": {  # benchmarks/results/leetdecoding.json, an H200
+        True: {
+            "block": Cost(124, 89.7, 0.47),
+            "lightning": Cost(135, 47, 1.05),
+            "fleet": Cost(100, 181, 3.8),
+            "causal_dot_product": Cost(97.4, 180, 4.64),
+        },
+        False: {
+            "block": Cost(87.5, 4.68, 9.75),
+            "lightning": Cost(76.8, 0, 10.6),
+            "fleet": Cost(95.2, 186, 2.54),
+            "causal_dot_product": Cost(97, 183, 3.4),
+        },
+    },
 }
 
 
-def choose(problem: Problem, tile: int) -> Choice:
-    """The method for `problem` on tiles of `tile` tokens."""
+def choose(problem: Problem, tile: int, cuda: bool) -> Choice:
+    """The method for `problem` on tiles of `tile` tokens; `cuda`: whether the CUDA C++ kernels can run, which fleet and
+    causal_dot_product were measured with."""
     where = _measured_on(problem.device)
+    served = [m for m in CANDIDATES if cuda or where == "cpu" or m not in ("fleet", "causal_dot_product")]
     costs = COSTS[where][problem.dtype.itemsize == 2]
     size = problem.dk * problem.dv / 128**2
-    seconds = {method: costs[method].seconds(HEADS, _usual_length(tile), tile, size) for method in CANDIDATES}
+    seconds = {method: costs[method].seconds(ALL_HEADS, _usual_length(tile), tile, size) for method in served}
     best = min(seconds, key=seconds.__getitem__)
     if seconds[best] * NOISE > seconds[CANDIDATES[0]]:
         best = CANDIDATES[0]

@@ -1,0 +1,96 @@
+"""The benchmark: a wrong result gets no time, floors are what they say, and results can be read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Its modules, which are scripts beside each other and no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = ("cases", "contestants", "measure", "report", "run")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield {name: __import__(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def small(benchmarks):
+    return benchmarks["cases"].Case(1, 100, heads=2, dk=16, dv=8, dtype="fp32")
+
+
+def measured(benchmarks, contestants, which="forward"):
+    return benchmarks["measure"].run_case(
+        "test", small(benchmarks), which, contestants, "cpu", 1e9, 2, lambda text: None
+    )
+
+
+@pytest.mark.parametrize("which", ["forward", "forward + backward"])
+def test_a_wrong_result_gets_no_time(benchmarks, which):
+    ours = benchmarks["contestants"].Ours
+
+    class Wrong(ours):
+        name = "wrong"
+
+        def forward(self, x):
+            return super().forward(x) * 1.01
+
+    class Unwritten(ours):
+        name = "unwritten"
+
+        def forward(self, x):
+            return super().forward(x) + 0 * torch.empty_like(x.v)
+
+    right, wrong, unwritten = measured(benchmarks, [ours(), Wrong(), Unwritten()], which)
+    assert right.milliseconds is not None
+    assert right.error < 1e-6
+    assert wrong.milliseconds is None
+    assert "wrong" in wrong.note
+    if which == "forward":
+        assert unwritten.milliseconds is None
+
+
+def test_a_failure_is_a_line_of_the_table(benchmarks):
+    class Fails(benchmarks["contestants"].Ours):
+        name = "fails"
+
+        def forward(self, x):
+            raise RuntimeError("no such kernel")
+
+    results = measured(benchmarks, [Fails()])
+    assert "no such kernel" in benchmarks["report"].table(results)
+
+
+def test_results_can_be_read_back(benchmarks, tmp_path):
+    results = measured(benchmarks, [benchmarks["contestants"].Ours()])
+    facts = benchmarks["report"].machine("cpu", 1e9)
+    files = benchmarks["report"].save(results, facts, tmp_path, "test", plots=False)
+    document = json.loads(files[0].read_text())
+    assert document["results"][0]["milliseconds"] == results[0].milliseconds
+    with files[1].open() as file:
+        assert [row["contestant"] for row in csv.DictReader(file)] == ["leetdist"]
+
+
+def test_floors_count_every_tensor_once(benchmarks):
+    case = benchmarks["cases"].Case(2, 10, heads=3, dk=4, dv=5, dtype="bf16")
+    q = k = 2 * 10 * 3 * 4 * 2
+    v = o = 2 * 10 * 3 * 5 * 2
+    assert case.floor_bytes("forward") == q + k + v + o
+    # q, k, v and do are read, o is written, and so are dq, dk and dv; the backward reads q, k, v and do again.
+    assert case.floor_bytes("forward + backward") == (q + k + v + o) + (q + k + v + o) + (q + k + v)
+
+
+def test_every_case_has_its_own_name(benchmarks):
+    for _, cases in benchmarks["cases"].SUITES.values():
+        assert len({case.name for case in cases}) == len(cases)
+    assert "lengths" in benchmarks["run"].listing()
