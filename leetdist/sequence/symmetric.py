@@ -111,13 +111,13 @@ class Inboxes:
 def connect(transport: PointToPoint, wanted: str | None) -> None:
     """Give the transport inboxes if `wanted` (None: LEETDIST_TRANSPORT, or "auto") and the machine allow it.
 
-    All ranks of the group call this together and come to the same end. "auto" is symmetric memory for NCCL groups,
-    whose ranks have a GPU each.
+    All ranks of the group call this together and come to the same end. "auto" is p2p: symmetric memory has yet to be
+    measured between GPUs (benchmarks/scaling.py does) before it may be anybody's default.
     """
     wanted = wanted or os.environ.get("LEETDIST_TRANSPORT", "auto")
     if wanted not in ("auto", "p2p", "symmetric"):
         raise ValueError(f"transport (or LEETDIST_TRANSPORT) must be auto, p2p or symmetric, got {wanted!r}")
-    if wanted == "p2p" or transport.size == 1 or (wanted == "auto" and transport.staged):
+    if wanted in ("auto", "p2p") or transport.size == 1:
         return
     everyone = transport.gather_objects(_place(), "where its GPU is")
     hosts = [host for host, *_ in everyone]
