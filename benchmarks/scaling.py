@@ -11,7 +11,8 @@ On the CPU (gloo) it runs with small sizes, to be tested: --device cpu --tokens 
    one GPU, where it is installed.
 4. The cost model's prediction beside what was measured.
 
-Nothing is timed while a check is red. Results: OUT.json, OUT.png and a table.
+Nothing is timed while a check is red. Results: OUT.json, OUT.png and a table; the file is written after each part, and
+--seconds starts nothing new when they are over. The first rank compiles alone, the others then find it in the cache.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import schemes
 import torch
 import torch.distributed as dist
+from scaling_report import Report, Row, cells, draw, show
 from torch import Tensor
 
 import leetdist
@@ -37,61 +39,37 @@ from leetdist.launch.runtime import Rank, joined
 from leetdist.sequence import cost
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
-from leetdist.testing.equality import Case, check, lightning_slopes
-
-
-@dataclass
-class Row:
-    """One measurement: seconds of the slowest rank. `local` is the same work on a rank's shard without communication,
-    `single` all of it (weak: a rank's share) on one device, `model` what the cost model says."""
-
-    what: str
-    scaling: str
-    transport: str
-    ranks: int
-    tokens: int
-    call: str
-    seconds: float
-    single: float | None = None
-    local: float | None = None
-    model: float | None = None
-    bytes_sent: int | None = None
-
-    def efficiency(self) -> float | None:
-        if self.single is None:
-            return None
-        return self.single / self.seconds / (self.ranks if self.scaling == "strong" else 1)
-
-    def exposed(self) -> float | None:
-        return None if self.local is None else self.seconds - self.local
-
-
-@dataclass
-class Report:
-    machine: str
-    checks: int = 0
-    red: list[str] = field(default_factory=list)
-    hops: dict[str, float] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+from leetdist.testing.equality import Case, check, compute, lightning_slopes, make_tensors
 
 
 class Bench:
     """The groups of this job (the first P ranks, once for every transport), clocks, and the report."""
 
     def __init__(self, me: Rank, args: argparse.Namespace) -> None:
-        self.me, self.args = me, args
+        self.me, self.args, self.begin = me, args, time.monotonic()
         self.cuda = me.device.type == "cuda"
         name = torch.cuda.get_device_name() if self.cuda else "CPU"
         self.report = Report(f"{me.size} x {name}, torch {torch.__version__}")
         self.kinds = ["p2p", "symmetric"] if self.cuda else ["p2p"]
         self.transports: dict[tuple[str, int], Any] = {}
-        for ranks in (ranks for ranks in (2, 3, 4, 5, 7, 8, 16, 32, 64) if ranks <= me.size):
+        for (kind, ranks), _ in self.groups():
+            group = dist.new_group(list(range(ranks)))
+            with self.survive(f"{kind} on {ranks} ranks"):
+                if me.rank < ranks:
+                    self.transports[kind, ranks] = resolve(group, kind)
+            me.print(f"{time.monotonic() - self.begin:.0f} s  {kind} on {ranks} ranks is set up")
+
+    def groups(self) -> Iterator[tuple[tuple[str, int], Any]]:
+        """Every number of ranks and transport, in the same order on every rank; None where this rank is not in it."""
+        for ranks in (ranks for ranks in (2, 3, 4, 5, 7, 8, 16, 32, 64) if ranks <= self.me.size):
             for kind in self.kinds:
-                group = dist.new_group(list(range(ranks)))
-                with self.survive(f"{kind} on {ranks} ranks"):
-                    if me.rank < ranks:
-                        self.transports[kind, ranks] = resolve(group, kind)
+                yield (kind, ranks), self.transports.get((kind, ranks))
+
+    def in_time(self) -> bool:
+        """Whether there is time for more; every rank of the job asks together and hears the same."""
+        left = torch.tensor(self.args.seconds - (time.monotonic() - self.begin), device=self.me.device)
+        dist.broadcast(left, 0)
+        return bool(left > 0)
 
     @contextmanager
     def survive(self, what: str) -> Iterator[None]:
@@ -126,9 +104,8 @@ class Bench:
         """Keep a measurement, also in the file: a run that is cut short has what it got."""
         self.report.rows.append(row)
         if self.me.first:
-            print("  ".join(cells(row)), flush=True)
-            self.args.out.parent.mkdir(parents=True, exist_ok=True)
-            self.args.out.with_suffix(".json").write_text(json.dumps(asdict(self.report), indent=1))
+            print(f"{time.monotonic() - self.begin:.0f} s ", "  ".join(cells(row)), flush=True)
+            save(self)
 
     def now(self) -> Any:
         return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self.cuda else _clock()
@@ -137,27 +114,40 @@ class Bench:
 _clock = time.perf_counter
 
 
+def save(bench: Bench) -> None:
+    if bench.me.first:
+        bench.args.out.parent.mkdir(parents=True, exist_ok=True)
+        bench.args.out.with_suffix(".json").write_text(json.dumps(asdict(bench.report), indent=1))
+
+
 def verify(bench: Bench) -> None:
     """Part 1."""
-    base = Case(bench.args.check_tokens, bench.args.dim, bench.args.dim, heads=bench.args.heads)
+    base = Case(bench.args.check_tokens, bench.args.dim, bench.args.dim, heads=bench.args.heads, learnt=False)
     cases = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32) if bench.args.fp32 else (torch.bfloat16,):
         cases += [
             replace(base, dtype=dtype, decay="none"),
             replace(base, dtype=dtype, decay="mixed", uneven=True, initial=True, model_layout=True),
-            replace(base, dtype=dtype, decay="gone", uneven=True),
             replace(base, dtype=dtype, documents=(0, 1, base.tokens // 3 + 5, base.tokens // 2, base.tokens)),
+            replace(base, dtype=dtype, decay="gone", uneven=True, learnt=True),
         ]
-    for (kind, ranks), transport in bench.transports.items():
-        for seed, case in enumerate(cases):
+    for seed, case in enumerate(cases):
+        if bench.me.first:
+            compute(case, make_tensors(case, bench.me.device, seed), None)
+        dist.barrier()
+        for (kind, ranks), transport in bench.groups():
+            if not bench.in_time():
+                break
+            found = []
             with bench.survive(f"check of {case} on {ranks} ranks"):
-                found = check(case, transport, bench.me.device, seed)
-                bench.report.red += [f"{case}, {ranks} ranks, {kind}: {difference}" for difference in found]
-                bench.report.checks += 1
-    everyone: list[Any] = [None] * bench.me.size
-    dist.all_gather_object(everyone, (bench.report.red, bench.report.problems))
-    bench.report.red = [line for red, _ in everyone for line in red]
-    bench.report.problems = [line for _, problems in everyone for line in problems]
+                if transport is not None:
+                    found = [str(difference) for difference in check(case, transport, bench.me.device, seed)]
+            everyone: list[Any] = [None] * bench.me.size
+            dist.all_gather_object(everyone, found)
+            bench.report.red += [f"{case}, {ranks} ranks, {kind}: {line}" for lines in everyone for line in lines]
+            bench.report.checks += 1
+            words = "differs" if any(everyone) else "equal"
+            bench.me.print(f"{time.monotonic() - bench.begin:.0f} s  {words}: {case}, {ranks} ranks, {kind}")
 
 
 def hops(bench: Bench) -> None:
@@ -193,6 +183,9 @@ def scaling(bench: Bench) -> None:
     single: dict[tuple[int, str], float] = {}
     for weak, size in [*((False, n) for n in bench.args.tokens), *((True, n) for n in bench.args.weak)]:
         for ranks in powers:
+            if not bench.in_time():
+                bench.me.print(f"no time for {size} tokens on {ranks} ranks")
+                continue
             for kind in bench.kinds if ranks > 1 else ["one device"]:
                 transport = bench.transports.get((kind, ranks))
                 if bench.me.rank < ranks and (ranks == 1 or transport is not None):
@@ -303,53 +296,6 @@ def measure_peers(
         bench.add(Row(what, "weak" if weak else "strong", kind, ranks, tokens, name, seconds, reference))
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    efficiency, exposed = row.efficiency(), row.exposed()
-    return (
-        row.scaling, str(row.ranks), str(row.tokens), row.call, row.transport, row.what, f"{row.seconds * 1e3:.3f}",
-        "" if efficiency is None else f"{efficiency:.3f}", "" if exposed is None else f"{exposed * 1e6:.0f}",
-        "" if row.model is None else f"{row.model * 1e3:.3f}",
-    )  # fmt: skip
-
-
-def show(report: Report, heads: int, dim: int) -> str:
-    lines = [report.machine, f"{report.checks} checks on rank 0, {len(report.red)} differences on any"]
-    lines += report.red[:20] + report.problems
-    lines += [
-        f"a hop of {4 * heads * dim * dim / 2**20:.1f} MiB, {k}: {s * 1e6:.1f} us" for k, s in report.hops.items()
-    ]
-    head = ("scaling", "ranks", "tokens", "call", "transport", "what", "ms", "efficiency", "exposed us", "model ms")
-    table: list[tuple[str, ...]] = [head]
-    for row in report.rows:
-        table.append(cells(row))
-    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    return "\n".join(lines)
-
-
-def draw(report: Report, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    for axis, kind in zip(axes, ("strong", "weak"), strict=True):
-        series: dict[str, list[tuple[int, float]]] = {}
-        for row in report.rows:
-            efficiency = row.efficiency()
-            if row.scaling == kind and row.ranks > 1 and efficiency is not None:
-                size = row.tokens if kind == "strong" else row.tokens // row.ranks
-                name = f"{row.what}, {row.transport}, {row.call}, {size:,}"
-                series.setdefault(name, [(1, 1.0)]).append((row.ranks, efficiency))
-        for name, points in series.items():
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(title=f"{kind} scaling: {report.machine}", xlabel="ranks", ylabel="efficiency", ylim=(0, 1.2))
-        axis.legend(fontsize=5)
-    figure.tight_layout()
-    figure.savefig(path, dpi=140)
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
@@ -362,19 +308,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no new measurement after so long")
+    parser.add_argument("--fp32", action="store_true", help="check fp32 too (its kernels take long to compile)")
     parser.add_argument("--graphs", action="store_true", help="measure CUDA graphs of the calls too")
     args = parser.parse_args(argv)
     with joined(args.device) as me:
         bench = Bench(me, args)
         verify(bench)
         me.print(f"{bench.report.checks} checks, {len(bench.report.red)} differences")
+        save(bench)
         if not bench.report.red:
             for part in (hops, scaling):
                 with bench.survive(part.__name__):
                     part(bench)
                 dist.barrier()
         if me.first:
-            args.out.with_suffix(".json").write_text(json.dumps(asdict(bench.report), indent=1))
+            save(bench)
             with bench.survive("the plot"):
                 draw(bench.report, args.out.with_suffix(".png"))
             print(show(bench.report, args.heads, args.dim), flush=True)

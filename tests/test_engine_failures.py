@@ -31,7 +31,7 @@ STAGES: dict[str, tuple[Any, str]] = {
 }
 PLACES = [(stage, "forward") for stage in ("agreement", "receive", "fold", "send")]
 PLACES += [(stage, "backward") for stage in ("tile states", "fold", "outputs")]  # no agreement there
-CASE = Case(300, 16, 16, heads=2, tile=32, initial=True, decay="slow")
+CASE = Case(300, 16, 16, heads=2, tile=32, initial=True, decay="slow", method="block")
 
 
 def before(stage: str, action: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
@@ -47,8 +47,7 @@ def before(stage: str, action: Callable[[], None], patch: pytest.MonkeyPatch) ->
 
 def call(group: Any, backward: Callable[[], None] = lambda: None) -> None:
     q, k, v = (torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3))
-    # The method whose primitives STAGES names.
-    o, state = leetdist.linear_attention(q, k, v, return_state=True, method="block", group=group)
+    o, state = leetdist.linear_attention(q, k, v, return_state=True, group=group, method="block")
     backward()
     (o.sum() + state.sum()).backward()
 
@@ -142,3 +141,20 @@ def be_late(rank: int) -> list[str]:
 
 def test_a_rank_that_is_late() -> None:
     assert values(run_ranks(be_late, 3)) == [[], [], []]
+
+
+def companions(rank: int) -> list[list[int]]:
+    """Hosts of groups that not all ranks are in: names that count a rank's groups would not fit together."""
+    heard = []
+    for ranks in ([0, 1], [0, 1, 2], [1, 2]):
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            transport = p2p.PointToPoint(group)
+            transport.host_group = p2p._companion(group)
+            heard.append(transport.gather_objects(rank, "a number"))
+    return heard
+
+
+def test_companions_of_uneven_groups() -> None:
+    everyone = [[0, 1], [0, 1, 2], [1, 2]]
+    assert values(run_ranks(companions, 3)) == [everyone[:2], everyone, everyone[1:]]

@@ -21,10 +21,10 @@ def run(*command: str) -> str:
 
 
 def test_scaling(tmp_path: Path) -> None:
-    sizes = "--device cpu --tokens 1024 --weak 256 --heads 2 --dim 16 --check-tokens 256 --repeat 2 --warmup 1"
+    sizes = "--device cpu --tokens 1024 --weak 256 --heads 2 --dim 16 --check-tokens 256 --repeat 2 --warmup 1 --fp32"
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     out = run(*launcher, "benchmarks/scaling.py", *sizes.split(), "--dtype", "float32", "--out", str(tmp_path / "s"))
-    assert "8 checks, 0 differences" in out
+    assert "8 checks, 0 differences" in out  # --fp32
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["problems"] == report["red"] == []
     assert (tmp_path / "s.png").stat().st_size > 10_000

@@ -50,8 +50,8 @@ def sequence_parallel(
             the promise gets a ValueError, the others a timeout.
         timeout: seconds that a rank of this group waits for another, from now on; None keeps what the group has (its
             own, or LEETDIST_TIMEOUT). With NCCL, a timeout makes the host wait for every receive.
-        transport: "auto", "p2p" or "symmetric" (one-sided copies within a node), how states travel; None takes
-            LEETDIST_TRANSPORT, or "auto". Decided when the group is first used.
+        transport: "p2p", "symmetric" (one-sided copies within a node) or "auto" (now p2p), how states travel; None
+            takes LEETDIST_TRANSPORT, or "auto". Decided when the group is first used.
 
     Raises:
         ValueError: `group` is of another type, a mesh of more dimensions, or does not hold this rank; `lengths` are not

@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from leetdist.sequence.symmetric import Inboxes, connect
-from leetdist.sequence.transport import Message, Transport
+from leetdist.sequence.transport import Message, Transport, timeout_seconds
 
 # Seconds a failing rank waits for its neighbours to say whether they live, before it names the one it waited for.
 ROLL_CALL_SECONDS = 2.0
@@ -38,7 +39,7 @@ class PointToPoint(Transport):
         self.group, self.name = group, group.group_name
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         backends = dist.get_backend_config(group)
-        self.host_group = group if "gloo" in backends else _companion(group)
+        self.host_group: Any = group if "gloo" in backends else _companion(group)
         # gloo reads and writes host memory only.
         self.staged = "nccl" not in backends
         self.pending: list[Sent] = []
@@ -47,6 +48,9 @@ class PointToPoint(Transport):
             dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
         self.inboxes: Inboxes | None = None
         connect(self, wanted)
+
+    def store(self, purpose: str) -> Store:
+        return store_of(self.group, purpose)
 
     def send(self, tensor: Tensor, to: int, what: str) -> None:
         if tensor.numel():
@@ -143,10 +147,9 @@ class PointToPoint(Transport):
         device = torch.device("cpu") if self.staged else tensor.device
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    def _send(self, group: dist.ProcessGroup, tensor: Tensor, to: int, what: str, tag: int) -> Sent:
+    def _send(self, group: Any, tensor: Tensor, to: int, what: str, tag: int) -> Sent:
         with self._blame(to, f"to take {what}"):
-            work = dist.isend(tensor, group=group, group_dst=to, tag=tag)
-            assert work is not None
+            work = group.send([tensor], to, tag)
         return work, tensor, to, what
 
     def _taken(self, sent: list[Sent]) -> None:
@@ -155,11 +158,9 @@ class PointToPoint(Transport):
             with self._blame(to, f"to take {what}"):
                 self._wait(work)
 
-    def _receive(self, group: dist.ProcessGroup, buffer: Tensor, source: int, what: str, tag: int) -> Tensor:
+    def _receive(self, group: Any, buffer: Tensor, source: int, what: str, tag: int) -> Tensor:
         with self._blame(source, f"for {what}"):
-            work = dist.irecv(buffer, group=group, group_src=source, tag=tag)
-            assert work is not None
-            self._wait(work)
+            self._wait(group.recv([buffer], source, tag))
         return buffer
 
     def _wait(self, work: dist.Work) -> None:
@@ -206,9 +207,21 @@ class PointToPoint(Transport):
         return other
 
 
-def _companion(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A gloo group of the same ranks, for what the hosts must agree on (a GPU backend would stop the stream)."""
-    ranks = dist.get_process_group_ranks(group)
-    options = getattr(group._get_backend(torch.device("cuda", torch.cuda.current_device())), "options", None)
-    timeout = getattr(options, "_timeout", None)
-    return dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
+def store_of(group: dist.ProcessGroup, purpose: str) -> Store:
+    """A store that the ranks of the group share, and nobody else writes into."""
+    return PrefixStore(f"leetdist/{purpose}", c10d._get_process_group_store(group))
+
+
+def _companion(group: dist.ProcessGroup) -> Any:
+    """Gloo between the same ranks, for what the hosts must agree on (a GPU backend would stop the stream).
+
+    Not by dist.new_group: its names count the groups that a rank knows, and ranks that are in different numbers of
+    groups would wait for each other under different names for ever.
+    """
+    seconds = timeout_seconds()
+    timeout = c10d.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
+    with contextlib.suppress(RuntimeError, AttributeError):
+        options: Any = group._get_backend(torch.device("cuda")).options
+        timeout = options._timeout if seconds is None else timeout
+    store = store_of(group, "host")
+    return c10d.ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), timeout)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -34,13 +33,14 @@ class Inboxes:
     """Symmetric memory of the ranks of a group that share this rank's node; ranks are those of the group."""
 
     def __init__(self, transport: PointToPoint, node: list[int]) -> None:
+        from torch._C._distributed_c10d import _SymmetricMemory
+
         self.transport, self.rank = transport, transport.rank
         self.local = {rank: number for number, rank in enumerate(node)}
-        group = transport.group
-        if len(node) < transport.size:
-            ranks = dist.get_process_group_ranks(group)
-            group = dist.new_group([ranks[rank] for rank in node], use_local_synchronization=True)
-        self.group_name = group.group_name
+        # Its own name and store, because the ranks of a node need not be a process group.
+        self.group_name = f"leetdist/{transport.name}/{'-'.join(map(str, node))}"
+        store = transport.store(f"symmetric/{node[0]}")
+        _SymmetricMemory.set_group_info(self.group_name, self.local[self.rank], len(node), store)
         self.slot_bytes = 0
         self.kept: list[Any] = []  # a graph may hold the address of inboxes that have been outgrown
         self.views: dict[Any, Tensor] = {}
@@ -55,10 +55,11 @@ class Inboxes:
         if size <= self.slot_bytes:
             return
         import torch.distributed._symmetric_memory as symmetric
+        from torch._C._distributed_c10d import _SymmetricMemory
 
         self.slot_bytes = -(-size // 256) * 256
         memory = symmetric.empty(2 * SLOTS * self.slot_bytes, dtype=torch.uint8, device=device)
-        self.handle = symmetric.rendezvous(memory, self.group_name)
+        self.handle = _SymmetricMemory.rendezvous(memory, self.group_name)
         self.kept.append((memory, self.handle))
         self.views, self.sent, self.received = {}, {}, {}
         for source in (self.rank - 1, self.rank + 1):
@@ -110,13 +111,13 @@ class Inboxes:
 def connect(transport: PointToPoint, wanted: str | None) -> None:
     """Give the transport inboxes if `wanted` (None: LEETDIST_TRANSPORT, or "auto") and the machine allow it.
 
-    All ranks of the group call this together and come to the same end. "auto" is symmetric memory for NCCL groups,
-    whose ranks have a GPU each.
+    All ranks of the group call this together and come to the same end. "auto" is p2p: symmetric memory has yet to be
+    measured between GPUs (benchmarks/scaling.py does) before it may be anybody's default.
     """
     wanted = wanted or os.environ.get("LEETDIST_TRANSPORT", "auto")
     if wanted not in ("auto", "p2p", "symmetric"):
         raise ValueError(f"transport (or LEETDIST_TRANSPORT) must be auto, p2p or symmetric, got {wanted!r}")
-    if wanted == "p2p" or transport.size == 1 or (wanted == "auto" and transport.staged):
+    if wanted in ("auto", "p2p") or transport.size == 1:
         return
     everyone = transport.gather_objects(_place(), "where its GPU is")
     hosts = [host for host, *_ in everyone]

@@ -1,0 +1,89 @@
+"""What scaling.py found, as rows, a table and a plot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Row:
+    """One measurement: seconds of the slowest rank. `local` is the same work on a rank's shard without communication,
+    `single` all of it (weak: a rank's share) on one device, `model` what the cost model says."""
+
+    what: str
+    scaling: str
+    transport: str
+    ranks: int
+    tokens: int
+    call: str
+    seconds: float
+    single: float | None = None
+    local: float | None = None
+    model: float | None = None
+    bytes_sent: int | None = None
+
+    def efficiency(self) -> float | None:
+        if self.single is None:
+            return None
+        return self.single / self.seconds / (self.ranks if self.scaling == "strong" else 1)
+
+    def exposed(self) -> float | None:
+        return None if self.local is None else self.seconds - self.local
+
+
+@dataclass
+class Report:
+    machine: str
+    checks: int = 0
+    red: list[str] = field(default_factory=list)
+    hops: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    efficiency, exposed = row.efficiency(), row.exposed()
+    return (
+        row.scaling, str(row.ranks), str(row.tokens), row.call, row.transport, row.what, f"{row.seconds * 1e3:.3f}",
+        "" if efficiency is None else f"{efficiency:.3f}", "" if exposed is None else f"{exposed * 1e6:.0f}",
+        "" if row.model is None else f"{row.model * 1e3:.3f}",
+    )  # fmt: skip
+
+
+def show(report: Report, heads: int, dim: int) -> str:
+    lines = [report.machine, f"{report.checks} checks, {len(report.red)} differences"]
+    lines += report.red[:20] + report.problems
+    lines += [
+        f"a hop of {4 * heads * dim * dim / 2**20:.1f} MiB, {k}: {s * 1e6:.1f} us" for k, s in report.hops.items()
+    ]
+    head = ("scaling", "ranks", "tokens", "call", "transport", "what", "ms", "efficiency", "exposed us", "model ms")
+    table: list[tuple[str, ...]] = [head]
+    for row in report.rows:
+        table.append(cells(row))
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+    return "\n".join(lines)
+
+
+def draw(report: Report, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    for axis, kind in zip(axes, ("strong", "weak"), strict=True):
+        series: dict[str, list[tuple[int, float]]] = {}
+        for row in report.rows:
+            efficiency = row.efficiency()
+            if row.scaling == kind and row.ranks > 1 and efficiency is not None:
+                size = row.tokens if kind == "strong" else row.tokens // row.ranks
+                name = f"{row.what}, {row.transport}, {row.call}, {size:,}"
+                series.setdefault(name, [(1, 1.0)]).append((row.ranks, efficiency))
+        for name, points in series.items():
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(title=f"{kind} scaling: {report.machine}", xlabel="ranks", ylabel="efficiency", ylim=(0, 1.2))
+        axis.legend(fontsize=5)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
