@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import leetdist
 from leetdist.kernels.pytorch import block
@@ -26,6 +29,43 @@ def differing(case: Case, ranks: int, device: torch.device, seed: int = 0) -> li
 @pytest.mark.parametrize("case", standard_cases(CPU), ids=str)
 def test_virtual_ranks(case: Case, ranks: int, seed: int) -> None:
     assert not differing(case, ranks, CPU, seed)
+
+
+@st.composite
+def cut_cases(draw: st.DrawFn) -> tuple[Case, int]:
+    """Any call, on any number of ranks, with shards of any whole number of tiles, none among them."""
+    tokens = draw(st.integers(1, 400))
+    tile = draw(st.sampled_from([16, 32, 64, 256]))
+    ranks = draw(st.integers(1, 8))
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]))
+    documents = draw(st.none() | st.lists(st.integers(0, tokens), max_size=4).map(sorted))
+    cuts = sorted(draw(st.lists(st.integers(0, -(-tokens // tile)), min_size=ranks - 1, max_size=ranks - 1)))
+    ends = [*(min(tokens, cut * tile) for cut in cuts), tokens]
+    case = Case(
+        tokens,
+        draw(st.sampled_from([1, 3, 16, 17, 40])),
+        draw(st.sampled_from([1, 2, 24, 33, 64])),
+        batch=draw(st.integers(1, 3)) if documents is None else 1,
+        heads=heads,
+        kv_heads=kv_heads,
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
+        scale=draw(st.sampled_from([1.0, -0.3])),
+        decay=draw(st.sampled_from(["none", "mixed", "slow", "fast", "gone"])),
+        documents=None if documents is None else (0, *documents, tokens),
+        initial=draw(st.booleans()),
+        learnt=draw(st.booleans()),
+        tile=tile,
+        method=draw(st.sampled_from(["auto", "block", "lightning", "fleet", "causal_dot_product"])),
+        shards=tuple(end - begin for begin, end in pairwise([0, *ends])),
+    )
+    return case, ranks
+
+
+@settings(max_examples=60)
+@given(cut_cases())
+def test_any_call(drawn: tuple[Case, int]) -> None:
+    case, ranks = drawn
+    assert not differing(case, ranks, CPU)
 
 
 def test_more_ranks_than_tiles(seed: int) -> None:

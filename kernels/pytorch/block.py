@@ -15,7 +15,8 @@ with the forward states S for o and dq, and the reversed ones, R, for dk and dv.
 
 Bits: a tile is computed chunk by chunk with matrix products whose shapes depend on the tile length alone, never on how
 many tiles are computed together (short chunks are padded with zeros, which adds nothing). Batched products give the
-same bits for any batch count; tests/test_exactness.py watches that they go on doing so.
+same bits for any batch count as long as every matrix begins on a 64-byte line, so head dimensions are padded with zeros
+too; tests/test_exactness.py watches that they go on doing so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles, ceil_div
@@ -51,11 +53,13 @@ def tile_states(
     Returns (B, H, tiles.count, Db, Dc), fp32 (fp64 for fp64 inputs), in `out` (contiguous) if given.
     """
     walk = _Walk(tiles, log_decay, b.dtype, reverse)
-    states = walk.zeros(b.shape[0], tiles.count, b.shape[3], c.shape[3])
+    rows, columns = b.shape[3], c.shape[3]
+    states = walk.zeros(b.shape[0], tiles.count, rows + missing(rows), columns + missing(columns))
     for chunk in walk:
         weighted = chunk.take(b) * (chunk.to_state() * scale)
         chunk.advance(states, weighted.mT @ chunk.take(c))
-    return states if out is None else out.copy_(states)
+    states = states[..., :rows, :columns]
+    return states.contiguous() if out is None else out.copy_(states)
 
 
 def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
@@ -108,7 +112,7 @@ def tile_outputs(
     walk = _Walk(tiles, log_decay, a.dtype, reverse)
     if out is None:
         out = torch.empty(a.shape[0], walk.heads, a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
-    state, added_scale = states.clone(), scale_of_added(scale, state_scale)
+    state, added_scale = padded(states), scale_of_added(scale, state_scale)
     for chunk in walk:
         a_i, b_i, c_i = chunk.take(a), chunk.take(b), chunk.take(c)
         scores = (a_i @ b_i.mT) * (walk.mask * scale)
@@ -147,7 +151,8 @@ def decay_gradient(
     tile's start and the gradient of the state at its end. Returns (B, H, tiles.count).
     """
     walk = _Walk(tiles, log_decay, q.dtype, reverse=False)
-    state, slope = states.clone(), torch.zeros_like(states)
+    state = padded(states)
+    slope = torch.zeros_like(state)
     total = walk.zeros(q.shape[0], tiles.count)
     for chunk in walk:
         q_i, k_i, v_i, do_i = (chunk.take(x) for x in (q, k, v, do))
@@ -161,7 +166,18 @@ def decay_gradient(
         update = ((k_i * chunk.to_state() * chunk.exponent_to_state[..., None]).mT) @ v_i
         chunk.advance(slope, update, add=chunk.of(state) * tokens)
         chunk.advance(state, (k_i * chunk.to_state()).mT @ v_i)
-    return total + (slope * state_grads).sum((-1, -2))
+    return total + (slope * padded(state_grads)).sum((-1, -2))
+
+
+def missing(dim: int) -> int:
+    """Zeros that a head dimension is padded with, to a multiple of 64 bytes in fp32."""
+    return -dim % 16
+
+
+def padded(states: Tensor) -> Tensor:
+    """A copy of states (..., Dk, Dv) with both dimensions padded."""
+    rows, columns = missing(states.shape[-2]), missing(states.shape[-1])
+    return F.pad(states, (0, columns, 0, rows)) if rows or columns else states.clone()
 
 
 def decay_powers(log_decay: Tensor, highest: int, dtype: torch.dtype) -> Tensor:
@@ -229,8 +245,10 @@ class _Chunk:
         self.exponent_to_state = before + 1 if self.walk.reverse else after
 
     def take(self, x: Tensor) -> Tensor:
-        """The chunk's rows of x (B, Hx, N, D), for every head: (B, H, A, C, D), zero where there is no token."""
+        """The chunk's rows of x (B, Hx, N, D), for every head: (B, H, A, C, padded D), zero where there is no token."""
         x = x.index_select(2, self.rows).to(self.walk.dtype)
+        if missing(x.shape[3]):
+            x = F.pad(x, (0, missing(x.shape[3])))
         x = x.unflatten(2, self.inside.shape)
         if not self.full:
             x = x * self.inside[..., None]
@@ -238,7 +256,7 @@ class _Chunk:
 
     def put(self, out: Tensor, x: Tensor) -> None:
         inside = self.inside.flatten()
-        out[:, :, self.rows[inside]] = x.flatten(2, 3)[:, :, inside].to(out.dtype)
+        out[:, :, self.rows[inside]] = x.flatten(2, 3)[:, :, inside, : out.shape[3]].to(out.dtype)
 
     def of(self, state: Tensor) -> Tensor:
         return state[:, :, self.tiles]

@@ -30,7 +30,8 @@ class Case:
     """One call to compare: shapes, dtype, decay and how the sequence is cut.
 
     decay is one of "none", "lightning", "mixed" (lightning with a head of no decay and one that forgets at once), or a
-    key of DECAYS. With `learnt`, log_decay needs a gradient. `uneven` gives ranks growing shares of the tiles.
+    key of DECAYS. With `learnt`, log_decay needs a gradient. `uneven` gives ranks growing shares of the tiles, `shards`
+    tokens by rank.
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class Case:
     tile: int | None = None
     method: str = "auto"
     model_layout: bool = False
+    shards: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.kv_heads is None else f"{self.heads}/{self.kv_heads}"
@@ -59,6 +61,7 @@ class Case:
                 ("packed", self.documents),
                 ("initial state", self.initial),
                 ("uneven", self.uneven),
+                (f"shards {self.shards}", self.shards),
                 ("(B, N, H, D)", self.model_layout),
                 (f"tile {self.tile}", self.tile),
                 (self.method, self.method != "auto"),
@@ -81,6 +84,8 @@ class Case:
 
     def lengths(self, ranks: int) -> tuple[int, ...]:
         """Tokens on each rank."""
+        if self.shards is not None and len(self.shards) == ranks:
+            return self.shards
         tile = self.tile or default_tile(self.tokens)
         if not self.uneven:
             return shard_lengths(self.tokens, ranks, tile)
@@ -235,6 +240,7 @@ def standard_cases(device: torch.device, *, long: int | None = None) -> list[Cas
         Case(640, heads=4, kv_heads=2, dk=16, dv=32, dtype=bf16, uneven=True),
         Case(900, decay="mixed", documents=(0, 130, 130, 500, 777, 900), initial=True),
         Case(1024, tile=16, decay="slow", dtype=fp16, learnt=False),
+        Case(333, 17, 33, decay="slow", batch=2, initial=True),
         Case(1),
         Case(17, batch=3, decay="fast", model_layout=True),
     ]
