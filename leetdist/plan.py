@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles
-from leetdist.methods import Kernels, kernels_for
+from leetdist.methods import Kernels, kernels_for, served_by
 from leetdist.problem import (
     Decays,
     Problem,
@@ -124,6 +124,7 @@ def plan_call(
     mine: Problem | ValueError
     try:
         mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
+        mine = replace(mine, backend=served_by(mine))
     except ValueError as error:
         mine = error
     else:

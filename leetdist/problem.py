@@ -47,6 +47,7 @@ class Problem:
     has_initial: bool
     tokens: int
     lanes: int | None = None
+    backend: str = ""  # under a group: ranks with other kernels would have other bits
 
     @property
     def num_documents(self) -> int:

@@ -99,7 +99,10 @@ def disagree(rank: int, what: str) -> None:
         q, k, v = (x[:, :, :63] for x in (q, k, v))
     elif what == "initial_state" and odd:
         options["initial_state"] = torch.zeros(1, 2, 16, 16)
-    leetdist.linear_attention(q, k, v, **options, group=dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "backend" and odd:
+            patch.setenv("LEETDIST_BACKEND", "triton")
+        leetdist.linear_attention(q, k, v, **options, group=dist.group.WORLD)
 
 
 DISAGREEMENTS = {
@@ -110,6 +113,7 @@ DISAGREEMENTS = {
     "needs_grad": "disagree on needs_grad",
     "log_decay": "log_decay must be <= 0",
     "tile": "disagree on tile",
+    "backend": "disagree on backend: rank 1 has Triton, rank 0 has PyTorch",
     "boundaries": "rank 0 ends at token 63",
     "initial_state": "initial_state is given on the first rank",
 }

@@ -148,10 +148,10 @@ def decay_gradient(
     grow with t, and loses all digits on long sequences.
 
     q, k, v, do: (B, H or fewer, N, Dk or Dv); states, state_grads: (B, H, tiles.count, Dk, Dv), the state at each
-    tile's start and the gradient of the state at its end. Returns (B, H, tiles.count).
+    tile's start and the gradient of the state at its end. Returns (B, H, tiles.count), in fp64.
     """
-    walk = _Walk(tiles, log_decay, q.dtype, reverse=False)
-    state = padded(states)
+    walk = _Walk(tiles, log_decay, torch.float64, reverse=False)  # terms of both signs cancel
+    state = padded(states.double())
     slope = torch.zeros_like(state)
     total = walk.zeros(q.shape[0], tiles.count)
     for chunk in walk:
@@ -166,7 +166,7 @@ def decay_gradient(
         update = ((k_i * chunk.to_state() * chunk.exponent_to_state[..., None]).mT) @ v_i
         chunk.advance(slope, update, add=chunk.of(state) * tokens)
         chunk.advance(state, (k_i * chunk.to_state()).mT @ v_i)
-    return total + (slope * padded(state_grads)).sum((-1, -2))
+    return total + (slope * padded(state_grads.double())).sum((-1, -2))
 
 
 def missing(dim: int) -> int:

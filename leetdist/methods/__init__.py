@@ -158,6 +158,17 @@ def cuda_serves(problem: Problem) -> bool:
     return available()
 
 
+def served_by(problem: Problem) -> str:
+    """What there is to compute with on this rank, in words."""
+    if not triton_serves(problem):
+        return "PyTorch"
+    name = "Triton and CUDA C++" if cuda_serves(problem) else "Triton"
+    if problem.device.type != "cuda":
+        return name
+    major, minor = _capability(problem.device)
+    return f"{name} on sm_{major}{minor}"
+
+
 def triton_serves(problem: Problem) -> bool:
     """Triton's kernels run on NVIDIA GPUs from compute capability 8.0 on, in fp32, bf16 and fp16, up to 256 wide.
 
