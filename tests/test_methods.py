@@ -112,12 +112,12 @@ def test_fleet_is_accurate_over_131072_tokens() -> None:
     log_decay = torch.tensor([-1.0, -0.01, -1e-4, 0.0], device="cuda")
     rows = torch.tensor([0, 1, 4095, 4096, 70_000, 131_071], device="cuda")
     o = leetdist.linear_attention(q, k, v, log_decay, method="fleet")
-    # A tile adds 4,096 numbers one by one onto a state that is larger than what they bring, where the state has
-    # seen all tokens: its roundings add up to 1.9e-6 at a tile's end, and to half of that with tile=1024.
-    for head, bound in enumerate((1e-6, 1e-6, 2.5e-6, 2.5e-6)):
+    # Measured on an H200 (benchmarks/results/fleet.json): 1.9e-6 at the end of a tile where nothing decays, because a
+    # tile adds 4,096 numbers one by one onto a state that is larger than what they bring. Too much: to be mended.
+    for head in range(4):
         one = slice(head, head + 1)
         exact = reference.quadratic(q[:, one], k[:, one], v[:, one], log_decay[one], rows=rows)
-        assert reference.relative_error(o[:, one, rows], exact) < bound, f"head {head}"
+        assert reference.relative_error(o[:, one, rows], exact) <= 1e-6, f"head {head}"
 
 
 @pytest.mark.parametrize("method", ["causal_dot_product", "fleet"])

@@ -185,8 +185,13 @@ def triton_serves(problem: Problem) -> bool:
         and _capability(problem.device) >= (8, 0)
         and problem.dtype != torch.float64
         and max(problem.dk, problem.dv) <= LARGEST_TRITON_HEAD
-        and importlib.util.find_spec("triton") is not None
+        and _has_triton()
     )
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache
