@@ -13,8 +13,11 @@ is what it says, "wrong" is a relative error beyond the dtype's bound. Writes <n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -27,6 +30,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() without touching the GPU
 import torch
 from torch import Tensor
 
@@ -38,20 +42,21 @@ from leetdist.reference import quadratic, relative_error
 from leetdist.sequence.grid import default_tile
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Shape = tuple[str, int, int]  # dtype, batch, tokens
 DIM = 128
 LENGTHS = [128, 512, 2_048, 8_192, 12_800, 25_600, 100_000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative error of the whole output: fp32 arithmetic, and the rounding of a 16-bit output with some room.
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
-SECONDS_A_CELL = 0.08
+TURNS, SECONDS_A_TURN = 5, 0.01
 
 
 @dataclass
 class Cell:
     contestant: str
+    dtype: str
     batch: int
     tokens: int
-    dtype: str
     training: bool
     heads: int
     milliseconds: float | None = None
@@ -74,7 +79,26 @@ def _named(call: Any, method: str, *tensors: Tensor) -> Tensor:
     return call(*tensors, method=method)
 
 
-def theirs(folder: str | None, only: list[str] | None = None) -> dict[str, Attention]:
+def _factor(log_decay: Tensor) -> Tensor:
+    return torch.exp(log_decay)
+
+
+def _slope(log_decay: Tensor) -> Tensor:
+    return -log_decay
+
+
+# Module, function, and the form in which it takes the decay.
+THEIRS = {
+    "LeetDecoding FleetAttention": ("FleetAttention_triton", "FleetAttention_triton", _factor),
+    "LeetDecoding causal_dot_product": ("causal_dot_product", "causal_dot_product", _factor),
+    "LeetDecoding lightningAttention2": ("lightningAttention2", "lightning_attn2", _slope),
+    "LeetDecoding block-based": ("BlockBased", "blockBased", _slope),
+    "LeetDecoding recursion": ("Recursion", "recursion", _slope),
+    "LeetDecoding vanilla": ("linear_attn", "linear_attn", _slope),
+}
+
+
+def theirs(folder: str | None, only: list[str]) -> dict[str, Attention]:
     """LeetDecoding's kernels that can be imported here, each given the decay in the form it takes."""
     if folder is None:
         return {}
@@ -85,24 +109,15 @@ def theirs(folder: str | None, only: list[str] | None = None) -> dict[str, Atten
     package = type(sys)("pycuda")
     package.driver, package.autoinit = driver, None
     sys.modules.update({"pycuda": package, "pycuda.driver": driver, "pycuda.autoinit": package})
-    factor, slope = (lambda g: torch.exp(g)), (lambda g: -g)
-    wanted = [
-        ("FleetAttention", "FleetAttention_triton", "FleetAttention_triton", factor),
-        ("causal_dot_product", "causal_dot_product", "causal_dot_product", factor),
-        ("lightningAttention2", "lightningAttention2", "lightning_attn2", slope),
-        ("block-based", "BlockBased", "blockBased", slope),
-        ("recursion", "Recursion", "recursion", slope),
-        ("vanilla", "linear_attn", "linear_attn", slope),
-    ]
     found: dict[str, Attention] = {}
-    for name, module, function, form in wanted:
-        if only and not any(part in f"LeetDecoding {name}" for part in only):
+    for name, (module, function, form) in THEIRS.items():
+        if not any(part in name for part in only):
             continue  # some of them are compiled when they are imported
         try:
             loaded = __import__(f"leetDecoding.methods.{module}", fromlist=[function])
-            found[f"LeetDecoding {name}"] = partial(_in_their_form, getattr(loaded, function), form)
+            found[name] = partial(_in_their_form, getattr(loaded, function), form)
         except Exception as error:
-            print(f"LeetDecoding {name} cannot be loaded: {type(error).__name__}: {error}")
+            print(f"{name} cannot be loaded: {type(error).__name__}: {error}")
     return found
 
 
@@ -136,8 +151,8 @@ class Inputs:
         return max(relative_error(o[-1:, part, self.rows], exact) for part, exact in self.exact)
 
 
-def measure(cell: Cell, call: Attention, inputs: Inputs, device: torch.device, limit: float) -> None:
-    """Fill the cell in: correct first, then timed."""
+def check(cell: Cell, call: Attention, inputs: Inputs, device: torch.device) -> Callable[[], Any]:
+    """Correct first: fills in the error and the memory, and returns what is to be timed."""
 
     def step() -> Tensor:
         o = call(*inputs.qkv, inputs.log_decay)
@@ -147,20 +162,37 @@ def measure(cell: Cell, call: Attention, inputs: Inputs, device: torch.device, l
 
     poison = torch.full_like(inputs.qkv[2], float("nan"), requires_grad=False)
     del poison
-    with torch.set_grad_enabled(cell.training):
-        cell.error = inputs.error(step().detach())
-        if not cell.error <= BOUNDS[cell.dtype]:
-            cell.note = f"wrong ({cell.error:.1e})"
+    for again in (False, True):
         _synchronize(device)
         before = _memory(device, reset=True)
         started = time.perf_counter()
-        step()
+        o = step()
         _synchronize(device)
-        seconds = time.perf_counter() - started
+        cell.milliseconds = (time.perf_counter() - started) * 1e3
         cell.mebibytes = (_memory(device) - before) / 2**20
-        repeats = 0 if seconds > limit else max(3, min(50, int(SECONDS_A_CELL / seconds)))
-        times = list(_times(step, repeats, device))
-    cell.milliseconds = statistics.median(times) if times else seconds * 1e3
+        if not again:
+            cell.error = inputs.error(o.detach())
+        del o
+        if cell.milliseconds > 1e4:
+            break
+    assert cell.error is not None
+    if not cell.error <= BOUNDS[cell.dtype]:
+        cell.note = f"wrong ({cell.error:.1e})"
+    return step
+
+
+def time_in_turns(steps: list[tuple[Cell, Callable[[], Any]]], device: torch.device) -> None:
+    """Replace the first times by medians. Contestants take turns, so that a change in clocks, or in what else the host
+    does, meets all of them; short calls begin a turn with one that is not timed."""
+    times: dict[int, list[float]] = {i: [] for i in range(len(steps))}
+    for _ in range(TURNS):
+        for i, (cell, step) in enumerate(steps):
+            repeats = min(20, int(1e3 * SECONDS_A_TURN / (cell.milliseconds or 1.0)))
+            if repeats:
+                step()
+            times[i] += _times(step, max(repeats, 1), device)
+    for i, (cell, _) in enumerate(steps):
+        cell.milliseconds = statistics.median(times[i])
 
 
 def _times(step: Callable[[], Any], repeats: int, device: torch.device) -> Iterator[float]:
@@ -197,45 +229,109 @@ def _memory(device: torch.device, reset: bool = False) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def run(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
-    """The cells of one shape after the other."""
-    from rich.progress import track
+def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
+    return list(itertools.product(arguments.dtypes, arguments.batches, sorted(arguments.lengths)))
 
-    device = torch.device(arguments.device)
-    contestants = {**ours(), **theirs(arguments.leetdecoding, arguments.only)}
-    if arguments.only:
-        contestants = {name: c for name, c in contestants.items() if any(o in name for o in arguments.only)}
-    if arguments.training:
-        contestants = {name: c for name, c in contestants.items() if name.startswith("leetdist")}
-    slow: set[tuple[str, str, int]] = set()  # contestant, dtype, batch: a shorter cell took longer than the limit
-    shapes = list(itertools.product(arguments.dtypes, arguments.batches, sorted(arguments.lengths)))
-    for dtype, batch, tokens in track(shapes, "measuring", console=_console(stderr=True)):
-        cells = [Cell(name, batch, tokens, dtype, arguments.training, arguments.heads) for name in contestants]
-        inputs: Inputs | None = None
-        for cell in cells:
-            key = (cell.contestant, dtype, batch)
-            if key in slow:
-                cell.note = "too long"
-                continue
-            try:
-                inputs = inputs or Inputs(cell, device)
-                measure(cell, contestants[cell.contestant], inputs, device, arguments.limit)
-            except torch.OutOfMemoryError:
-                cell.note = "OOM"
-            except Exception as error:
-                cell.note = f"fails: {type(error).__name__}"
-                print(cell, str(error)[:300], file=sys.stderr)
-            if (cell.milliseconds or 0.0) > 1e3 * arguments.limit:
-                slow.add(key)
-            if "AcceleratorError" in cell.note:  # nothing more can run in this process
+
+def run(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
+    """The cells of one shape after the other: leetdist's, then LeetDecoding's, each of its kernels in a process of its
+    own, because an address that is wrong ends more than the kernel."""
+    for names in _groups(arguments):
+        shapes = shapes_of(arguments)
+        while shapes:
+            done = 0
+            for cells in _in_a_process(arguments, names, shapes):
                 yield cells
-                return
-            if device.type == "cuda" and cell.note:
-                torch.cuda.empty_cache()
-        del inputs
-        if device.type == "cuda":
+                done += 1
+            if done < len(shapes) and not (done and _ended_the_process(cells)):
+                what = (*shapes[done], arguments.training, arguments.heads)
+                yield [Cell(name, *what, note="ends the process") for name in names]
+                done += 1
+            shapes = shapes[done:]
+
+
+def _groups(arguments: argparse.Namespace) -> list[list[str]]:
+    """Contestants that share a process."""
+    mine = [name for name in ours() if _wanted(name, arguments)]
+    others = [] if arguments.training or not arguments.leetdecoding else list(THEIRS)
+    return [group for group in (mine, *([name] for name in others if _wanted(name, arguments))) if group]
+
+
+def _wanted(name: str, arguments: argparse.Namespace) -> bool:
+    return not arguments.only or any(part in name for part in arguments.only)
+
+
+def _ended_the_process(cells: list[Cell]) -> bool:
+    return any("AcceleratorError" in cell.note for cell in cells)
+
+
+def _in_a_process(arguments: argparse.Namespace, names: list[str], shapes: list[Shape]) -> Iterator[list[Cell]]:
+    """As many shapes' cells as the process lives for. It is forked, so this one may not touch the GPU."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+
+    def child() -> None:
+        here.close()
+        for cells in measure(arguments, names, shapes):
+            there.send(cells)
+
+    process = fork.Process(target=child)
+    process.start()
+    there.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            yield here.recv()
+    process.join()
+
+
+def measure(arguments: argparse.Namespace, names: list[str], shapes: list[Shape]) -> Iterator[list[Cell]]:
+    """The cells of one shape after the other, until an error after which nothing more can run in this process."""
+    device = torch.device(arguments.device)
+    every = {**ours(), **theirs(arguments.leetdecoding, names)}
+    contestants = {name: every[name] for name in names if name in every}
+    slow: set[tuple[str, str, int]] = set()  # contestant, dtype, batch: a shorter cell took far too long
+    for shape in shapes:
+        cells = [Cell(name, *shape, arguments.training, arguments.heads) for name in contestants]
+        with torch.set_grad_enabled(arguments.training):
+            _one_shape(cells, contestants, slow, device, arguments.limit)
+        if device.type == "cuda" and not _ended_the_process(cells):
             torch.cuda.empty_cache()
         yield cells
+        if _ended_the_process(cells):
+            return
+
+
+def _one_shape(
+    cells: list[Cell],
+    contestants: dict[str, Attention],
+    slow: set[tuple[str, str, int]],
+    device: torch.device,
+    limit: float,
+) -> None:
+    inputs: Inputs | None = None
+    steps: list[tuple[Cell, Callable[[], Any]]] = []
+    for cell in cells:
+        key = (cell.contestant, cell.dtype, cell.batch)
+        if key in slow:
+            cell.note = "too long"
+            continue
+        try:
+            inputs = inputs or Inputs(cell, device)
+            step = check(cell, contestants[cell.contestant], inputs, device)
+            if (cell.milliseconds or 0.0) <= 1e3 * limit:
+                steps.append((cell, step))
+            elif (cell.milliseconds or 0.0) > 1e4 * limit:
+                slow.add(key)
+        except torch.OutOfMemoryError:
+            cell.note = "OOM"
+        except Exception as error:
+            cell.note = f"fails: {type(error).__name__}"
+            print(cell, str(error)[:300], file=sys.stderr)
+        if _ended_the_process([cell]):
+            return
+        if device.type == "cuda" and cell.note:
+            torch.cuda.empty_cache()
+    time_in_turns(steps, device)
 
 
 def tables(cells: list[Cell]) -> None:
@@ -304,13 +400,19 @@ def about(device: str) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.read_text().strip() if commit.is_file() else git.stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+        "device": _gpu_name() if device == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
         "python": platform.python_version(),
         "dim": DIM,
     }
+
+
+def _gpu_name() -> str:
+    """Asked without touching the GPU: processes are forked from this one."""
+    smi = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return smi.stdout.strip().splitlines()[0]
 
 
 def fit(paths: list[Path]) -> None:
@@ -359,7 +461,12 @@ def main() -> None:
     parser.add_argument("--training", action="store_true", help="forward and backward, leetdist only")
     parser.add_argument("--leetdecoding", help="folder that holds LeetDecoding's package")
     parser.add_argument("--only", nargs="+", help="contestants whose names contain one of these")
-    parser.add_argument("--limit", type=float, default=1.0, help="seconds: longer cells are timed once, none after")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=1.0,
+        help="seconds: longer cells are timed once, none after one of ten times as long",
+    )
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--name", default="leetdecoding", help="of the files there")
     parser.add_argument("--show", type=Path, nargs="+", help="print and draw these results, and measure nothing")
@@ -373,7 +480,14 @@ def main() -> None:
         shown = [json.loads(path.read_text()) for path in arguments.show]
         cells = [Cell(**c) for content in shown for c in content["cells"]]
     else:
-        for more in run(arguments):
+        from rich.progress import track
+
+        for more in track(
+            run(arguments),
+            "measuring",
+            total=len(_groups(arguments)) * len(shapes_of(arguments)),
+            console=_console(stderr=True),
+        ):
             cells += more
             if arguments.out:  # after every shape: what is cut off keeps what it has
                 arguments.out.mkdir(parents=True, exist_ok=True)
