@@ -12,7 +12,7 @@ import torch
 import leetdist
 from leetdist.plan import make_lanes, plan_call
 from leetdist.sequence.cost import Job
-from leetdist.sequence.symmetric import SLOTS, Inboxes, _obstacle
+from leetdist.sequence.symmetric import FREE, FULL, SLOTS, Box, _obstacle
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors
 
@@ -340,15 +340,40 @@ def test_where_symmetric_memory_can_be() -> None:
     assert _obstacle([("a", "0", False), ("a", "1", False), ("b", "0", False)]) is None
 
 
-def test_symmetric_slots() -> None:
-    """Every link has channels of its own between two ranks, and they fit the signal pads."""
-    channels = {
-        (source, to, slot, free): Inboxes._channel(source, to, slot, free=free)
-        for source, to in ((0, 1), (1, 0))
-        for slot in range(SLOTS)
-        for free in (False, True)
-    }
-    # A signal is told from others by who sends it, to whom, and its channel: "full" goes along, "free" comes back.
-    signals = {((t, s) if free else (s, t), channel) for (s, t, _, free), channel in channels.items()}
-    assert len(signals) == len(channels)
-    assert max(channels.values()) < 16
+def test_symmetric_boxes() -> None:
+    """Every flag and slot of a rank's memory has a place of its own, and all of the memory is used."""
+    programs, slot = 4, 64
+    memory = torch.zeros(Box.words(slot, programs), dtype=torch.int32)
+    box = Box.of(memory, programs)
+    assert box.slots.shape == (2, SLOTS, slot)
+    for direction in range(2):
+        for number in range(SLOTS):
+            box.slots[direction, number] += 1
+            for flags in box.flags:
+                flags[direction, number] += 1
+    assert torch.equal(memory, torch.ones_like(memory))
+
+
+@pytest.mark.gpu
+@pytest.mark.interpreter
+def test_hop_kernels() -> None:
+    """Two ranks' memory in one process: what is put arrives whole, and the flags are as before, ready for another."""
+    from leetdist.kernels.triton import hop
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for words in (1, 999, 64 * hop.BLOCK, 65 * hop.BLOCK + 5) if device == "cuda" else (1, 999, 3 * hop.BLOCK + 5):
+        memory = torch.zeros(2, Box.words(words, hop.PROGRAMS), dtype=torch.int32, device=device)
+        sender, receiver = (Box.of(own, hop.PROGRAMS) for own in memory)
+        sender.flags[FREE] = 1
+        for _ in range(2):
+            state = torch.randn(words, device=device)
+            free, full = sender.flags[FREE, 0, 2], receiver.flags[FULL, 0, 2]
+            hop.put(state, receiver.slots[0, 2], free, full, ranks=(0, 1), seconds=1.0)
+            assert int(free.sum()) == 0
+            assert int(full.sum()) == hop.PROGRAMS
+            hop.wait(full, ranks=(1, 0), seconds=1.0)
+            assert int(full.sum()) == 0
+            assert torch.equal(receiver.slots[0, 2].view(torch.float32), state)
+            hop.release(free)
+            assert int(free.sum()) == hop.PROGRAMS
+        assert not receiver.slots[:, :2].any()

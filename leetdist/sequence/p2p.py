@@ -52,6 +52,23 @@ class PointToPoint(Transport):
     def store(self, purpose: str) -> Store:
         return store_of(self.group, purpose)
 
+    def part(self, ranks: list[int]) -> dist.ProcessGroup:
+        """A process group of some of the ranks, made by them alone: a name, numbers and a store, by which PyTorch's
+        symmetric memory finds them."""
+        from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
+
+        rank, size = ranks.index(self.rank), len(ranks)
+        name: Any = f"leetdist/{self.name}/{ranks[0]}"
+        store = self.store(f"part/{ranks[0]}")
+        group, kind = c10d.ProcessGroup(store, rank, size), c10d.ProcessGroup.BackendType.GLOO
+        group._register_backend(torch.device("cpu"), kind, _gloo(self.group, store, rank, size))
+        group._set_default_backend(kind)
+        group._set_group_name(name)
+        _register_process_group(name, group)
+        with contextlib.suppress(RuntimeError):  # some versions of PyTorch look here
+            _SymmetricMemory.set_group_info(name, rank, size, store)
+        return group
+
     def send(self, tensor: Tensor, to: int, what: str) -> None:
         if tensor.numel():
             self.pending.append(self._send(self.group, self._outgoing(tensor), to, what, TENSORS))
@@ -218,10 +235,14 @@ def _companion(group: dist.ProcessGroup) -> Any:
     Not by dist.new_group: its names count the groups that a rank knows, and ranks that are in different numbers of
     groups would wait for each other under different names for ever.
     """
+    return _gloo(group, store_of(group, "host"), dist.get_rank(group), dist.get_world_size(group))
+
+
+def _gloo(like: dist.ProcessGroup, store: Store, rank: int, size: int) -> Any:
+    """With the timeout of `like`."""
     seconds = timeout_seconds()
     timeout = c10d.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
     with contextlib.suppress(RuntimeError, AttributeError):
-        options: Any = group._get_backend(torch.device("cuda")).options
+        options: Any = like._get_backend(torch.device("cuda")).options
         timeout = options._timeout if seconds is None else timeout
-    store = store_of(group, "host")
-    return c10d.ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), timeout)
+    return c10d.ProcessGroupGloo(store, rank, size, timeout)

@@ -1,12 +1,13 @@
 """States that travel within a node by one-sided copies: the sender writes into the receiver's memory and signals.
 
-`torch.distributed._symmetric_memory` maps every rank's inbox into every other rank of the node. A hop is a wait for the
-slot to be free, a copy, and a signal, all on the sender's stream; then a wait and a copy on the receiver's. No host and
-no other rank takes part, and CUDA graphs capture all of it. NVLink multicast is not used.
+`torch.distributed._symmetric_memory` maps every rank's inbox into every other rank of the node. A hop is one kernel on
+the sender's stream (wait for the slot to be free, copy, signal) and one on the receiver's that waits for the signal
+(leetdist.kernels.triton.hop). No host and no other rank takes part, and CUDA graphs capture all of it. NVLink multicast
+is not used.
 
-Each directed link has SLOTS slots with two channels of signals each: "full", from the sender, and "free", from the
-receiver. A slot is written only after "free" (given once for every slot when the inboxes are made) and read only after
-"full", so a rank may be SLOTS messages ahead of its neighbour.
+Each directed link has SLOTS slots with two sets of flags each: "full", raised by the sender, and "free", by the
+receiver. A slot is written only after "free" (up when the inboxes are made) and read only after "full", so a rank may
+be SLOTS messages ahead of its neighbour.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,23 +29,40 @@ if TYPE_CHECKING:
 SLOTS = 4
 # A stuck wait in a kernel ends the program; long enough for a neighbour that saves a checkpoint.
 DEFAULT_TIMEOUT_SECONDS = 1800.0
+FULL, FREE = 0, 1
+
+
+@dataclass(frozen=True)
+class Box:
+    """One rank's part of the symmetric memory. Messages go right (direction 0) or left (1): the slots and "full" flags
+    are for what comes here, the "free" flags for what leaves."""
+
+    flags: Tensor  # (2, directions, SLOTS, programs of a copy) int32
+    slots: Tensor  # (directions, SLOTS, words) int32
+
+    @staticmethod
+    def of(memory: Tensor, programs: int) -> Box:
+        count = 2 * 2 * SLOTS * programs
+        return Box(memory[:count].view(2, 2, SLOTS, programs), memory[count:].view(2, SLOTS, -1))
+
+    @staticmethod
+    def words(slot_words: int, programs: int) -> int:
+        return 2 * SLOTS * (2 * programs + slot_words)
 
 
 class Inboxes:
     """Symmetric memory of the ranks of a group that share this rank's node; ranks are those of the group."""
 
     def __init__(self, transport: PointToPoint, node: list[int]) -> None:
-        from torch._C._distributed_c10d import _SymmetricMemory
+        from leetdist.kernels.triton import hop
 
+        self.hop = hop
         self.transport, self.rank = transport, transport.rank
         self.local = {rank: number for number, rank in enumerate(node)}
-        # Its own name and store, because the ranks of a node need not be a process group.
-        self.group_name = f"leetdist/{transport.name}/{'-'.join(map(str, node))}"
-        store = transport.store(f"symmetric/{node[0]}")
-        _SymmetricMemory.set_group_info(self.group_name, self.local[self.rank], len(node), store)
-        self.slot_bytes = 0
+        self.part: Any = transport.part(node) if len(node) < transport.size else None
+        self.slot_words = 0
+        self.boxes: dict[int, Box] = {}
         self.kept: list[Any] = []  # a graph may hold the address of inboxes that have been outgrown
-        self.views: dict[Any, Tensor] = {}
         self.sent: dict[int, int] = {}
         self.received: dict[int, int] = {}
 
@@ -52,60 +71,52 @@ class Inboxes:
 
     def reserve(self, size: int, device: torch.device) -> None:
         """Slots of `size` bytes at least; all ranks of the node call this together, with the same size."""
-        if size <= self.slot_bytes:
+        if size <= 4 * self.slot_words:
             return
         import torch.distributed._symmetric_memory as symmetric
         from torch._C._distributed_c10d import _SymmetricMemory
 
-        self.slot_bytes = -(-size // 256) * 256
-        memory = symmetric.empty(2 * SLOTS * self.slot_bytes, dtype=torch.uint8, device=device)
-        self.handle = _SymmetricMemory.rendezvous(memory, self.group_name)
-        self.kept.append((memory, self.handle))
-        self.views, self.sent, self.received = {}, {}, {}
-        for source in (self.rank - 1, self.rank + 1):
-            if source in self.local:
-                for slot in range(SLOTS):
-                    self._signal(source, self._channel(source, self.rank, slot, free=True))
+        self.slot_words = -(-size // 256) * 64
+        words = Box.words(self.slot_words, self.hop.PROGRAMS)
+        memory = symmetric.empty(words, dtype=torch.int32, device=device)
+        own = Box.of(memory, self.hop.PROGRAMS)
+        own.flags[FULL], own.flags[FREE] = 0, 1
+        torch.cuda.synchronize(device)  # from the rendezvous on, neighbours write here
+        if self.part is None:
+            handle = symmetric.rendezvous(memory, self.transport.group)
+        else:
+            handle = _SymmetricMemory.rendezvous(memory, self.part.group_name)
+        self.kept.append((memory, handle))
+        self.sent, self.received = {}, {}
+        self.boxes = {self.rank: own}
+        for rank in (self.rank - 1, self.rank + 1):
+            if rank in self.local:
+                theirs = handle.get_buffer(self.local[rank], (words,), torch.int32)
+                self.boxes[rank] = Box.of(theirs, self.hop.PROGRAMS)
 
     def put(self, tensor: Tensor, to: int) -> None:
-        slot = self.sent.get(to, 0) % SLOTS
+        direction, slot = int(self.rank > to), self.sent.get(to, 0) % SLOTS
         self.sent[to] = slot + 1
-        self._await(to, self._channel(self.rank, to, slot, free=True))
-        self._view(to, self.rank, slot, tuple(tensor.shape), tensor.dtype).copy_(tensor)
-        self._signal(to, self._channel(self.rank, to, slot, free=False))
+        mine, theirs = self.boxes[self.rank], self.boxes[to]
+        self.hop.put(
+            tensor.contiguous(), theirs.slots[direction, slot], mine.flags[FREE, direction, slot],
+            theirs.flags[FULL, direction, slot], ranks=(self.rank, to), seconds=self._seconds,
+        )  # fmt: skip
 
     @contextmanager
     def taken(self, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> Iterator[Tensor]:
         """The next message from `source`, in the inbox itself: what the stream does with it is launched inside."""
-        slot = self.received.get(source, 0) % SLOTS
+        direction, slot = int(source > self.rank), self.received.get(source, 0) % SLOTS
         self.received[source] = slot + 1
-        self._await(source, self._channel(source, self.rank, slot, free=False))
-        yield self._view(self.rank, source, slot, shape, dtype)
-        self._signal(source, self._channel(source, self.rank, slot, free=True))
-
-    @staticmethod
-    def _channel(source: int, to: int, slot: int, *, free: bool) -> int:
-        """Channels are counted for each pair of ranks; states go right in the forward scan and left in the backward."""
-        return ((source > to) * 2 + free) * SLOTS + slot
-
-    def _view(self, owner: int, source: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The slot in `owner`'s inbox for what comes from `source`."""
-        direction = int(source > owner)
-        key = (owner, direction, slot, shape, dtype)
-        if key not in self.views:
-            offset = (direction * SLOTS + slot) * self.slot_bytes // dtype.itemsize
-            self.views[key] = self.handle.get_buffer(self.local[owner], shape, dtype, offset)
-        return self.views[key]
-
-    def _signal(self, to: int, channel: int) -> None:
-        self.handle.put_signal(self.local[to], channel, self._milliseconds)
-
-    def _await(self, source: int, channel: int) -> None:
-        self.handle.wait_signal(self.local[source], channel, self._milliseconds)
+        mine, theirs = self.boxes[self.rank], self.boxes[source]
+        self.hop.wait(mine.flags[FULL, direction, slot], ranks=(self.rank, source), seconds=self._seconds)
+        words = torch.Size(shape).numel() * dtype.itemsize // 4
+        yield mine.slots[direction, slot, :words].view(dtype).view(shape)
+        self.hop.release(theirs.flags[FREE, direction, slot])
 
     @property
-    def _milliseconds(self) -> int:
-        return int(1000 * (self.transport.seconds or DEFAULT_TIMEOUT_SECONDS))
+    def _seconds(self) -> float:
+        return self.transport.seconds or DEFAULT_TIMEOUT_SECONDS
 
 
 def connect(transport: PointToPoint, wanted: str | None) -> None:
