@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scaling_report import provenance
 
 import leetdist
 from leetdist.sequence.grid import default_tile
@@ -71,7 +72,7 @@ def main() -> None:
 
     results: dict[str, Any] = {
         "machine": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
+        **provenance(), "torch": torch.__version__, "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
     }  # fmt: skip
     for name, call in {"forward": forward, "forward + backward": both}.items():
         single = work(lambda call=call: call(None), cuda, args.repeat)

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+
+def provenance() -> dict[str, str]:
+    """The command, and the commit it ran; a tree that travelled without its git folder is told it in LEETDIST_COMMIT."""
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    commit = os.environ.get("LEETDIST_COMMIT") or git.stdout.strip() or "unknown"
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit}
 
 
 @dataclass
@@ -35,6 +46,7 @@ class Row:
 @dataclass
 class Report:
     machine: str
+    tree: dict[str, str] = field(default_factory=provenance)
     checks: int = 0
     red: list[str] = field(default_factory=list)
     hops: dict[str, float] = field(default_factory=dict)

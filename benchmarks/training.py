@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from scaling_report import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "launch" / "configs"
@@ -104,7 +105,7 @@ def main() -> int:
             if args.out is not None:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 options = {k: v for k, v in vars(args).items() if k != "out"}
-                args.out.write_text(json.dumps({"options": options, "rows": rows}, indent=1))
+                args.out.write_text(json.dumps({**provenance(), "options": options, "rows": rows}, indent=1))
     return int(any("error" in row for row in rows))
 
 
