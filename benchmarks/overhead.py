@@ -72,7 +72,8 @@ def main() -> None:
 
     results: dict[str, Any] = {
         "machine": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        **provenance(), "torch": torch.__version__, "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
+        **provenance(), "torch": torch.__version__,
+        "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
     }  # fmt: skip
     for name, call in {"forward": forward, "forward + backward": both}.items():
         single = work(lambda call=call: call(None), cuda, args.repeat)

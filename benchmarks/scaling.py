@@ -258,7 +258,8 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # NCCL's watchdog thread looks at events meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         kept = call()
 
     def replay(kept: Any = kept) -> None:
@@ -310,6 +311,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no new measurement after so long")
     parser.add_argument("--fp32", action="store_true", help="check fp32 too (its kernels take long to compile)")
+    calls = ("forward", "forward + backward")
+    parser.add_argument("--fla", nargs="*", default=calls, choices=calls, help="its backward takes minutes to tune")
     parser.add_argument("--graphs", action="store_true", help="measure CUDA graphs of the calls too")
     args = parser.parse_args(argv)
     with joined(args.device) as me:

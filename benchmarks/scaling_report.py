@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def provenance() -> dict[str, str]:
-    """The command, and the commit it ran; a tree that travelled without its git folder is told it in LEETDIST_COMMIT."""
+    """The command, and the commit it ran: LEETDIST_COMMIT for a tree that travelled without its git folder."""
     root = Path(__file__).resolve().parents[1]
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     commit = os.environ.get("LEETDIST_COMMIT") or git.stdout.strip() or "unknown"

@@ -43,6 +43,7 @@ class PointToPoint(Transport):
         # gloo reads and writes host memory only.
         self.staged = "nccl" not in backends
         self.pending: list[Sent] = []
+        self.captured: list[Sent] = []  # by a CUDA graph in the making, which may wait for nothing else
         if not self.staged:
             # NCCL connects a group in its first collective call, which every rank has to take part in.
             dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
@@ -71,7 +72,8 @@ class PointToPoint(Transport):
 
     def send(self, tensor: Tensor, to: int, what: str) -> None:
         if tensor.numel():
-            self.pending.append(self._send(self.group, self._outgoing(tensor), to, what, TENSORS))
+            sent = self._send(self.group, self._outgoing(tensor), to, what, TENSORS)
+            (self.captured if self._capturing() else self.pending).append(sent)
 
     def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
         if not tensor.numel():
@@ -120,13 +122,19 @@ class PointToPoint(Transport):
                 yield state
 
     def flush(self) -> None:
-        # What NCCL is given it also keeps (below): the stream need not wait until a neighbour has taken it. In a CUDA
-        # graph it has to, because a graph ends only when all that it began has ended.
-        if not self.staged and len(self.pending) < MOST_PENDING and not torch.cuda.is_current_stream_capturing():
+        # A graph ends only when all that it began has ended.
+        if self._capturing():
+            captured, self.captured = self.captured, []
+            return self._taken(captured)
+        # What NCCL is given it also keeps (below): the stream need not wait until a neighbour has taken it.
+        if not self.staged and len(self.pending) < MOST_PENDING:
             self.pending = [sent for sent in self.pending if not sent[0].is_completed()]
-            return
+            return None
         pending, self.pending = self.pending, []
-        self._taken(pending)
+        return self._taken(pending)
+
+    def _capturing(self) -> bool:
+        return not self.staged and torch.cuda.is_current_stream_capturing()
 
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         # Lengths first, then bytes: two small messages to each rank, no collective, so that a rank that does not answer
