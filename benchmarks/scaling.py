@@ -11,8 +11,9 @@ On the CPU (gloo) it runs with small sizes, to be tested: --device cpu --tokens 
    one GPU, where it is installed.
 4. The cost model's prediction beside what was measured.
 
-Nothing is timed while a check is red. Results: OUT.json, OUT.png and a table; the file is written after each part, and
---seconds starts nothing new when they are over. The first rank compiles alone, the others then find it in the cache.
+Nothing is timed while a check of the dtype that is timed is red. Results: OUT.json, OUT.png and a table; the file is
+written after each part, and --seconds starts nothing new when they are over. The first rank compiles alone, the others
+then find it in the cache.
 """
 
 from __future__ import annotations
@@ -120,17 +121,16 @@ def save(bench: Bench) -> None:
         bench.args.out.with_suffix(".json").write_text(json.dumps(asdict(bench.report), indent=1))
 
 
-def verify(bench: Bench) -> None:
+def verify(bench: Bench, dtype: torch.dtype) -> None:
     """Part 1."""
-    base = Case(bench.args.check_tokens, bench.args.dim, bench.args.dim, heads=bench.args.heads, learnt=False)
-    cases = []
-    for dtype in (torch.bfloat16, torch.float32) if bench.args.fp32 else (torch.bfloat16,):
-        cases += [
-            replace(base, dtype=dtype, decay="none"),
-            replace(base, dtype=dtype, decay="mixed", uneven=True, initial=True, model_layout=True),
-            replace(base, dtype=dtype, documents=(0, 1, base.tokens // 3 + 5, base.tokens // 2, base.tokens)),
-            replace(base, dtype=dtype, decay="gone", uneven=True, learnt=True),
-        ]
+    args = bench.args
+    base = Case(args.check_tokens, args.dim, args.dim, heads=args.heads, dtype=dtype, learnt=False)
+    cases = [
+        replace(base, decay="none"),
+        replace(base, decay="mixed", uneven=True, initial=True, model_layout=True),
+        replace(base, documents=(0, 1, base.tokens // 3 + 5, base.tokens // 2, base.tokens)),
+        replace(base, decay="gone", uneven=True, learnt=True),
+    ]
     for seed, case in enumerate(cases):
         if bench.me.first:
             compute(case, make_tensors(case, bench.me.device, seed), None)
@@ -181,7 +181,8 @@ def scaling(bench: Bench) -> None:
     """Part 2, and the peers of part 3 at the same sizes."""
     powers = [ranks for ranks in (1, 2, 4, 8, 16, 32, 64) if ranks <= bench.me.size]
     single: dict[tuple[int, str], float] = {}
-    for weak, size in [*((False, n) for n in bench.args.tokens), *((True, n) for n in bench.args.weak)]:
+    sizes = [*((False, n) for n in bench.args.tokens), *((True, n) for n in bench.args.weak)]
+    for weak, size in sorted(sizes, key=lambda size: size[1]):
         for ranks in powers:
             if not bench.in_time():
                 bench.me.print(f"no time for {size} tokens on {ranks} ranks")
@@ -310,14 +311,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no new measurement after so long")
-    parser.add_argument("--fp32", action="store_true", help="check fp32 too (its kernels take long to compile)")
+    parser.add_argument("--fp32", action="store_true", help="check fp32 too, at the end")
     calls = ("forward", "forward + backward")
     parser.add_argument("--fla", nargs="*", default=calls, choices=calls, help="its backward takes minutes to tune")
     parser.add_argument("--graphs", action="store_true", help="measure CUDA graphs of the calls too")
     args = parser.parse_args(argv)
     with joined(args.device) as me:
         bench = Bench(me, args)
-        verify(bench)
+        verify(bench, torch.bfloat16)
         me.print(f"{bench.report.checks} checks, {len(bench.report.red)} differences")
         save(bench)
         if not bench.report.red:
@@ -325,6 +326,8 @@ def main(argv: list[str]) -> int:
                 with bench.survive(part.__name__):
                     part(bench)
                 dist.barrier()
+        if args.fp32:
+            verify(bench, torch.float32)
         if me.first:
             save(bench)
             with bench.survive("the plot"):
