@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 import leetdist
 from leetdist.plan import make_lanes, plan_call
 from leetdist.sequence.cost import Job
+from leetdist.sequence.mailbox import Gone, Mailbox
 from leetdist.sequence.symmetric import FREE, FULL, SLOTS, Box, _obstacle
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors
@@ -377,3 +381,38 @@ def test_hop_kernels() -> None:
             hop.release(free)
             assert int(free.sum()) == hop.PROGRAMS
         assert not receiver.slots[:, :2].any()
+
+
+def boxes(ranks: int, pids: list[int] | None = None) -> list[Mailbox]:
+    file = Mailbox.create(ranks)
+    try:
+        return [Mailbox(file, rank, pids or [os.getpid()] * ranks) for rank in range(ranks)]
+    finally:
+        os.unlink(file)
+
+
+def test_letters_arrive_in_order() -> None:
+    ranks, letters = 3, 500
+
+    def rank(mailbox: Mailbox) -> list[list[list[int]]]:
+        return [mailbox.exchange([n, -n, mailbox.rank, 2**62], 30.0) for n in range(letters)]
+
+    with ThreadPoolExecutor(ranks) as pool:
+        expected = [[[n, -n, rank, 2**62] for rank in range(ranks)] for n in range(letters)]
+        assert list(pool.map(rank, boxes(ranks))) == [expected] * ranks
+
+
+def test_letters_that_do_not_come() -> None:
+    """Half a letter is none; who has ended is named at once, who is late after the time given."""
+    first, second = boxes(2)
+    second.count = 1
+    for offset, number in enumerate([1, 2, 3, 4, second._seal([1, 2, 3, 5]), 1]):
+        second.numbers[second._place(1) + offset] = number
+    with pytest.raises(Gone, match="nothing came") as error:
+        first.exchange([0] * 4, 0.2)
+    assert error.value.rank == 1
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    first, _ = boxes(2, [os.getpid(), ended.pid])
+    with pytest.raises(Gone, match="has ended"):
+        first.exchange([0] * 4, 60.0)

@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
+from leetdist.sequence.mailbox import Gone, Mailbox, open_mailbox
 from leetdist.sequence.symmetric import Inboxes, connect
 from leetdist.sequence.transport import Message, Transport, timeout_seconds
 
@@ -47,6 +49,9 @@ class PointToPoint(Transport):
         if not self.staged:
             # NCCL connects a group in its first collective call, which every rank has to take part in.
             dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
+        self.mailbox: Mailbox | None = None
+        if self.size > 1:
+            self.mailbox = open_mailbox(partial(self.gather_objects, what="where its host is"), self.rank, self.size)
         self.inboxes: Inboxes | None = None
         connect(self, wanted)
 
@@ -153,6 +158,25 @@ class PointToPoint(Transport):
             everyone[rank] = pickle.loads(self._receive(self.host_group, theirs, rank, what, OBJECTS).numpy().tobytes())
         self._taken(sent)
         return everyone
+
+    def largest(self, numbers: list[int], what: str) -> list[int]:
+        if self.mailbox is None:
+            return super().largest(numbers, what)
+        try:
+            everyone = self.mailbox.exchange(numbers, self._patience())
+        except Gone as error:
+            with self._blame(error.rank, f"for {what}"):
+                raise
+        return [max(each) for each in zip(*everyone, strict=True)]
+
+    def _patience(self) -> float:
+        """Seconds that a host waits for another."""
+        if self.seconds is not None:
+            return self.seconds
+        options: Any = getattr(self.host_group, "options", None)  # of gloo itself, or of a group that has it
+        if options is None:
+            options = self.host_group._get_backend(torch.device("cpu")).options
+        return float(options._timeout.total_seconds())
 
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
         mine = torch.tensor(header)
