@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
-On a GPU the work is the time of all kernels and copies (torch.profiler), because P threads of one Python program launch
-slower than one GPU computes; on the CPU it is the processor time of all threads.
+On a GPU the work is the time in which any kernel or copy runs (torch.profiler), because P threads of one Python program
+launch slower than one GPU computes; kernels of several ranks that run at once share the GPU, and count once. The
+file has the sum of each kernel's own times. On the CPU the work is the processor time of all threads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,10 @@ from leetdist.sequence.grid import default_tile
 from leetdist.testing.equality import lightning_slopes
 
 
-def work(call: Callable[[], Any], cuda: bool, repeat: int) -> float:
-    """Seconds of work in one call, median."""
+def work(call: Callable[[], Any], cuda: bool, repeat: int) -> tuple[float, dict[str, float]]:
+    """Seconds of work in one call, median, and of each kernel in the last."""
     call()
-    spans = []
+    spans, kernels = [], Counter[str]()
     for _ in range(repeat):
         if not cuda:
             begin = time.process_time()
@@ -38,8 +40,14 @@ def work(call: Callable[[], Any], cuda: bool, repeat: int) -> float:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             call()
             torch.cuda.synchronize()
-        spans.append(sum(event.self_device_time_total for event in profile.key_averages()) / 1e6)
-    return statistics.median(spans)
+        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        busy, until, kernels = 0.0, 0.0, Counter()
+        for begin, end, name in sorted((e.time_range.start, e.time_range.end, e.name) for e in events):
+            kernels[name[:60]] += (end - begin) / 1e6
+            busy += max(0.0, end - max(begin, until))
+            until = max(until, end)
+        spans.append(busy / 1e6)
+    return statistics.median(spans), dict(kernels.most_common(12))
 
 
 def main() -> None:
@@ -76,10 +84,11 @@ def main() -> None:
         "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
     }  # fmt: skip
     for name, call in {"forward": forward, "forward + backward": both}.items():
-        single = work(lambda call=call: call(None), cuda, args.repeat)
+        single, alone = work(lambda call=call: call(None), cuda, args.repeat)
         for ranks in args.ranks:
-            total = work(lambda call=call, ranks=ranks: leetdist.virtual_ranks(call, ranks), cuda, args.repeat)
-            results["rows"].append({"call": name, "ranks": ranks, "single_s": single, "ranks_s": total})
+            total, kernels = work(lambda call=call, ranks=ranks: leetdist.virtual_ranks(call, ranks), cuda, args.repeat)
+            times = {"single_s": single, "ranks_s": total, "single_kernels_s": alone, "ranks_kernels_s": kernels}
+            results["rows"].append({"call": name, "ranks": ranks, **times})
             print(f"{name}, {ranks} ranks: {total * 1e3:.3f} ms, one {single * 1e3:.3f} ms, x {total / single:.3f}")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

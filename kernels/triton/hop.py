@@ -39,12 +39,12 @@ def put(source: Tensor, target: Tensor, free: Tensor, full: Tensor, *, ranks: tu
 def wait(full: Tensor, *, ranks: tuple[int, int], seconds: float) -> None:
     """Until all of `full` are up; takes them down."""
     arguments = (full, int(seconds * 1e9), *map(float, ranks))
-    launch(_wait, (1,), arguments, {"TIMED": TIMED, "PROGRAMS": PROGRAMS}, num_warps=2)
+    launch(_wait, (1,), arguments, {"TIMED": TIMED, "PROGRAMS": PROGRAMS}, num_warps=1)
 
 
 def release(free: Tensor) -> None:
     """Raise `free`, on the other GPU."""
-    launch(_release, (1,), (free,), {"PROGRAMS": PROGRAMS}, num_warps=2)
+    launch(_release, (1,), (free,), {"PROGRAMS": PROGRAMS}, num_warps=1)
 
 
 @triton.jit
@@ -52,8 +52,8 @@ def _check_clock(begin, limit, rank, other, TIMED: tl.constexpr):
     """End the program of a wait that has lasted for `limit` ns; only a trap ends the kernel on all of the GPU."""
     if TIMED:
         if tl.extra.cuda.globaltimer() - begin > limit:
-            tl.device_print("leetdist: symmetric memory: waiting was rank ", rank.to(tl.int32))
-            tl.device_print("leetdist: it waited too long for rank ", other.to(tl.int32))
+            tl.device_print("leetdist: symmetric memory: waited too long, this rank", rank.to(tl.int32))
+            tl.device_print("leetdist: symmetric memory: waited too long, for rank", other.to(tl.int32))
             tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
