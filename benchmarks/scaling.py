@@ -1,6 +1,6 @@
 """How the operator scales over GPUs: one run verifies, measures, compares with peers and with the cost model.
 
-    torchrun --nproc-per-node=8 benchmarks/scaling.py --graphs --out benchmarks/results/scaling
+    torchrun --nproc-per-node=8 benchmarks/scaling.py --graphs symmetric --out benchmarks/results/scaling
 
 On the CPU (gloo) it runs with small sizes, to be tested: --device cpu --tokens 4096 --weak 512 --heads 4 --dim 32.
 
@@ -172,7 +172,7 @@ def hops(bench: Bench) -> None:
         with bench.survive(f"hops of {kind}"):
             transport.reserve(state.numel() * state.element_size(), state.device)
             bench.report.hops[kind] = bench.seconds(there_and_back, transport.group) / times / 2
-            if bench.args.graphs:
+            if kind in bench.args.graphs:
                 graph = captured(there_and_back)
                 bench.report.hops[f"{kind}, CUDA graph"] = bench.seconds(graph, transport.group) / times / 2
 
@@ -210,7 +210,7 @@ def measure(
     tensors = schemes.inputs(mine, bench.args, bench.me.device)
     calls, locally = passes(bench, tensors, tile, transport), passes(bench, tensors, tile, None)
     for name in calls:
-        for graph in (False, True) if bench.args.graphs else (False,):
+        for graph in (False, True) if kind in bench.args.graphs or (ranks == 1 and bench.args.graphs) else (False,):
             call, alone = calls[name], locally[name]
             sent, label = None, f"{name}, CUDA graph" if graph else name
             if transport is not None and not graph:
@@ -314,7 +314,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--fp32", action="store_true", help="check fp32 too, at the end")
     calls = ("forward", "forward + backward")
     parser.add_argument("--fla", nargs="*", default=calls, choices=calls, help="its backward takes minutes to tune")
-    parser.add_argument("--graphs", action="store_true", help="measure CUDA graphs of the calls too")
+    parser.add_argument(
+        "--graphs", nargs="*", default=[], choices=("p2p", "symmetric"), help="measure CUDA graphs of the calls too"
+    )
     args = parser.parse_args(argv)
     with joined(args.device) as me:
         bench = Bench(me, args)
