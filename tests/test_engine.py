@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import leetdist
 from leetdist.plan import make_lanes, plan_call
 from leetdist.sequence.cost import Job
 from leetdist.sequence.mailbox import Gone, Mailbox
-from leetdist.sequence.symmetric import FREE, FULL, SLOTS, Box, _obstacle
+from leetdist.sequence.symmetric import FREE, FULL, SLOTS, Box, Place, _obstacle
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors
 
@@ -335,13 +336,14 @@ def test_only_the_initial_state_needs_a_gradient() -> None:
 
 
 def test_where_symmetric_memory_can_be() -> None:
-    host, gpus = "a", ["0", "1"]
-    assert _obstacle([(host, gpu, False) for gpu in gpus]) is None
-    assert _obstacle([(host, "0", False)] * 2) == "ranks 0 and 1 share a GPU"
-    assert _obstacle([(host, "0", True)] * 2) is None
-    assert _obstacle([(host, "0", False), (host, "none", False)]) == "rank 1 has no GPU"
-    assert _obstacle([("a", "0", False), ("b", "0", False)]) == "no two ranks are on one host"
-    assert _obstacle([("a", "0", False), ("a", "1", False), ("b", "0", False)]) is None
+    one, two = Place("a", "0"), Place("a", "1")
+    assert _obstacle([one, two]) is None
+    assert _obstacle([one, one]) == "ranks 0 and 1 share a GPU"
+    assert _obstacle([replace(one, may_share=True)] * 2) is None
+    assert _obstacle([one, Place("a", None)]) == "rank 1 has no GPU"
+    assert _obstacle([one, Place("b", "0")]) == "no two ranks are on one host"
+    assert _obstacle([one, two, Place("b", "0")]) is None
+    assert "rank 1 has no direct access" in str(_obstacle([one, replace(two, reaches=False)]))
 
 
 def test_symmetric_boxes() -> None:

@@ -62,7 +62,7 @@ def _now(TIMED: tl.constexpr):
     return tl.extra.cuda.globaltimer() if TIMED else 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _put(source, target, free, full, words, share, limit, rank, other, TIMED: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     begin = _now(TIMED)
@@ -76,7 +76,7 @@ def _put(source, target, free, full, words, share, limit, rank, other, TIMED: tl
     tl.atomic_xchg(full + program, 1, sem="release", scope="sys")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _wait(full, limit, rank, other, TIMED: tl.constexpr, PROGRAMS: tl.constexpr):
     flags = full + tl.arange(0, PROGRAMS)
     up = tl.full((PROGRAMS,), 1, tl.int32)

@@ -42,6 +42,11 @@ class PointToPoint(Transport):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         backends = dist.get_backend_config(group)
         self.host_group: Any = group if "gloo" in backends else _companion(group)
+        self.default_seconds = c10d.default_pg_timeout.total_seconds()
+        with contextlib.suppress(AttributeError, RuntimeError):
+            options: Any = getattr(self.host_group, "options", None)  # of gloo itself, or of a group that has it
+            options = options or self.host_group._get_backend(torch.device("cpu")).options
+            self.default_seconds = options._timeout.total_seconds()
         # gloo reads and writes host memory only.
         self.staged = "nccl" not in backends
         self.pending: list[Sent] = []
@@ -163,20 +168,15 @@ class PointToPoint(Transport):
         if self.mailbox is None:
             return super().largest(numbers, what)
         try:
-            everyone = self.mailbox.exchange(numbers, self._patience())
+            everyone = self.mailbox.exchange(numbers, self.patience())
         except Gone as error:
             with self._blame(error.rank, f"for {what}"):
                 raise
         return [max(each) for each in zip(*everyone, strict=True)]
 
-    def _patience(self) -> float:
-        """Seconds that a host waits for another."""
-        if self.seconds is not None:
-            return self.seconds
-        options: Any = getattr(self.host_group, "options", None)  # of gloo itself, or of a group that has it
-        if options is None:
-            options = self.host_group._get_backend(torch.device("cpu")).options
-        return float(options._timeout.total_seconds())
+    def patience(self) -> float:
+        """Seconds that a host, or a GPU by itself, waits for another rank."""
+        return self.seconds or self.default_seconds
 
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
         mine = torch.tensor(header)

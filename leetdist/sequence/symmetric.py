@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from leetdist.sequence.p2p import PointToPoint
 
 SLOTS = 4
-# A stuck wait in a kernel ends the program; long enough for a neighbour that saves a checkpoint.
-DEFAULT_TIMEOUT_SECONDS = 1800.0
 FULL, FREE = 0, 1
 
 
@@ -100,7 +98,7 @@ class Inboxes:
         mine, theirs = self.boxes[self.rank], self.boxes[to]
         self.hop.put(
             tensor.contiguous(), theirs.slots[direction, slot], mine.flags[FREE, direction, slot],
-            theirs.flags[FULL, direction, slot], ranks=(self.rank, to), seconds=self._seconds,
+            theirs.flags[FULL, direction, slot], ranks=(self.rank, to), seconds=self.transport.patience(),
         )  # fmt: skip
 
     @contextmanager
@@ -109,29 +107,25 @@ class Inboxes:
         direction, slot = int(source > self.rank), self.received.get(source, 0) % SLOTS
         self.received[source] = slot + 1
         mine, theirs = self.boxes[self.rank], self.boxes[source]
-        self.hop.wait(mine.flags[FULL, direction, slot], ranks=(self.rank, source), seconds=self._seconds)
+        self.hop.wait(mine.flags[FULL, direction, slot], ranks=(self.rank, source), seconds=self.transport.patience())
         words = torch.Size(shape).numel() * dtype.itemsize // 4
         yield mine.slots[direction, slot, :words].view(dtype).view(shape)
         self.hop.release(theirs.flags[FREE, direction, slot])
-
-    @property
-    def _seconds(self) -> float:
-        return self.transport.seconds or DEFAULT_TIMEOUT_SECONDS
 
 
 def connect(transport: PointToPoint, wanted: str | None) -> None:
     """Give the transport inboxes if `wanted` (None: LEETDIST_TRANSPORT, or "auto") and the machine allow it.
 
-    All ranks of the group call this together and come to the same end. "auto" is p2p: symmetric memory has yet to be
-    measured between GPUs (benchmarks/scaling.py does) before it may be anybody's default.
+    All ranks of the group call this together and come to the same end. "auto" takes symmetric memory where the ranks'
+    GPUs have it, and p2p elsewhere.
     """
     wanted = wanted or os.environ.get("LEETDIST_TRANSPORT", "auto")
     if wanted not in ("auto", "p2p", "symmetric"):
         raise ValueError(f"transport (or LEETDIST_TRANSPORT) must be auto, p2p or symmetric, got {wanted!r}")
-    if wanted in ("auto", "p2p") or transport.size == 1:
+    if wanted == "p2p" or (wanted == "auto" and transport.staged) or transport.size == 1:
         return
-    everyone = transport.gather_objects(_place(), "where its GPU is")
-    hosts = [host for host, *_ in everyone]
+    everyone = transport.gather_objects(Place.mine(), "where its GPU is")
+    hosts = [place.host for place in everyone]
     node = [rank for rank in range(transport.size) if hosts[rank] == hosts[transport.rank]]
     problem = _obstacle(everyone)
     if problem is None and len(node) > 1:
@@ -149,23 +143,39 @@ def connect(transport: PointToPoint, wanted: str | None) -> None:
         transport.kind = "symmetric"  # also on a rank that is alone on its node
 
 
-def _place() -> tuple[str, str, bool]:
-    """This host, this rank's GPU, and whether ranks may share one."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    host = socket.gethostname() + (boot.read_text() if boot.exists() else "")
-    gpu = "none"
-    if torch.cuda.is_available():
-        gpu = str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", "unknown"))
-    return host, gpu, os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
+@dataclass(frozen=True)
+class Place:
+    """A rank's host, its GPU, whether that reaches all other GPUs it can see, and whether ranks may share one."""
+
+    host: str
+    gpu: str | None
+    reaches: bool = True
+    may_share: bool = False
+
+    @staticmethod
+    def mine() -> Place:
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        host = socket.gethostname() + (boot.read_text() if boot.exists() else "")
+        if not torch.cuda.is_available():
+            return Place(host, None)
+        me = torch.cuda.current_device()
+        return Place(
+            host,
+            str(getattr(torch.cuda.get_device_properties(me), "uuid", "unknown")),
+            all(torch.cuda.can_device_access_peer(me, n) for n in range(torch.cuda.device_count()) if n != me),
+            os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1",
+        )
 
 
-def _obstacle(everyone: list[tuple[str, str, bool]]) -> str | None:
-    if len({host for host, *_ in everyone}) == len(everyone):
+def _obstacle(places: list[Place]) -> str | None:
+    if len({place.host for place in places}) == len(places):
         return "no two ranks are on one host"
-    for rank, (host, gpu, may_share) in enumerate(everyone):
-        if gpu == "none":
+    for rank, place in enumerate(places):
+        if place.gpu is None:
             return f"rank {rank} has no GPU"
+        if not place.reaches:
+            return f"the GPU of rank {rank} has no direct access to all others of its host"
         for other in range(rank):
-            if everyone[other][:2] == (host, gpu) and not may_share:
+            if (places[other].host, places[other].gpu) == (place.host, place.gpu) and not place.may_share:
                 return f"ranks {other} and {rank} share a GPU"
     return None
