@@ -2,9 +2,8 @@
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
-On a GPU the work is the time in which any kernel or copy runs (torch.profiler), because P threads of one Python program
-launch slower than one GPU computes; kernels of several ranks that run at once share the GPU, and count once. The
-file has the sum of each kernel's own times. On the CPU the work is the processor time of all threads.
+On a GPU the work is the time that a CUDA graph of all ranks takes, each on a stream of its own, because P threads of
+one Python program launch slower than one GPU computes; on the CPU it is the processor time of all threads.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import argparse
 import json
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from scaling import captured
 from scaling_report import provenance
 
 import leetdist
@@ -26,28 +25,47 @@ from leetdist.sequence.grid import default_tile
 from leetdist.testing.equality import lightning_slopes
 
 
-def work(call: Callable[[], Any], cuda: bool, repeat: int) -> tuple[float, dict[str, float]]:
-    """Seconds of work in one call, median, and of each kernel in the last."""
+def work(call: Callable[[], Any], repeat: int) -> float:
+    """Seconds of work in one call, median."""
+    if torch.cuda.is_available():
+        call = captured(call, mode="relaxed")  # other threads launch, too
     call()
-    spans, kernels = [], Counter[str]()
+    spans = []
     for _ in range(repeat):
-        if not cuda:
+        if not torch.cuda.is_available():
             begin = time.process_time()
             call()
             spans.append(time.process_time() - begin)
             continue
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
-            torch.cuda.synchronize()
-        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        busy, until, kernels = 0.0, 0.0, Counter()
-        for begin, end, name in sorted((e.time_range.start, e.time_range.end, e.name) for e in events):
-            kernels[name[:60]] += (end - begin) / 1e6
-            busy += max(0.0, end - max(begin, until))
-            until = max(until, end)
-        spans.append(busy / 1e6)
-    return statistics.median(spans), dict(kernels.most_common(12))
+        spans.append(first.elapsed_time(last) / 1e3)
+    return statistics.median(spans)
+
+
+def at_once(call: Callable[[Any], Any], ranks: int) -> Callable[[], Any]:
+    """`call` on so many virtual ranks, on a GPU each on its own stream."""
+    if not torch.cuda.is_available():
+        return lambda: leetdist.virtual_ranks(call, ranks)
+    streams = [torch.cuda.Stream() for _ in range(ranks)]
+
+    def rank(group: Any) -> Any:
+        with torch.cuda.stream(streams[group.rank]):
+            return call(group)
+
+    def all_ranks() -> Any:
+        main = torch.cuda.current_stream()
+        for stream in streams:
+            stream.wait_stream(main)
+        results = leetdist.virtual_ranks(rank, ranks)
+        for stream in streams:
+            main.wait_stream(stream)
+        return results
+
+    return all_ranks
 
 
 def main() -> None:
@@ -57,7 +75,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32 if cuda else 4)
     parser.add_argument("--dim", type=int, default=128 if cuda else 64)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8])
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -84,11 +102,10 @@ def main() -> None:
         "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
     }  # fmt: skip
     for name, call in {"forward": forward, "forward + backward": both}.items():
-        single, alone = work(lambda call=call: call(None), cuda, args.repeat)
+        single = work(lambda call=call: call(None), args.repeat)
         for ranks in args.ranks:
-            total, kernels = work(lambda call=call, ranks=ranks: leetdist.virtual_ranks(call, ranks), cuda, args.repeat)
-            times = {"single_s": single, "ranks_s": total, "single_kernels_s": alone, "ranks_kernels_s": kernels}
-            results["rows"].append({"call": name, "ranks": ranks, **times})
+            total = work(at_once(call, ranks), args.repeat)
+            results["rows"].append({"call": name, "ranks": ranks, "single_s": single, "ranks_s": total})
             print(f"{name}, {ranks} ranks: {total * 1e3:.3f} ms, one {single * 1e3:.3f} ms, x {total / single:.3f}")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

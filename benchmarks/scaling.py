@@ -250,7 +250,7 @@ def passes(bench: Bench, tensors: list[Tensor], tile: int, transport: Any) -> di
     return {"forward": forward, "forward + backward": both}
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
+def captured(call: Callable[[], Any], mode: str = "thread_local") -> Callable[[], None]:
     """The call as a CUDA graph, whose replay takes next to nothing of the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -259,8 +259,8 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # NCCL's watchdog thread looks at events meanwhile.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    # Not "global": NCCL's watchdog thread looks at events meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
         kept = call()
 
     def replay(kept: Any = kept) -> None:

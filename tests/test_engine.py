@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 import leetdist
 from leetdist.plan import make_lanes, plan_call
 from leetdist.sequence.cost import Job
 from leetdist.sequence.mailbox import Gone, Mailbox
+from leetdist.sequence.p2p import Renumbered
 from leetdist.sequence.symmetric import FREE, FULL, SLOTS, Box, Place, _obstacle
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors
@@ -358,6 +360,20 @@ def test_symmetric_boxes() -> None:
             for flags in box.flags:
                 flags[direction, number] += 1
     assert torch.equal(memory, torch.ones_like(memory))
+
+
+def test_exchanges_are_counted_by_group() -> None:
+    """PyTorch counts a process's exchanges over all groups: here two ranks come with different numbers."""
+    store = HashStore()
+    one, two = Renumbered(store), Renumbered(store)
+    for first, second in ((0, 4), (1, 7), (2, 8)):
+        one.set(f"CUDASymmetricMemory/{first}/0", b"\x00\xff" + bytes([first]))
+        two.set(f"CUDASymmetricMemory/{second}/1", b"other")
+        assert two.get(f"CUDASymmetricMemory/{second}/0") == b"\x00\xff" + bytes([first])
+        one.wait([f"CUDASymmetricMemory/{first}/1"])
+        assert one.check([f"CUDASymmetricMemory/{first}/1"])
+    one.set("another/key", b"1")
+    assert store.get("another/key") == b"1"
 
 
 @pytest.mark.gpu

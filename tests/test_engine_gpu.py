@@ -44,6 +44,9 @@ def on_one_gpu(kind: str) -> Transport:
     torch.cuda.set_device(0)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     os.environ["LEETDIST_TIMEOUT"] = "30"
+    pair = dist.new_group([0, 1])
+    if dist.get_rank() < 2:  # the others are in fewer groups
+        resolve(pair, kind)
     transport = resolve(dist.group.WORLD, kind)
     assert transport is not None
     assert transport.kind == kind

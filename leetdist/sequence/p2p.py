@@ -70,7 +70,7 @@ class PointToPoint(Transport):
 
         rank, size = ranks.index(self.rank), len(ranks)
         name: Any = f"leetdist/{self.name}/{ranks[0]}"
-        store = self.store(f"part/{ranks[0]}")
+        store = Renumbered(self.store(f"part/{ranks[0]}"))
         group, kind = c10d.ProcessGroup(store, rank, size), c10d.ProcessGroup.BackendType.GLOO
         group._register_backend(torch.device("cpu"), kind, _gloo(self.group, store, rank, size))
         group._set_default_backend(kind)
@@ -278,3 +278,37 @@ def _gloo(like: dist.ProcessGroup, store: Store, rank: int, size: int) -> Any:
         options: Any = like._get_backend(torch.device("cuda")).options
         timeout = options._timeout if seconds is None else timeout
     return c10d.ProcessGroupGloo(store, rank, size, timeout)
+
+
+class Renumbered(Store):
+    """A store for PyTorch's symmetric memory, whose keys end in "/exchange/rank".
+
+    It counts the exchanges of a process over all groups, so ranks that are in different numbers of groups would wait
+    for each other under different numbers for ever (seen with PyTorch 2.11). Here every store counts its own.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+        self.numbers: dict[str, int] = {}
+
+    def _key(self, key: str) -> str:
+        exchange, _, rank = key.rpartition("/")
+        if not (rank.isdigit() and exchange.rpartition("/")[2].isdigit()):
+            return key
+        return f"exchange/{self.numbers.setdefault(exchange, len(self.numbers))}/{rank}"
+
+    def set(self, key: str, value: Any) -> None:
+        self.store.set(self._key(key), value)
+
+    def get(self, key: str) -> bytes:
+        return self.store.get(self._key(key))
+
+    def wait(self, keys: list[str], *timeout: Any) -> None:
+        self.store.wait([self._key(key) for key in keys], *timeout)
+
+    def check(self, keys: list[str]) -> bool:
+        return self.store.check([self._key(key) for key in keys])
+
+    def add(self, key: str, amount: int) -> int:
+        return self.store.add(key, amount)

@@ -57,7 +57,7 @@ class Inboxes:
         self.hop = hop
         self.transport, self.rank = transport, transport.rank
         self.local = {rank: number for number, rank in enumerate(node)}
-        self.part: Any = transport.part(node) if len(node) < transport.size else None
+        self.group = transport.part(node)
         self.slot_words = 0
         self.boxes: dict[int, Box] = {}
         self.kept: list[Any] = []  # a graph may hold the address of inboxes that have been outgrown
@@ -72,7 +72,6 @@ class Inboxes:
         if size <= 4 * self.slot_words:
             return
         import torch.distributed._symmetric_memory as symmetric
-        from torch._C._distributed_c10d import _SymmetricMemory
 
         self.slot_words = -(-size // 256) * 64
         words = Box.words(self.slot_words, self.hop.PROGRAMS)
@@ -80,10 +79,7 @@ class Inboxes:
         own = Box.of(memory, self.hop.PROGRAMS)
         own.flags[FULL], own.flags[FREE] = 0, 1
         torch.cuda.synchronize(device)  # from the rendezvous on, neighbours write here
-        if self.part is None:
-            handle = symmetric.rendezvous(memory, self.transport.group)
-        else:
-            handle = _SymmetricMemory.rendezvous(memory, self.part.group_name)
+        handle = symmetric.rendezvous(memory, self.group.group_name)
         self.kept.append((memory, handle))
         self.sent, self.received = {}, {}
         self.boxes = {self.rank: own}
