@@ -19,7 +19,7 @@ from leetdist.plan import make_lanes, plan_call
 from leetdist.sequence.cost import Job
 from leetdist.sequence.mailbox import Gone, Mailbox
 from leetdist.sequence.p2p import Renumbered
-from leetdist.sequence.symmetric import FREE, FULL, SLOTS, Box, Place, _obstacle
+from leetdist.sequence.symmetric import SLOTS, Box, Place, _obstacle
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors
 
@@ -352,14 +352,15 @@ def test_symmetric_boxes() -> None:
     """Every flag and slot of a rank's memory has a place of its own, and all of the memory is used."""
     programs, slot = 4, 64
     memory = torch.zeros(Box.words(slot, programs), dtype=torch.int32)
-    box = Box.of(memory, programs)
-    assert box.slots.shape == (2, SLOTS, slot)
-    for direction in range(2):
-        for number in range(SLOTS):
-            box.slots[direction, number] += 1
-            for flags in box.flags:
-                flags[direction, number] += 1
+    box = Box(memory, programs)
+    parts = [part for kind in (box.slots, box.full, box.free) for direction in kind for part in direction]
+    assert [part.numel() for part in parts] == 2 * SLOTS * [slot] + 4 * SLOTS * [programs]
+    for part in parts:
+        part += 1
     assert torch.equal(memory, torch.ones_like(memory))
+    message = box.message(1, 2, (4, 8), torch.float64)
+    assert message.shape == (4, 8)
+    assert message.data_ptr() == box.slots[1][2].data_ptr()
 
 
 def test_exchanges_are_counted_by_group() -> None:
@@ -385,20 +386,20 @@ def test_hop_kernels() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for words in (1, 999, 64 * hop.BLOCK, 65 * hop.BLOCK + 5) if device == "cuda" else (1, 999, 3 * hop.BLOCK + 5):
         memory = torch.zeros(2, Box.words(words, hop.PROGRAMS), dtype=torch.int32, device=device)
-        sender, receiver = (Box.of(own, hop.PROGRAMS) for own in memory)
-        sender.flags[FREE] = 1
+        sender, receiver = (Box(own, hop.PROGRAMS) for own in memory)
+        sender.free[0][2].fill_(1)
         for _ in range(2):
             state = torch.randn(words, device=device)
-            free, full = sender.flags[FREE, 0, 2], receiver.flags[FULL, 0, 2]
-            hop.put(state, receiver.slots[0, 2], free, full, ranks=(0, 1), seconds=1.0)
+            free, full, slot = sender.free[0][2], receiver.full[0][2], receiver.slots[0][2]
+            hop.put(state, slot, free, full, ranks=(0, 1), seconds=1.0)
             assert int(free.sum()) == 0
             assert int(full.sum()) == hop.PROGRAMS
             hop.wait(full, ranks=(1, 0), seconds=1.0)
             assert int(full.sum()) == 0
-            assert torch.equal(receiver.slots[0, 2].view(torch.float32), state)
+            assert torch.equal(slot.view(torch.float32), state)
             hop.release(free)
             assert int(free.sum()) == hop.PROGRAMS
-        assert not receiver.slots[:, :2].any()
+        assert not receiver.slots[0][1].any()
 
 
 def boxes(ranks: int, pids: list[int] | None = None) -> list[Mailbox]:

@@ -27,25 +27,33 @@ if TYPE_CHECKING:
     from leetdist.sequence.p2p import PointToPoint
 
 SLOTS = 4
-FULL, FREE = 0, 1
 
 
-@dataclass(frozen=True)
 class Box:
-    """One rank's part of the symmetric memory. Messages go right (direction 0) or left (1): the slots and "full" flags
-    are for what comes here, the "free" flags for what leaves."""
+    """One rank's part of the symmetric memory, (words,) int32. Messages go right (direction 0) or left (1): the slots
+    and "full" flags are for what comes here, the "free" flags for what leaves.
 
-    flags: Tensor  # (2, directions, SLOTS, programs of a copy) int32
-    slots: Tensor  # (directions, SLOTS, words) int32
+    A tensor for every slot and set of flags is made once, because a view takes the host microseconds.
+    """
 
-    @staticmethod
-    def of(memory: Tensor, programs: int) -> Box:
+    def __init__(self, memory: Tensor, programs: int) -> None:
         count = 2 * 2 * SLOTS * programs
-        return Box(memory[:count].view(2, 2, SLOTS, programs), memory[count:].view(2, SLOTS, -1))
+        flags = memory[:count].view(2, 2, SLOTS, programs)
+        self.full, self.free = ([direction.unbind() for direction in kind] for kind in flags)
+        self.slots = [direction.unbind() for direction in memory[count:].view(2, SLOTS, -1)]
+        self.messages: dict[Any, Tensor] = {}
 
     @staticmethod
     def words(slot_words: int, programs: int) -> int:
         return 2 * SLOTS * (2 * programs + slot_words)
+
+    def message(self, direction: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A slot as a tensor of the message's shape."""
+        key = (direction, slot, shape, dtype)
+        if key not in self.messages:
+            words = torch.Size(shape).numel() * dtype.itemsize // 4
+            self.messages[key] = self.slots[direction][slot][:words].view(dtype).view(shape)
+        return self.messages[key]
 
 
 class Inboxes:
@@ -76,8 +84,9 @@ class Inboxes:
         self.slot_words = -(-size // 256) * 64
         words = Box.words(self.slot_words, self.hop.PROGRAMS)
         memory = symmetric.empty(words, dtype=torch.int32, device=device)
-        own = Box.of(memory, self.hop.PROGRAMS)
-        own.flags[FULL], own.flags[FREE] = 0, 1
+        own = Box(memory.zero_(), self.hop.PROGRAMS)
+        for flags in (*own.free[0], *own.free[1]):
+            flags.fill_(1)
         torch.cuda.synchronize(device)  # from the rendezvous on, neighbours write here
         handle = symmetric.rendezvous(memory, self.group.group_name)
         self.kept.append((memory, handle))
@@ -85,16 +94,16 @@ class Inboxes:
         self.boxes = {self.rank: own}
         for rank in (self.rank - 1, self.rank + 1):
             if rank in self.local:
-                theirs = handle.get_buffer(self.local[rank], (words,), torch.int32)
-                self.boxes[rank] = Box.of(theirs, self.hop.PROGRAMS)
+                self.boxes[rank] = Box(handle.get_buffer(self.local[rank], (words,), torch.int32), self.hop.PROGRAMS)
 
     def put(self, tensor: Tensor, to: int) -> None:
         direction, slot = int(self.rank > to), self.sent.get(to, 0) % SLOTS
         self.sent[to] = slot + 1
         mine, theirs = self.boxes[self.rank], self.boxes[to]
         self.hop.put(
-            tensor.contiguous(), theirs.slots[direction, slot], mine.flags[FREE, direction, slot],
-            theirs.flags[FULL, direction, slot], ranks=(self.rank, to), seconds=self.transport.patience(),
+            tensor.contiguous(), theirs.slots[direction][slot],
+            mine.free[direction][slot], theirs.full[direction][slot],
+            ranks=(self.rank, to), seconds=self.transport.patience(),
         )  # fmt: skip
 
     @contextmanager
@@ -103,10 +112,9 @@ class Inboxes:
         direction, slot = int(source > self.rank), self.received.get(source, 0) % SLOTS
         self.received[source] = slot + 1
         mine, theirs = self.boxes[self.rank], self.boxes[source]
-        self.hop.wait(mine.flags[FULL, direction, slot], ranks=(self.rank, source), seconds=self.transport.patience())
-        words = torch.Size(shape).numel() * dtype.itemsize // 4
-        yield mine.slots[direction, slot, :words].view(dtype).view(shape)
-        self.hop.release(theirs.flags[FREE, direction, slot])
+        self.hop.wait(mine.full[direction][slot], ranks=(self.rank, source), seconds=self.transport.patience())
+        yield mine.message(direction, slot, shape, dtype)
+        self.hop.release(theirs.free[direction][slot])
 
 
 def connect(transport: PointToPoint, wanted: str | None) -> None:
