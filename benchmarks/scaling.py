@@ -52,19 +52,20 @@ class Bench:
         name = torch.cuda.get_device_name() if self.cuda else "CPU"
         self.report = Report(f"{me.size} x {name}, torch {torch.__version__}")
         self.kinds = ["p2p", "symmetric"] if self.cuda else ["p2p"]
+        self.groups: list[tuple[str, int]] = []
         self.transports: dict[tuple[str, int], Any] = {}
-        for (kind, ranks), _ in self.groups():
+
+    def set_up(self, sizes: list[int]) -> list[tuple[str, int]]:
+        """A group of so many ranks for every transport; the list is the same on every rank."""
+        added = [(kind, ranks) for ranks in sizes if ranks <= self.me.size for kind in self.kinds]
+        for kind, ranks in added:
             group = dist.new_group(list(range(ranks)))
             with self.survive(f"{kind} on {ranks} ranks"):
-                if me.rank < ranks:
+                if self.me.rank < ranks:
                     self.transports[kind, ranks] = resolve(group, kind)
-            me.print(f"{time.monotonic() - self.begin:.0f} s  {kind} on {ranks} ranks is set up")
-
-    def groups(self) -> Iterator[tuple[tuple[str, int], Any]]:
-        """Every number of ranks and transport, in the same order on every rank; None where this rank is not in it."""
-        for ranks in (ranks for ranks in (2, 3, 4, 5, 7, 8, 16, 32, 64) if ranks <= self.me.size):
-            for kind in self.kinds:
-                yield (kind, ranks), self.transports.get((kind, ranks))
+            self.me.print(f"{time.monotonic() - self.begin:.0f} s  {kind} on {ranks} ranks is set up")
+        self.groups += added
+        return added
 
     def in_time(self) -> bool:
         """Whether there is time for more; every rank of the job asks together and hears the same."""
@@ -121,7 +122,7 @@ def save(bench: Bench) -> None:
         bench.args.out.with_suffix(".json").write_text(json.dumps(asdict(bench.report), indent=1))
 
 
-def verify(bench: Bench, dtype: torch.dtype) -> None:
+def verify(bench: Bench, dtype: torch.dtype, groups: list[tuple[str, int]]) -> None:
     """Part 1."""
     args = bench.args
     base = Case(args.check_tokens, args.dim, args.dim, heads=args.heads, dtype=dtype, learnt=False)
@@ -135,7 +136,8 @@ def verify(bench: Bench, dtype: torch.dtype) -> None:
         if bench.me.first:
             compute(case, make_tensors(case, bench.me.device, seed), None)
         dist.barrier()
-        for (kind, ranks), transport in bench.groups():
+        for kind, ranks in groups:
+            transport = bench.transports.get((kind, ranks))
             if not bench.in_time():
                 break
             found = []
@@ -320,7 +322,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with joined(args.device) as me:
         bench = Bench(me, args)
-        verify(bench, torch.bfloat16)
+        verify(bench, torch.bfloat16, bench.set_up([64, 32, 16, 8, 4, 2]))
         me.print(f"{bench.report.checks} checks, {len(bench.report.red)} differences")
         save(bench)
         if not bench.report.red:
@@ -328,8 +330,9 @@ def main(argv: list[str]) -> int:
                 with bench.survive(part.__name__):
                     part(bench)
                 dist.barrier()
+        verify(bench, torch.bfloat16, bench.set_up([3, 5, 7]))
         if args.fp32:
-            verify(bench, torch.float32)
+            verify(bench, torch.float32, bench.groups)
         if me.first:
             save(bench)
             with bench.survive("the plot"):

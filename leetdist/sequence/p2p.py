@@ -57,6 +57,7 @@ class PointToPoint(Transport):
         self.mailbox: Mailbox | None = None
         if self.size > 1:
             self.mailbox = open_mailbox(partial(self.gather_objects, what="where its host is"), self.rank, self.size)
+        self.part_store: Store | None = None
         self.inboxes: Inboxes | None = None
         connect(self, wanted)
 
@@ -70,7 +71,7 @@ class PointToPoint(Transport):
 
         rank, size = ranks.index(self.rank), len(ranks)
         name: Any = f"leetdist/{self.name}/{ranks[0]}"
-        store = Renumbered(self.store(f"part/{ranks[0]}"))
+        store = self.part_store = Renumbered(self.store(f"part/{ranks[0]}"))  # C++ alone would not keep it alive
         group, kind = c10d.ProcessGroup(store, rank, size), c10d.ProcessGroup.BackendType.GLOO
         group._register_backend(torch.device("cpu"), kind, _gloo(self.group, store, rank, size))
         group._set_default_backend(kind)
