@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -194,6 +195,10 @@ def scaling(bench: Bench) -> None:
                 if bench.me.rank < ranks and (ranks == 1 or transport is not None):
                     with bench.survive(f"{size} tokens on {ranks} ranks, {kind}"):
                         measure(bench, weak, kind, ranks, size, transport, single)
+                        for lanes in bench.args.lanes if kind == bench.kinds[-1] else []:
+                            os.environ["LEETDIST_LANES"] = str(lanes)
+                            measure(bench, weak, kind, ranks, size, transport, single, f"leetdist, lanes: {lanes}")
+                            del os.environ["LEETDIST_LANES"]
                         if ranks == 1 or kind == "p2p":
                             measure_peers(bench, weak, kind, ranks, size, transport, single)
             dist.barrier()
@@ -202,8 +207,9 @@ def scaling(bench: Bench) -> None:
 
 
 def measure(
-    bench: Bench, weak: bool, kind: str, ranks: int, size: int, transport: Any, single: dict[tuple[int, str], float]
-) -> None:
+    bench: Bench, weak: bool, kind: str, ranks: int, size: int, transport: Any, single: dict[tuple[int, str], float],
+    what: str = "leetdist",
+) -> None:  # fmt: skip
     """The operator at one size: on the ranks of `transport`, and this rank's part of it alone."""
     tokens = size * ranks if weak else size
     tile = default_tile(tokens)
@@ -212,7 +218,8 @@ def measure(
     tensors = schemes.inputs(mine, bench.args, bench.me.device)
     calls, locally = passes(bench, tensors, tile, transport), passes(bench, tensors, tile, None)
     for name in calls:
-        for graph in (False, True) if kind in bench.args.graphs or (ranks == 1 and bench.args.graphs) else (False,):
+        ways = [False, True] if kind in bench.args.graphs or (ranks == 1 and bench.args.graphs) else [False]
+        for graph in ways if what == "leetdist" else ways[-1:]:
             call, alone = calls[name], locally[name]
             sent, label = None, f"{name}, CUDA graph" if graph else name
             if transport is not None and not graph:
@@ -229,7 +236,7 @@ def measure(
                 single[size, label] = seconds
             bench.add(
                 Row(
-                    "leetdist", "weak" if weak else "strong", kind, ranks, tokens, label, seconds,
+                    what, "weak" if weak else "strong", kind, ranks, tokens, label, seconds,
                     single.get((size, label)), local, model(bench, tokens, ranks, name), sent,
                 )
             )  # fmt: skip
@@ -314,6 +321,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no new measurement after so long")
     parser.add_argument("--fp32", action="store_true", help="check fp32 too, at the end")
+    parser.add_argument("--lanes", type=int, nargs="*", default=[], help="measure these numbers of lanes as well")
     calls = ("forward", "forward + backward")
     parser.add_argument("--fla", nargs="*", default=calls, choices=calls, help="its backward takes minutes to tune")
     parser.add_argument(
