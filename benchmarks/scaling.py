@@ -154,15 +154,15 @@ def verify(bench: Bench, dtype: torch.dtype, groups: list[tuple[str, int]]) -> N
 
 
 def hops(bench: Bench) -> None:
-    """Latency of one state from rank 0 to rank 1 and back, halved."""
+    """Latency of one state, of all heads and of one, from rank 0 to rank 1 and back, halved."""
     args, times = bench.args, 20
-    state = torch.randn(1, args.heads, args.dim, args.dim, device=bench.me.device)
-    for kind in bench.kinds:
+    for kind, heads in [(kind, heads) for kind in bench.kinds for heads in (args.heads, 1)]:
         transport = bench.transports.get((kind, 2))
         if transport is None:
             continue
+        state = torch.randn(1, heads, args.dim, args.dim, device=bench.me.device)
 
-        def there_and_back(transport: Any = transport) -> None:
+        def there_and_back(transport: Any = transport, state: Tensor = state) -> None:
             other = 1 - transport.rank
             for _ in range(times):
                 if transport.rank == 0:
@@ -172,12 +172,13 @@ def hops(bench: Bench) -> None:
                         transport.send_state(received, other, "a hop")
             transport.flush()
 
-        with bench.survive(f"hops of {kind}"):
+        name = kind if heads == args.heads else f"{kind}, one head"
+        with bench.survive(f"hops of {name}"):
             transport.reserve(state.numel() * state.element_size(), state.device)
-            bench.report.hops[kind] = bench.seconds(there_and_back, transport.group) / times / 2
+            bench.report.hops[name] = bench.seconds(there_and_back, transport.group) / times / 2
             if kind in bench.args.graphs:
                 graph = captured(there_and_back)
-                bench.report.hops[f"{kind}, CUDA graph"] = bench.seconds(graph, transport.group) / times / 2
+                bench.report.hops[f"{name}, CUDA graph"] = bench.seconds(graph, transport.group) / times / 2
 
 
 def scaling(bench: Bench) -> None:
