@@ -3,7 +3,7 @@
     python benchmarks/leetdecoding.py --leetdecoding path/to/leetDecoding-0.0.3 --out benchmarks/results
     python benchmarks/leetdecoding.py --training --batches 1 --lengths 2048 8192
     python benchmarks/leetdecoding.py --show benchmarks/results/leetdecoding*.json --out benchmarks/results
-    python benchmarks/leetdecoding.py --fit benchmarks/results/*.json        # the constants of leetdist/methods/cost.py
+    python benchmarks/leetdecoding.py --fit benchmarks/results/leetdecoding.json    # writes leetdist/methods/costs.json
 
 Latency (median; device events) and peak memory beyond the inputs, for 32 heads, rank 128, dimension 128, with decay.
 Each cell is checked against the fp64 definition on a few rows before it is timed, its memory poisoned with NaN; "OOM"
@@ -36,7 +36,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import leetdist
-from leetdist.methods.cost import CANDIDATES
+from leetdist.methods import cost
 from leetdist.problem import METHODS
 from leetdist.reference import quadratic, relative_error
 from leetdist.sequence.grid import default_tile
@@ -416,33 +416,67 @@ def _gpu_name() -> str:
 
 
 def fit(paths: list[Path]) -> None:
-    """Print the constants of leetdist/methods/cost.py: least squares of relative errors, none negative."""
-    cells = [Cell(**c) for path in paths for c in json.loads(path.read_text())["cells"]]
-    for half in (True, False):
-        print(f"{half}: {{")
-        for method in CANDIDATES:
-            mine = [
-                c for c in cells
-                if c.contestant == f"leetdist {method}" and (c.dtype != "fp32") == half
-                and not c.training and c.milliseconds and not c.note
-            ]  # fmt: skip
-            if mine:
-                print(f'    "{method}": Cost({", ".join(f"{x:.3g}" for x in _fitted(mine))}),')
-        print("},")
+    """Write the constants of leetdist/methods/cost.py: least squares of relative errors, none negative."""
+    content = json.loads(cost.FILE.read_text())
+    for path in paths:
+        result = json.loads(path.read_text())
+        cells = [Cell(**c) for c in result["cells"]]
+        where = "sm_90" if "H200" in result["device"] else "cpu"
+        content[where]["measured"] = f"{path.name}, {result['device']}, {result['commit']}"
+        for half, kind in cost.KINDS.items():
+            for method in cost.CANDIDATES:
+                mine = [
+                    c for c in cells
+                    if c.contestant == f"leetdist {method}" and (c.dtype != "fp32") == half
+                    and not c.training and c.milliseconds and not c.note
+                ]  # fmt: skip
+                if len(mine) > 3:
+                    content[where][kind][method] = [float(f"{x:.3g}") for x in _fitted(mine)]
+    cost.FILE.write_text(_written(content))
+    print(cost.FILE.read_text())
+
+
+def _written(content: dict[str, Any]) -> str:
+    """One line a method."""
+    parts = []
+    for where, costs in content.items():
+        inner = [f'  "measured": {json.dumps(costs["measured"])}']
+        for kind in cost.KINDS.values():
+            methods = ",\n".join(f'   "{name}": {json.dumps(x)}' for name, x in costs[kind].items())
+            inner.append(f'  "{kind}": {{\n{methods}\n  }}')
+        parts.append(f' "{where}": {{\n' + ",\n".join(inner) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _fitted(cells: list[Cell]) -> list[float]:
+    """fixed, per_state, per_token: the last two from cells that take longer than `fixed`, which is tried."""
     times = torch.tensor([c.milliseconds or 0.0 for c in cells], dtype=torch.float64)
     rows = [(c.batch * c.heads, c.tokens, -(-c.tokens // default_tile(c.tokens))) for c in cells]
-    columns = torch.tensor([[1e-3, 1e-6 * n * tiles, 1e-6 * n * tokens] for n, tokens, tiles in rows]).double()
-    used = [0, 1, 2]
-    while True:
-        weighted = columns[:, used] / times[:, None]
-        found = torch.linalg.lstsq(weighted, torch.ones(len(cells), 1, dtype=torch.float64)).solution[:, 0]
-        if bool((found >= 0).all()):
-            break
-        used.pop(int(found.argmin()))
-    return [float(found[used.index(i)]) if i in used else 0.0 for i in range(3)]
+    work = torch.tensor([[1e-6 * n * tiles, 1e-6 * n * tokens] for n, tokens, tiles in rows]).double()
+    best, found = float("inf"), [0.0, 0.0, 0.0]
+    for fixed in torch.logspace(-3, 3, 301).double() * times.min():
+        busy = torch.ones(len(cells), dtype=torch.bool)
+        for _ in range(10):
+            share = _least_squares(work[busy] / times[busy, None])
+            busy, before = work @ share > fixed, busy
+            if int(busy.sum()) < 2 or torch.equal(busy, before):
+                break
+        error = float((torch.maximum(work @ share, fixed) / times - 1).square().mean())
+        if error < best:
+            best, found = error, [1e3 * float(fixed), *share.tolist()]
+    return found
+
+
+def _least_squares(columns: Tensor) -> Tensor:
+    """What makes the sum of the columns nearest to 1, none negative."""
+    ones = torch.ones(len(columns), 1, dtype=torch.float64)
+    whole = torch.linalg.lstsq(columns, ones).solution[:, 0]
+    if bool((whole >= 0).all()):
+        return whole
+    keep = int(whole.argmax())
+    alone = torch.zeros_like(whole)
+    alone[keep] = torch.linalg.lstsq(columns[:, [keep]], ones).solution[0, 0]
+    return alone
 
 
 def _console(stderr: bool = False) -> Any:
