@@ -113,11 +113,12 @@ def best_lanes(
     device_type: str,
     machine: Machine = Machine(),
     forgetting: float = 0.0,
+    captured: bool = False,
 ) -> int:
     """How many lanes are fastest. On the CPU one: nothing computes there while a message travels.
 
-    Lanes hide hops, but the host launches each of them: two on 4 H200s with 131,072 tokens take the GPUs 0.53 ms
-    (forward), one 0.60, but the host 2 ms. LEETDIST_LANES is for CUDA graphs, which need no host.
+    Lanes hide hops, but unless a CUDA graph has captured the call, the host has to launch each of them: two on 4 H200s
+    with 131,072 tokens took the GPUs 0.53 ms (forward; one 0.60), but the host 2 ms.
     """
     if device_type != "cuda" or len(lengths) < 2:
         return 1
@@ -125,11 +126,18 @@ def best_lanes(
     choices = [lanes for lanes in (1, 2, 4, 8) if lanes <= kv_heads]
 
     def total(lanes: int) -> float:
-        there = forward(job, machine, lanes, forgetting=forgetting).total
-        back = backward(job, machine, lanes, forgetting=forgetting).total
-        return max(there, machine.host * lanes) + max(back, 2 * machine.host * lanes)
+        return sum(times(job, machine, lanes, forgetting=forgetting, captured=captured))
 
     return min(choices, key=total)
+
+
+def times(
+    job: Job, machine: Machine, lanes: int, *, forgetting: float = 0.0, captured: bool = False
+) -> tuple[float, float]:
+    """Seconds of a forward and of a backward, on the GPUs or, unless a CUDA graph has captured it, for the hosts."""
+    there, back = (pass_(job, machine, lanes, forgetting=forgetting).total for pass_ in (forward, backward))
+    host = 0.0 if captured else machine.host * lanes
+    return max(there, host), max(back, 2 * host)
 
 
 def lasp(job: Job, machine: Machine) -> float:
