@@ -59,10 +59,11 @@ def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, 
         assert transport is not None
         shape = (batch, len(lane.sent), dk, dv)
         with ExitStack() as stack:
-            carried = states.new_empty(shape)
             with trace.span("receive", plan.rank, lane, states):
                 if lane.sent:
                     carried = stack.enter_context(transport.receive_state(shape, states, previous, what))
+                else:
+                    carried = states.new_empty(shape)
             yield lane.spread(carried)
 
     def hand_on(final: Tensor) -> None:
