@@ -122,7 +122,7 @@ def test_fleet_is_accurate_over_131072_tokens() -> None:
 def test_sums_one_by_one_are_short(seed: int) -> None:
     """In fp32, a sum of 8,192 terms one after the other is off by 2e-6: a tile is computed in parts, on its grid."""
     for tile, part in ((8192, 512), (512, 512), (96, 96), (1536, 512), (1000, 500), (1009, 1009)):
-        kernels = compose(block, causal_dot_product.tile_outputs, 512)
+        kernels = compose(block, causal_dot_product.tile_outputs, longest_tile=512)
         assert part_of_tile(kernels, tile) == part
         assert part_of_tile(block, tile) == tile
     q, k, v = (torch.randn(1, 1, 8192, 8) for _ in range(3))

@@ -91,10 +91,16 @@ class Composed:
 
 
 @cache
-def compose(base: Kernels, tile_outputs: Callable[..., Tensor], longest_tile: int | None = None) -> Kernels:
-    """The kernels of `base` with this in their stead. Plans are remembered by their kernels, so one object."""
-    made = Composed(tile_outputs, base.tile_states, base.fold, base.decay_gradient, longest_tile)
-    return cast(Kernels, made)
+def compose(
+    base: Kernels,
+    tile_outputs: Callable[..., Tensor],
+    tile_states: Callable[..., Tensor] | None = None,
+    *,
+    longest_tile: int | None = None,
+) -> Kernels:
+    """The kernels of `base` with these in their stead. Plans are remembered by their kernels, so one object."""
+    states = tile_states or base.tile_states
+    return cast(Kernels, Composed(tile_outputs, states, base.fold, base.decay_gradient, longest_tile))
 
 
 def part_of_tile(kernels: Kernels, tile: int) -> int:

@@ -27,7 +27,7 @@ def kernels(problem: Problem) -> Kernels:
     if cuda_serves(problem):
         from leetdist.kernels.cuda import token_scan
 
-        return compose(base, token_scan.tile_outputs_by_token, ONE_BY_ONE)
+        return compose(base, token_scan.tile_outputs_by_token, longest_tile=ONE_BY_ONE)
     from leetdist.kernels.pytorch import causal_dot_product
 
-    return compose(base, causal_dot_product.tile_outputs, ONE_BY_ONE)
+    return compose(base, causal_dot_product.tile_outputs, longest_tile=ONE_BY_ONE)

@@ -37,11 +37,11 @@ def kernels(problem: Problem) -> Kernels:
     if cuda_serves(problem):
         from leetdist.kernels.cuda import token_scan
 
-        return compose(base, token_scan.tile_outputs, ONE_BY_ONE)
+        return compose(base, token_scan.tile_outputs, longest_tile=ONE_BY_ONE)
     if triton_serves(problem):
         from leetdist.kernels.triton import fleet as triton_fleet
 
-        return compose(base, triton_fleet.tile_outputs, ONE_BY_ONE)
+        return compose(base, triton_fleet.tile_outputs, longest_tile=ONE_BY_ONE)
     from leetdist.kernels.pytorch import fleet
 
     return compose(base, fleet.tile_outputs)
