@@ -314,13 +314,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
                     float a_t[4], b_t[4];
                     state.load_ranks(b_t, stage.b[t], four);
                     state.load_ranks(a_t, stage.a[t], four);
+                    float(*const s)[COLUMNS] = &state.s[4 * four];
+                    // Backwards and to and fro: of some 200 orders one of those for which ptxas finds registers with
+                    // few conflicts between banks. It takes 7.15 ms where the plain order takes 7.38.
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
+                    for (int i = 3; i >= 0; --i)
 #pragma unroll
-                        for (int j = 0; j < COLUMNS; ++j) {
-                            float& s = state.s[4 * four + i][j];
-                            s = fmaf(b_t[i], c_t[j], s);
-                            o[j] = fmaf(a_t[i], s, o[j]);
+                        for (int j = COLUMNS - 1; j >= 0; --j) s[i][j] = fmaf(b_t[i], c_t[j], s[i][j]);
+#pragma unroll
+                    for (int i = 3; i >= 0; --i)
+#pragma unroll
+                        for (int step = 0; step < COLUMNS; ++step) {
+                            const int j = i % 2 ? step : COLUMNS - 1 - step;
+                            o[j] = fmaf(a_t[i], s[i][j], o[j]);
                         }
                 }
                 const float total = sum_over_rank(o, state.lane) * down[phase + t];
