@@ -89,8 +89,8 @@ def kernel(
 ) -> Callable[..., None]:
     """`launch(grid, block, *arguments)`, on the device's current stream.
 
-    Arguments: an int is 64 bits wide (an address or a number), a float is 32, bytes are a structure; None is the null
-    address. Every call gives the same kinds in the same places.
+    Arguments: an int is 64 bits wide (an address or a number), a float is 32, bytes are a structure. Every call gives
+    the same kinds in the same places.
     shared_memory: bytes a block asks for at launch; features: "a" for instructions that one architecture alone has.
     """
     from cuda.bindings import driver
@@ -137,7 +137,7 @@ class _Slots:
         self.places = ctypes.addressof(self.array)
 
     def fill(self, arguments: tuple[Any, ...]) -> None:
-        self.values.pack_into(self.memory, 0, *(0 if x is None else x for x in arguments))
+        self.values.pack_into(self.memory, 0, *arguments)
 
 
 def check(result: Any) -> None:
