@@ -99,6 +99,11 @@ def test_neighbours_and_strides_change_no_bit(backend, reverse, monkeypatch):
     added_again = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse)
     assert torch.equal(again[:, :, 200:701], out[:, :, 200:701])
     assert torch.equal(added_again[:, :, 1:3], added[:, :, 1:3])
+    many = [x.expand(80, -1, -1, -1) for x in (a, b, c)]  # more tiles than multiprocessors
+    in_batch = triton_block.tile_outputs(*many, states.expand(80, -1, -1, -1, -1), log_decay, tiles, **options)
+    assert torch.equal(in_batch[79, :, 200:701], out[0, :, 200:701])
+    added_in_batch = triton_block.tile_states(*many[1:], log_decay, tiles, reverse=reverse)
+    assert torch.equal(added_in_batch[79, :, 1:3], added[0, :, 1:3])
     odd = [torch.empty(1, 501, 2, 129, dtype=dtype, device="cuda")[..., 1:].transpose(1, 2) for _ in range(4)]
     for x, y in zip(odd, (a, b, c), strict=False):
         x.copy_(y[:, :, 200:701])

@@ -39,10 +39,12 @@ def tile_states(
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_states."""
     heads = log_decay.shape[0]
-    launch = _kernel("tile_states", b.shape[3], c.shape[3], b.dtype, False, reverse, b.device)
+    programs = b.shape[0] * heads * tiles.count
+    splits = _splits(programs, c)
+    launch = _kernel("tile_states", b.shape[3], c.shape[3] // splits, b.dtype, False, reverse, b.device)
     launch(
-        (b.shape[0] * heads * tiles.count,), THREADS,
-        *_operand(b, heads), *_operand(c, heads), out.data_ptr(), *_tiles(tiles, b, log_decay), float(scale),
+        (programs * splits,), THREADS,
+        *_operand(b, heads), *_operand(c, heads), out.data_ptr(), *_tiles(tiles, b, log_decay), splits, float(scale),
     )  # fmt: skip
 
 
@@ -64,16 +66,28 @@ def tile_outputs(
     wide, target = out.dtype != a.dtype, out
     if not wide and _map(out) is None:
         target = torch.empty_like(out, memory_format=torch.contiguous_format)
-    launch = _kernel("tile_outputs", a.shape[3], c.shape[3], a.dtype, wide, reverse, a.device)
+    programs = a.shape[0] * heads * tiles.count
+    splits = _splits(programs, c)
+    launch = _kernel("tile_outputs", a.shape[3], c.shape[3] // splits, a.dtype, wide, reverse, a.device)
     launch(
-        (a.shape[0] * heads * tiles.count,), THREADS,
+        (programs * splits,), THREADS,
         *_operand(a, heads), *_operand(b, heads), *_operand(c, heads), states.data_ptr(), *states.stride(),
         bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
-        *_tiles(tiles, b, log_decay),
+        *_tiles(tiles, b, log_decay), splits,
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)),
     )  # fmt: skip
     if target is not out:
         out.copy_(target)
+
+
+def _splits(programs: int, c: Tensor) -> int:
+    """Where there are no more tiles than multiprocessors, two programs share one's columns, and have the same bits."""
+    return 2 if c.shape[3] == 128 and programs <= _multiprocessors(c.device) else 1
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def shared_memory(name: str, rows: int, columns: int) -> int:

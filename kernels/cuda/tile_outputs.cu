@@ -93,11 +93,11 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
              Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
              Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
              float added_scale) {
-    const Tile tile(log_decay, table, heads, tiles, tile_size, tokens);
+    const Tile tile(log_decay, table, heads, tiles, tile_size, tokens, splits);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     float state[PARTS][HELD];
     states += tile.batch * state_batch + tile.head * state_head + tile.number * state_tile;
-    states += 2 * (lane % 4) * state_row + (16 * warp + lane / 4) * state_column;
+    states += 2 * (lane % 4) * state_row + (tile.column + 16 * warp + lane / 4) * state_column;
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
@@ -119,7 +119,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         if (step >= tile.chunks || thread > 0) return;
         const Word arrival = arrivals + 16 + step % 2 * 8;
         expect(arrival, COLUMNS_BYTES);
-        fetch<COLUMNS>(stage(step) + 2 * ROWS_BYTES, c, tile.chunk(step, c_share), arrival);
+        fetch<COLUMNS>(stage(step) + 2 * ROWS_BYTES, c, tile.chunk(step, c_share, tile.column), arrival);
     };
     auto wait_ab = [&](int step) { wait_arrival(arrivals + step % 2 * 8, step / 2 & 1); };
     auto wait_c = [&](int step) { wait_arrival(arrivals + 16 + step % 2 * 8, step / 2 & 1); };
@@ -131,13 +131,13 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     const float g = log_decay[tile.head] * LOG2E;
     tables.set(g, scale, state_scale, added_scale);
 
-    out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token;
+    out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.column;
     // Outputs of a chunk, whose place in shared memory was that of its c; fp32 outputs leave from the registers.
     auto write_chunk = [&](int step) {
         const Word from = stage(step) + 2 * ROWS_BYTES;
         if (WIDE || step < 0) return;
         if (tile.count(step) == CHUNK) {
-            if (thread == 0) write<COLUMNS>(o, tile.chunk(step, 1), from);
+            if (thread == 0) write<COLUMNS>(o, tile.chunk(step, 1, tile.column), from);
             return;
         }
         for (int i = thread; i < COLUMNS / 8 * tile.count(step); i += THREADS) {
