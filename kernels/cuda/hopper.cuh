@@ -111,7 +111,7 @@ struct Place {
     int column, token, head, batch;
 };
 
-// A barrier that the arrival of the expected bytes flips, and the wait for its flip number 1, 3, .. (parity 0) or 2, 4, ..
+// A barrier that the arrival of the expected bytes flips; and the wait for flip 1, 3, .. (parity 0) or 2, 4, ..
 __device__ __forceinline__ void init_arrival(Word arrival) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrival) : "memory");
 }

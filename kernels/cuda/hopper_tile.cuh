@@ -5,8 +5,8 @@
 // 64 rows. A chunk adds (c w)^T b to it; c w, rounded, would cost as much accuracy as the rounded output does, so it is
 // two 16-bit numbers, high + low, and two products.
 //
-// Columns are independent of each other, so where there are few tiles, `splits` warpgroups share one's columns: the bits
-// are the same.
+// Columns are independent of each other, so where there are few tiles, `splits` warpgroups share one's columns; the
+// bits are the same.
 //
 // Compile with -DROWS=64|128 -DCOLUMNS=64|128 -DREVERSE=0|1, and what hopper.cuh wants.
 

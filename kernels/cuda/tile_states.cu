@@ -23,7 +23,7 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, float scale) {
     publish();
     __syncthreads();
     for (int step = 0; step < STAGES - 1; step++) fetch_chunk(step);
-    write_weights(weights, g, scale, CHUNK);
+    write_weights(weights, g, 1.0f, CHUNK);
 
     float state[PARTS][HELD];
 #pragma unroll
@@ -38,7 +38,7 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, float scale) {
         fetch_chunk(step + STAGES - 1);
         if (count < CHUNK) {
             zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
-            write_weights(weights, g, scale, count);
+            write_weights(weights, g, 1.0f, count);
             publish();
             __syncthreads();
         }
@@ -64,5 +64,5 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, float scale) {
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
         for (int i = 0; i < HELD; i++)
-            out[(8 * (i / 4) + i % 2) * all + 64 * part + i / 2 % 2 * 8] = state[part][i];
+            out[(8 * (i / 4) + i % 2) * all + 64 * part + i / 2 % 2 * 8] = scale * state[part][i];
 }
