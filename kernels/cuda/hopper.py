@@ -146,6 +146,7 @@ def _encode(x: Tensor) -> bytes | None:
     strides = [2 * stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
     if x.data_ptr() % 16 or any(stride <= 0 or stride % 16 for stride in strides):
         return None
+    loader.bind()
     kinds = driver.CUtensorMapDataType
     kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if x.dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
     result, made = driver.cuTensorMapEncodeTiled(
