@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles
-from leetdist.methods import Kernels, kernels_for, served_by
+from leetdist.methods import Kernels, kernels_for, part_of_tile, served_by
 from leetdist.problem import (
     Decays,
     Problem,
@@ -188,6 +188,7 @@ def make_plan(
     """The plan of one rank; `layout` has its boundaries on the grid of `tile`."""
     rank = 0 if transport is None else transport.rank
     kernels = kernels_for(problem, layout.offsets[-1])
+    tile = part_of_tile(kernels, tile)
     tiles = layout.tiles(rank, tile)
     forgetting = frozenset(() if decays is None else decays.forgetting(tile))
     mute = frozenset(() if decays is None else decays.forgetting(1))
