@@ -48,7 +48,7 @@ LENGTHS = [128, 512, 2_048, 8_192, 12_800, 25_600, 100_000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative error of the whole output: fp32 arithmetic, and the rounding of a 16-bit output with some room.
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
-TURNS, MILLISECONDS_A_TURN = 5, 6.0
+TURNS, MILLISECONDS_A_TURN = 5, 3.0
 SHORT_TURNS, SHORT = 24, 1.0  # for calls of at most so many milliseconds
 
 
