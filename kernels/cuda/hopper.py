@@ -41,10 +41,12 @@ def tile_states(
     heads = log_decay.shape[0]
     programs = b.shape[0] * heads * tiles.count
     splits = _splits(programs, c)
+    kept: list[Tensor] = []
     launch = _kernel("tile_states", b.shape[3], c.shape[3] // splits, b.dtype, False, reverse, b.device)
     launch(
         (programs * splits,), THREADS,
-        *_operand(b, heads), *_operand(c, heads), out.data_ptr(), *_tiles(tiles, b, log_decay), splits, float(scale),
+        *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(),
+        *_tiles(tiles, b, log_decay), splits, float(scale),
     )  # fmt: skip
 
 
@@ -63,6 +65,7 @@ def tile_outputs(
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_outputs."""
     heads = log_decay.shape[0]
+    kept: list[Tensor] = []
     wide, target = out.dtype != a.dtype, out
     if not wide and _map(out) is None:
         target = torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -71,7 +74,8 @@ def tile_outputs(
     launch = _kernel("tile_outputs", a.shape[3], c.shape[3] // splits, a.dtype, wide, reverse, a.device)
     launch(
         (programs * splits,), THREADS,
-        *_operand(a, heads), *_operand(b, heads), *_operand(c, heads), states.data_ptr(), *states.stride(),
+        *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept),
+        states.data_ptr(), *states.stride(),
         bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
         *_tiles(tiles, b, log_decay), splits,
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)),
@@ -118,11 +122,13 @@ def _tiles(tiles: Tiles, b: Tensor, log_decay: Tensor) -> tuple[int, ...]:
     return log_decay.data_ptr(), table, log_decay.shape[0], tiles.count, tiles.size, b.shape[2]
 
 
-def _operand(x: Tensor, heads: int) -> tuple[bytes, int]:
-    """The map of x, or of a copy that has one, and how many heads share one of x's."""
+def _operand(x: Tensor, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:
+    """The map of x, or of a copy that has one, and how many heads share one of x's. A copy joins `kept`, for its memory
+    is another's as soon as nobody holds it."""
     found = _map(x)
     if found is None:
         x = x.clone(memory_format=torch.contiguous_format)
+        kept.append(x)
         found = _map(x)
         assert found is not None
     return found, heads // x.shape[1]
