@@ -30,6 +30,7 @@ def explain(
     method: str = "auto",
     group: Group | None = None,
     tile: int | None = None,
+    precision: str | None = None,
 ) -> str:
     """How `linear_attention` with the same arguments would be computed: method, kernels, tile, shards, and why.
 
@@ -61,6 +62,7 @@ def explain(
         "cu_seqlens": cu_seqlens,
         "method": method,
         "tile": tile,
+        "precision": precision,
     }
     transport = resolve(group)
     if method in ONE_DEVICE and transport is None:

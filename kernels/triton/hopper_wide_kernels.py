@@ -1,8 +1,8 @@
 """States and outputs of a tile on Hopper (sm_90), in Gluon, with every operand of wgmma in shared memory.
 
-For fp32, whose operands are sums of two fp16 numbers (leetdist.kernels.triton.parts), for head dimensions up to 256, and
-for 16-bit inputs whose state and scores are to keep more than 16 bits. A program has a block of the state's columns, in
-the accumulators of two warpgroups that share its columns; nothing else stays in registers for long.
+For fp32, whose operands are sums of two fp16 numbers (leetdist.kernels.triton.parts), for head dimensions up to 256,
+and for 16-bit inputs whose state and scores are to keep more than 16 bits. A program has a block of the state's
+columns, in the accumulators of two warpgroups that share them; nothing else stays in registers for long.
 """
 
 from __future__ import annotations

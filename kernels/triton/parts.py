@@ -50,8 +50,8 @@ def product(a, a_small, b, b_small, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def lost(log_decay, count):
-    """gamma^count - 1 to fp32's accuracy however slow the decay: exp's error would be made anew in each chunk, always to
-    the same side."""
+    """gamma^count - 1, to fp32's accuracy however slow the decay: an error of exp would be made anew in each chunk, and
+    always to the same side."""
     y = log_decay * count.to(tl.float32)
     series = 1.0 + y / 8
     for n in tl.static_range(6):
