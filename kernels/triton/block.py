@@ -7,6 +7,8 @@ registers, so nothing but the state at each tile's start reaches memory. All off
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -98,7 +100,7 @@ def tile_outputs(
     if out is None:
         out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
     parts = parts_of(a.dtype, precision)
-    scales = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
+    scales: dict[str, Any] = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
     if on_hopper(rows, columns, a.dtype, parts, tiles.size, a.device):
         from leetdist.kernels.triton import hopper
 
