@@ -61,7 +61,9 @@ def on_hopper(rows: int, columns: int, dtype: torch.dtype, parts: Parts, tile: i
 def on_hopper_wide(rows: int, columns: int, dtype: torch.dtype, tile: int, device: torch.device) -> bool:
     """Whether leetdist.kernels.triton.hopper_wide serves a problem that leetdist.kernels.triton.hopper does not."""
     return (
-        (max(rows, columns) <= 256 and rows % 8 == columns % 8 == 0 if dtype.itemsize == 2 else rows <= 128)
+        max(rows, columns) <= 256
+        and (dtype != torch.float32 or rows <= 128)
+        and rows * dtype.itemsize % 16 == columns * dtype.itemsize % 16 == 0  # what bulk copies ask for
         and tile >= 64
         and device.type == "cuda"
         and _is_hopper(device)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles, ceil_div
 from leetdist.kernels.triton.configs import Parts, padded
-from leetdist.kernels.triton.hopper import _block, _descriptor
+from leetdist.kernels.triton.hopper import _descriptor
 from leetdist.kernels.triton.hopper_wide_kernels import tile_outputs_kernel, tile_states_kernel
 from leetdist.kernels.triton.launch import launch
 
 CHUNK = 64
 WARPS = 8
-STAGES = 3  # chunks on their way in the pass for states, where shared memory has room
+ELEMENTS = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def block(rows: int, columns: int, parts: Parts) -> tuple[int, int]:
@@ -34,18 +36,16 @@ def tile_states(
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
     held_rows, held_columns = block(rows, columns, parts)
-    bulk = b.dtype != torch.float32
     table = None if tiles.regular else tiles.table(b.device)
     launch(
         tile_states_kernel,
         (batch * heads * tiles.count, ceil_div(columns, held_columns), 1),
         (
-            _operand(b, held_rows), _operand(c, held_columns), log_decay, out, table, *b.stride()[:3], *c.stride()[:3],
-            heads, heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, rows, columns, scale,
+            _operand(b, held_rows), _operand(c, held_columns), log_decay, out, table, heads, heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, rows, columns, scale,
         ),
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
-            "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted, "STAGES": STAGES if bulk else 0,
+            "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted, "STAGES": 2 if b.dtype == torch.float32 else 3,
             "num_warps": WARPS,
         },
     )  # fmt: skip
@@ -75,23 +75,26 @@ def tile_outputs(
         (batch * heads * tiles.count, ceil_div(columns, held_columns), 1),
         (
             _operand(a, held_rows), _operand(b, held_rows), _operand(c, held_columns), states, log_decay, out, table,
-            *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
-            heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+            *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
             a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale, scale_of_added(scale, state_scale),
         ),
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
             "PARTS": parts.inputs, "STATE_PARTS": parts.state, "SCORE_PARTS": parts.scores,
-            "WEIGHTED_PARTS": parts.weighted, "BULK": a.dtype != torch.float32, "num_warps": WARPS,
+            "WEIGHTED_PARTS": parts.weighted, "num_warps": WARPS,
         },
     )  # fmt: skip
 
 
-def _operand(x: Tensor, width: int) -> Any:
-    """x itself in fp32; otherwise a descriptor of bulk copies of CHUNK tokens and `width` columns, zero outside."""
-    if x.dtype == torch.float32:
-        return x
+def _operand(x: Tensor, width: int) -> TensorDescriptor:
+    """Bulk copies of CHUNK tokens and `width` columns, zero outside."""
     found = _descriptor(x, CHUNK)
-    found.block_shape, found.layout = _block(CHUNK, width)
+    found.block_shape = [1, 1, CHUNK, width]
+    found.layout = _layout(width, x.dtype)
     found.key = (CHUNK, width, x.dtype)
     return found
+
+
+@cache
+def _layout(width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, CHUNK, width], ELEMENTS[dtype])
