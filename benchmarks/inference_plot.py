@@ -19,13 +19,13 @@ def plot(path: Path) -> None:
     """Latency of a token against context, and memory against the length of the prompt."""
     results = json.loads(path.read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    alone = [r for r in results["contexts"] if r["batch"] == 1 and r.get("sdpa_us")]
+    alone = [r for r in results.get("contexts", []) if r["batch"] == 1 and r.get("sdpa_us")]
     x = [r["context"] for r in alone]
     left.loglog(x, [r["sdpa_us"] for r in alone], "s-", label="SDPA with a KV cache")
-    (ours,) = [r for r in results["operator_decode"] if r["batch"] == 1]
-    left.loglog(x, [min(ours["step"], ours["pooled, by index"])] * len(x), "o-", label="leetdist")
-    if ours.get("fla fused_recurrent"):
-        left.loglog(x, [ours["fla fused_recurrent"]] * len(x), "^--", label="fla fused_recurrent")
+    for ours in (r for r in results.get("operator_decode", []) if r["batch"] == 1):
+        left.loglog(x, [min(ours["step"], ours["pooled, by index"])] * len(x), "o-", label="leetdist")
+        if ours.get("fla fused_recurrent"):
+            left.loglog(x, [ours["fla fused_recurrent"]] * len(x), "^--", label="fla fused_recurrent")
     left.set(xlabel="tokens of context", ylabel="us a token and layer, batch 1", title="Decoding")
     right.loglog(x, [r["cache_gib"] for r in alone], "s-", label="KV cache of one layer")
     held = results["heads"] * results["dim"] ** 2 * 4 / 2**30

@@ -115,8 +115,8 @@ def tile_outputs(
     state, added_scale = padded(states), scale_of_added(scale, state_scale)
     for chunk in walk:
         a_i, b_i, c_i = chunk.take(a), chunk.take(b), chunk.take(c)
-        scores = (a_i @ b_i.mT) * (walk.mask * scale)
-        from_state = (a_i @ chunk.of(state)) * (chunk.from_state() * state_scale)
+        scores = (a_i @ b_i.mT).mul_(walk.mask * scale)
+        from_state = (a_i @ chunk.of(state)).mul_(chunk.from_state() * state_scale)
         chunk.put(out, (scores @ c_i).add_(from_state))
         chunk.advance(state, (b_i * (chunk.to_state() * added_scale)).mT @ c_i)
     return out
@@ -255,8 +255,11 @@ class _Chunk:
         return x if x.shape[1] == self.walk.heads else x.repeat_interleave(self.walk.heads // x.shape[1], 1)
 
     def put(self, out: Tensor, x: Tensor) -> None:
-        inside = self.inside.flatten()
-        out[:, :, self.rows[inside]] = x.flatten(2, 3)[:, :, inside, : out.shape[3]].to(out.dtype)
+        x, rows = x.flatten(2, 3)[..., : out.shape[3]], self.rows
+        if not self.full:
+            inside = self.inside.flatten()
+            x, rows = x[:, :, inside], rows[inside]
+        out.index_copy_(2, rows, x.to(out.dtype))
 
     def of(self, state: Tensor) -> Tensor:
         return state[:, :, self.tiles]
@@ -272,5 +275,5 @@ class _Chunk:
     def advance(self, state: Tensor, update: Tensor, add: Tensor | None = None) -> None:
         """state = gamma^length (state + add) + update, on the tiles of this chunk."""
         across = self.walk.powers[:, self.lengths, None, None]
-        old = self.of(state) if add is None else self.of(state) + add
-        state[:, :, self.tiles] = (old * across).add_(update)
+        old = self.of(state)  # a view if all tiles have this chunk, else a copy
+        state[:, :, self.tiles] = (old if add is None else old.add_(add)).mul_(across).add_(update)
