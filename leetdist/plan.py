@@ -4,6 +4,7 @@ together."""
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles
-from leetdist.methods import Kernels, kernels_for, served_by
+from leetdist.methods import Kernels, kernels_for, launches_alone, served_by
 from leetdist.problem import (
     Decays,
     Problem,
@@ -31,6 +32,8 @@ from leetdist.sequence.group import declared_lengths
 
 if TYPE_CHECKING:
     from leetdist.sequence.transport import Transport
+
+SETTINGS = ("LEETDIST_BACKEND", "LEETDIST_HOPPER")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,11 @@ class Plan:
         """Of the initial and the final state of the whole call."""
         return self.layout.num_states, self.problem.heads, self.problem.dk, self.problem.dv
 
+    @cached_property
+    def repeatable(self) -> bool:
+        """Whether a pass is nothing but launches of Triton kernels, whose host work is done once a kind of call."""
+        return self.transport is None and self.problem.device.type == "cuda" and launches_alone(self.kernels)
+
     def sent_bytes(self) -> int:
         """Bytes of states that this rank sends in the forward scan."""
         if self.transport is None or not self.layout.continues_to_right(self.rank):
@@ -118,8 +126,16 @@ def plan_call(
     Raises ValueError, under a group on every rank, if any rank's arguments are wrong or the ranks' do not fit together.
     """
     if transport is None:
-        problem = describe(q, k, v, log_decay, **options)
-        return _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)))
+        kind = _kind(q, k, v, log_decay, options)
+        known = None if kind is None else _plans.get(kind)
+        if known is None:
+            problem = describe(q, k, v, log_decay, **options)
+            known = _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)))
+            if kind is not None:
+                if len(_plans) >= MOST_PLANS:
+                    _plans.clear()
+                _plans[kind] = known
+        return known
     lengths = declared_lengths(transport)
     mine: Problem | ValueError
     try:
@@ -154,6 +170,28 @@ def plan_call(
             agreement.memo.clear()
         agreement.memo[key] = plan
     return plan
+
+
+# Plans of local calls by all that `describe` looks at: it takes longer than a short call runs.
+_plans: dict[Hashable, Plan] = {}
+MOST_PLANS = 512
+
+
+def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: dict[str, Any]) -> Hashable | None:
+    """What tells one local call from another, None where values matter that are not known to be good."""
+    if options["cu_seqlens"] is not None or options["initial_state"] is not None:
+        return None
+    if log_decay is not None and (not isinstance(log_decay, Tensor) or known_decays(log_decay) is None):
+        return None
+    try:
+        kind = (
+            *[None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in (q, k, v, log_decay)],
+            torch.is_grad_enabled(), *options.values(), *[os.environ.get(name) for name in SETTINGS],
+        )  # fmt: skip
+        hash(kind)
+    except (AttributeError, TypeError):  # describe says what is wrong
+        return None
+    return kind
 
 
 @lru_cache(maxsize=512)

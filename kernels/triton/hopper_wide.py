@@ -41,7 +41,8 @@ def tile_states(
         tile_states_kernel,
         (batch * heads * tiles.count, ceil_div(columns, held_columns), 1),
         (
-            _operand(b, held_rows), _operand(c, held_columns), log_decay, out, table, heads, heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, rows, columns, scale,
+            _operand(b, held_rows), _operand(c, held_columns), log_decay, out, table, heads,
+            heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, rows, columns, scale,
         ),
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,

@@ -7,6 +7,7 @@ kernel runs. Here what it found is kept, under a key of what it looks at: types,
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,30 @@ MOST = 4096
 
 _kept: dict[tuple[Any, ...], Any] = {}
 _thread = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class Launched:
+    """A launch: the compiled kernel, the grid (of three numbers), all arguments with the constants."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+def record_into(launches: list[Launched] | None) -> None:
+    """Note this thread's launches in a list, until told None."""
+    _thread.launches = launches
+
+
+def direct(device: torch.device) -> bool:
+    """Whether compiled kernels can be launched here and now without asking Triton or binding the device first."""
+    return (
+        DIRECT
+        and device.index == torch._C._cuda_getDevice()
+        and device.index in _thread.__dict__.get("devices", ())
+        and not triton.knobs.runtime.launch_enter_hook.calls
+    )
 
 
 def launch(
@@ -42,16 +67,21 @@ def launch(
         kernel[grid](*arguments, **constants, **options)
         return None
     key = (kernel, device.index, *options.values(), *constants.values(), *map(_kind, arguments))
-    compiled = _kept.get(key)
+    compiled, new = _kept.get(key), False
     if compiled is None:
         if len(_kept) >= MOST:
             _kept.clear()
-        _kept[key] = kernel[grid](*arguments, **constants, **options)
+        compiled, new = kernel[grid](*arguments, **constants, **options), True
+        _kept[key] = compiled
+    grid, arguments = (*grid, *(1,) * (3 - len(grid))), (*arguments, *constants.values())
+    launches = _thread.__dict__.get("launches")
+    if launches is not None:
+        launches.append(Launched(compiled, grid, arguments))
+    if new:
         return None
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     compiled.run(
         *grid,
-        *(1,) * (3 - len(grid)),
         stream,
         compiled.function,
         compiled.packed_metadata,
@@ -59,7 +89,6 @@ def launch(
         None,
         None,
         *arguments,
-        *constants.values(),
     )
     return None
 
