@@ -17,16 +17,16 @@ from leetdist.kernels.triton.hopper_wide_kernels import tile_outputs_kernel, til
 from leetdist.kernels.triton.launch import launch
 
 CHUNK = 64
-WARPS = 8
 ELEMENTS = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def block(rows: int, columns: int, parts: Parts) -> tuple[int, int]:
-    """Rows (all) and columns of the state that a program holds; with two parts of 256 rows, shared memory is full at
-    64 columns."""
+def block(rows: int, columns: int, parts: Parts) -> tuple[int, int, int]:
+    """Rows (all) and columns of the state that a program holds, and its warps. With two parts of 256 rows, shared
+    memory is full at 64 columns; of 64 x 64, two programs fit a multiprocessor."""
     held = max(64, padded(rows))
     most = 64 if held == 256 and parts.state == 2 else 128
-    return held, min(most, max(64, padded(columns)))
+    held_columns = min(most, max(64, padded(columns)))
+    return held, held_columns, 4 if held == held_columns == 64 else 8
 
 
 def tile_states(
@@ -35,7 +35,7 @@ def tile_states(
     """See leetdist.kernels.pytorch.block.tile_states."""
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
-    held_rows, held_columns = block(rows, columns, parts)
+    held_rows, held_columns, warps = block(rows, columns, parts)
     table = None if tiles.regular else tiles.table(b.device)
     launch(
         tile_states_kernel,
@@ -47,7 +47,7 @@ def tile_states(
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
             "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted, "STAGES": 2 if b.dtype == torch.float32 else 3,
-            "num_warps": WARPS,
+            "num_warps": warps,
         },
     )  # fmt: skip
 
@@ -69,7 +69,7 @@ def tile_outputs(
     """See leetdist.kernels.pytorch.block.tile_outputs."""
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
-    held_rows, held_columns = block(rows, columns, parts)
+    held_rows, held_columns, warps = block(rows, columns, parts)
     table = None if tiles.regular else tiles.table(a.device)
     launch(
         tile_outputs_kernel,
@@ -82,7 +82,7 @@ def tile_outputs(
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
             "PARTS": parts.inputs, "STATE_PARTS": parts.state, "SCORE_PARTS": parts.scores,
-            "WEIGHTED_PARTS": parts.weighted, "num_warps": WARPS,
+            "WEIGHTED_PARTS": parts.weighted, "num_warps": warps,
         },
     )  # fmt: skip
 
