@@ -17,6 +17,8 @@ from leetdist.kernels.triton.hopper_wide_kernels import tile_outputs_kernel, til
 from leetdist.kernels.triton.launch import launch
 
 CHUNK = 64
+# Chunks on their way in the pass for states, as many as shared memory holds, by bytes of a number.
+STAGES = {4: 2, 2: 3}
 ELEMENTS = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -46,7 +48,7 @@ def tile_states(
         ),
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
-            "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted, "STAGES": 2 if b.dtype == torch.float32 else 3,
+            "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted, "STAGES": STAGES[b.dtype.itemsize],
             "num_warps": warps,
         },
     )  # fmt: skip
