@@ -41,7 +41,7 @@ def compiled(
     constants = {
         "REGULAR": regular, "REVERSE": reverse, "CHUNK": wide.CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
         "PARTS": parts.inputs, "STATE_PARTS": parts.state, "SCORE_PARTS": parts.scores,
-        "WEIGHTED_PARTS": parts.weighted, "STAGES": wide.STAGES[dtype.itemsize], "num_warps": warps, "state_column": 1,
+        "WEIGHTED_PARTS": parts.weighted, "STAGES": wide.STAGES, "num_warps": warps, "state_column": 1,
     }  # fmt: skip
     if regular:
         constants["table"] = None

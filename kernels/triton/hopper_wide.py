@@ -17,8 +17,8 @@ from leetdist.kernels.triton.hopper_wide_kernels import tile_outputs_kernel, til
 from leetdist.kernels.triton.launch import launch
 
 CHUNK = 64
-# Chunks on their way in the pass for states, as many as shared memory holds, by bytes of a number.
-STAGES = {4: 2, 2: 3}
+# Chunks in shared memory in the pass for states: one in use, one about to be, the rest on their way.
+STAGES = 3
 ELEMENTS = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -48,7 +48,7 @@ def tile_states(
         ),
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
-            "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted, "STAGES": STAGES[b.dtype.itemsize],
+            "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted, "STAGES": STAGES,
             "num_warps": warps,
         },
     )  # fmt: skip

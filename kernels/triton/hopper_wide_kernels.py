@@ -140,6 +140,46 @@ def _hold(held, state, PARTS: gl.constexpr, zero):
 
 
 @gluon.jit
+def _raw(shared, desc, CHUNK: gl.constexpr):
+    """Where a bulk copy puts a chunk: at the beginning of `shared`, (_, columns)."""
+    return shared._reinterpret(desc.dtype, [1, 1, CHUNK, shared.shape[1]], desc.layout)
+
+
+@gluon.jit
+def _weigh(
+    b_shared, c_shared, b, c, g, count, scale, zero,
+    PARTS: gl.constexpr, WEIGHTED_PARTS: gl.constexpr, REVERSE: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """b and c as they came become parts of b and of c weighted, where they lie; returns the unit of their product."""
+    UNITS: gl.constexpr = b.dtype == gl.float32
+    CHUNK: gl.constexpr = c_shared.shape[0] // 2
+    BITS: gl.constexpr = b.dtype.primitive_bitwidth
+    LONG: gl.constexpr = _by_rows(b_shared.shape[1], BITS, num_warps)
+    SHORT: gl.constexpr = _by_rows(c_shared.shape[1], BITS, num_warps)
+    b_i, c_i = _matrix(_raw(b_shared, b, CHUNK)), _matrix(_raw(c_shared, c, CHUNK))
+    weighted = c_shared._reinterpret(c_shared.dtype, [2, CHUNK, c_shared.shape[1]], c_shared.layout)
+    if count < CHUNK:
+        _zero_rows(b_i, count, LONG)
+        _zero_rows(c_i, count, SHORT)
+        gl.thread_barrier()
+    c_values = c_i.load(SHORT).to(gl.float32) * _to_state(g, count, zero, CHUNK, REVERSE, SHORT)
+    if UNITS:
+        b_values = b_i.load(LONG)
+        b_unit, b_inverse = _unit(b_values)
+        c_unit, c_inverse = _unit(c_values)
+        gl.thread_barrier()  # all have read what the parts take the place of
+        b_held = b_shared._reinterpret(b_shared.dtype, [2, CHUNK, b_shared.shape[1]], b_shared.layout)
+        _put(b_held, b_values * b_inverse, PARTS, zero)
+        _put(weighted, c_values * c_inverse, WEIGHTED_PARTS, zero)
+        unit = b_unit * c_unit * scale
+    else:
+        gl.thread_barrier()
+        _put(weighted, c_values * scale, WEIGHTED_PARTS, zero)
+        unit = scale
+    return unit
+
+
+@gluon.jit
 def _fetch(desc, batch, head, token, column, ready, shared, more):
     tma.async_copy_global_to_shared(desc, [batch, head, token, column], ready, shared, pred=more)
 
@@ -153,8 +193,6 @@ def tile_states_kernel(
     UNITS: gl.constexpr = b.dtype == gl.float32
     dtype: gl.constexpr = gl.float16 if UNITS else b.dtype
     WIDE: gl.constexpr = _accumulator(COLUMNS, num_warps)
-    LONG: gl.constexpr = _by_rows(ROWS, b.dtype.primitive_bitwidth, num_warps)
-    SHORT: gl.constexpr = _by_rows(COLUMNS, b.dtype.primitive_bitwidth, num_warps)
 
     program = gl.program_id(0).to(gl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
@@ -169,11 +207,12 @@ def tile_states_kernel(
     offset = (chunks - 1 if REVERSE else all_chunks - chunks) * CHUNK
     stride = -CHUNK if REVERSE else CHUNK
 
-    weighted = gl.allocate_shared_memory(dtype, [WEIGHTED_PARTS, CHUNK, COLUMNS], _shared(CHUNK, COLUMNS, dtype))
-    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, 1, 1, CHUNK, ROWS], b.layout)
-    c_ring = gl.allocate_shared_memory(b.dtype, [STAGES, 1, 1, CHUNK, COLUMNS], c.layout)
-    if UNITS:
-        b_held = gl.allocate_shared_memory(dtype, [PARTS, CHUNK, ROWS], _shared(CHUNK, ROWS, dtype))
+    # Bulk copies put b and c where their parts, and c's weighted, are going to be.
+    SIZE: gl.constexpr = 2 if UNITS else 1
+    B_SHARED: gl.constexpr = _shared(CHUNK, ROWS, dtype)
+    C_SHARED: gl.constexpr = _shared(CHUNK, COLUMNS, dtype)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES, SIZE * CHUNK, ROWS], B_SHARED)
+    c_ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * CHUNK, COLUMNS], C_SHARED)
     BYTES: gl.constexpr = (ROWS + COLUMNS) * CHUNK * b.dtype.primitive_bitwidth // 8
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -182,54 +221,55 @@ def tile_states_kernel(
     row, origin = batch.to(gl.int32), (start + offset).to(gl.int32)
     b_head, c_head = (head // b_share).to(gl.int32), (head // c_share).to(gl.int32)
     for s in gl.static_range(STAGES):
-        where, more = origin + s * stride, s < chunks
-        mbarrier.expect(ready.index(s), BYTES, pred=more)
-        _fetch(b, row, b_head, where, 0, ready.index(s), b_ring.index(s), more)
-        _fetch(c, row, c_head, where, column, ready.index(s), c_ring.index(s), more)
+        where, more, bar = origin + s * stride, s < chunks, ready.index(s)
+        mbarrier.expect(bar, BYTES, pred=more)
+        _fetch(b, row, b_head, where, 0, bar, _raw(b_ring.index(s), b, CHUNK), more)
+        _fetch(c, row, c_head, where, column, bar, _raw(c_ring.index(s), c, CHUNK), more)
 
     state = gl.zeros([ROWS, COLUMNS], gl.float32, WIDE)
+    g, zero = _reread(log_decay, head)
+    count = gl.minimum(length - offset, CHUNK)
+    lost = _lost(g, count)
+    mbarrier.wait(ready.index(0), 0, pred=chunks > 0)
+    unit = _weigh(
+        b_ring.index(0), c_ring.index(0), b, c, g, count, scale, zero, PARTS, WEIGHTED_PARTS, REVERSE, num_warps
+    )
+    fence_async_shared()
+    gl.thread_barrier()
     for step in range(chunks):
-        g, zero = _reread(log_decay, head)
-        stage = step % STAGES
-        bar, b_i, c_i = ready.index(stage), _matrix(b_ring.index(stage)), _matrix(c_ring.index(stage))
-        count = gl.minimum(length - offset, CHUNK)
-        offset += stride
-        weight = _to_state(g, count, zero, CHUNK, REVERSE, SHORT)
-        state += state * _lost(g, count)
-        mbarrier.wait(bar, (step // STAGES) & 1)
-        if count < CHUNK:
-            _zero_rows(b_i, count, LONG)
-            _zero_rows(c_i, count, SHORT)
-            gl.thread_barrier()
-        c_values = c_i.load(SHORT).to(gl.float32)
-        if UNITS:
-            b_values = b_i.load(LONG)
-            b_unit, b_inverse = _unit(b_values)
-            c_unit, c_inverse = _unit(c_values)
-            _put(b_held, b_values * b_inverse, PARTS, zero)
-            _put(weighted, c_values * (c_inverse * weight), WEIGHTED_PARTS, zero)
-        else:
-            _put(weighted, c_values * (weight * scale), WEIGHTED_PARTS, zero)
-        fence_async_shared()
-        gl.thread_barrier()
+        stage, following = step % STAGES, (step + 1) % STAGES
+        b_held = b_ring.index(stage)._reinterpret(dtype, [SIZE, CHUNK, ROWS], B_SHARED)
+        weighted = c_ring.index(stage)._reinterpret(dtype, [2, CHUNK, COLUMNS], C_SHARED)
+        state += state * lost
         if UNITS:
             # Apart from the state: the matrix units cut each sum off toward zero, which would add up.
             added = gl.zeros([ROWS, COLUMNS], gl.float32, WIDE)
-            added = _product(b_held, PARTS, weighted, WEIGHTED_PARTS, added, zero, False, A=True)
         else:
-            for small in gl.static_range(WEIGHTED_PARTS):
-                part = weighted.index(WEIGHTED_PARTS - 1 - small + zero)
-                state = warpgroup_mma(b_i.permute((1, 0)), part, state, is_async=True)
-            state = warpgroup_mma_wait(0, [state])
-            gl.thread_barrier()  # all have read the chunk
-        where, more = origin + (step + STAGES) * stride, step + STAGES < chunks
-        mbarrier.expect(bar, BYTES, pred=more)
-        _fetch(b, row, b_head, where, 0, bar, b_ring.index(stage), more)
-        _fetch(c, row, c_head, where, column, bar, c_ring.index(stage), more)
+            added = state
+        added = _product(b_held, PARTS, weighted, WEIGHTED_PARTS, added, zero, not UNITS, A=True)
+        # Meanwhile, the next chunk (or, after the last, what is left of another).
+        more = step + 1 < chunks
+        g, zero = _reread(log_decay, head)
+        offset += stride
+        count = gl.where(more, gl.minimum(length - offset, CHUNK), CHUNK)
+        lost = _lost(g, count)
+        mbarrier.wait(ready.index(following), ((step + 1) // STAGES) & 1, pred=more)
+        next_unit = _weigh(
+            b_ring.index(following), c_ring.index(following), b, c, g, count, scale, zero,
+            PARTS, WEIGHTED_PARTS, REVERSE, num_warps,
+        )  # fmt: skip
+        fence_async_shared()
+        added = warpgroup_mma_wait(0, [added])
         if UNITS:
-            added = warpgroup_mma_wait(0, [added])
-            state += added * (b_unit * c_unit * scale)
-            gl.thread_barrier()
+            state += added * unit
+        else:
+            state = added
+        unit = next_unit
+        gl.thread_barrier()  # all have read this chunk and written the next
+        where, more, bar = origin + (step + STAGES) * stride, step + STAGES < chunks, ready.index(stage)
+        mbarrier.expect(bar, BYTES, pred=more)
+        _fetch(b, row, b_head, where, 0, bar, _raw(b_ring.index(stage), b, CHUNK), more)
+        _fetch(c, row, c_head, where, column, bar, _raw(c_ring.index(stage), c, CHUNK), more)
 
     i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))[:, None]
     j = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
