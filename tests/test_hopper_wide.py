@@ -27,7 +27,7 @@ from leetdist.kernels.triton import hopper_wide as wide  # noqa: E402
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHARED_MEMORY = 227 * 1024
 # Bytes a thread may keep in local memory: a few addresses, beside 255 registers.
-SPILLS = 64
+SPILLS = 128
 POINTERS = {"states": "*fp32", "log_decay": "*fp32", "table": "*i64"}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -94,6 +94,29 @@ def test_fp32_keeps_its_range(size: float, device: torch.device) -> None:
     assert relative_error(added, exact.tile_states(b.double(), c.double(), decay, tiles, reverse=True)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "device", [pytest.param(CPU, marks=pytest.mark.interpreter), pytest.param(CUDA, marks=pytest.mark.gpu)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_bit_depends_on_later_tokens(dtype: torch.dtype, device: torch.device) -> None:
+    """However large they are: units of fp32 numbers must not be those of the whole chunk."""
+    from leetdist.kernels.triton import block
+
+    tiles = Tiles(128, (0, 128))
+    a, b, c = (draw(2, 128, 64, dtype, device) * torch.logspace(-3, 0, 64, device=device).to(dtype) for _ in range(3))
+    decay, states = torch.tensor([-0.01, -0.5], device=device), torch.randn(1, 2, 1, 64, 64, device=device)
+
+    def outputs() -> Tensor:
+        return block.tile_outputs(
+            a, b, c, states, decay, tiles, reverse=False, scale=1.0, state_scale=1.0, out_dtype=dtype
+        )
+
+    before = outputs()
+    for x in (a, b, c):
+        x[:, :, 37:] *= 3000
+    assert torch.equal(outputs()[:, :, :37], before[:, :, :37])
+
+
 @pytest.mark.parametrize("precision", ["tf32", "high"])
 def test_pytorch_kernels_compute_in_fp32_anyway(precision: str) -> None:
     q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))

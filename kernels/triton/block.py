@@ -20,7 +20,19 @@ from leetdist.kernels.triton.configs import Config, block_config, on_hopper, on_
 from leetdist.kernels.triton.decay import decay_gradient
 from leetdist.kernels.triton.fold import COUNTS, _powers, _span, _table, fold
 from leetdist.kernels.triton.launch import launch
-from leetdist.kernels.triton.parts import LARGE, decays, in_parts, load_chunk, lost, product, to_state, unit
+from leetdist.kernels.triton.parts import (
+    LARGE,
+    SMALLEST,
+    decays,
+    in_parts,
+    load_chunk,
+    lost,
+    product,
+    seen_from,
+    to_state,
+    unit,
+    units,
+)
 
 __all__ = ["decay_gradient", "fold", "tile_outputs", "tile_states"]
 
@@ -227,32 +239,37 @@ def _tile_outputs(
         a_i = load_chunk(a, a_token, start + offset, count, 0, rows, CHUNK, ROWS)
         b_i = load_chunk(b, b_token, start + offset, count, 0, rows, CHUNK, ROWS)
         c_i = load_chunk(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        a_unit, b_unit, c_unit, s_unit, s_inverse = 1.0, 1.0, 1.0, 1.0, 1.0
-        scores_scale, unscaled = scale, 1.0
+        decay, weight = decays(g, REVERSE, CHUNK) * scale, to_state(g, count, REVERSE, CHUNK)
+        from_state = _powers(g, count - 1 - position if REVERSE else position + 1) * state_scale
+        near_unit, s_unit, s_inverse, added_unit = 1.0, 1.0, 1.0, added_scale
         if UNITS:
-            a_unit, inverse = unit(a_i)
-            a_i *= inverse
-            b_unit, inverse = unit(b_i)
-            b_i *= inverse
-            c_unit, inverse = unit(c_i)
-            c_i *= inverse
-            # So that no score leaves fp16's range: its factors are under 2 LARGE units.
-            scores_scale, unscaled = 1.0 / (LARGE * ROWS), a_unit * b_unit * c_unit * (scale * LARGE * ROWS)
+            a_unit, inverse = units(a_i)
+            a_i *= inverse[:, None]
+            b_unit, inverse = units(b_i)
+            b_i *= inverse[:, None]
+            c_unit, inverse = units(c_i)
+            c_i *= inverse[:, None]
+            bc_unit = b_unit * c_unit
+            added_unit = tl.maximum(tl.max(bc_unit, 0), SMALLEST)
+            weight *= bc_unit / added_unit
+            # The largest that a token sees; and a score in such units is below 4 LARGE^2 ROWS.
+            largest = tl.max(tl.where(seen_from(REVERSE, CHUNK) >= 0, bc_unit[None, :], SMALLEST), 1)
+            decay *= bc_unit[None, :] / largest[:, None] / (LARGE * ROWS)
+            near_unit = (a_unit * largest * (LARGE * ROWS))[:, None]
+            from_state *= a_unit
+            added_unit *= added_scale
         if dtype == tl.float16:  # a state can exceed fp16's range: it grows with the sequence
             s_unit, s_inverse = unit(state)
         a_i, a_small = in_parts(a_i, dtype, PARTS)
-        weighted, w_small = in_parts(
-            tl.trans(b_i.to(tl.float32) * to_state(g, count, REVERSE, CHUNK)[:, None]), dtype, WEIGHTED_PARTS
-        )
+        weighted, w_small = in_parts(tl.trans(b_i.to(tl.float32) * weight[:, None]), dtype, WEIGHTED_PARTS)
         b_i, b_small = in_parts(b_i, dtype, PARTS)
         c_i, c_small = in_parts(c_i, dtype, PARTS)
         s_i, s_small = in_parts(state * s_inverse, dtype, STATE_PARTS)
-        from_state = _powers(g, count - 1 - position if REVERSE else position + 1) * (state_scale * a_unit * s_unit)
-        o = product(a_i, a_small, s_i, s_small, PARTS, STATE_PARTS) * from_state[:, None]
+        o = product(a_i, a_small, s_i, s_small, PARTS, STATE_PARTS) * (from_state * s_unit)[:, None]
         scores = product(a_i, a_small, tl.trans(b_i), tl.trans(b_small), PARTS, PARTS)
-        seen, seen_small = in_parts(scores * (decays(g, REVERSE, CHUNK) * scores_scale), dtype, SCORE_PARTS)
-        o += product(seen, seen_small, c_i, c_small, SCORE_PARTS, PARTS) * unscaled
+        seen, seen_small = in_parts(scores * decay, dtype, SCORE_PARTS)
+        o += product(seen, seen_small, c_i, c_small, SCORE_PARTS, PARTS) * near_unit
         pointers = out + (start + offset + position)[:, None] * out_token + j[None, :]
         tl.store(pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :])
         state += state * lost(g, count)
-        state += product(weighted, w_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * (added_scale * b_unit * c_unit)
+        state += product(weighted, w_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * added_unit

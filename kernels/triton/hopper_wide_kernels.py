@@ -19,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from leetdist.kernels.triton.hopper_kernels import COUNTS, FP32_RANGE, LOG2E, _exp2, _span, _zero_rows
 
-# A block's largest number is from 2^13 to 2^14 units (leetdist.kernels.triton.parts).
+# As in leetdist.kernels.triton.parts, which says what units are.
 LARGE = gl.constexpr(8192.0)
+SMALLEST = gl.constexpr(2.0**-126)
 
 
 @gluon.constexpr_function
@@ -43,11 +44,22 @@ def _shared(rows, columns, dtype):
 
 
 @gluon.jit
-def _unit(x):
-    """See leetdist.kernels.triton.parts.unit."""
-    largest = gl.max(gl.abs(x), None)
+def _unit_of(largest):
+    """See leetdist.kernels.triton.parts."""
     bits = gl.maximum(largest.to(gl.int32, bitcast=True) & 0x7F800000, 0x20000000)
     return bits.to(gl.float32, bitcast=True) / LARGE, (0x7F000000 - bits).to(gl.float32, bitcast=True) * LARGE
+
+
+@gluon.jit
+def _unit(x):
+    """The unit of a block, and its inverse."""
+    return _unit_of(gl.max(gl.abs(x), None))
+
+
+@gluon.jit
+def _units(x):
+    """The units of the rows, and their inverses."""
+    return _unit_of(gl.max(gl.abs(x), 1))
 
 
 @gluon.jit
@@ -101,12 +113,11 @@ def _to_state(g, count, zero, CHUNK: gl.constexpr, REVERSE: gl.constexpr, LAYOUT
 
 
 @gluon.jit
-def _decays(g, zero, CHUNK: gl.constexpr, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
-    """(CHUNK, CHUNK): gamma^(i-j) for the tokens j that i sees, else 0."""
+def _seen_from(zero, CHUNK: gl.constexpr, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
+    """(CHUNK, CHUNK): steps from token i to each token j that it sees, below zero for others."""
     i = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))[:, None] + zero
     j = gl.arange(0, CHUNK, gl.SliceLayout(0, LAYOUT))[None, :]
-    distance = j - i if REVERSE else i - j
-    return gl.where(distance >= 0, _powers(g, distance), 0.0)
+    return j - i if REVERSE else i - j
 
 
 @gluon.jit
@@ -307,7 +318,9 @@ def tile_outputs_kernel(
     c_ring = gl.allocate_shared_memory(dtype, [2, SIZE * CHUNK, COLUMNS], C_SHARED)
     seen = gl.allocate_shared_memory(dtype, [SCORE_PARTS, CHUNK, CHUNK], _shared(CHUNK, CHUNK, dtype))
     held = gl.allocate_shared_memory(dtype, [STATE_PARTS, ROWS, COLUMNS], _shared(ROWS, COLUMNS, dtype))
-    if not UNITS:
+    if UNITS:
+        units = gl.allocate_shared_memory(gl.float32, [2, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    else:
         weighted = gl.allocate_shared_memory(dtype, [WEIGHTED_PARTS, CHUNK, COLUMNS], C_SHARED)
     a_raw = a_held._reinterpret(a.dtype, [1, 1, CHUNK, ROWS], a.layout)
     b_raw = b_held._reinterpret(a.dtype, [1, 1, CHUNK, ROWS], b.layout)
@@ -351,13 +364,18 @@ def tile_outputs_kernel(
         c_values = c_i.load(SHORT).to(gl.float32)
         if UNITS:
             a_values, b_values = a_i.load(LONG), b_i.load(LONG)
-            a_unit, a_inverse = _unit(a_values)
-            b_unit, b_inverse = _unit(b_values)
-            c_unit, c_inverse = _unit(c_values)
+            a_unit, a_inverse = _units(a_values)
+            b_unit, b_inverse = _units(b_values)
+            c_unit, c_inverse = _units(c_values)
+            bc_unit = gl.convert_layout(b_unit, gl.SliceLayout(1, SHORT)) * c_unit
+            added_unit = gl.maximum(gl.max(bc_unit, 0), SMALLEST)
             gl.thread_barrier()  # all have read what the parts take the place of
-            c_values *= c_inverse
-            _put(a_held, a_values * a_inverse, PARTS, zero)
-            _put(b_held, b_values * b_inverse, PARTS, zero)
+            units.index(0).store(a_unit)
+            units.index(1).store(bc_unit)
+            c_values *= c_inverse[:, None]
+            weight *= (bc_unit / added_unit)[:, None]
+            _put(a_held, a_values * a_inverse[:, None], PARTS, zero)
+            _put(b_held, b_values * b_inverse[:, None], PARTS, zero)
             _put(c_held, c_values, PARTS, zero)
         else:
             weight *= added_scale
@@ -375,15 +393,20 @@ def tile_outputs_kernel(
         else:
             added = state
         added = _product(b_held, PARTS, weighted, WEIGHTED_PARTS, added, zero, not UNITS, A=True)
-        decay = _decays(g, zero, CHUNK, REVERSE, SCORES)
+        distance = _seen_from(zero, CHUNK, REVERSE, SCORES)
+        decay = gl.where(distance >= 0, _powers(g, distance), 0.0) * scale
         token = gl.arange(0, CHUNK, gl.SliceLayout(1, WIDE)) + zero
-        from_state = (_powers(g, count - 1 - token if REVERSE else token + 1) * (state_scale * unit))[:, None]
-        scores = warpgroup_mma_wait(2 * PARTS + STATE_PARTS + WEIGHTED_PARTS - 2, [scores])
+        from_state = _powers(g, count - 1 - token if REVERSE else token + 1) * (state_scale * unit)
         if UNITS:
-            # So that no score leaves fp16's range: a_held and b_held are under 2 LARGE.
-            _put(seen, scores * (decay * (1.0 / (LARGE * ROWS))), SCORE_PARTS, zero)
-        else:
-            _put(seen, scores * (decay * scale), SCORE_PARTS, zero)
+            # The largest that a token sees; and a score in such units is below 4 LARGE^2 ROWS.
+            bc_unit = units.index(1).load(gl.SliceLayout(0, SCORES))[None, :]
+            largest = gl.max(gl.where(distance >= 0, bc_unit, SMALLEST), 1)
+            decay *= bc_unit / largest[:, None] * (1.0 / (LARGE * ROWS))
+            a_unit = units.index(0).load(gl.SliceLayout(1, WIDE))
+            near_unit = a_unit * gl.convert_layout(largest, gl.SliceLayout(1, WIDE)) * (LARGE * ROWS)
+            from_state *= a_unit
+        scores = warpgroup_mma_wait(2 * PARTS + STATE_PARTS + WEIGHTED_PARTS - 2, [scores])
+        _put(seen, scores * decay, SCORE_PARTS, zero)
         fence_async_shared()
         o, added = warpgroup_mma_wait(0, [o, added])
         gl.thread_barrier()  # all have read a and b, and written `seen`
@@ -399,14 +422,14 @@ def tile_outputs_kernel(
         if UNITS:
             near = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
             near = _product(seen, SCORE_PARTS, c_held, PARTS, near, zero, False)
-            o = o * (from_state * a_unit)
-            state += added * (b_unit * c_unit * added_scale)
+            o = o * from_state[:, None]
+            state += added * (added_unit * added_scale)
         else:
-            near = _product(seen, SCORE_PARTS, c_held, PARTS, o * from_state, zero, True)
+            near = _product(seen, SCORE_PARTS, c_held, PARTS, o * from_state[:, None], zero, True)
             state = added
         unit = _hold(held, state, STATE_PARTS, zero)
         near = warpgroup_mma_wait(0, [near])
         if UNITS:
-            near = o + near * (a_unit * b_unit * c_unit * (scale * LARGE * ROWS))
+            near = o + near * near_unit[:, None]
         pointers = out + before * out_token + (token[:, None] * out_token + j)
         gl.store(pointers, near.to(out.dtype.element_ty), mask=(token < inside)[:, None] & (j < columns))
