@@ -240,7 +240,6 @@ def tile_states_kernel(
     state = gl.zeros([ROWS, COLUMNS], gl.float32, WIDE)
     g, zero = _reread(log_decay, head)
     count = gl.minimum(length - offset, CHUNK)
-    lost = _lost(g, count)
     mbarrier.wait(ready.index(0), 0, pred=chunks > 0)
     unit = _weigh(
         b_ring.index(0), c_ring.index(0), b, c, g, count, scale, zero, PARTS, WEIGHTED_PARTS, REVERSE, num_warps
@@ -251,7 +250,6 @@ def tile_states_kernel(
         stage, following = step % STAGES, (step + 1) % STAGES
         b_held = b_ring.index(stage)._reinterpret(dtype, [SIZE, CHUNK, ROWS], B_SHARED)
         weighted = c_ring.index(stage)._reinterpret(dtype, [2, CHUNK, COLUMNS], C_SHARED)
-        state += state * lost
         if UNITS:
             # Apart from the state: the matrix units cut each sum off toward zero, which would add up.
             added = gl.zeros([ROWS, COLUMNS], gl.float32, WIDE)
@@ -263,7 +261,7 @@ def tile_states_kernel(
         g, zero = _reread(log_decay, head)
         offset += stride
         count = gl.where(more, gl.minimum(length - offset, CHUNK), CHUNK)
-        lost = _lost(g, count)
+        lost = gl.where(more, _lost(g, count), 0.0)
         mbarrier.wait(ready.index(following), ((step + 1) // STAGES) & 1, pred=more)
         next_unit = _weigh(
             b_ring.index(following), c_ring.index(following), b, c, g, count, scale, zero,
@@ -275,6 +273,7 @@ def tile_states_kernel(
             state += added * unit
         else:
             state = added
+        state += state * lost
         unit = next_unit
         gl.thread_barrier()  # all have read this chunk and written the next
         where, more, bar = origin + (step + STAGES) * stride, step + STAGES < chunks, ready.index(stage)
