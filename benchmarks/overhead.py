@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
-On a GPU the work is the time of all kernels and copies (torch.profiler), because P threads of one Python program launch
-slower than one GPU computes; on the CPU it is the processor time of all threads.
+On a GPU the work is the time that a CUDA graph of all ranks takes, each on a stream of its own, because P threads of
+one Python program launch slower than one GPU computes; on the CPU it is the processor time of all threads.
 """
 
 from __future__ import annotations
@@ -17,28 +17,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scaling import captured
+from scaling_report import provenance
 
 import leetdist
 from leetdist.sequence.grid import default_tile
 from leetdist.testing.equality import lightning_slopes
 
 
-def work(call: Callable[[], Any], cuda: bool, repeat: int) -> float:
+def work(call: Callable[[], Any], repeat: int) -> float:
     """Seconds of work in one call, median."""
+    if torch.cuda.is_available():
+        call = captured(call, mode="relaxed")  # other threads launch, too
     call()
     spans = []
     for _ in range(repeat):
-        if not cuda:
+        if not torch.cuda.is_available():
             begin = time.process_time()
             call()
             spans.append(time.process_time() - begin)
             continue
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
-            torch.cuda.synchronize()
-        spans.append(sum(event.self_device_time_total for event in profile.key_averages()) / 1e6)
+        spans.append(first.elapsed_time(last) / 1e3)
     return statistics.median(spans)
+
+
+def at_once(call: Callable[[Any], Any], ranks: int) -> Callable[[], Any]:
+    """`call` on so many virtual ranks, on a GPU each on its own stream."""
+    if not torch.cuda.is_available():
+        return lambda: leetdist.virtual_ranks(call, ranks)
+    streams = [torch.cuda.Stream() for _ in range(ranks)]
+
+    def rank(group: Any) -> Any:
+        with torch.cuda.stream(streams[group.rank]):
+            return call(group)
+
+    def all_ranks() -> Any:
+        main = torch.cuda.current_stream()
+        for stream in streams:
+            stream.wait_stream(main)
+        results = leetdist.virtual_ranks(rank, ranks)
+        for stream in streams:
+            main.wait_stream(stream)
+        return results
+
+    return all_ranks
 
 
 def main() -> None:
@@ -48,7 +75,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32 if cuda else 4)
     parser.add_argument("--dim", type=int, default=128 if cuda else 64)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8])
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -71,12 +98,13 @@ def main() -> None:
 
     results: dict[str, Any] = {
         "machine": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
+        **provenance(), "torch": torch.__version__,
+        "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
     }  # fmt: skip
     for name, call in {"forward": forward, "forward + backward": both}.items():
-        single = work(lambda call=call: call(None), cuda, args.repeat)
+        single = work(lambda call=call: call(None), args.repeat)
         for ranks in args.ranks:
-            total = work(lambda call=call, ranks=ranks: leetdist.virtual_ranks(call, ranks), cuda, args.repeat)
+            total = work(at_once(call, ranks), args.repeat)
             results["rows"].append({"call": name, "ranks": ranks, "single_s": single, "ranks_s": total})
             print(f"{name}, {ranks} ranks: {total * 1e3:.3f} ms, one {single * 1e3:.3f} ms, x {total / single:.3f}")
     if args.out is not None:

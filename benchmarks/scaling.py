@@ -1,6 +1,6 @@
 """How the operator scales over GPUs: one run verifies, measures, compares with peers and with the cost model.
 
-    torchrun --nproc-per-node=8 benchmarks/scaling.py --graphs --out benchmarks/results/scaling
+    torchrun --nproc-per-node=8 benchmarks/scaling.py --graphs symmetric --out benchmarks/results/scaling
 
 On the CPU (gloo) it runs with small sizes, to be tested: --device cpu --tokens 4096 --weak 512 --heads 4 --dim 32.
 
@@ -11,14 +11,16 @@ On the CPU (gloo) it runs with small sizes, to be tested: --device cpu --tokens 
    one GPU, where it is installed.
 4. The cost model's prediction beside what was measured.
 
-Nothing is timed while a check is red. Results: OUT.json, OUT.png and a table; the file is written after each part, and
---seconds starts nothing new when they are over. The first rank compiles alone, the others then find it in the cache.
+Nothing is timed while a check of the dtype that is timed is red. Results: OUT.json, OUT.png and a table; the file is
+written after each part, and --seconds starts nothing new when they are over. The first rank compiles alone, the others
+then find it in the cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -51,19 +53,20 @@ class Bench:
         name = torch.cuda.get_device_name() if self.cuda else "CPU"
         self.report = Report(f"{me.size} x {name}, torch {torch.__version__}")
         self.kinds = ["p2p", "symmetric"] if self.cuda else ["p2p"]
+        self.groups: list[tuple[str, int]] = []
         self.transports: dict[tuple[str, int], Any] = {}
-        for (kind, ranks), _ in self.groups():
+
+    def set_up(self, sizes: list[int]) -> list[tuple[str, int]]:
+        """A group of so many ranks for every transport; the list is the same on every rank."""
+        added = [(kind, ranks) for ranks in sizes if ranks <= self.me.size for kind in self.kinds]
+        for kind, ranks in added:
             group = dist.new_group(list(range(ranks)))
             with self.survive(f"{kind} on {ranks} ranks"):
-                if me.rank < ranks:
+                if self.me.rank < ranks:
                     self.transports[kind, ranks] = resolve(group, kind)
-            me.print(f"{time.monotonic() - self.begin:.0f} s  {kind} on {ranks} ranks is set up")
-
-    def groups(self) -> Iterator[tuple[tuple[str, int], Any]]:
-        """Every number of ranks and transport, in the same order on every rank; None where this rank is not in it."""
-        for ranks in (ranks for ranks in (2, 3, 4, 5, 7, 8, 16, 32, 64) if ranks <= self.me.size):
-            for kind in self.kinds:
-                yield (kind, ranks), self.transports.get((kind, ranks))
+            self.me.print(f"{time.monotonic() - self.begin:.0f} s  {kind} on {ranks} ranks is set up")
+        self.groups += added
+        return added
 
     def in_time(self) -> bool:
         """Whether there is time for more; every rank of the job asks together and hears the same."""
@@ -120,22 +123,22 @@ def save(bench: Bench) -> None:
         bench.args.out.with_suffix(".json").write_text(json.dumps(asdict(bench.report), indent=1))
 
 
-def verify(bench: Bench) -> None:
+def verify(bench: Bench, dtype: torch.dtype, groups: list[tuple[str, int]]) -> None:
     """Part 1."""
-    base = Case(bench.args.check_tokens, bench.args.dim, bench.args.dim, heads=bench.args.heads, learnt=False)
-    cases = []
-    for dtype in (torch.bfloat16, torch.float32) if bench.args.fp32 else (torch.bfloat16,):
-        cases += [
-            replace(base, dtype=dtype, decay="none"),
-            replace(base, dtype=dtype, decay="mixed", uneven=True, initial=True, model_layout=True),
-            replace(base, dtype=dtype, documents=(0, 1, base.tokens // 3 + 5, base.tokens // 2, base.tokens)),
-            replace(base, dtype=dtype, decay="gone", uneven=True, learnt=True),
-        ]
+    args = bench.args
+    base = Case(args.check_tokens, args.dim, args.dim, heads=args.heads, dtype=dtype, learnt=False)
+    cases = [
+        replace(base, decay="none"),
+        replace(base, decay="mixed", uneven=True, initial=True, model_layout=True),
+        replace(base, documents=(0, 1, base.tokens // 3 + 5, base.tokens // 2, base.tokens)),
+        replace(base, decay="gone", uneven=True, learnt=True),
+    ]
     for seed, case in enumerate(cases):
         if bench.me.first:
             compute(case, make_tensors(case, bench.me.device, seed), None)
         dist.barrier()
-        for (kind, ranks), transport in bench.groups():
+        for kind, ranks in groups:
+            transport = bench.transports.get((kind, ranks))
             if not bench.in_time():
                 break
             found = []
@@ -151,15 +154,15 @@ def verify(bench: Bench) -> None:
 
 
 def hops(bench: Bench) -> None:
-    """Latency of one state from rank 0 to rank 1 and back, halved."""
+    """Latency of one state, of all heads and of one, from rank 0 to rank 1 and back, halved."""
     args, times = bench.args, 20
-    state = torch.randn(1, args.heads, args.dim, args.dim, device=bench.me.device)
-    for kind in bench.kinds:
+    for kind, heads in [(kind, heads) for kind in bench.kinds for heads in (args.heads, 1)]:
         transport = bench.transports.get((kind, 2))
         if transport is None:
             continue
+        state = torch.randn(1, heads, args.dim, args.dim, device=bench.me.device)
 
-        def there_and_back(transport: Any = transport) -> None:
+        def there_and_back(transport: Any = transport, state: Tensor = state) -> None:
             other = 1 - transport.rank
             for _ in range(times):
                 if transport.rank == 0:
@@ -169,19 +172,21 @@ def hops(bench: Bench) -> None:
                         transport.send_state(received, other, "a hop")
             transport.flush()
 
-        with bench.survive(f"hops of {kind}"):
+        name = kind if heads == args.heads else f"{kind}, one head"
+        with bench.survive(f"hops of {name}"):
             transport.reserve(state.numel() * state.element_size(), state.device)
-            bench.report.hops[kind] = bench.seconds(there_and_back, transport.group) / times / 2
-            if bench.args.graphs:
+            bench.report.hops[name] = bench.seconds(there_and_back, transport.group) / times / 2
+            if kind in bench.args.graphs:
                 graph = captured(there_and_back)
-                bench.report.hops[f"{kind}, CUDA graph"] = bench.seconds(graph, transport.group) / times / 2
+                bench.report.hops[f"{name}, CUDA graph"] = bench.seconds(graph, transport.group) / times / 2
 
 
 def scaling(bench: Bench) -> None:
     """Part 2, and the peers of part 3 at the same sizes."""
     powers = [ranks for ranks in (1, 2, 4, 8, 16, 32, 64) if ranks <= bench.me.size]
     single: dict[tuple[int, str], float] = {}
-    for weak, size in [*((False, n) for n in bench.args.tokens), *((True, n) for n in bench.args.weak)]:
+    sizes = [*((False, n) for n in bench.args.tokens), *((True, n) for n in bench.args.weak)]
+    for weak, size in sorted(sizes, key=lambda size: size[1]):
         for ranks in powers:
             if not bench.in_time():
                 bench.me.print(f"no time for {size} tokens on {ranks} ranks")
@@ -191,6 +196,10 @@ def scaling(bench: Bench) -> None:
                 if bench.me.rank < ranks and (ranks == 1 or transport is not None):
                     with bench.survive(f"{size} tokens on {ranks} ranks, {kind}"):
                         measure(bench, weak, kind, ranks, size, transport, single)
+                        for lanes in bench.args.lanes if kind == bench.kinds[-1] else []:
+                            os.environ["LEETDIST_LANES"] = str(lanes)
+                            measure(bench, weak, kind, ranks, size, transport, single, f"leetdist, lanes: {lanes}")
+                            del os.environ["LEETDIST_LANES"]
                         if ranks == 1 or kind == "p2p":
                             measure_peers(bench, weak, kind, ranks, size, transport, single)
             dist.barrier()
@@ -199,8 +208,9 @@ def scaling(bench: Bench) -> None:
 
 
 def measure(
-    bench: Bench, weak: bool, kind: str, ranks: int, size: int, transport: Any, single: dict[tuple[int, str], float]
-) -> None:
+    bench: Bench, weak: bool, kind: str, ranks: int, size: int, transport: Any, single: dict[tuple[int, str], float],
+    what: str = "leetdist",
+) -> None:  # fmt: skip
     """The operator at one size: on the ranks of `transport`, and this rank's part of it alone."""
     tokens = size * ranks if weak else size
     tile = default_tile(tokens)
@@ -209,7 +219,8 @@ def measure(
     tensors = schemes.inputs(mine, bench.args, bench.me.device)
     calls, locally = passes(bench, tensors, tile, transport), passes(bench, tensors, tile, None)
     for name in calls:
-        for graph in (False, True) if bench.args.graphs else (False,):
+        ways = [False, True] if kind in bench.args.graphs or (ranks == 1 and bench.args.graphs) else [False]
+        for graph in ways if what == "leetdist" else ways[-1:]:
             call, alone = calls[name], locally[name]
             sent, label = None, f"{name}, CUDA graph" if graph else name
             if transport is not None and not graph:
@@ -226,7 +237,7 @@ def measure(
                 single[size, label] = seconds
             bench.add(
                 Row(
-                    "leetdist", "weak" if weak else "strong", kind, ranks, tokens, label, seconds,
+                    what, "weak" if weak else "strong", kind, ranks, tokens, label, seconds,
                     single.get((size, label)), local, model(bench, tokens, ranks, name), sent,
                 )
             )  # fmt: skip
@@ -249,7 +260,7 @@ def passes(bench: Bench, tensors: list[Tensor], tile: int, transport: Any) -> di
     return {"forward": forward, "forward + backward": both}
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
+def captured(call: Callable[[], Any], mode: str = "thread_local") -> Callable[[], None]:
     """The call as a CUDA graph, whose replay takes next to nothing of the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -258,7 +269,8 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # Not "global": NCCL's watchdog thread looks at events meanwhile.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
         kept = call()
 
     def replay(kept: Any = kept) -> None:
@@ -309,12 +321,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no new measurement after so long")
-    parser.add_argument("--fp32", action="store_true", help="check fp32 too (its kernels take long to compile)")
-    parser.add_argument("--graphs", action="store_true", help="measure CUDA graphs of the calls too")
+    parser.add_argument("--fp32", action="store_true", help="check fp32 too, at the end")
+    parser.add_argument("--lanes", type=int, nargs="*", default=[], help="measure these numbers of lanes as well")
+    calls = ("forward", "forward + backward")
+    parser.add_argument("--fla", nargs="*", default=calls, choices=calls, help="its backward takes minutes to tune")
+    parser.add_argument(
+        "--graphs", nargs="*", default=[], choices=("p2p", "symmetric"), help="measure CUDA graphs of the calls too"
+    )
     args = parser.parse_args(argv)
     with joined(args.device) as me:
         bench = Bench(me, args)
-        verify(bench)
+        verify(bench, torch.bfloat16, bench.set_up([64, 32, 16, 8, 4, 2]))
         me.print(f"{bench.report.checks} checks, {len(bench.report.red)} differences")
         save(bench)
         if not bench.report.red:
@@ -322,6 +339,9 @@ def main(argv: list[str]) -> int:
                 with bench.survive(part.__name__):
                     part(bench)
                 dist.barrier()
+        verify(bench, torch.bfloat16, bench.set_up([3, 5, 7]))
+        if args.fp32:
+            verify(bench, torch.float32, bench.groups)
         if me.first:
             save(bench)
             with bench.survive("the plot"):

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+
+def provenance() -> dict[str, str]:
+    """The command, and the commit it ran: LEETDIST_COMMIT for a tree that travelled without its git folder."""
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    commit = os.environ.get("LEETDIST_COMMIT") or git.stdout.strip() or "unknown"
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit}
 
 
 @dataclass
@@ -35,6 +46,7 @@ class Row:
 @dataclass
 class Report:
     machine: str
+    tree: dict[str, str] = field(default_factory=provenance)
     checks: int = 0
     red: list[str] = field(default_factory=list)
     hops: dict[str, float] = field(default_factory=dict)
@@ -54,9 +66,8 @@ def cells(row: Row) -> tuple[str, ...]:
 def show(report: Report, heads: int, dim: int) -> str:
     lines = [report.machine, f"{report.checks} checks, {len(report.red)} differences"]
     lines += report.red[:20] + report.problems
-    lines += [
-        f"a hop of {4 * heads * dim * dim / 2**20:.1f} MiB, {k}: {s * 1e6:.1f} us" for k, s in report.hops.items()
-    ]
+    size = f"{4 * heads * dim * dim / 2**20:.1f} MiB"
+    lines += [f"a hop of {size} in all, {name}: {s * 1e6:.1f} us" for name, s in report.hops.items()]
     head = ("scaling", "ranks", "tokens", "call", "transport", "what", "ms", "efficiency", "exposed us", "model ms")
     table: list[tuple[str, ...]] = [head]
     for row in report.rows:
@@ -67,23 +78,35 @@ def show(report: Report, heads: int, dim: int) -> str:
 
 
 def draw(report: Report, path: Path) -> None:
+    """Speed-up over one device (strong) and efficiency (weak) over ranks, forward alone and with its backward."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    for axis, kind in zip(axes, ("strong", "weak"), strict=True):
-        series: dict[str, list[tuple[int, float]]] = {}
-        for row in report.rows:
-            efficiency = row.efficiency()
-            if row.scaling == kind and row.ranks > 1 and efficiency is not None:
+    calls = ("forward", "forward + backward")
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), squeeze=False)
+    for line, kind in zip(axes, ("strong", "weak"), strict=True):
+        for axis, call in zip(line, calls, strict=True):
+            series: dict[str, dict[int, float]] = {}
+            for row in report.rows:
+                efficiency = row.efficiency()
+                if row.scaling != kind or row.ranks == 1 or efficiency is None or "lanes" in row.what:
+                    continue
+                name, _, graph = row.call.partition(", ")
+                if name != call:
+                    continue
                 size = row.tokens if kind == "strong" else row.tokens // row.ranks
-                name = f"{row.what}, {row.transport}, {row.call}, {size:,}"
-                series.setdefault(name, [(1, 1.0)]).append((row.ranks, efficiency))
-        for name, points in series.items():
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-        axis.set(title=f"{kind} scaling: {report.machine}", xlabel="ranks", ylabel="efficiency", ylim=(0, 1.2))
-        axis.legend(fontsize=5)
+                label = ", ".join(part for part in (row.what, row.transport, graph, f"{size:,}") if part)
+                series.setdefault(label, {1: 1.0})[row.ranks] = efficiency * (row.ranks if kind == "strong" else 1)
+            ranks = sorted({1, *(each for points in series.values() for each in points)})
+            axis.plot(ranks, ranks if kind == "strong" else [1] * len(ranks), ":", color="grey", label="ideal")
+            for label, points in series.items():
+                style = "o-" if "graph" in label else "x--" if label.startswith("leetdist") else "."
+                axis.plot(list(points), list(points.values()), style, label=label)
+            what = "speed-up over one GPU" if kind == "strong" else "efficiency"
+            axis.set(title=f"{kind} scaling, {call}", xlabel="GPUs", ylabel=what, xticks=ranks, ylim=(0, None))
+            axis.legend(fontsize=6)
+    figure.suptitle(report.machine)
     figure.tight_layout()
-    figure.savefig(path, dpi=140)
+    figure.savefig(path, dpi=110)

@@ -84,4 +84,5 @@ def fla(tokens: int, args: Namespace, device: torch.device) -> dict[tuple[str, s
     def both() -> Any:
         return torch.autograd.grad(forward(*leaves), leaves, do)
 
-    return {("fla", "forward"): forward, ("fla", "forward + backward"): both}
+    calls: dict[tuple[str, str], Callable[[], Any]] = {("fla", "forward"): forward, ("fla", "forward + backward"): both}
+    return {key: call for key, call in calls.items() if key[1] in args.fla}

@@ -3,7 +3,8 @@
     python benchmarks/training.py --model 100m --tokens 131072 --out benchmarks/results/training.json
 
 Runs `leetdist.launch.train` (unchanged, on Python's own library as text) under torchrun with DDP and with FSDP2, under
-accelerate, and under DeepSpeed where it is installed; tokens/s is the median of the steps after --skip.
+accelerate, and under DeepSpeed where it is installed; tokens/s is the median of the steps after --skip. Rows are added
+to those that --out has already.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from scaling_report import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "launch" / "configs"
@@ -84,27 +87,31 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one run")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows, single = [], None
+    rows: list[dict[str, Any]] = []
+    if args.out is not None and args.out.exists():
+        rows = json.loads(args.out.read_text())["rows"]
+    single = next((row["tokens_per_s"] for row in rows if row["ranks"] == 1 and "error" not in row), None)
     for ranks in args.ranks:
         for name, command in launchers(ranks, 29600 + ranks).items():
             if args.only and ranks > 1 and not any(name.startswith(start) for start in args.only):
                 continue
             begin = time.monotonic()
-            row = {"ranks": ranks, "launcher": name, **run(command, args)}
+            row = {"ranks": ranks, "launcher": name, "tokens": args.tokens, **run(command, args)}
             rows.append(row)
             if "error" in row:
                 print(f"{ranks} ranks, {name}: {row['error']}", flush=True)
             else:
-                single = single or row["tokens_per_s"]
+                single = single or (row["tokens_per_s"] if ranks == 1 else None)
+                faster = "" if single is None else f", x {row['tokens_per_s'] / single:.2f}"
                 print(
-                    f"{ranks} ranks, {name}: {row['tokens_per_s']:,.0f} tokens/s, x {row['tokens_per_s'] / single:.2f},"
+                    f"{ranks} ranks, {name}: {row['tokens_per_s']:,.0f} tokens/s{faster},"
                     f" {row['memory_gib']:.1f} GiB a GPU, loss {row['loss']:.3f}, {time.monotonic() - begin:.0f} s",
                     flush=True,
                 )
             if args.out is not None:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 options = {k: v for k, v in vars(args).items() if k != "out"}
-                args.out.write_text(json.dumps({"options": options, "rows": rows}, indent=1))
+                args.out.write_text(json.dumps({**provenance(), "options": options, "rows": rows}, indent=1))
     return int(any("error" in row for row in rows))
 
 

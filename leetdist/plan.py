@@ -33,8 +33,6 @@ from leetdist.sequence.group import declared_lengths
 if TYPE_CHECKING:
     from leetdist.sequence.transport import Transport
 
-SETTINGS = ("LEETDIST_BACKEND", "LEETDIST_HOPPER")
-
 
 @dataclass(frozen=True, eq=False)
 class Lane:
@@ -130,7 +128,7 @@ def plan_call(
         known = None if kind is None else _plans.get(kind)
         if known is None:
             problem = describe(q, k, v, log_decay, **options)
-            known = _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)))
+            known = _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)), _settings())
             if kind is not None:
                 if len(_plans) >= MOST_PLANS:
                     _plans.clear()
@@ -186,7 +184,7 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: di
     try:
         kind = (
             *[None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in (q, k, v, log_decay)],
-            torch.is_grad_enabled(), *options.values(), *[os.environ.get(name) for name in SETTINGS],
+            torch.is_grad_enabled(), *options.values(), *_settings(),
         )  # fmt: skip
         hash(kind)
     except (AttributeError, TypeError):  # describe says what is wrong
@@ -194,9 +192,15 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: di
     return kind
 
 
+def _settings() -> tuple[str | None, ...]:
+    """What decides, beside the problem, on how kernels compute."""
+    return os.environ.get("LEETDIST_BACKEND"), os.environ.get("LEETDIST_HOPPER")
+
+
 @lru_cache(maxsize=512)
-def _local_plan(problem: Problem, _kernels: Hashable) -> Plan:
-    """Layers and steps come with the same few problems; `_kernels` is in the key because a setting may change them."""
+def _local_plan(problem: Problem, _kernels: Hashable, _settings: Hashable) -> Plan:
+    """Layers and steps come with the same few problems. A plan is for one choice of kernels and settings: what is
+    remembered by the plan (leetdist.kernels.triton.replay) is."""
     layout, tile = global_layout([problem])
     return make_plan(problem, layout, tile, any_initial=problem.has_initial)
 

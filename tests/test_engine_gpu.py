@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import leetdist
 from helpers import run_ranks, values
 from leetdist.sequence import symmetric
 from leetdist.sequence.group import resolve
+from leetdist.sequence.transport import Transport
 from leetdist.testing.equality import Case, check, compute, differences, make_tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.real_empty]
@@ -36,17 +39,26 @@ def test_lanes_are_equal(case: Case, lanes: int, monkeypatch: pytest.MonkeyPatch
     assert found == []
 
 
-def on_one_gpu(rank: int, kind: str) -> list[str]:
+def on_one_gpu(kind: str) -> Transport:
+    """This process's transport, beside those of others on the same GPU."""
     torch.cuda.set_device(0)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     os.environ["LEETDIST_TIMEOUT"] = "30"
-    os.environ["LEETDIST_BACKEND"] = "torch"  # messages are what is tested, and nothing has to be compiled
-    if kind == "two nodes":  # ranks 0 and 1 on one, rank 2 on another: a hop of each kind
-        real, kind = symmetric._place, "symmetric"
-        symmetric._place = lambda: (f"node {rank // 2}", *real()[1:])
+    pair = dist.new_group([0, 1])
+    if dist.get_rank() < 2:  # the others are in fewer groups
+        resolve(pair, kind)
     transport = resolve(dist.group.WORLD, kind)
+    assert transport is not None
     assert transport.kind == kind
-    found = []
+    return transport
+
+
+def differing(rank: int, kind: str) -> list[str]:
+    if kind == "two nodes":  # ranks 0 and 1 on one, rank 2 on another: a hop of each kind
+        place, kind = symmetric.Place.mine(), "symmetric"
+        symmetric.Place.mine = staticmethod(lambda: replace(place, host=f"node {rank // 2}"))
+    os.environ["LEETDIST_BACKEND"] = "torch"  # messages are what is tested, and little has to be compiled
+    transport, found = on_one_gpu(kind), []
     for lanes in ("1", "4"):
         os.environ["LEETDIST_LANES"] = lanes
         for seed, case in enumerate(CASES):
@@ -57,8 +69,73 @@ def on_one_gpu(rank: int, kind: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["p2p", "symmetric", "two nodes"])
 def test_processes_on_one_gpu(kind: str) -> None:
-    for found in values(run_ranks(on_one_gpu, 3, kind, timeout_s=60)):
+    for found in values(run_ranks(differing, 3, kind, timeout_s=60)):
         assert found == []
+
+
+def replayed(rank: int) -> bool:
+    """A sharded call, forward and backward, as a CUDA graph, replayed with other inputs."""
+    transport = on_one_gpu("symmetric")
+    options = {"device": CUDA, "dtype": torch.bfloat16}
+    whole = [torch.randn(1, 4, 1024, 64, generator=torch.Generator().manual_seed(n)).to(**options) for n in range(8)]
+    decay = torch.tensor([-0.001, -0.01, -0.1, 0.0], device=CUDA)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, do: Tensor, group: Transport | None) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = leetdist.linear_attention(*leaves, decay, group=group, tile=128)
+        return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+    first, second = whole[:4], whole[4:]
+    mine = [leetdist.shard_sequence(x, 2, transport, tile=128).clone() for x in first]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call(*mine, transport)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        ours = call(*mine, transport)
+    equal = True
+    for inputs in (first, second, first):
+        for x, y in zip(mine, inputs, strict=True):
+            x.copy_(leetdist.shard_sequence(y, 2, transport, tile=128))
+        graph.replay()
+        expected = [leetdist.shard_sequence(x, 2, transport, tile=128) for x in call(*inputs, None)]
+        equal = equal and all(torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
+    return equal
+
+
+def test_symmetric_in_a_graph() -> None:
+    assert values(run_ranks(replayed, 3, timeout_s=60)) == [True] * 3
+
+
+def left_alone(rank: int) -> str | None:
+    """The last of two ranks computes, the first does not come."""
+    os.environ["LEETDIST_BACKEND"] = "torch"
+    transport = on_one_gpu("symmetric")
+    x = torch.randn(1, 2, 128, 16, device=CUDA)
+    leetdist.linear_attention(x, x, x, group=transport, tile=64)
+    torch.cuda.synchronize()
+    dist.barrier()
+    if rank == 0:
+        time.sleep(8)
+        return None
+    try:
+        with leetdist.sequence_parallel(transport, lengths=[128, 128], timeout=2):
+            leetdist.linear_attention(x, x, x, tile=64)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_symmetric_timeout(capfd: pytest.CaptureFixture[str]) -> None:
+    """Who waits ends with a CUDA error, and maybe its process with it; who waited for whom is printed before."""
+    _, outcome = run_ranks(left_alone, 2, timeout_s=60)
+    printed = capfd.readouterr()
+    assert "CUDA error" in (outcome.value or printed.err)
+    assert "waited too long, this rank: 1" in printed.out
+    assert "waited too long, for rank: 0" in printed.out
 
 
 def test_cuda_graph_and_compiler() -> None:

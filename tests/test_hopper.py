@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from leetdist.kernels.cuda import hopper as cuda
 from leetdist.kernels.pytorch import block as exact
 from leetdist.kernels.tiles import Tiles
 from leetdist.kernels.triton.configs import on_hopper, on_hopper_wide, parts_of
@@ -30,6 +33,15 @@ def test_serves_by_the_problem_alone():
     assert not on_hopper_wide(128, 128, torch.float32, 1024, cpu)
 
 
+def take(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels in CUDA C++, or those in Gluon that serve where cuda-core is missing."""
+    if backend == "gluon":
+        monkeypatch.setenv("LEETDIST_BACKEND", "triton")
+    else:
+        monkeypatch.delenv("LEETDIST_BACKEND", raising=False)
+        assert cuda.serves()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 @pytest.mark.parametrize("tiles", TILES, ids=lambda tiles: f"{tiles.size}-{tiles.bounds[-1]}")
@@ -37,7 +49,9 @@ def test_serves_by_the_problem_alone():
 @pytest.mark.parametrize(("rows", "columns"), [(128, 128), (64, 64), (64, 128), (128, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ["BHND", "BNHD"])
-def test_against_fp64(order, dtype, rows, columns, reverse, tiles):
+@pytest.mark.parametrize("backend", ["cuda", "gluon"])
+def test_against_fp64(backend, order, dtype, rows, columns, reverse, tiles, monkeypatch):
+    take(backend, monkeypatch)
     assert on_hopper(rows, columns, dtype, parts_of(dtype, None), tiles.size, torch.device("cuda", 0))
 
     def draw(heads, dim):
@@ -50,7 +64,9 @@ def test_against_fp64(order, dtype, rows, columns, reverse, tiles):
     # A state beyond fp16's range, which the kernels must hold all the same.
     states = 1e6 * torch.randn(2, 4, tiles.count, rows, columns, device="cuda")
     options = {"reverse": reverse, "scale": 1e-6, "state_scale": 1e-6}
-    out = triton_block.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=dtype, **options)
+    out = torch.full((2, 4, tiles.num_tokens, columns), math.nan, dtype=dtype, device="cuda")
+    triton_block.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=dtype, out=out, **options)
+    wide = triton_block.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=torch.float32, **options)
     expected = exact.tile_outputs(
         a.double(), b.double(), c.double(), states.double(), log_decay, tiles,
         out_dtype=torch.float64, **options,
@@ -59,4 +75,35 @@ def test_against_fp64(order, dtype, rows, columns, reverse, tiles):
     expected_added = exact.tile_states(b.double(), c.double(), log_decay, tiles, reverse=reverse, scale=0.3)
     for head in range(4):
         assert relative_error(out[:, head], expected[:, head]) < ERROR[dtype]
+        assert torch.equal(wide[:, head].to(dtype), out[:, head])
         assert relative_error(added[:, head], expected_added[:, head]) < ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("backend", ["cuda", "gluon"])
+def test_neighbours_and_strides_change_no_bit(backend, reverse, monkeypatch):
+    """Not: other documents (also of NaN), a tile's place in the row, operands and outputs off 16 bytes, repetition."""
+    take(backend, monkeypatch)
+    tiles, dtype = Tiles(256, (0, 200, 701, 1000)), torch.bfloat16
+    a, b, c = (torch.randn(1, 2, 1000, 128, device="cuda").to(dtype) for _ in range(3))
+    log_decay = torch.tensor([-0.004, -0.3], device="cuda")
+    states = torch.randn(1, 2, tiles.count, 128, 128, device="cuda")
+    options = {"reverse": reverse, "scale": 0.5, "state_scale": 1.0, "out_dtype": dtype}
+    out = triton_block.tile_outputs(a, b, c, states, log_decay, tiles, **options)
+    added = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse)
+    alone = Tiles(256, (0, 501))
+    for x in (a, b, c):
+        x[:, :, :200], x[:, :, 701:] = math.nan, math.nan
+    again = triton_block.tile_outputs(a, b, c, states, log_decay, tiles, **options)
+    added_again = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse)
+    assert torch.equal(again[:, :, 200:701], out[:, :, 200:701])
+    assert torch.equal(added_again[:, :, 1:3], added[:, :, 1:3])
+    odd = [torch.empty(1, 501, 2, 129, dtype=dtype, device="cuda")[..., 1:].transpose(1, 2) for _ in range(4)]
+    for x, y in zip(odd, (a, b, c), strict=False):
+        x.copy_(y[:, :, 200:701])
+    odd[3].fill_(math.nan)
+    triton_block.tile_outputs(*odd[:3], states[:, :, 1:3], log_decay, alone, out=odd[3], **options)
+    assert torch.equal(odd[3], out[:, :, 200:701])
+    assert torch.equal(triton_block.tile_states(odd[1], odd[2], log_decay, alone, reverse=reverse), added[:, :, 1:3])

@@ -30,7 +30,7 @@ def descriptor(rows: int, columns: int) -> str:
 
 
 def compiled(kernel, rows: int, columns: int, *, stages: int, reverse: bool, regular: bool):
-    chunk, warps = hopper.chunk_and_warps(rows)
+    chunk, warps = hopper.chunk_and_warps(kernel.__name__.split("_")[1], rows)
     constants = {
         "REGULAR": regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
         "STAGES": stages, "num_warps": warps, "state_column": 1,

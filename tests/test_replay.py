@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import leetdist
+from leetdist.kernels import recording
 from leetdist.reference import relative_error
 
 replay = pytest.importorskip("leetdist.kernels.triton.replay")
@@ -43,9 +44,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 def launched(kernel: Kernel, *arguments: Any) -> None:
-    launches = launch._thread.__dict__.get("launches")
-    if launches is not None:
-        launches.append(launch.Launched(kernel, (5, 1, 1), arguments))
+    recording.note(recording.TritonLaunch(kernel, (5, 1, 1), arguments))
 
 
 def outputs(a: Tensor, b: Tensor | None, kernel: Kernel, extra: str) -> tuple[Tensor | None, ...]:
@@ -85,6 +84,31 @@ def test_what_is_more_than_launches_is_not_repeated(kernel: Kernel, extra: str) 
         replay.repeated(outputs, (torch.randn(4, 4), None), kernel, extra)
     assert list(replay._kinds.values()) == [None]
     assert not kernel.calls
+
+
+@pytest.mark.real_empty
+def test_kernels_in_cuda_are_repeated_too(kernel: Kernel) -> None:
+    """Their addresses are integers, and maps are made anew for where a tensor is."""
+    launches: list[tuple[Any, ...]] = []
+
+    def outputs(a: Tensor, part: int) -> tuple[Tensor, ...]:
+        out = torch.empty(8)
+        made = replay.TensorMap(b"map")
+        made.address, made.kind = a.data_ptr(), ("kind",)
+        call = lambda *arguments: launches.append(arguments)  # noqa: E731
+        recording.note(recording.CudaLaunch(call, (6,), 128, (made, 5, out.data_ptr() + part, TABLE.data_ptr())))
+        return (out,)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "tensor_map", lambda address, kind: (address, kind))
+        a = torch.randn(4)
+        for _ in range(3):
+            (out,) = replay.repeated(outputs, (a,), 0)
+        assert launches == [((6,), 128, (a.data_ptr(), ("kind",)), 5, out.data_ptr(), TABLE.data_ptr())]
+        for _ in range(3):
+            replay.repeated(outputs, (a,), 4)
+    assert len(launches) == 1
+    assert list(replay._kinds.values())[-1] is None
 
 
 @pytest.mark.real_empty

@@ -6,16 +6,22 @@ decides it: source, options, architecture and NVRTC's version.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import os
+import re
+import struct
 import tempfile
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from leetdist.kernels import recording
 
 SOURCES = Path(__file__).parent
 
@@ -36,7 +42,7 @@ def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) 
     from cuda.bindings import nvrtc
     from cuda.core import Program, ProgramOptions
 
-    code = (SOURCES / source).read_text()
+    code = text(source)
     described = (code, architecture, defines, nvrtc.nvrtcVersion())
     path = cache_folder() / f"{hashlib.sha256(repr(described).encode()).hexdigest()[:32]}.cubin"
     if path.is_file():
@@ -46,6 +52,12 @@ def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) 
     made = bytes(Program(code, "c++", options).compile("cubin").code)
     _keep(path, made)
     return made
+
+
+def text(source: str) -> str:
+    """The source with what it includes, which is in the same folder."""
+    code = (SOURCES / source).read_text()
+    return re.sub(r'^#include "(.*)"$', lambda found: text(found[1]), code, flags=re.MULTILINE)
 
 
 def cache_folder() -> Path:
@@ -68,40 +80,71 @@ def _keep(path: Path, content: bytes) -> None:
 
 
 @cache
-def kernel(source: str, name: str, device: torch.device, defines: tuple[tuple[str, int], ...]) -> Callable[..., None]:
+def kernel(
+    source: str,
+    name: str,
+    device: torch.device,
+    defines: tuple[tuple[str, int], ...],
+    *,
+    shared_memory: int = 0,
+    features: str = "",
+) -> Callable[..., None]:
     """`launch(grid, block, *arguments)`, on the device's current stream.
 
-    Arguments: an int is 64 bits wide (an address or a number), a float is 32; None is the null address.
+    Arguments: an int is 64 bits wide (an address or a number), a float is 32, bytes are a structure; None is the null
+    address. Every call gives the same kinds in the same places.
+    shared_memory: bytes a block asks for at launch; features: "a" for instructions that one architecture alone has.
     """
-    import ctypes
-
-    from cuda.core import Device, LaunchConfig, ObjectCode, launch
+    from cuda.bindings import driver
+    from cuda.core import Device, ObjectCode
 
     major, minor = torch.cuda.get_device_capability(device)
     torch.cuda.current_stream(device)  # makes torch's context, which cuda-core then shares
     Device(device.index).set_current()
-    module = ObjectCode.from_cubin(cubin(source, f"sm_{major}{minor}", defines))
+    module = ObjectCode.from_cubin(cubin(source, f"sm_{major}{minor}{features}", defines))
     function = module.get_kernel(name)
+    handle = driver.CUfunction(int(function.handle))
+    if shared_memory:
+        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuKernelSetAttribute(most, shared_memory, function.handle, driver.CUdevice(device.index))[0])
+    own = threading.local()
 
     def run(grid: tuple[int, ...], block: int, *arguments: Any) -> None:
-        with torch.cuda.device(device):
+        if torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                return run(grid, block, *arguments)
+        if not hasattr(own, "slots"):
             Device(device.index).set_current()  # a thread of autograd's may have no context yet
-            stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-            launch(
-                stream,
-                LaunchConfig(grid=grid, block=block),
-                function,
-                *(ctypes.c_float(x) if isinstance(x, float) else x or 0 for x in arguments),
-            )
+            own.slots = _Slots(arguments, module)
+        if recording.noting():
+            recording.note(recording.CudaLaunch(run, grid, block, arguments))
+        own.slots.fill(arguments)
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        check(driver.cuLaunchKernel(handle, x, y, z, block, 1, 1, shared_memory, stream, own.slots.places, 0)[0])
+        return None
 
     return run
 
 
-class _Stream:
-    """A stream of torch's, in the protocol that cuda-core understands."""
+class _Slots:
+    """A thread's memory for the arguments of a kernel, and the array of their addresses that a launch takes."""
 
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
+    def __init__(self, arguments: tuple[Any, ...], module: Any) -> None:
+        self.module = module  # lives as long as its kernel
+        kinds = ["f4x" if isinstance(x, float) else f"{len(x)}s" if isinstance(x, bytes) else "q" for x in arguments]
+        self.values = struct.Struct("=" + "".join(kinds))
+        self.memory = ctypes.create_string_buffer(self.values.size)
+        offsets = [struct.calcsize("=" + "".join(kinds[:place])) for place in range(len(kinds))]
+        begin = ctypes.addressof(self.memory)
+        self.array = (ctypes.c_void_p * len(offsets))(*(begin + offset for offset in offsets))
+        self.places = ctypes.addressof(self.array)
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
+    def fill(self, arguments: tuple[Any, ...]) -> None:
+        self.values.pack_into(self.memory, 0, *(0 if x is None else x for x in arguments))
+
+
+def check(result: Any) -> None:
+    """RuntimeError if a call of the driver failed."""
+    if int(result) != 0:
+        raise RuntimeError(f"CUDA C++ kernel: the driver says {result!r}")

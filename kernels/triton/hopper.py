@@ -1,34 +1,41 @@
-"""Launches of the kernels for Hopper (sm_90): their shapes, and the descriptors that bulk copies need."""
+"""Hopper (sm_90): the CUDA C++ kernels where cuda-core is installed, and where it is not, launches of those in Gluon.
+
+Their roundings differ, so the ranks of a group agree on which of them computes (leetdist.methods.served_by).
+"""
 
 from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from leetdist.kernels.cuda import hopper as cuda
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles
 from leetdist.kernels.triton.hopper_kernels import tile_outputs_kernel, tile_states_kernel
 from leetdist.kernels.triton.launch import launch
 
 # Chunks on their way at a time, by (outputs or states, rows): as many as shared memory holds.
-STAGES = {("outputs", 128): 2, ("outputs", 64): 3, ("states", 128): 3, ("states", 64): 4}
+STAGES = {("outputs", 128): 2, ("outputs", 64): 3, ("states", 128): 3, ("states", 64): 3}
 
 
-def chunk_and_warps(rows: int) -> tuple[int, int]:
-    """Tokens a product works on, and warps: a warpgroup has 64 rows of the chunk's outputs, and of the state."""
-    return (128, 8) if rows == 128 else (64, 4)
+def chunk_and_warps(kernel: str, rows: int) -> tuple[int, int]:
+    """Tokens a product works on, and warps: a warpgroup has 64 rows of the chunk's outputs, or a tile's whole state."""
+    return (128, 8) if kernel == "outputs" and rows == 128 else (64, 4)
 
 
 def tile_states(
     b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_states."""
+    if cuda.serves():
+        return cuda.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale)
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
-    chunk, warps = chunk_and_warps(rows)
+    chunk, warps = chunk_and_warps("states", rows)
     table = None if tiles.regular else tiles.table(b.device)
     launch(
         tile_states_kernel,
@@ -42,6 +49,7 @@ def tile_states(
             "STAGES": STAGES["states", rows], "num_warps": warps,
         },
     )  # fmt: skip
+    return None
 
 
 def tile_outputs(
@@ -58,9 +66,12 @@ def tile_outputs(
     state_scale: float,
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_outputs."""
+    if cuda.serves():
+        scales = {"scale": scale, "state_scale": state_scale}
+        return cuda.tile_outputs(a, b, c, states, log_decay, tiles, out, reverse=reverse, **scales)
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
-    chunk, warps = chunk_and_warps(rows)
+    chunk, warps = chunk_and_warps("outputs", rows)
     table = None if tiles.regular else tiles.table(a.device)
     launch(
         tile_outputs_kernel,
@@ -75,6 +86,7 @@ def tile_outputs(
             "STAGES": STAGES["outputs", rows], "num_warps": warps,
         },
     )  # fmt: skip
+    return None
 
 
 @cache
@@ -87,7 +99,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """Bulk copies of `rows` tokens of one head of x (B, H, N, D), bf16 or fp16."""
     strides = _strides(x)
     if x.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in strides):
-        x = x.contiguous()  # what bulk copies ask for
+        x = x.clone(memory_format=torch.contiguous_format)  # what bulk copies ask for
         strides = _strides(x)
     found = TensorDescriptor.__new__(TensorDescriptor)  # its own checks take as long as a launch
     found.base, found.shape, found.strides, found.padding = x, x.shape, (*strides, 1), "zero"

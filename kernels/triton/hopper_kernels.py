@@ -110,21 +110,6 @@ def _weighted(b, g, exponent, scale, LEFT: gl.constexpr):
 
 
 @gluon.jit
-def _to_tile_end(
-    b, c, g, offset, length, scale, REVERSE: gl.constexpr, LEFT: gl.constexpr, FLAT: gl.constexpr
-):  # fmt: skip
-    """b^T, weighted by the steps from each token to the state at the tile's end; c's rows behind the tile zero."""
-    if length - offset < b.shape[0]:
-        _zero_rows(b, length - offset, FLAT)
-        _zero_rows(c, length - offset, FLAT)
-        fence_async_shared()
-        gl.thread_barrier()
-    token = offset + gl.arange(0, b.shape[0], gl.SliceLayout(0, LEFT))
-    exponent = token + 1 if REVERSE else gl.maximum(length - 1 - token, 0)
-    return _weighted(b, g, exponent, scale, LEFT)
-
-
-@gluon.jit
 def _from_state(g, state_scale, count, CHUNK: gl.constexpr, REVERSE: gl.constexpr, WIDE: gl.constexpr):
     """(CHUNK, 1): state_scale gamma^(steps from the state at the chunk's start to each token)."""
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, WIDE))
@@ -146,10 +131,12 @@ def tile_states_kernel(
     REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLUMNS, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
+    """One warpgroup sums a tile's state, in parts of 64 rows."""
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLUMNS, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     BYTES: gl.constexpr = (ROWS + COLUMNS) * CHUNK * 2
+    TWO: gl.constexpr = ROWS == 128
 
     program = gl.program_id(0).to(gl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, (program // tiles // heads).to(gl.int32)
@@ -177,35 +164,46 @@ def tile_states_kernel(
 
     g = log_gamma * LOG2E
     offset = origin - start.to(gl.int32)
-    state = gl.zeros([ROWS, COLUMNS], gl.float32, WIDE)
-    mbarrier.wait(ready.index(0), 0)
-    b_i, c_i = b_ring.index(0).reshape([CHUNK, ROWS]), c_ring.index(0).reshape([CHUNK, COLUMNS])
-    high, low = _to_tile_end(b_i, c_i, g, offset, length, scale, REVERSE, LEFT, FLAT)
+    state_0 = gl.zeros([64, COLUMNS], gl.float32, STATE)
+    if TWO:
+        state_1 = gl.zeros([64, COLUMNS], gl.float32, STATE)
     for step in range(chunks):
-        state = warpgroup_mma(high, c_i, state, is_async=True)
-        state = warpgroup_mma(low, c_i, state, is_async=True)
-        # Meanwhile, the next chunk.
-        more = step + 1 < chunks
-        stage = (step + 1) % STAGES
-        mbarrier.wait(ready.index(stage), ((step + 1) // STAGES) & 1, pred=more)
+        stage = step % STAGES
         b_i, c_i = b_ring.index(stage).reshape([CHUNK, ROWS]), c_ring.index(stage).reshape([CHUNK, COLUMNS])
+        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+        if length - offset < CHUNK:
+            _zero_rows(b_i, length - offset, FLAT)
+            _zero_rows(c_i, length - offset, FLAT)
+            fence_async_shared()
+            gl.thread_barrier()
+        token = offset + gl.arange(0, CHUNK, gl.SliceLayout(0, LEFT))
+        exponent = token + 1 if REVERSE else gl.maximum(length - 1 - token, 0)
+        high_0, low_0 = _weighted(b_i.slice(0, 64, dim=1), g, exponent, scale, LEFT)
+        state_0 = warpgroup_mma(high_0, c_i, state_0, is_async=True)
+        state_0 = warpgroup_mma(low_0, c_i, state_0, is_async=True)
+        # Operands pass through the wait, so that their registers are not used again before it.
+        if TWO:
+            high_1, low_1 = _weighted(b_i.slice(64, 64, dim=1), g, exponent, scale, LEFT)
+            state_1 = warpgroup_mma(high_1, c_i, state_1, is_async=True)
+            state_1 = warpgroup_mma(low_1, c_i, state_1, is_async=True)
+            state_0, high_0, low_0, state_1, high_1, low_1 = warpgroup_mma_wait(
+                0, [state_0, high_0, low_0, state_1, high_1, low_1]
+            )
+        else:
+            state_0, high_0, low_0 = warpgroup_mma_wait(0, [state_0, high_0, low_0])
         offset += stride
-        high_next, low_next = _to_tile_end(
-            b_i, c_i, g, gl.where(more, offset, 0), gl.where(more, length, CHUNK), scale, REVERSE, LEFT, FLAT
-        )
-        # The operands pass through the wait, so that their registers are not used again before it.
-        state, high, low = warpgroup_mma_wait(0, [state, high, low])
-        gl.thread_barrier()  # all have read the chunk before: it makes room for another
-        free = step % STAGES
+        gl.thread_barrier()  # all have read the chunk: it makes room for another
         where, more = origin + (step + STAGES) * stride, step + STAGES < chunks
-        mbarrier.expect(ready.index(free), BYTES, pred=more)
-        _fetch(b, batch, b_head, where, ready.index(free), b_ring.index(free), more)
-        _fetch(c, batch, c_head, where, ready.index(free), c_ring.index(free), more)
-        high, low = high_next, low_next
+        mbarrier.expect(ready.index(stage), BYTES, pred=more)
+        _fetch(b, batch, b_head, where, ready.index(stage), b_ring.index(stage), more)
+        _fetch(c, batch, c_head, where, ready.index(stage), c_ring.index(stage), more)
 
-    i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))[:, None]
-    j = gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
-    gl.store(out + program * (ROWS * COLUMNS) + i * COLUMNS + j, state)
+    i = gl.arange(0, 64, gl.SliceLayout(1, STATE))[:, None]
+    j = gl.arange(0, COLUMNS, gl.SliceLayout(0, STATE))[None, :]
+    out += program * (ROWS * COLUMNS)
+    gl.store(out + i * COLUMNS + j, state_0)
+    if TWO:
+        gl.store(out + (64 + i) * COLUMNS + j, state_1)
 
 
 @gluon.jit(do_not_specialize=COUNTS)

@@ -7,12 +7,13 @@ kernel runs. Here what it found is kept, under a key of what it looks at: types,
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from leetdist.kernels import recording
 
 # The versions of Triton whose compiled kernels take the arguments that `launch` gives; others launch the usual way.
 DIRECT = triton.__version__.startswith(("3.6.",)) and not triton.knobs.runtime.interpret
@@ -21,20 +22,6 @@ MOST = 4096
 
 _kept: dict[tuple[Any, ...], Any] = {}
 _thread = threading.local()
-
-
-@dataclass(frozen=True, eq=False)
-class Launched:
-    """A launch: the compiled kernel, the grid (of three numbers), all arguments with the constants."""
-
-    compiled: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-
-
-def record_into(launches: list[Launched] | None) -> None:
-    """Note this thread's launches in a list, until told None."""
-    _thread.launches = launches
 
 
 def direct(device: torch.device) -> bool:
@@ -74,9 +61,8 @@ def launch(
         compiled, new = kernel[grid](*arguments, **constants, **options), True
         _kept[key] = compiled
     grid, arguments = (*grid, *(1,) * (3 - len(grid))), (*arguments, *constants.values())
-    launches = _thread.__dict__.get("launches")
-    if launches is not None:
-        launches.append(Launched(compiled, grid, arguments))
+    if recording.noting():
+        recording.note(recording.TritonLaunch(compiled, grid, arguments))
     if new:
         return None
     stream = torch._C._cuda_getCurrentRawStream(device.index)

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia.driver import make_tensordesc_arg
 
+from leetdist.kernels import recording
+from leetdist.kernels.cuda.hopper import TensorMap, tensor_map
 from leetdist.kernels.triton import launch
 
 EMPTY = frozenset(
@@ -37,23 +39,24 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.taken: list[Tensor] = []
-        self.launches: list[launch.Launched] = []
+        self.launches: list[recording.TritonLaunch | recording.CudaLaunch] = []
         self.refused: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in EMPTY:
-            self.taken.append(out)
+            if out.numel():
+                self.taken.append(out)
         elif not func.is_view:
             self.refused = str(func)
         return out
 
     def __enter__(self) -> Recorder:
-        launch.record_into(self.launches)
+        recording.record_into(self.launches)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        launch.record_into(None)
+        recording.record_into(None)
         super().__exit__(*error)
 
 
@@ -76,7 +79,25 @@ class Map:
 
 
 @dataclass(eq=False)
-class Step:
+class CudaStep:
+    """One launch of a kernel in CUDA C++, and where addresses and maps go among its arguments."""
+
+    launch: Callable[..., None]
+    arguments: list[Any]
+    addresses: list[tuple[int, int]]
+    maps: list[tuple[int, int, Any]]
+
+    def __call__(self, stream: int, sources: list[int]) -> None:
+        arguments = self.arguments.copy()
+        for place, source in self.addresses:
+            arguments[place] = sources[source]
+        for place, source, kind in self.maps:
+            arguments[place] = tensor_map(sources[source], kind)
+        self.launch(*arguments)
+
+
+@dataclass(eq=False)
+class TritonStep:
     """One launch: Triton's launcher, the arguments before and after the stream, and where addresses go among them."""
 
     launcher: Callable[..., None]
@@ -90,8 +111,8 @@ class Step:
         arguments = self.arguments.copy()
         for place, source in self.addresses:
             arguments[place] = sources[source]
-        for place, source, tensor_map in self.maps:
-            arguments[place] = tensor_map.at(sources[source])
+        for place, source, moved in self.maps:
+            arguments[place] = moved.at(sources[source])
         self.launcher(*self.grid, stream, *self.fixed, *arguments)
 
 
@@ -102,7 +123,7 @@ class Replay:
 
     device: torch.device
     memory: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
-    steps: list[Step]
+    steps: list[TritonStep | CudaStep]
     returned: list[int | None]
     held: list[Tensor]
 
@@ -126,7 +147,7 @@ def record(
         outputs = function(*arguments)
     sources = {x.data_ptr(): place for place, x in enumerate(inputs)}
     sources |= {x.data_ptr(): place for place, x in enumerate(recorder.taken, len(inputs))}
-    storages = {x.untyped_storage().data_ptr() for x in (*inputs, *recorder.taken)}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*inputs, *recorder.taken)}
     if recorder.refused or len(sources) < len(inputs) + len(recorder.taken):  # or two share an address
         return outputs, None
     memory = [(x.shape, x.stride(), x.dtype) for x in recorder.taken]
@@ -139,17 +160,36 @@ def record(
                 return outputs, None
             memory[place] = (x.shape, x.stride(), x.dtype)
         returned.append(place)
-    steps: list[Step] = []
+    steps: list[TritonStep | CudaStep] = []
     held: list[Tensor] = []
     for launched in recorder.launches:
-        step = _step(launched, sources, storages, held)
+        if isinstance(launched, recording.CudaLaunch):
+            step: TritonStep | CudaStep | None = _cuda_step(launched, sources, storages)
+        else:
+            step = _triton_step(launched, sources, storages, held)
         if step is None:
             return outputs, None
         steps.append(step)
     return outputs, Replay(inputs[0].device, memory, steps, returned, held)
 
 
-def _step(launched: launch.Launched, sources: dict[int, int], storages: set[int], held: list[Tensor]) -> Step | None:
+def _cuda_step(launched: recording.CudaLaunch, sources: dict[int, int], storages: dict[int, int]) -> CudaStep | None:
+    step = CudaStep(launched.launch, [launched.grid, launched.block, *launched.arguments], [], [])
+    for place, x in enumerate(step.arguments):
+        if isinstance(x, TensorMap):
+            if x.address not in sources:
+                return None
+            step.maps.append((place, sources[x.address], x.kind))
+        elif isinstance(x, int) and x in sources:
+            step.addresses.append((place, sources[x]))
+        elif isinstance(x, int) and any(begin <= x < begin + size for begin, size in storages.items()):
+            return None  # a part of what moves
+    return step
+
+
+def _triton_step(
+    launched: recording.TritonLaunch, sources: dict[int, int], storages: dict[int, int], held: list[Tensor]
+) -> TritonStep | None:
     run, compiled = launched.compiled.run, launched.compiled
     if run.global_scratch_size or run.profile_scratch_size:
         return None
@@ -157,7 +197,7 @@ def _step(launched: launch.Launched, sources: dict[int, int], storages: set[int]
     if inspect.isfunction(launcher):  # it makes tensor maps, and calls the one that launches
         inner = inspect.getclosurevars(launcher).nonlocals
         launcher, metas = inner["launcher"], iter(inner["tensordesc_meta"])
-    step = Step(
+    step = TritonStep(
         launcher, launched.grid,
         (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
          None, None, None),

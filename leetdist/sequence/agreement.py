@@ -1,9 +1,9 @@
 """What the ranks of a group must agree on before they exchange tensors: checked on every call, exchanged once.
 
 Each rank keeps, for every argument set of its own that it has seen, what all ranks had. A call compares fingerprints
-of that, in ceil(log2 P) host messages of 32 bytes to a rank; only where they differ do the ranks send each other
-everything. Looking at one's own arguments alone would not do: a rank whose shard is as long as ever must still learn
-that another's has changed, because the tile length may change with the total.
+of that: 32 bytes, through shared memory on one host, else in ceil(log2 P) messages to a rank; only where they differ
+do the ranks send each other everything. Looking at one's own arguments alone would not do: a rank whose shard is as
+long as ever must still learn that another's has changed, because the tile length may change with the total.
 
 A call, with 4 ranks over gloo on the host of 4 H200s: 263 us, 932 the first time, 31 where lengths are declared, and 23
 without a group (benchmarks/agreement.py; benchmarks/results/agreement_h200_host.json). It is host time: a GPU that has
@@ -79,14 +79,6 @@ def digest(data: bytes) -> int:
 
 
 def _differ(fingerprint: int, values: int, transport: Transport, what: str) -> bool:
-    """Whether any two ranks came with different numbers; the same answer on every rank.
-
-    The largest and the smallest of all are found by dissemination: after step s, a rank knows about 2^(s+1) ranks.
-    """
-    header, step = [fingerprint, -fingerprint, values, -values], 1
-    while step < transport.size:
-        to, source = (transport.rank + step) % transport.size, (transport.rank - step) % transport.size
-        theirs = transport.swap_header(header, to, source, what)
-        header = [max(a, b) for a, b in zip(header, theirs, strict=True)]
-        step *= 2
-    return header[0] != -header[1] or header[2] != -header[3]
+    """Whether any two ranks came with different numbers; the same answer on every rank."""
+    largest = transport.largest([fingerprint, -fingerprint, values, -values], what)
+    return largest[0] != -largest[1] or largest[2] != -largest[3]

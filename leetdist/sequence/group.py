@@ -49,9 +49,11 @@ def sequence_parallel(
             shape is then not compared again, which spares each call its messages between the hosts. A rank that breaks
             the promise gets a ValueError, the others a timeout.
         timeout: seconds that a rank of this group waits for another, from now on; None keeps what the group has (its
-            own, or LEETDIST_TIMEOUT). With NCCL, a timeout makes the host wait for every receive.
-        transport: "p2p", "symmetric" (one-sided copies within a node) or "auto" (now p2p), how states travel; None
-            takes LEETDIST_TRANSPORT, or "auto". Decided when the group is first used.
+            own, or LEETDIST_TIMEOUT). With NCCL, a timeout makes the host wait for every receive. In symmetric memory
+            it is the GPU that waits: it prints which rank waited for which, and the program ends with a CUDA error.
+        transport: how states travel: "p2p" (send and receive), "symmetric" (one-sided copies within a node, p2p between
+            nodes) or "auto" (symmetric where the GPUs have it); None takes LEETDIST_TRANSPORT, or "auto". Decided when
+            the group is first used.
 
     Raises:
         ValueError: `group` is of another type, a mesh of more dimensions, or does not hold this rank; `lengths` are not

@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
+from leetdist.sequence.mailbox import Gone, Mailbox, open_mailbox
 from leetdist.sequence.symmetric import Inboxes, connect
 from leetdist.sequence.transport import Message, Transport, timeout_seconds
 
@@ -40,21 +42,49 @@ class PointToPoint(Transport):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         backends = dist.get_backend_config(group)
         self.host_group: Any = group if "gloo" in backends else _companion(group)
+        self.default_seconds = c10d.default_pg_timeout.total_seconds()
+        with contextlib.suppress(AttributeError, RuntimeError):
+            options: Any = getattr(self.host_group, "options", None)  # of gloo itself, or of a group that has it
+            options = options or self.host_group._get_backend(torch.device("cpu")).options
+            self.default_seconds = options._timeout.total_seconds()
         # gloo reads and writes host memory only.
         self.staged = "nccl" not in backends
         self.pending: list[Sent] = []
+        self.captured: list[Sent] = []  # by a CUDA graph in the making, which may wait for nothing else
         if not self.staged:
             # NCCL connects a group in its first collective call, which every rank has to take part in.
             dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
+        self.mailbox: Mailbox | None = None
+        if self.size > 1:
+            self.mailbox = open_mailbox(partial(self.gather_objects, what="where its host is"), self.rank, self.size)
+        self.part_store: Store | None = None
         self.inboxes: Inboxes | None = None
         connect(self, wanted)
 
     def store(self, purpose: str) -> Store:
         return store_of(self.group, purpose)
 
+    def part(self, ranks: list[int]) -> dist.ProcessGroup:
+        """A process group of some of the ranks, made by them alone: a name, numbers and a store, by which PyTorch's
+        symmetric memory finds them."""
+        from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
+
+        rank, size = ranks.index(self.rank), len(ranks)
+        name: Any = f"leetdist/{self.name}/{ranks[0]}"
+        store = self.part_store = Renumbered(self.store(f"part/{ranks[0]}"))  # C++ alone would not keep it alive
+        group, kind = c10d.ProcessGroup(store, rank, size), c10d.ProcessGroup.BackendType.GLOO
+        group._register_backend(torch.device("cpu"), kind, _gloo(self.group, store, rank, size))
+        group._set_default_backend(kind)
+        group._set_group_name(name)
+        _register_process_group(name, group)
+        with contextlib.suppress(RuntimeError):  # some versions of PyTorch look here
+            _SymmetricMemory.set_group_info(name, rank, size, store)
+        return group
+
     def send(self, tensor: Tensor, to: int, what: str) -> None:
         if tensor.numel():
-            self.pending.append(self._send(self.group, self._outgoing(tensor), to, what, TENSORS))
+            sent = self._send(self.group, self._outgoing(tensor), to, what, TENSORS)
+            (self.captured if self._capturing() else self.pending).append(sent)
 
     def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
         if not tensor.numel():
@@ -103,13 +133,19 @@ class PointToPoint(Transport):
                 yield state
 
     def flush(self) -> None:
-        # What NCCL is given it also keeps (below): the stream need not wait until a neighbour has taken it. In a CUDA
-        # graph it has to, because a graph ends only when all that it began has ended.
-        if not self.staged and len(self.pending) < MOST_PENDING and not torch.cuda.is_current_stream_capturing():
+        # A graph ends only when all that it began has ended.
+        if self._capturing():
+            captured, self.captured = self.captured, []
+            return self._taken(captured)
+        # What NCCL is given it also keeps (below): the stream need not wait until a neighbour has taken it.
+        if not self.staged and len(self.pending) < MOST_PENDING:
             self.pending = [sent for sent in self.pending if not sent[0].is_completed()]
-            return
+            return None
         pending, self.pending = self.pending, []
-        self._taken(pending)
+        return self._taken(pending)
+
+    def _capturing(self) -> bool:
+        return not self.staged and torch.cuda.is_current_stream_capturing()
 
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         # Lengths first, then bytes: two small messages to each rank, no collective, so that a rank that does not answer
@@ -128,6 +164,20 @@ class PointToPoint(Transport):
             everyone[rank] = pickle.loads(self._receive(self.host_group, theirs, rank, what, OBJECTS).numpy().tobytes())
         self._taken(sent)
         return everyone
+
+    def largest(self, numbers: list[int], what: str) -> list[int]:
+        if self.mailbox is None:
+            return super().largest(numbers, what)
+        try:
+            everyone = self.mailbox.exchange(numbers, self.patience())
+        except Gone as error:
+            with self._blame(error.rank, f"for {what}"):
+                raise
+        return [max(each) for each in zip(*everyone, strict=True)]
+
+    def patience(self) -> float:
+        """Seconds that a host, or a GPU by itself, waits for another rank."""
+        return self.seconds or self.default_seconds
 
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
         mine = torch.tensor(header)
@@ -218,10 +268,48 @@ def _companion(group: dist.ProcessGroup) -> Any:
     Not by dist.new_group: its names count the groups that a rank knows, and ranks that are in different numbers of
     groups would wait for each other under different names for ever.
     """
+    return _gloo(group, store_of(group, "host"), dist.get_rank(group), dist.get_world_size(group))
+
+
+def _gloo(like: dist.ProcessGroup, store: Store, rank: int, size: int) -> Any:
+    """With the timeout of `like`."""
     seconds = timeout_seconds()
     timeout = c10d.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
     with contextlib.suppress(RuntimeError, AttributeError):
-        options: Any = group._get_backend(torch.device("cuda")).options
+        options: Any = like._get_backend(torch.device("cuda")).options
         timeout = options._timeout if seconds is None else timeout
-    store = store_of(group, "host")
-    return c10d.ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), timeout)
+    return c10d.ProcessGroupGloo(store, rank, size, timeout)
+
+
+class Renumbered(Store):
+    """A store for PyTorch's symmetric memory, whose keys end in "/exchange/rank".
+
+    It counts the exchanges of a process over all groups, so ranks that are in different numbers of groups would wait
+    for each other under different numbers for ever (seen with PyTorch 2.11). Here every store counts its own.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+        self.numbers: dict[str, int] = {}
+
+    def _key(self, key: str) -> str:
+        exchange, _, rank = key.rpartition("/")
+        if not (rank.isdigit() and exchange.rpartition("/")[2].isdigit()):
+            return key
+        return f"exchange/{self.numbers.setdefault(exchange, len(self.numbers))}/{rank}"
+
+    def set(self, key: str, value: Any) -> None:
+        self.store.set(self._key(key), value)
+
+    def get(self, key: str) -> bytes:
+        return self.store.get(self._key(key))
+
+    def wait(self, keys: list[str], *timeout: Any) -> None:
+        self.store.wait([self._key(key) for key in keys], *timeout)
+
+    def check(self, keys: list[str]) -> bool:
+        return self.store.check([self._key(key) for key in keys])
+
+    def add(self, key: str, amount: int) -> int:
+        return self.store.add(key, amount)

@@ -1,12 +1,13 @@
 """States that travel within a node by one-sided copies: the sender writes into the receiver's memory and signals.
 
-`torch.distributed._symmetric_memory` maps every rank's inbox into every other rank of the node. A hop is a wait for the
-slot to be free, a copy, and a signal, all on the sender's stream; then a wait and a copy on the receiver's. No host and
-no other rank takes part, and CUDA graphs capture all of it. NVLink multicast is not used.
+`torch.distributed._symmetric_memory` maps every rank's inbox into every other rank of the node. A hop is one kernel on
+the sender's stream (wait for the slot to be free, copy, signal) and one on the receiver's that waits for the signal
+(leetdist.kernels.triton.hop). No host and no other rank takes part, and CUDA graphs capture all of it. NVLink multicast
+is not used.
 
-Each directed link has SLOTS slots with two channels of signals each: "full", from the sender, and "free", from the
-receiver. A slot is written only after "free" (given once for every slot when the inboxes are made) and read only after
-"full", so a rank may be SLOTS messages ahead of its neighbour.
+Each directed link has SLOTS slots with two sets of flags each: "full", raised by the sender, and "free", by the
+receiver. A slot is written only after "free" (up when the inboxes are made) and read only after "full", so a rank may
+be SLOTS messages ahead of its neighbour.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,25 +27,48 @@ if TYPE_CHECKING:
     from leetdist.sequence.p2p import PointToPoint
 
 SLOTS = 4
-# A stuck wait in a kernel ends the program; long enough for a neighbour that saves a checkpoint.
-DEFAULT_TIMEOUT_SECONDS = 1800.0
+
+
+class Box:
+    """One rank's part of the symmetric memory, (words,) int32. Messages go right (direction 0) or left (1): the slots
+    and "full" flags are for what comes here, the "free" flags for what leaves.
+
+    A tensor for every slot and set of flags is made once, because a view takes the host microseconds.
+    """
+
+    def __init__(self, memory: Tensor, programs: int) -> None:
+        count = 2 * 2 * SLOTS * programs
+        flags = memory[:count].view(2, 2, SLOTS, programs)
+        self.full, self.free = ([direction.unbind() for direction in kind] for kind in flags)
+        self.slots = [direction.unbind() for direction in memory[count:].view(2, SLOTS, -1)]
+        self.messages: dict[Any, Tensor] = {}
+
+    @staticmethod
+    def words(slot_words: int, programs: int) -> int:
+        return 2 * SLOTS * (2 * programs + slot_words)
+
+    def message(self, direction: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A slot as a tensor of the message's shape."""
+        key = (direction, slot, shape, dtype)
+        if key not in self.messages:
+            words = torch.Size(shape).numel() * dtype.itemsize // 4
+            self.messages[key] = self.slots[direction][slot][:words].view(dtype).view(shape)
+        return self.messages[key]
 
 
 class Inboxes:
     """Symmetric memory of the ranks of a group that share this rank's node; ranks are those of the group."""
 
     def __init__(self, transport: PointToPoint, node: list[int]) -> None:
-        from torch._C._distributed_c10d import _SymmetricMemory
+        from leetdist.kernels.triton import hop
 
+        self.hop = hop
         self.transport, self.rank = transport, transport.rank
         self.local = {rank: number for number, rank in enumerate(node)}
-        # Its own name and store, because the ranks of a node need not be a process group.
-        self.group_name = f"leetdist/{transport.name}/{'-'.join(map(str, node))}"
-        store = transport.store(f"symmetric/{node[0]}")
-        _SymmetricMemory.set_group_info(self.group_name, self.local[self.rank], len(node), store)
-        self.slot_bytes = 0
+        self.group = transport.part(node)
+        self.slot_words = 0
+        self.boxes: dict[int, Box] = {}
         self.kept: list[Any] = []  # a graph may hold the address of inboxes that have been outgrown
-        self.views: dict[Any, Tensor] = {}
         self.sent: dict[int, int] = {}
         self.received: dict[int, int] = {}
 
@@ -52,75 +77,59 @@ class Inboxes:
 
     def reserve(self, size: int, device: torch.device) -> None:
         """Slots of `size` bytes at least; all ranks of the node call this together, with the same size."""
-        if size <= self.slot_bytes:
+        if size <= 4 * self.slot_words:
             return
         import torch.distributed._symmetric_memory as symmetric
-        from torch._C._distributed_c10d import _SymmetricMemory
 
-        self.slot_bytes = -(-size // 256) * 256
-        memory = symmetric.empty(2 * SLOTS * self.slot_bytes, dtype=torch.uint8, device=device)
-        self.handle = _SymmetricMemory.rendezvous(memory, self.group_name)
-        self.kept.append((memory, self.handle))
-        self.views, self.sent, self.received = {}, {}, {}
-        for source in (self.rank - 1, self.rank + 1):
-            if source in self.local:
-                for slot in range(SLOTS):
-                    self._signal(source, self._channel(source, self.rank, slot, free=True))
+        self.slot_words = -(-size // 256) * 64
+        words = Box.words(self.slot_words, self.hop.PROGRAMS)
+        memory = symmetric.empty(words, dtype=torch.int32, device=device)
+        own = Box(memory.zero_(), self.hop.PROGRAMS)
+        for flags in (*own.free[0], *own.free[1]):
+            flags.fill_(1)
+        torch.cuda.synchronize(device)  # from the rendezvous on, neighbours write here
+        handle = symmetric.rendezvous(memory, self.group.group_name)
+        self.kept.append((memory, handle))
+        self.sent, self.received = {}, {}
+        self.boxes = {self.rank: own}
+        for rank in (self.rank - 1, self.rank + 1):
+            if rank in self.local:
+                self.boxes[rank] = Box(handle.get_buffer(self.local[rank], (words,), torch.int32), self.hop.PROGRAMS)
 
     def put(self, tensor: Tensor, to: int) -> None:
-        slot = self.sent.get(to, 0) % SLOTS
+        direction, slot = int(self.rank > to), self.sent.get(to, 0) % SLOTS
         self.sent[to] = slot + 1
-        self._await(to, self._channel(self.rank, to, slot, free=True))
-        self._view(to, self.rank, slot, tuple(tensor.shape), tensor.dtype).copy_(tensor)
-        self._signal(to, self._channel(self.rank, to, slot, free=False))
+        mine, theirs = self.boxes[self.rank], self.boxes[to]
+        self.hop.put(
+            tensor.contiguous(), theirs.slots[direction][slot],
+            mine.free[direction][slot], theirs.full[direction][slot],
+            ranks=(self.rank, to), seconds=self.transport.patience(),
+        )  # fmt: skip
 
     @contextmanager
     def taken(self, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> Iterator[Tensor]:
         """The next message from `source`, in the inbox itself: what the stream does with it is launched inside."""
-        slot = self.received.get(source, 0) % SLOTS
+        direction, slot = int(source > self.rank), self.received.get(source, 0) % SLOTS
         self.received[source] = slot + 1
-        self._await(source, self._channel(source, self.rank, slot, free=False))
-        yield self._view(self.rank, source, slot, shape, dtype)
-        self._signal(source, self._channel(source, self.rank, slot, free=True))
-
-    @staticmethod
-    def _channel(source: int, to: int, slot: int, *, free: bool) -> int:
-        """Channels are counted for each pair of ranks; states go right in the forward scan and left in the backward."""
-        return ((source > to) * 2 + free) * SLOTS + slot
-
-    def _view(self, owner: int, source: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The slot in `owner`'s inbox for what comes from `source`."""
-        direction = int(source > owner)
-        key = (owner, direction, slot, shape, dtype)
-        if key not in self.views:
-            offset = (direction * SLOTS + slot) * self.slot_bytes // dtype.itemsize
-            self.views[key] = self.handle.get_buffer(self.local[owner], shape, dtype, offset)
-        return self.views[key]
-
-    def _signal(self, to: int, channel: int) -> None:
-        self.handle.put_signal(self.local[to], channel, self._milliseconds)
-
-    def _await(self, source: int, channel: int) -> None:
-        self.handle.wait_signal(self.local[source], channel, self._milliseconds)
-
-    @property
-    def _milliseconds(self) -> int:
-        return int(1000 * (self.transport.seconds or DEFAULT_TIMEOUT_SECONDS))
+        mine, theirs = self.boxes[self.rank], self.boxes[source]
+        self.hop.wait(mine.full[direction][slot], ranks=(self.rank, source), seconds=self.transport.patience())
+        yield mine.message(direction, slot, shape, dtype)
+        self.hop.release(theirs.free[direction][slot])
 
 
 def connect(transport: PointToPoint, wanted: str | None) -> None:
     """Give the transport inboxes if `wanted` (None: LEETDIST_TRANSPORT, or "auto") and the machine allow it.
 
-    All ranks of the group call this together and come to the same end. "auto" is p2p: symmetric memory has yet to be
-    measured between GPUs (benchmarks/scaling.py does) before it may be anybody's default.
+    All ranks of the group call this together and come to the same end. "auto" takes symmetric memory where the ranks'
+    GPUs have it, and p2p elsewhere.
     """
     wanted = wanted or os.environ.get("LEETDIST_TRANSPORT", "auto")
     if wanted not in ("auto", "p2p", "symmetric"):
         raise ValueError(f"transport (or LEETDIST_TRANSPORT) must be auto, p2p or symmetric, got {wanted!r}")
-    if wanted in ("auto", "p2p") or transport.size == 1:
+    if wanted == "p2p" or (wanted == "auto" and transport.staged) or transport.size == 1:
         return
-    everyone = transport.gather_objects(_place(), "where its GPU is")
-    hosts = [host for host, *_ in everyone]
+    everyone = transport.gather_objects(Place.mine(), "where its GPU is")
+    hosts = [place.host for place in everyone]
     node = [rank for rank in range(transport.size) if hosts[rank] == hosts[transport.rank]]
     problem = _obstacle(everyone)
     if problem is None and len(node) > 1:
@@ -138,23 +147,39 @@ def connect(transport: PointToPoint, wanted: str | None) -> None:
         transport.kind = "symmetric"  # also on a rank that is alone on its node
 
 
-def _place() -> tuple[str, str, bool]:
-    """This host, this rank's GPU, and whether ranks may share one."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    host = socket.gethostname() + (boot.read_text() if boot.exists() else "")
-    gpu = "none"
-    if torch.cuda.is_available():
-        gpu = str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", "unknown"))
-    return host, gpu, os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
+@dataclass(frozen=True)
+class Place:
+    """A rank's host, its GPU, whether that reaches all other GPUs it can see, and whether ranks may share one."""
+
+    host: str
+    gpu: str | None
+    reaches: bool = True
+    may_share: bool = False
+
+    @staticmethod
+    def mine() -> Place:
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        host = socket.gethostname() + (boot.read_text() if boot.exists() else "")
+        if not torch.cuda.is_available():
+            return Place(host, None)
+        me = torch.cuda.current_device()
+        return Place(
+            host,
+            str(getattr(torch.cuda.get_device_properties(me), "uuid", "unknown")),
+            all(torch.cuda.can_device_access_peer(me, n) for n in range(torch.cuda.device_count()) if n != me),
+            os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1",
+        )
 
 
-def _obstacle(everyone: list[tuple[str, str, bool]]) -> str | None:
-    if len({host for host, *_ in everyone}) == len(everyone):
+def _obstacle(places: list[Place]) -> str | None:
+    if len({place.host for place in places}) == len(places):
         return "no two ranks are on one host"
-    for rank, (host, gpu, may_share) in enumerate(everyone):
-        if gpu == "none":
+    for rank, place in enumerate(places):
+        if place.gpu is None:
             return f"rank {rank} has no GPU"
+        if not place.reaches:
+            return f"the GPU of rank {rank} has no direct access to all others of its host"
         for other in range(rank):
-            if everyone[other][:2] == (host, gpu) and not may_share:
+            if (places[other].host, places[other].gpu) == (place.host, place.gpu) and not place.may_share:
                 return f"ranks {other} and {rank} share a GPU"
     return None

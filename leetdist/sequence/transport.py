@@ -49,6 +49,19 @@ class Transport(ABC):
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         """Every rank's object, on every rank, over the host."""
 
+    def largest(self, numbers: list[int], what: str) -> list[int]:
+        """The largest of all ranks' numbers, place by place, on every rank, over the host.
+
+        By dissemination: after step s, a rank knows about 2^(s+1) ranks.
+        """
+        step = 1
+        while step < self.size:
+            to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
+            theirs = self.swap_header(numbers, to, source, what)
+            numbers = [max(a, b) for a, b in zip(numbers, theirs, strict=True)]
+            step *= 2
+        return numbers
+
     @abstractmethod
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
         """Send a few numbers to one rank and take as many from another, over the host."""

@@ -1,0 +1,212 @@
+// What the kernels for Hopper (sm_90a) are made of: 16-bit numbers in pairs, matrices in shared memory, asynchronous
+// products (wgmma) and copies (TMA). A product reads blocks of 64 x 64 numbers, a row 128 bytes long, swizzled.
+//
+// Compile with -DHALF=0|1 (bf16, fp16). No other headers, so that NVRTC needs none.
+
+typedef unsigned short Bits;  // a 16-bit number
+typedef unsigned int Word;    // two of them, the earlier in the lower half; or an address in shared memory
+typedef unsigned long long Long;
+typedef long long Offset;
+
+constexpr int CHUNK = 64;           // tokens that products work on
+constexpr int THREADS = 128;        // a warpgroup
+constexpr int BLOCK = 64 * 64 * 2;  // bytes
+
+#if HALF
+#define TYPE "f16"
+#else
+#define TYPE "bf16"
+#endif
+
+// ------------------------------------------------------------------------------------------------ numbers
+
+__device__ __forceinline__ float exp2_(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two numbers rounded to 16 bits.
+__device__ __forceinline__ Word pack(float low, float high) {
+    Word x;
+    asm("cvt.rn." TYPE "x2.f32 %0, %2, %1;" : "=r"(x) : "f"(low), "f"(high));
+    return x;
+}
+
+__device__ __forceinline__ float unpack(Word x, int place) {
+#if HALF
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(Bits(x >> 16 * place)));
+    return y;
+#else
+    return __uint_as_float(place ? x & 0xffff0000u : x << 16);
+#endif
+}
+
+__device__ __forceinline__ Word times(Word a, Word b) {
+    Word x;
+    asm("mul.rn." TYPE "x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+    return x;
+}
+
+__device__ __forceinline__ Word times_plus(Word a, Word b, Word c) {
+    Word x;
+    asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+    return x;
+}
+
+__device__ __forceinline__ Word minus(Word x) { return x ^ 0x80008000u; }
+
+// ------------------------------------------------------------------------------------------------ shared memory
+
+__device__ __forceinline__ Word shared_memory() {
+    extern __shared__ char memory[];
+    return (Word(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;  // where a block may begin
+}
+
+__device__ __forceinline__ float load(Word from) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from));
+    return x;
+}
+__device__ __forceinline__ void load(Word from, float& x, float& y) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(from));
+}
+__device__ __forceinline__ void load(Word from, Word& x, Word& y) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(from));
+}
+__device__ __forceinline__ void store(Word to, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+__device__ __forceinline__ void store(Word to, Word x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+
+// Four matrices of 8 x 8, as a product holds them in registers; transposed on the way.
+__device__ __forceinline__ void load_transposed(Word from, Word (&x)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+}
+__device__ __forceinline__ void store_transposed(Word to, const Word (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+__device__ __forceinline__ void store_matrices(Word to, const Word (&x)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
+// What ordinary instructions of this thread did to shared memory comes before what products and copies do.
+__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ------------------------------------------------------------------------------------------------ copies
+
+// A tensor (batch, heads, tokens, dim) as the copy engine knows it.
+struct alignas(64) Map {
+    Long words[16];
+};
+
+// Where the rows of a chunk are: `token` of a head.
+struct Place {
+    int token, head, batch;
+};
+
+// A barrier that the arrival of the expected bytes flips, and the wait for its flip number 1, 3, .. (parity 0) or 2, 4, ..
+__device__ __forceinline__ void init_arrival(Word arrival) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrival) : "memory");
+}
+__device__ __forceinline__ void expect(Word arrival, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait_arrival(Word arrival, int parity) {
+    int done;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"(arrival), "r"(parity) : "memory");
+    } while (!done);
+}
+
+// Start to copy a chunk of WIDTH columns: its blocks side by side.
+template <int WIDTH> __device__ __forceinline__ void fetch(Word to, const Map& map, Place at, Word arrival) {
+#pragma unroll
+    for (int block = 0; block < WIDTH / 64; block++)
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     " [%0], [%1, {%2, %3, %4, %5}], [%6];"
+                     ::"r"(to + block * BLOCK), "l"(&map), "r"(block * 64), "r"(at.token), "r"(at.head), "r"(at.batch),
+                       "r"(arrival) : "memory");
+}
+template <int WIDTH> __device__ __forceinline__ void write(const Map& map, Place at, Word from) {
+#pragma unroll
+    for (int block = 0; block < WIDTH / 64; block++)
+        asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
+                     ::"l"(&map), "r"(block * 64), "r"(at.token), "r"(at.head), "r"(at.batch), "r"(from + block * BLOCK)
+                     : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Wait until what this thread writes has left shared memory.
+__device__ __forceinline__ void wait_writes() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Zero the rows of a chunk from `count` on: they are another document's, or nobody's.
+template <int WIDTH> __device__ __forceinline__ void zero_rows(Word chunk, int count) {
+    for (int i = threadIdx.x; i < WIDTH / 2 * CHUNK; i += THREADS)
+        if (i / 32 % CHUNK >= count) store(chunk + i * 4, Word(0));
+}
+
+// ------------------------------------------------------------------------------------------------ products
+
+// Operands in shared memory. By rows: the product sums over what lies along a row; by columns: over the rows.
+__device__ __forceinline__ Long by_rows(Word chunk) {
+    return Long((chunk & 0x3ffff) >> 4) | Long(64) << 32 | Long(1) << 62;
+}
+__device__ __forceinline__ Long by_columns(Word chunk) { return by_rows(chunk) | Long(BLOCK >> 4) << 16; }
+// From the first 16 numbers that are summed over to those of a later step.
+__device__ __forceinline__ Long along_rows(int step) { return Long(step / 4 * (BLOCK >> 4) + step % 4 * 2); }
+__device__ __forceinline__ Long along_columns(int step) { return Long(step * (16 * 128 >> 4)); }
+
+#define LIST8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), \
+                    "+f"(x[i + 6]), "+f"(x[i + 7])
+#define LIST32(x) LIST8(x, 0), LIST8(x, 8), LIST8(x, 16), LIST8(x, 24)
+#define LIST64(x) LIST32(x), LIST8(x, 32), LIST8(x, 40), LIST8(x, 48), LIST8(x, 56)
+#define NAMES32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+                "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES64 NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+                "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." TYPE "." TYPE
+
+// One step of x (64 x 64) = a b (or +=), both by rows; a in shared memory, or in registers.
+__device__ __forceinline__ void product(float (&x)[32], Long a, Long b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; " PRODUCT("64") " {" NAMES32 "}, %32, %33, p, 1, 1, 0, 0; }"
+                 : LIST32(x) : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void product(float (&x)[32], const Word (&a)[4], Long b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; " PRODUCT("64")
+                 " {" NAMES32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
+                 : LIST32(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+// One step of x (64 x 64, or 64 x 128) += a b, b by columns.
+__device__ __forceinline__ void add_product(float (&x)[32], const Word (&a)[4], Long b) {
+    asm volatile(PRODUCT("64") " {" NAMES32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : LIST32(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void add_product(float (&x)[64], const Word (&a)[4], Long b) {
+    asm volatile(PRODUCT("128") " {" NAMES64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : LIST64(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int under_way> __device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(under_way) : "memory");
+}
+
+// Nothing that reads or writes these registers is moved over this point. What a product under way reads must live until
+// it is done, or ptxas gives its registers to others.
+template <int n> __device__ __forceinline__ void here(float (&x)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int n> __device__ __forceinline__ void here(Word (&x)[n][4]) {
+#pragma unroll
+    for (int i = 0; i < n; i++)
+        asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
+}

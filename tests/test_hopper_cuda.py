@@ -1,0 +1,56 @@
+"""The CUDA C++ kernels for Hopper compile for it as they were designed: they fit, and ptxas serializes no product."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import torch
+
+from leetdist.kernels.cuda import hopper, loader
+
+pytestmark = pytest.mark.skipif(not loader.available(), reason="needs cuda-core and NVRTC")
+
+# Bytes of a multiprocessor's shared memory, and what a block takes of it beside what it asks for.
+SHARED_MEMORY, OWN = 228 * 1024, 1024
+# Bytes a thread may keep in local memory.
+SPILLS = {False: 32, True: 160}
+
+
+def compiled(name: str, defines: tuple[tuple[str, int], ...]) -> str:
+    """What ptxas says."""
+    from cuda.core import Program, ProgramOptions
+
+    macros = [(key, str(value)) for key, value in defines]
+    options = ProgramOptions(std="c++17", arch="sm_90a", define_macro=macros, ptxas_options="-v")
+    said = io.StringIO()
+    Program(loader.text(f"{name}.cu"), "c++", options).compile("cubin", logs=said)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype", "wide"),
+    [
+        (128, 128, torch.bfloat16, False),
+        (128, 128, torch.float16, True),
+        (64, 64, torch.bfloat16, False),
+        (64, 128, torch.bfloat16, True),
+        (128, 64, torch.bfloat16, False),
+    ],
+)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", ["tile_states", "tile_outputs"])
+def test_compiles_and_fits(name, reverse, rows, columns, dtype, wide):
+    said = compiled(name, hopper.defines(rows, columns, dtype, wide, reverse))
+    assert 2 * (hopper.shared_memory(name, rows, columns) + OWN) <= SHARED_MEMORY  # two blocks to a multiprocessor
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    assert spilled, said
+    assert int(spilled[1]) <= SPILLS[wide], said
+    assert "serialized" not in said, said
+
+
+def test_a_source_holds_what_it_includes():
+    text = loader.text("tile_outputs.cu")
+    assert "#include" not in text
+    assert text.count("wgmma.fence") == 1
