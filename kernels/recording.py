@@ -30,16 +30,16 @@ class CudaLaunch:
     arguments: tuple[Any, ...]
 
 
-def record_into(launches: list[TritonLaunch | CudaLaunch] | None) -> None:
+def record_into(events: list[Any] | None) -> None:
     """Note this thread's launches in a list, until told None."""
-    _thread.launches = launches
+    _thread.events = events
 
 
 def note(launched: TritonLaunch | CudaLaunch) -> None:
-    launches = _thread.__dict__.get("launches")
-    if launches is not None:
-        launches.append(launched)
+    events = _thread.__dict__.get("events")
+    if events is not None:
+        events.append(launched)
 
 
 def noting() -> bool:
-    return _thread.__dict__.get("launches") is not None
+    return _thread.__dict__.get("events") is not None

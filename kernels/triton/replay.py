@@ -38,21 +38,20 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.taken: list[Tensor] = []
-        self.launches: list[recording.TritonLaunch | recording.CudaLaunch] = []
+        self.events: list[Tensor | recording.TritonLaunch | recording.CudaLaunch] = []
         self.refused: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in EMPTY:
             if out.numel():
-                self.taken.append(out)
+                self.events.append(out)
         elif not func.is_view:
             self.refused = str(func)
         return out
 
     def __enter__(self) -> Recorder:
-        recording.record_into(self.launches)
+        recording.record_into(self.events)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -117,24 +116,35 @@ class TritonStep:
 
 
 @dataclass(eq=False)
+class Memory:
+    """A tensor to take."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(eq=False)
 class Replay:
-    """Memory to take (shape, strides, dtype), launches, and what is returned of the memory. `held`: tensors whose
-    addresses are among the fixed arguments."""
+    """What a call does, in order, and which of the tensors that it takes are returned. `held`: tensors whose addresses
+    are among the fixed arguments."""
 
     device: torch.device
-    memory: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
-    steps: list[TritonStep | CudaStep]
+    actions: list[Memory | TritonStep | CudaStep]
     returned: list[int | None]
     held: list[Tensor]
 
     def __call__(self, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
-        device = self.device
-        taken = [torch.empty_strided(shape, strides, dtype=x, device=device) for shape, strides, x in self.memory]
+        device, taken = self.device, []
         sources = [x.data_ptr() for x in inputs]
-        sources += [x.data_ptr() for x in taken]
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        for step in self.steps:
-            step(stream, sources)
+        for action in self.actions:
+            if isinstance(action, Memory):
+                x = torch.empty_strided(action.shape, action.strides, dtype=action.dtype, device=device)
+                taken.append(x)
+                sources.append(x.data_ptr())
+            else:
+                action(stream, sources)
         return tuple([None if place is None else taken[place] for place in self.returned])
 
 
@@ -145,32 +155,35 @@ def record(
     cannot be."""
     with Recorder() as recorder:
         outputs = function(*arguments)
-    sources = {x.data_ptr(): place for place, x in enumerate(inputs)}
-    sources |= {x.data_ptr(): place for place, x in enumerate(recorder.taken, len(inputs))}
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*inputs, *recorder.taken)}
-    if recorder.refused or len(sources) < len(inputs) + len(recorder.taken):  # or two share an address
+    taken = [event for event in recorder.events if isinstance(event, Tensor)]
+    sources = {x.data_ptr(): place for place, x in enumerate((*inputs, *taken))}
+    if recorder.refused or len(sources) < len(inputs) + len(taken):  # or two share an address
         return outputs, None
-    memory = [(x.shape, x.stride(), x.dtype) for x in recorder.taken]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*inputs, *taken)}
+    memory = [Memory(x.shape, x.stride(), x.dtype) for x in taken]
     returned: list[int | None] = []
     for x in outputs:
         place = None
         if x is not None:
             place = sources.get(x.data_ptr(), 0) - len(inputs)
-            if place < 0 or x.numel() != recorder.taken[place].numel() or place in returned:
+            if place < 0 or x.numel() != taken[place].numel() or place in returned:
                 return outputs, None
-            memory[place] = (x.shape, x.stride(), x.dtype)
+            memory[place] = Memory(x.shape, x.stride(), x.dtype)
         returned.append(place)
-    steps: list[TritonStep | CudaStep] = []
+    actions: list[Memory | TritonStep | CudaStep] = []
     held: list[Tensor] = []
-    for launched in recorder.launches:
-        if isinstance(launched, recording.CudaLaunch):
-            step: TritonStep | CudaStep | None = _cuda_step(launched, sources, storages)
+    for event in recorder.events:
+        action: Memory | TritonStep | CudaStep | None
+        if isinstance(event, Tensor):
+            action = memory.pop(0)
+        elif isinstance(event, recording.CudaLaunch):
+            action = _cuda_step(event, sources, storages)
         else:
-            step = _triton_step(launched, sources, storages, held)
-        if step is None:
+            action = _triton_step(event, sources, storages, held)
+        if action is None:
             return outputs, None
-        steps.append(step)
-    return outputs, Replay(inputs[0].device, memory, steps, returned, held)
+        actions.append(action)
+    return outputs, Replay(inputs[0].device, actions, returned, held)
 
 
 def _cuda_step(launched: recording.CudaLaunch, sources: dict[int, int], storages: dict[int, int]) -> CudaStep | None:

@@ -78,7 +78,7 @@ COSTS: dict[str, dict[bool, dict[str, Cost]]] = {
             "causal_dot_product": Cost(97.4, 180, 4.64),
         },
         False: {
-            "block": Cost(87.5, 4.68, 9.75),
+            "block": Cost(60, 70, 1.2),  # by hand from benchmarks/NOTES.md: 5.2 ms at 131,072 tokens
             "lightning": Cost(76.8, 0, 10.6),
             "fleet": Cost(95.2, 186, 2.54),
             "causal_dot_product": Cost(97, 183, 3.4),
