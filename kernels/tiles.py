@@ -10,7 +10,7 @@ This file knows tokens and tiles only; it needs neither a GPU nor a process grou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -65,23 +65,26 @@ class Tiles:
         """One segment: tile `j` starts at token `j * size`, and a kernel needs no table."""
         return self.num_segments == 1
 
-    # Copying a table to the GPU synchronises with the host, so they are kept, for as long as who launches with their
-    # addresses keeps this object.
+    # Who launches with the address of a table keeps this object, and it keeps the table.
     @cached_property
     def _tables(self) -> dict[tuple[str, torch.device], torch.Tensor]:
         return {}
 
     def table(self, device: torch.device) -> torch.Tensor:
         """(count, 2) int64 on `device`: first token and number of tokens of every tile."""
-        found = self._tables.get(("tiles", device))
-        if found is None:
-            found = torch.tensor(self.spans, dtype=torch.int64).reshape(-1, 2).to(device)
-            self._tables["tiles", device] = found
-        return found
+        return self._tables.setdefault(("tiles", device), _table(self, device))
 
     def segment_table(self, device: torch.device) -> torch.Tensor:
         """(num_segments + 1,) int64 on `device`: `first_tile`."""
-        found = self._tables.get(("segments", device))
-        if found is None:
-            found = self._tables["segments", device] = torch.tensor(self.first_tile, dtype=torch.int64).to(device)
-        return found
+        return self._tables.setdefault(("segments", device), _segment_table(self, device))
+
+
+# Copying a table to the GPU synchronises with the host (and cannot be captured), so the last few are kept.
+@lru_cache(maxsize=256)
+def _table(tiles: Tiles, device: torch.device) -> torch.Tensor:
+    return torch.tensor(tiles.spans, dtype=torch.int64).reshape(-1, 2).to(device)
+
+
+@lru_cache(maxsize=256)
+def _segment_table(tiles: Tiles, device: torch.device) -> torch.Tensor:
+    return torch.tensor(tiles.first_tile, dtype=torch.int64).to(device)
