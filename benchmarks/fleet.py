@@ -32,6 +32,9 @@ from leetdist.reference import quadratic, relative_error
 from leetdist.sequence.grid import default_tile
 
 HEADS, DIM = 32, 128
+# One head each: what a tile adds up grows with its memory, and so do the roundings.
+METHODS = ("fleet", "causal_dot_product", "block")
+DECAYS = [-1.0, -0.1, -0.01, -1e-3, -1e-4, 0.0]
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 9) -> float:
@@ -69,20 +72,23 @@ def fma_rate() -> float:
 def measure(tokens: int, dtype: torch.dtype, other: dict[str, Any]) -> dict[str, Any]:
     q, k, v = (torch.randn(1, HEADS, tokens, DIM, device="cuda", dtype=dtype) for _ in range(3))
     decays = {"decay": -torch.logspace(-4, -0.1, HEADS, device="cuda"), "none": torch.zeros(HEADS, device="cuda")}
-    rows = torch.tensor([0, 1, tokens // 2 - 1, tokens // 2, tokens - 1], device="cuda")
+    tile = default_tile(tokens)
+    last = torch.arange(tile - 1, tokens, 5 * tile)  # where tiles end, what they added up is longest
+    rows = torch.cat((torch.tensor([0, 1, tokens // 2 - 1, tokens // 2, tokens - 1]), last)).cuda()
     result: dict[str, Any] = {"tokens": tokens, "dtype": str(dtype), "floor ms": floor(tokens)}
+    some = [x[:, : len(DECAYS)] for x in (q, k, v)]
+    each = torch.tensor(DECAYS, device="cuda")
+    exact = quadratic(*some, each, rows=rows)
+    for method in METHODS:
+        o = leetdist.linear_attention(*some, each, method=method)[:, :, rows]
+        errors = {g: relative_error(o[:, h], exact[:, h]) for h, g in enumerate(DECAYS)}
+        result[f"{method} error by log-decay"] = errors
     for name, log_decay in decays.items():
-        o = leetdist.linear_attention(q, k, v, log_decay, method="fleet")
-        result[f"error, {name}"] = max(
-            relative_error(o[:, p, rows], quadratic(q[:, p], k[:, p], v[:, p], log_decay[p], rows=rows))
-            for p in (slice(h, h + 1) for h in (0, HEADS // 2, HEADS - 1))
-        )
-        del o
-        for method in ("fleet", "causal_dot_product", "block"):
+        for method in METHODS:
             result[f"{method} ms, {name}"] = milliseconds(
                 lambda m=method, g=log_decay: leetdist.linear_attention(q, k, v, g, method=m)
             )
-    log_decay, tiles = decays["decay"], Tiles(default_tile(tokens), (0, tokens))
+    log_decay, tiles = decays["decay"], Tiles(tile, (0, tokens))
     options = {"scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "tile": None}
     outputs = {"reverse": False, "scale": 1.0, "state_scale": 1.0, "out_dtype": dtype}
     for method in ("fleet", "block"):

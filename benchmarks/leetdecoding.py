@@ -3,7 +3,7 @@
     python benchmarks/leetdecoding.py --leetdecoding path/to/leetDecoding-0.0.3 --out benchmarks/results
     python benchmarks/leetdecoding.py --training --batches 1 --lengths 2048 8192
     python benchmarks/leetdecoding.py --show benchmarks/results/leetdecoding*.json --out benchmarks/results
-    python benchmarks/leetdecoding.py --fit benchmarks/results/*.json        # the constants of leetdist/methods/cost.py
+    python benchmarks/leetdecoding.py --fit benchmarks/results/leetdecoding.json    # writes leetdist/methods/costs.json
 
 Latency (median; device events) and peak memory beyond the inputs, for 32 heads, rank 128, dimension 128, with decay.
 Each cell is checked against the fp64 definition on a few rows before it is timed, its memory poisoned with NaN; "OOM"
@@ -13,8 +13,11 @@ is what it says, "wrong" is a relative error beyond the dtype's bound. Writes <n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -27,31 +30,33 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() without touching the GPU
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import leetdist
-from leetdist.methods.cost import CANDIDATES
+from leetdist.methods import cost
 from leetdist.problem import METHODS
 from leetdist.reference import quadratic, relative_error
 from leetdist.sequence.grid import default_tile
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Shape = tuple[str, int, int]  # dtype, batch, tokens
 DIM = 128
 LENGTHS = [128, 512, 2_048, 8_192, 12_800, 25_600, 100_000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative error of the whole output: fp32 arithmetic, and the rounding of a 16-bit output with some room.
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
-SECONDS_A_CELL = 0.08
+TURNS, SECONDS_A_TURN = 5, 0.01
 
 
 @dataclass
 class Cell:
     contestant: str
+    dtype: str
     batch: int
     tokens: int
-    dtype: str
     training: bool
     heads: int
     milliseconds: float | None = None
@@ -74,7 +79,26 @@ def _named(call: Any, method: str, *tensors: Tensor) -> Tensor:
     return call(*tensors, method=method)
 
 
-def theirs(folder: str | None, only: list[str] | None = None) -> dict[str, Attention]:
+def _factor(log_decay: Tensor) -> Tensor:
+    return torch.exp(log_decay)
+
+
+def _slope(log_decay: Tensor) -> Tensor:
+    return -log_decay
+
+
+# Module, function, and the form in which it takes the decay.
+THEIRS = {
+    "LeetDecoding FleetAttention": ("FleetAttention_triton", "FleetAttention_triton", _factor),
+    "LeetDecoding causal_dot_product": ("causal_dot_product", "causal_dot_product", _factor),
+    "LeetDecoding lightningAttention2": ("lightningAttention2", "lightning_attn2", _slope),
+    "LeetDecoding block-based": ("BlockBased", "blockBased", _slope),
+    "LeetDecoding recursion": ("Recursion", "recursion", _slope),
+    "LeetDecoding vanilla": ("linear_attn", "linear_attn", _slope),
+}
+
+
+def theirs(folder: str | None, only: list[str]) -> dict[str, Attention]:
     """LeetDecoding's kernels that can be imported here, each given the decay in the form it takes."""
     if folder is None:
         return {}
@@ -85,24 +109,15 @@ def theirs(folder: str | None, only: list[str] | None = None) -> dict[str, Atten
     package = type(sys)("pycuda")
     package.driver, package.autoinit = driver, None
     sys.modules.update({"pycuda": package, "pycuda.driver": driver, "pycuda.autoinit": package})
-    factor, slope = (lambda g: torch.exp(g)), (lambda g: -g)
-    wanted = [
-        ("FleetAttention", "FleetAttention_triton", "FleetAttention_triton", factor),
-        ("causal_dot_product", "causal_dot_product", "causal_dot_product", factor),
-        ("lightningAttention2", "lightningAttention2", "lightning_attn2", slope),
-        ("block-based", "BlockBased", "blockBased", slope),
-        ("recursion", "Recursion", "recursion", slope),
-        ("vanilla", "linear_attn", "linear_attn", slope),
-    ]
     found: dict[str, Attention] = {}
-    for name, module, function, form in wanted:
-        if only and not any(part in f"LeetDecoding {name}" for part in only):
+    for name, (module, function, form) in THEIRS.items():
+        if not any(part in name for part in only):
             continue  # some of them are compiled when they are imported
         try:
             loaded = __import__(f"leetDecoding.methods.{module}", fromlist=[function])
-            found[f"LeetDecoding {name}"] = partial(_in_their_form, getattr(loaded, function), form)
+            found[name] = partial(_in_their_form, getattr(loaded, function), form)
         except Exception as error:
-            print(f"LeetDecoding {name} cannot be loaded: {type(error).__name__}: {error}")
+            print(f"{name} cannot be loaded: {type(error).__name__}: {error}")
     return found
 
 
@@ -136,8 +151,8 @@ class Inputs:
         return max(relative_error(o[-1:, part, self.rows], exact) for part, exact in self.exact)
 
 
-def measure(cell: Cell, call: Attention, inputs: Inputs, device: torch.device, limit: float) -> None:
-    """Fill the cell in: correct first, then timed."""
+def check(cell: Cell, call: Attention, inputs: Inputs, device: torch.device) -> Callable[[], Any]:
+    """Correct first: fills in the error and the memory, and returns what is to be timed."""
 
     def step() -> Tensor:
         o = call(*inputs.qkv, inputs.log_decay)
@@ -147,20 +162,37 @@ def measure(cell: Cell, call: Attention, inputs: Inputs, device: torch.device, l
 
     poison = torch.full_like(inputs.qkv[2], float("nan"), requires_grad=False)
     del poison
-    with torch.set_grad_enabled(cell.training):
-        cell.error = inputs.error(step().detach())
-        if not cell.error <= BOUNDS[cell.dtype]:
-            cell.note = f"wrong ({cell.error:.1e})"
+    for again in (False, True):
         _synchronize(device)
         before = _memory(device, reset=True)
         started = time.perf_counter()
-        step()
+        o = step()
         _synchronize(device)
-        seconds = time.perf_counter() - started
+        cell.milliseconds = (time.perf_counter() - started) * 1e3
         cell.mebibytes = (_memory(device) - before) / 2**20
-        repeats = 0 if seconds > limit else max(3, min(50, int(SECONDS_A_CELL / seconds)))
-        times = list(_times(step, repeats, device))
-    cell.milliseconds = statistics.median(times) if times else seconds * 1e3
+        if not again:
+            cell.error = inputs.error(o.detach())
+        del o
+        if cell.milliseconds > 1e4:
+            break
+    assert cell.error is not None
+    if not cell.error <= BOUNDS[cell.dtype]:
+        cell.note = f"wrong ({cell.error:.1e})"
+    return step
+
+
+def time_in_turns(steps: list[tuple[Cell, Callable[[], Any]]], device: torch.device) -> None:
+    """Replace the first times by medians. Contestants take turns, so that a change in clocks, or in what else the host
+    does, meets all of them; short calls begin a turn with one that is not timed."""
+    times: dict[int, list[float]] = {i: [] for i in range(len(steps))}
+    for _ in range(TURNS):
+        for i, (cell, step) in enumerate(steps):
+            repeats = min(20, int(1e3 * SECONDS_A_TURN / (cell.milliseconds or 1.0)))
+            if repeats:
+                step()
+            times[i] += _times(step, max(repeats, 1), device)
+    for i, (cell, _) in enumerate(steps):
+        cell.milliseconds = statistics.median(times[i])
 
 
 def _times(step: Callable[[], Any], repeats: int, device: torch.device) -> Iterator[float]:
@@ -197,45 +229,109 @@ def _memory(device: torch.device, reset: bool = False) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def run(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
-    """The cells of one shape after the other."""
-    from rich.progress import track
+def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
+    return list(itertools.product(arguments.dtypes, arguments.batches, sorted(arguments.lengths)))
 
-    device = torch.device(arguments.device)
-    contestants = {**ours(), **theirs(arguments.leetdecoding, arguments.only)}
-    if arguments.only:
-        contestants = {name: c for name, c in contestants.items() if any(o in name for o in arguments.only)}
-    if arguments.training:
-        contestants = {name: c for name, c in contestants.items() if name.startswith("leetdist")}
-    slow: set[tuple[str, str, int]] = set()  # contestant, dtype, batch: a shorter cell took longer than the limit
-    shapes = list(itertools.product(arguments.dtypes, arguments.batches, sorted(arguments.lengths)))
-    for dtype, batch, tokens in track(shapes, "measuring", console=_console(stderr=True)):
-        cells = [Cell(name, batch, tokens, dtype, arguments.training, arguments.heads) for name in contestants]
-        inputs: Inputs | None = None
-        for cell in cells:
-            key = (cell.contestant, dtype, batch)
-            if key in slow:
-                cell.note = "too long"
-                continue
-            try:
-                inputs = inputs or Inputs(cell, device)
-                measure(cell, contestants[cell.contestant], inputs, device, arguments.limit)
-            except torch.OutOfMemoryError:
-                cell.note = "OOM"
-            except Exception as error:
-                cell.note = f"fails: {type(error).__name__}"
-                print(cell, str(error)[:300], file=sys.stderr)
-            if (cell.milliseconds or 0.0) > 1e3 * arguments.limit:
-                slow.add(key)
-            if "AcceleratorError" in cell.note:  # nothing more can run in this process
+
+def run(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
+    """The cells of one shape after the other: leetdist's, then LeetDecoding's, each of its kernels in a process of its
+    own, because an address that is wrong ends more than the kernel."""
+    for names in _groups(arguments):
+        shapes = shapes_of(arguments)
+        while shapes:
+            done = 0
+            for cells in _in_a_process(arguments, names, shapes):
                 yield cells
-                return
-            if device.type == "cuda" and cell.note:
-                torch.cuda.empty_cache()
-        del inputs
-        if device.type == "cuda":
+                done += 1
+            if done < len(shapes) and not (done and _ended_the_process(cells)):
+                what = (*shapes[done], arguments.training, arguments.heads)
+                yield [Cell(name, *what, note="ends the process") for name in names]
+                done += 1
+            shapes = shapes[done:]
+
+
+def _groups(arguments: argparse.Namespace) -> list[list[str]]:
+    """Contestants that share a process."""
+    mine = [name for name in ours() if _wanted(name, arguments)]
+    others = [] if arguments.training or not arguments.leetdecoding else list(THEIRS)
+    return [group for group in (mine, *([name] for name in others if _wanted(name, arguments))) if group]
+
+
+def _wanted(name: str, arguments: argparse.Namespace) -> bool:
+    return not arguments.only or any(part in name for part in arguments.only)
+
+
+def _ended_the_process(cells: list[Cell]) -> bool:
+    return any("AcceleratorError" in cell.note for cell in cells)
+
+
+def _in_a_process(arguments: argparse.Namespace, names: list[str], shapes: list[Shape]) -> Iterator[list[Cell]]:
+    """As many shapes' cells as the process lives for. It is forked, so this one may not touch the GPU."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+
+    def child() -> None:
+        here.close()
+        for cells in measure(arguments, names, shapes):
+            there.send(cells)
+
+    process = fork.Process(target=child)
+    process.start()
+    there.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            yield here.recv()
+    process.join()
+
+
+def measure(arguments: argparse.Namespace, names: list[str], shapes: list[Shape]) -> Iterator[list[Cell]]:
+    """The cells of one shape after the other, until an error after which nothing more can run in this process."""
+    device = torch.device(arguments.device)
+    every = {**ours(), **theirs(arguments.leetdecoding, names)}
+    contestants = {name: every[name] for name in names if name in every}
+    slow: set[tuple[str, str, int]] = set()  # contestant, dtype, batch: a shorter cell took far too long
+    for shape in shapes:
+        cells = [Cell(name, *shape, arguments.training, arguments.heads) for name in contestants]
+        with torch.set_grad_enabled(arguments.training):
+            _one_shape(cells, contestants, slow, device, arguments.limit)
+        if device.type == "cuda" and not _ended_the_process(cells):
             torch.cuda.empty_cache()
         yield cells
+        if _ended_the_process(cells):
+            return
+
+
+def _one_shape(
+    cells: list[Cell],
+    contestants: dict[str, Attention],
+    slow: set[tuple[str, str, int]],
+    device: torch.device,
+    limit: float,
+) -> None:
+    inputs: Inputs | None = None
+    steps: list[tuple[Cell, Callable[[], Any]]] = []
+    for cell in cells:
+        key = (cell.contestant, cell.dtype, cell.batch)
+        if key in slow:
+            cell.note = "too long"
+            continue
+        try:
+            inputs = inputs or Inputs(cell, device)
+            step = check(cell, contestants[cell.contestant], inputs, device)
+            if (cell.milliseconds or 0.0) <= 1e3 * limit:
+                steps.append((cell, step))
+            elif (cell.milliseconds or 0.0) > 1e4 * limit:
+                slow.add(key)
+        except torch.OutOfMemoryError:
+            cell.note = "OOM"
+        except Exception as error:
+            cell.note = f"fails: {type(error).__name__}"
+            print(cell, str(error)[:300], file=sys.stderr)
+        if _ended_the_process([cell]):
+            return
+        if device.type == "cuda" and cell.note:
+            torch.cuda.empty_cache()
+    time_in_turns(steps, device)
 
 
 def tables(cells: list[Cell]) -> None:
@@ -304,7 +400,7 @@ def about(device: str) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.read_text().strip() if commit.is_file() else git.stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+        "device": _gpu_name() if device == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
@@ -313,34 +409,74 @@ def about(device: str) -> dict[str, Any]:
     }
 
 
+def _gpu_name() -> str:
+    """Asked without touching the GPU: processes are forked from this one."""
+    smi = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return smi.stdout.strip().splitlines()[0]
+
+
 def fit(paths: list[Path]) -> None:
-    """Print the constants of leetdist/methods/cost.py: least squares of relative errors, none negative."""
-    cells = [Cell(**c) for path in paths for c in json.loads(path.read_text())["cells"]]
-    for half in (True, False):
-        print(f"{half}: {{")
-        for method in CANDIDATES:
-            mine = [
-                c for c in cells
-                if c.contestant == f"leetdist {method}" and (c.dtype != "fp32") == half
-                and not c.training and c.milliseconds and not c.note
-            ]  # fmt: skip
-            if mine:
-                print(f'    "{method}": Cost({", ".join(f"{x:.3g}" for x in _fitted(mine))}),')
-        print("},")
+    """Write the constants of leetdist/methods/cost.py: least squares of relative errors, none negative."""
+    content = json.loads(cost.FILE.read_text())
+    for path in paths:
+        result = json.loads(path.read_text())
+        cells = [Cell(**c) for c in result["cells"]]
+        where = "sm_90" if "H200" in result["device"] else "cpu"
+        content[where]["measured"] = f"{path.name}, {result['device']}, {result['commit']}"
+        for half, kind in cost.KINDS.items():
+            for method in cost.CANDIDATES:
+                mine = [
+                    c for c in cells
+                    if c.contestant == f"leetdist {method}" and (c.dtype != "fp32") == half
+                    and not c.training and c.milliseconds and not c.note
+                ]  # fmt: skip
+                if len(mine) > 3:
+                    content[where][kind][method] = [float(f"{x:.3g}") for x in _fitted(mine)]
+    cost.FILE.write_text(_written(content))
+    print(cost.FILE.read_text())
+
+
+def _written(content: dict[str, Any]) -> str:
+    """One line a method."""
+    parts = []
+    for where, costs in content.items():
+        inner = [f'  "measured": {json.dumps(costs["measured"])}']
+        for kind in cost.KINDS.values():
+            methods = ",\n".join(f'   "{name}": {json.dumps(x)}' for name, x in costs[kind].items())
+            inner.append(f'  "{kind}": {{\n{methods}\n  }}')
+        parts.append(f' "{where}": {{\n' + ",\n".join(inner) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _fitted(cells: list[Cell]) -> list[float]:
+    """fixed, per_state, per_token: the last two from cells that take longer than `fixed`, which is tried."""
     times = torch.tensor([c.milliseconds or 0.0 for c in cells], dtype=torch.float64)
     rows = [(c.batch * c.heads, c.tokens, -(-c.tokens // default_tile(c.tokens))) for c in cells]
-    columns = torch.tensor([[1e-3, 1e-6 * n * tiles, 1e-6 * n * tokens] for n, tokens, tiles in rows]).double()
-    used = [0, 1, 2]
-    while True:
-        weighted = columns[:, used] / times[:, None]
-        found = torch.linalg.lstsq(weighted, torch.ones(len(cells), 1, dtype=torch.float64)).solution[:, 0]
-        if bool((found >= 0).all()):
-            break
-        used.pop(int(found.argmin()))
-    return [float(found[used.index(i)]) if i in used else 0.0 for i in range(3)]
+    work = torch.tensor([[1e-6 * n * tiles, 1e-6 * n * tokens] for n, tokens, tiles in rows]).double()
+    best, found = float("inf"), [0.0, 0.0, 0.0]
+    for fixed in torch.logspace(-3, 3, 301).double() * times.min():
+        busy = torch.ones(len(cells), dtype=torch.bool)
+        for _ in range(10):
+            share = _least_squares(work[busy] / times[busy, None])
+            busy, before = work @ share > fixed, busy
+            if int(busy.sum()) < 2 or torch.equal(busy, before):
+                break
+        error = float((torch.maximum(work @ share, fixed) / times - 1).square().mean())
+        if error < best:
+            best, found = error, [1e3 * float(fixed), *share.tolist()]
+    return found
+
+
+def _least_squares(columns: Tensor) -> Tensor:
+    """What makes the sum of the columns nearest to 1, none negative."""
+    ones = torch.ones(len(columns), 1, dtype=torch.float64)
+    whole = torch.linalg.lstsq(columns, ones).solution[:, 0]
+    if bool((whole >= 0).all()):
+        return whole
+    keep = int(whole.argmax())
+    alone = torch.zeros_like(whole)
+    alone[keep] = torch.linalg.lstsq(columns[:, [keep]], ones).solution[0, 0]
+    return alone
 
 
 def _console(stderr: bool = False) -> Any:
@@ -359,7 +495,12 @@ def main() -> None:
     parser.add_argument("--training", action="store_true", help="forward and backward, leetdist only")
     parser.add_argument("--leetdecoding", help="folder that holds LeetDecoding's package")
     parser.add_argument("--only", nargs="+", help="contestants whose names contain one of these")
-    parser.add_argument("--limit", type=float, default=1.0, help="seconds: longer cells are timed once, none after")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=1.0,
+        help="seconds: longer cells are timed once, none after one of ten times as long",
+    )
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--name", default="leetdecoding", help="of the files there")
     parser.add_argument("--show", type=Path, nargs="+", help="print and draw these results, and measure nothing")
@@ -373,7 +514,14 @@ def main() -> None:
         shown = [json.loads(path.read_text()) for path in arguments.show]
         cells = [Cell(**c) for content in shown for c in content["cells"]]
     else:
-        for more in run(arguments):
+        from rich.progress import track
+
+        for more in track(
+            run(arguments),
+            "measuring",
+            total=len(_groups(arguments)) * len(shapes_of(arguments)),
+            console=_console(stderr=True),
+        ):
             cells += more
             if arguments.out:  # after every shape: what is cut off keeps what it has
                 arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """`python -m leetdist.launch plan`: what a sharded call will cost on P ranks, before anybody buys them.
 
-Predicts time, exposed communication, bytes on the wire and memory a rank from `leetdist.sequence.cost`, prints a table,
-and draws strong and weak scaling beside LASP's, LASP-2's and ZeCO's formulas. The constants are one H200's as measured,
-or `--measure`d here, or given: `--set hop=2e-5 link=4e10`.
+Predicts time on the GPUs, exposed communication, bytes on the wire and memory a rank from `leetdist.sequence.cost`,
+prints a table, and draws strong and weak scaling beside LASP's, LASP-2's and ZeCO's formulas. The constants are H200s'
+as measured, or `--measure`d here, or given: `--set hop=2e-5 link=4e10`.
 """
 
 from __future__ import annotations
@@ -162,6 +162,7 @@ def _costs(job: Job, machine: Machine, forgetting: float) -> tuple[int, cost.Cos
         "cuda",
         machine=machine,
         forgetting=forgetting,
+        captured=True,
     )
     there = cost.forward(job, machine, lanes, forgetting=forgetting)
     return lanes, there, cost.backward(job, machine, lanes, forgetting=forgetting)

@@ -38,7 +38,7 @@ def _forward_pass(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     problem, kernels, tiles = plan.problem, plan.kernels, plan.tiles
-    with _together(q, plan) as side:
+    with _together(q, plan, beside=len(plan.lanes) > 1) as side:  # one lane's outputs wait for its scan anyway
         states = _Lanes(k.shape[0], k.shape[3], v.shape[3], q, plan)
         for lane in plan.lanes:
             with trace.span("tile states", plan.rank, lane, q):
@@ -114,7 +114,7 @@ def _backward_pass(
     if do is None:
         do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], problem.dv)
     do = row_major(do)
-    with _together(q, plan) as side:
+    with _together(q, plan, beside=True) as side:
         states = _Lanes(k.shape[0], k.shape[3], v.shape[3], q, plan, flat_states)
         grads = _Lanes(k.shape[0], k.shape[3], v.shape[3], q, plan)
         for lane in plan.lanes:
@@ -312,14 +312,14 @@ class _Side:
 
 
 @contextmanager
-def _together(x: Tensor, plan: Plan) -> Iterator[_Side]:
+def _together(x: Tensor, plan: Plan, *, beside: bool) -> Iterator[_Side]:
     """One pass over a group (or on this device alone): fp32 sums stay fp32 under autocast, and what was sent has left
-    at the end."""
+    at the end. beside: the scan has a stream of its own."""
     if plan.transport is None and not torch.is_autocast_enabled(x.device.type):
         yield _Side(None)
         return
     stream = None
-    if plan.transport is not None and plan.transport.size > 1 and x.is_cuda:
+    if beside and plan.transport is not None and plan.transport.size > 1 and x.is_cuda:
         streams = plan.transport.streams
         if x.device not in streams:
             # Before waiting outputs: the next rank waits for what this stream computes.

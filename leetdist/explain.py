@@ -52,7 +52,7 @@ def explain(
     problem  B 1, H 2, N 1,000, Dk 64, Dv 64, torch.float32 on cpu, forward, no decay
     method   fleet: named by the caller
     kernels  leetdist.kernels.pytorch.fleet, leetdist.kernels.pytorch.block
-    tile     64 tokens, 16 tiles: chosen from the length of the whole sequence
+    tile     128 tokens, 8 tiles: chosen from the length of the whole sequence
     shards   one device
     """
     options: dict[str, Any] = {
@@ -103,8 +103,8 @@ def _method(problem: Problem, tokens: int) -> str:
     choice = choice_for(problem, tokens)
     costs = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in sorted(choice.seconds.items(), key=lambda x: x[1]))
     return (
-        f"{choice.method}: the least of the expected ms for 4 x 32 heads at the tile's usual length "
-        f"({costs}; measured on {choice.measured_on})"
+        f"{choice.method}: at most {choice.ratios[choice.method]:.2f} x the best for 1 to 16 x 32 heads of the tile's "
+        f"usual length (expected ms for 4 x 32: {costs}; measured on {choice.measured_on})"
     )
 
 

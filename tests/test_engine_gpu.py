@@ -39,11 +39,14 @@ def test_lanes_are_equal(case: Case, lanes: int, monkeypatch: pytest.MonkeyPatch
     assert found == []
 
 
-def on_one_gpu(kind: str) -> Transport:
-    """This process's transport, beside those of others on the same GPU."""
+def on_one_gpu(kind: str, node: str = "") -> Transport:
+    """This process's transport, beside those of others on the same GPU, which may pretend to be on another node."""
     torch.cuda.set_device(0)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     os.environ["LEETDIST_TIMEOUT"] = "30"
+    if node:
+        place = replace(symmetric.Place.mine(), host=node)
+        symmetric.Place.mine = staticmethod(lambda: place)
     pair = dist.new_group([0, 1])
     if dist.get_rank() < 2:  # the others are in fewer groups
         resolve(pair, kind)
@@ -54,11 +57,10 @@ def on_one_gpu(kind: str) -> Transport:
 
 
 def differing(rank: int, kind: str) -> list[str]:
-    if kind == "two nodes":  # ranks 0 and 1 on one, rank 2 on another: a hop of each kind
-        place, kind = symmetric.Place.mine(), "symmetric"
-        symmetric.Place.mine = staticmethod(lambda: replace(place, host=f"node {rank // 2}"))
     os.environ["LEETDIST_BACKEND"] = "torch"  # messages are what is tested, and little has to be compiled
-    transport, found = on_one_gpu(kind), []
+    # Two nodes: ranks 0 and 1 on one, rank 2 on another, a hop of each kind.
+    transport = on_one_gpu("symmetric", f"node {rank // 2}") if kind == "two nodes" else on_one_gpu(kind)
+    found = []
     for lanes in ("1", "4"):
         os.environ["LEETDIST_LANES"] = lanes
         for seed, case in enumerate(CASES):

@@ -33,6 +33,12 @@ def test_cost_model() -> None:
     assert cost.lasp2(job, machine) < cost.lasp(job, machine)
     assert cost.best_lanes(1, 32, 32, 128, 128, job.shards, job.grid, "cpu") == 1
     assert cost.best_lanes(1, 32, 32, 128, 128, tuple([131_072] * 64), 4096, "cuda") > 1
+    # The host launches lanes, unless a graph does.
+    shape = (1, 32, 32, 128, 128, tuple([32_768] * 4), 4096, "cuda")
+    assert cost.best_lanes(*shape) == 1
+    assert cost.best_lanes(*shape, captured=True) > 1
+    eager, captured = (cost.times(job, machine, 2, captured=captured) for captured in (False, True))
+    assert eager[0] >= 2 * machine.host > captured[0] == cost.forward(job, machine, 2).total
 
 
 def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

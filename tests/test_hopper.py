@@ -17,8 +17,17 @@ triton_block = pytest.importorskip("leetdist.kernels.triton.block")
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 TILES = [Tiles(256, (0, 256)), Tiles(512, (0, 1300)), Tiles(128, (0, 128, 300, 300, 301, 905))]
-# Two roundings of the output's size: its own, and the state's.
-ERROR = {torch.bfloat16: 3e-3, torch.float16: 6e-4}
+# Two roundings of the output's size: its own, and the state's (fla's chunk kernel: 2.64e-3 in bf16).
+ERROR = {torch.bfloat16: 2.6e-3, torch.float16: 3.3e-4}
+ERROR_OF_STATES = 5e-5
+# Kernels in Gluon take seconds each to compile.
+SHAPES = [
+    (backend, dtype, rows, columns)
+    for backend in ("cuda", "gluon")
+    for dtype in (torch.bfloat16, torch.float16)
+    for rows, columns in ((128, 128), (64, 64), (64, 128), (128, 64))
+    if backend == "cuda" or (rows == columns and (dtype == torch.bfloat16) == (rows == 128))
+]
 
 
 def test_every_backend_has_every_primitive():
@@ -46,10 +55,8 @@ def take(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 @pytest.mark.parametrize("tiles", TILES, ids=lambda tiles: f"{tiles.size}-{tiles.bounds[-1]}")
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (64, 64), (64, 128), (128, 64)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ["BHND", "BNHD"])
-@pytest.mark.parametrize("backend", ["cuda", "gluon"])
+@pytest.mark.parametrize(("backend", "dtype", "rows", "columns"), SHAPES)
 def test_against_fp64(backend, order, dtype, rows, columns, reverse, tiles, monkeypatch):
     take(backend, monkeypatch)
     assert on_hopper(rows, columns, dtype, parts_of(dtype, None), tiles.size, torch.device("cuda", 0))
@@ -76,7 +83,7 @@ def test_against_fp64(backend, order, dtype, rows, columns, reverse, tiles, monk
     for head in range(4):
         assert relative_error(out[:, head], expected[:, head]) < ERROR[dtype]
         assert torch.equal(wide[:, head].to(dtype), out[:, head])
-        assert relative_error(added[:, head], expected_added[:, head]) < ERROR[dtype]
+        assert relative_error(added[:, head], expected_added[:, head]) < ERROR_OF_STATES
 
 
 @pytest.mark.gpu
@@ -100,6 +107,11 @@ def test_neighbours_and_strides_change_no_bit(backend, reverse, monkeypatch):
     added_again = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse)
     assert torch.equal(again[:, :, 200:701], out[:, :, 200:701])
     assert torch.equal(added_again[:, :, 1:3], added[:, :, 1:3])
+    many = [x.expand(80, -1, -1, -1) for x in (a, b, c)]  # more tiles than multiprocessors
+    in_batch = triton_block.tile_outputs(*many, states.expand(80, -1, -1, -1, -1), log_decay, tiles, **options)
+    assert torch.equal(in_batch[79, :, 200:701], out[0, :, 200:701])
+    added_in_batch = triton_block.tile_states(*many[1:], log_decay, tiles, reverse=reverse)
+    assert torch.equal(added_in_batch[79, :, 1:3], added[0, :, 1:3])
     odd = [torch.empty(1, 501, 2, 129, dtype=dtype, device="cuda")[..., 1:].transpose(1, 2) for _ in range(4)]
     for x, y in zip(odd, (a, b, c), strict=False):
         x.copy_(y[:, :, 200:701])

@@ -12,8 +12,9 @@ import torch
 import leetdist
 from leetdist import reference
 from leetdist.decoder import METHOD_OF
+from leetdist.kernels.pytorch import block, causal_dot_product
 from leetdist.kernels.pytorch.fleet import decayed_cumsum
-from leetdist.methods import cost
+from leetdist.methods import compose, cost, part_of_tile
 from leetdist.problem import METHODS, ONE_DEVICE, describe
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.testing.equality import Case, check
@@ -112,12 +113,24 @@ def test_fleet_is_accurate_over_131072_tokens() -> None:
     log_decay = torch.tensor([-1.0, -0.01, -1e-4, 0.0], device="cuda")
     rows = torch.tensor([0, 1, 4095, 4096, 70_000, 131_071], device="cuda")
     o = leetdist.linear_attention(q, k, v, log_decay, method="fleet")
-    # Measured on an H200 (benchmarks/results/fleet.json): 1.9e-6 at the end of a tile where nothing decays, because a
-    # tile adds 4,096 numbers one by one onto a state that is larger than what they bring. Too much: to be mended.
     for head in range(4):
         one = slice(head, head + 1)
         exact = reference.quadratic(q[:, one], k[:, one], v[:, one], log_decay[one], rows=rows)
         assert reference.relative_error(o[:, one, rows], exact) <= 1e-6, f"head {head}"
+
+
+def test_sums_one_by_one_are_short(seed: int) -> None:
+    """In fp32, a sum of 8,192 terms one after the other is off by 2e-6: a tile is computed in parts, on its grid."""
+    for tile, part in ((8192, 512), (512, 512), (96, 96), (1536, 512), (1000, 500), (1009, 1009)):
+        kernels = compose(block, causal_dot_product.tile_outputs, longest_tile=512)
+        assert part_of_tile(kernels, tile) == part
+        assert part_of_tile(block, tile) == tile
+    q, k, v = (torch.randn(1, 1, 8192, 8) for _ in range(3))
+    o = leetdist.linear_attention(q, k, v, method="causal_dot_product", tile=8192)
+    rows = torch.arange(8000, 8192)
+    assert reference.relative_error(o[:, :, rows], reference.quadratic(q, k, v, rows=rows)) <= 1e-6
+    case = Case(2100, 8, 8, heads=1, tile=1024, method="causal_dot_product")
+    assert not differing(case, 3, CPU, seed)
 
 
 @pytest.mark.parametrize("method", ["causal_dot_product", "fleet"])
@@ -128,7 +141,7 @@ def test_slow_decays_do_not_drift(method: str) -> None:
     rows = torch.tensor([4000, 4095])
     o = leetdist.linear_attention(q, k, v, log_decay, method=method, tile=4096)
     exact = reference.quadratic(q, k, v, log_decay, rows=rows)
-    assert reference.relative_error(o[:, :, rows], exact) < 2e-6
+    assert reference.relative_error(o[:, :, rows], exact) <= 1e-6
 
 
 def test_decayed_cumsum_never_overflows() -> None:
@@ -241,13 +254,27 @@ def test_auto_takes_the_least_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cost.choose(problem, 4096, cuda=True).method == "block"
 
 
-def test_auto_on_a_gpu_without_cuda_core() -> None:
+def test_auto_on_a_gpu_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(1, 1, 1, 128)
     options = {"scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "tile": None}
     problem = replace(describe(x, x, x, None, method="auto", **options), device=torch.device("cuda", 0))
-    assert cost.choose(problem, 4096, cuda=True).method == "fleet"  # fp32: three times faster than block
+    table = {name: cost.Cost(5.0, 0.0, 3.0) for name in cost.CANDIDATES} | {"fleet": cost.Cost(5.0, 0.0, 2.0)}
+    monkeypatch.setitem(cost.COSTS["sm_90"], False, table)
+    assert cost.choose(problem, 4096, cuda=True).method == "fleet"
     assert cost.choose(problem, 4096, cuda=False).method == "block"
-    assert cost.choose(replace(problem, dtype=torch.bfloat16), 4096, cuda=True).method == "block"
+
+
+def test_auto_is_never_far_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host bounds one batch entry, and the device sixteen: what is a little slower there may be far faster here."""
+    x = torch.empty(1, 1, 1, 128)
+    options = {"scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "tile": None}
+    problem = describe(x, x, x, None, method="auto", **options)
+    table = {name: cost.Cost(100.0, 0.0, 100.0) for name in cost.CANDIDATES}
+    monkeypatch.setitem(cost.COSTS["cpu"], False, table | {"fleet": cost.Cost(110.0, 0.0, 50.0)})
+    choice = cost.choose(problem, 16, cuda=True)
+    assert choice.method == "fleet"
+    assert choice.ratios["fleet"] == pytest.approx(1.1)
+    assert choice.ratios["block"] > 1.5
 
 
 def test_explain() -> None:

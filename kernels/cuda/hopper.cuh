@@ -106,12 +106,12 @@ struct alignas(64) Map {
     Long words[16];
 };
 
-// Where the rows of a chunk are: `token` of a head.
+// Where a chunk begins.
 struct Place {
-    int token, head, batch;
+    int column, token, head, batch;
 };
 
-// A barrier that the arrival of the expected bytes flips, and the wait for its flip number 1, 3, .. (parity 0) or 2, 4, ..
+// A barrier that the arrival of the expected bytes flips; and the wait for flip 1, 3, .. (parity 0) or 2, 4, ..
 __device__ __forceinline__ void init_arrival(Word arrival) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrival) : "memory");
 }
@@ -132,15 +132,15 @@ template <int WIDTH> __device__ __forceinline__ void fetch(Word to, const Map& m
     for (int block = 0; block < WIDTH / 64; block++)
         asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
                      " [%0], [%1, {%2, %3, %4, %5}], [%6];"
-                     ::"r"(to + block * BLOCK), "l"(&map), "r"(block * 64), "r"(at.token), "r"(at.head), "r"(at.batch),
-                       "r"(arrival) : "memory");
+                     ::"r"(to + block * BLOCK), "l"(&map), "r"(at.column + block * 64), "r"(at.token), "r"(at.head),
+                       "r"(at.batch), "r"(arrival) : "memory");
 }
 template <int WIDTH> __device__ __forceinline__ void write(const Map& map, Place at, Word from) {
 #pragma unroll
     for (int block = 0; block < WIDTH / 64; block++)
         asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];"
-                     ::"l"(&map), "r"(block * 64), "r"(at.token), "r"(at.head), "r"(at.batch), "r"(from + block * BLOCK)
-                     : "memory");
+                     ::"l"(&map), "r"(at.column + block * 64), "r"(at.token), "r"(at.head), "r"(at.batch),
+                       "r"(from + block * BLOCK) : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 // Wait until what this thread writes has left shared memory.

@@ -24,9 +24,9 @@ BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
 STAGES = {"tile_states": 3, "tile_outputs": 2}
 # Beside the chunks: tables and barriers, what rounds the first address up to 1,024, and the scores.
 OTHERS = {"tile_states": 2048, "tile_outputs": 3072 + BLOCK}
-MAPS_KEPT = 1024
+MAP_BYTES, MAPS_KEPT = 128, 1024
 
-_maps: dict[tuple[Any, ...], TensorMap] = {}
+_maps: dict[tuple[Any, ...], TensorMap | None] = {}
 
 
 def serves() -> bool:
@@ -39,12 +39,12 @@ def tile_states(
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_states."""
     heads = log_decay.shape[0]
-    b, c = _aligned(b), _aligned(c)
-    launch = _kernel("tile_states", b.shape[3], c.shape[3], b.dtype, False, reverse, b.device)
+    programs = b.shape[0] * heads * tiles.count
+    splits = _splits(programs, c)
+    launch = _kernel("tile_states", b.shape[3], c.shape[3] // splits, b.dtype, False, reverse, b.device)
     launch(
-        (b.shape[0] * heads * tiles.count,), THREADS,
-        _map(b), heads // b.shape[1], _map(c), heads // c.shape[1], out.data_ptr(), *_tiles(tiles, b, log_decay),
-        float(scale),
+        (programs * splits,), THREADS,
+        *_operand(b, heads), *_operand(c, heads), out.data_ptr(), *_tiles(tiles, b, log_decay), splits, float(scale),
     )  # fmt: skip
 
 
@@ -63,20 +63,31 @@ def tile_outputs(
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_outputs."""
     heads = log_decay.shape[0]
-    a, b, c = _aligned(a), _aligned(b), _aligned(c)
-    # 16-bit outputs leave by bulk copies; for others any map will do.
-    wide = out.dtype != a.dtype
-    target = out if wide or _serves_copies(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-    launch = _kernel("tile_outputs", a.shape[3], c.shape[3], a.dtype, wide, reverse, a.device)
+    wide, target = out.dtype != a.dtype, out
+    if not wide and _map(out) is None:
+        target = torch.empty_like(out, memory_format=torch.contiguous_format)
+    programs = a.shape[0] * heads * tiles.count
+    splits = _splits(programs, c)
+    launch = _kernel("tile_outputs", a.shape[3], c.shape[3] // splits, a.dtype, wide, reverse, a.device)
     launch(
-        (a.shape[0] * heads * tiles.count,), THREADS,
-        _map(a), heads // a.shape[1], _map(b), heads // b.shape[1], _map(c), heads // c.shape[1],
-        states.data_ptr(), *states.stride(), _map(c if wide else target), target.data_ptr(), *target.stride()[:3],
-        *_tiles(tiles, b, log_decay),
+        (programs * splits,), THREADS,
+        *_operand(a, heads), *_operand(b, heads), *_operand(c, heads), states.data_ptr(), *states.stride(),
+        bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
+        *_tiles(tiles, b, log_decay), splits,
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)),
     )  # fmt: skip
     if target is not out:
         out.copy_(target)
+
+
+def _splits(programs: int, c: Tensor) -> int:
+    """Where there are no more tiles than multiprocessors, two programs share one's columns, and have the same bits."""
+    return 2 if c.shape[3] == 128 and programs <= _multiprocessors(c.device) else 1
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def shared_memory(name: str, rows: int, columns: int) -> int:
@@ -107,15 +118,14 @@ def _tiles(tiles: Tiles, b: Tensor, log_decay: Tensor) -> tuple[int, ...]:
     return log_decay.data_ptr(), table, log_decay.shape[0], tiles.count, tiles.size, b.shape[2]
 
 
-def _serves_copies(x: Tensor) -> bool:
-    """Bulk copies want multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(
-        size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in zip(x.shape[:3], x.stride(), strict=False)
-    )
-
-
-def _aligned(x: Tensor) -> Tensor:
-    return x if _serves_copies(x) else x.clone(memory_format=torch.contiguous_format)
+def _operand(x: Tensor, heads: int) -> tuple[bytes, int]:
+    """The map of x, or of a copy that has one, and how many heads share one of x's."""
+    found = _map(x)
+    if found is None:
+        x = x.clone(memory_format=torch.contiguous_format)
+        found = _map(x)
+        assert found is not None
+    return found, heads // x.shape[1]
 
 
 class TensorMap(bytes):
@@ -125,28 +135,32 @@ class TensorMap(bytes):
     kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]
 
 
-def _map(x: Tensor) -> TensorMap:
+def _map(x: Tensor) -> TensorMap | None:
+    """x (batch, heads, tokens, dim), 16-bit, as the copy engine knows it, in blocks of 64 tokens x 64 numbers; None
+    where x is not made of multiples of 16 bytes."""
     return tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride()))
 
 
-def tensor_map(address: int, kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]) -> TensorMap:
-    """(batch, heads, tokens, dim), 16-bit, of a dtype, shape and strides, in blocks of 64 tokens x 64 numbers."""
-    found = _maps.get((address, kind))
-    if found is None:
+def tensor_map(address: int, kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]) -> TensorMap | None:
+    """The same of a tensor by its address, dtype, shape and strides."""
+    key = address, kind
+    if key not in _maps:
         if len(_maps) >= MAPS_KEPT:
             _maps.clear()
-        _maps[address, kind] = found = TensorMap(_encode(address, *kind))
-        found.address, found.kind = address, kind
-    return found
+        _maps[key] = _encode(address, *kind)
+    return _maps[key]
 
 
-def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> bytes:
+def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> TensorMap | None:
     from cuda.bindings import driver
 
-    kinds = driver.CUtensorMapDataType
-    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
     # The stride of what there is one of means nothing, but must be allowed.
     steps = [2 * stride if size > 1 else 16 for size, stride in zip(shape[:3], strides, strict=False)]
+    if address % 16 or any(step <= 0 or step % 16 for step in steps):
+        return None
+    loader.bind()
+    kinds = driver.CUtensorMapDataType
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
     result, made = driver.cuTensorMapEncodeTiled(
         kind,
         4,
@@ -161,4 +175,6 @@ def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     loader.check(result)
-    return ctypes.string_at(int(made.getPtr()), 128)
+    found = TensorMap(ctypes.string_at(int(made.getPtr()), MAP_BYTES))
+    found.address, found.kind = address, (dtype, shape, strides)
+    return found

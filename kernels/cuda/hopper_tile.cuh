@@ -5,6 +5,9 @@
 // 64 rows. A chunk adds (c w)^T b to it; c w, rounded, would cost as much accuracy as the rounded output does, so it is
 // two 16-bit numbers, high + low, and two products.
 //
+// Columns are independent of each other, so where there are few tiles, `splits` warpgroups share one's columns; the
+// bits are the same.
+//
 // Compile with -DROWS=64|128 -DCOLUMNS=64|128 -DREVERSE=0|1, and what hopper.cuh wants.
 
 #include "hopper.cuh"
@@ -15,14 +18,15 @@ constexpr int ROWS_BYTES = ROWS * CHUNK * 2, COLUMNS_BYTES = COLUMNS * CHUNK * 2
 constexpr float LOG2E = 1.4426950408889634f;
 
 #define OPERAND(x) const __grid_constant__ Map x, Offset x##_share
-#define TILES const float *log_decay, const Offset *table, Offset heads, Offset tiles, Offset tile_size, Offset tokens
+#define TILES const float *log_decay, const Offset *table, Offset heads, Offset tiles, Offset tile_size, Offset tokens, \
+              Offset splits
 
 // The tile of this block, and the chunks of it that are walked.
 struct Tile {
-    int number, head, batch, start, length, all, chunks;
+    int program, column, number, head, batch, start, length, all, chunks;
 
     __device__ __forceinline__ Tile(TILES) {
-        const unsigned program = blockIdx.x;
+        program = blockIdx.x / unsigned(splits), column = blockIdx.x % unsigned(splits) * COLUMNS;
         number = program % unsigned(tiles);
         head = program / unsigned(tiles) % unsigned(heads);
         batch = program / unsigned(tiles) / unsigned(heads);
@@ -40,8 +44,8 @@ struct Tile {
         return (REVERSE ? chunks - 1 - step : all - chunks + step) * CHUNK;
     }
     __device__ __forceinline__ int count(int step) const { return min(CHUNK, length - first(step)); }
-    __device__ __forceinline__ Place chunk(int step, Offset share) const {
-        return {start + first(step), head / int(share), batch};
+    __device__ __forceinline__ Place chunk(int step, Offset share, int column = 0) const {
+        return {column, start + first(step), head / int(share), batch};
     }
 };
 

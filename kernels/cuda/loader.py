@@ -25,6 +25,8 @@ from leetdist.kernels import recording
 
 SOURCES = Path(__file__).parent
 
+_thread = threading.local()
+
 
 @cache
 def available() -> bool:
@@ -91,8 +93,8 @@ def kernel(
 ) -> Callable[..., None]:
     """`launch(grid, block, *arguments)`, on the device's current stream.
 
-    Arguments: an int is 64 bits wide (an address or a number), a float is 32, bytes are a structure; None is the null
-    address. Every call gives the same kinds in the same places.
+    Arguments: an int is 64 bits wide (an address or a number), a float is 32, bytes are a structure. Every call gives
+    the same kinds in the same places.
     shared_memory: bytes a block asks for at launch; features: "a" for instructions that one architecture alone has.
     """
     from cuda.bindings import driver
@@ -101,6 +103,7 @@ def kernel(
     major, minor = torch.cuda.get_device_capability(device)
     torch.cuda.current_stream(device)  # makes torch's context, which cuda-core then shares
     Device(device.index).set_current()
+    _thread.bound = device.index
     module = ObjectCode.from_cubin(cubin(source, f"sm_{major}{minor}{features}", defines))
     function = module.get_kernel(name)
     handle = driver.CUfunction(int(function.handle))
@@ -113,8 +116,8 @@ def kernel(
         if torch.cuda.current_device() != device.index:
             with torch.cuda.device(device):
                 return run(grid, block, *arguments)
+        bind()
         if not hasattr(own, "slots"):
-            Device(device.index).set_current()  # a thread of autograd's may have no context yet
             own.slots = _Slots(arguments, module)
         if recording.noting():
             recording.note(recording.CudaLaunch(run, grid, block, arguments))
@@ -125,6 +128,16 @@ def kernel(
         return None
 
     return run
+
+
+def bind() -> None:
+    """The driver wants a current context, and a thread of autograd's, say, that did nothing yet has none."""
+    index = torch.cuda.current_device()
+    if getattr(_thread, "bound", None) != index:
+        from cuda.core import Device
+
+        Device(index).set_current()
+        _thread.bound = index
 
 
 class _Slots:
@@ -141,7 +154,7 @@ class _Slots:
         self.places = ctypes.addressof(self.array)
 
     def fill(self, arguments: tuple[Any, ...]) -> None:
-        self.values.pack_into(self.memory, 0, *(0 if x is None else x for x in arguments))
+        self.values.pack_into(self.memory, 0, *arguments)
 
 
 def check(result: Any) -> None:

@@ -93,37 +93,51 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
              Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
              Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
              float added_scale) {
-    const Tile tile(log_decay, table, heads, tiles, tile_size, tokens);
+    const Tile tile(log_decay, table, heads, tiles, tile_size, tokens, splits);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    float state[PARTS][HELD];
+    states += tile.batch * state_batch + tile.head * state_head + tile.number * state_tile;
+    states += 2 * (lane % 4) * state_row + (tile.column + 16 * warp + lane / 4) * state_column;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            state[part][i] = states[(8 * (i / 4) + i % 2) * state_row + (64 * part + i / 2 % 2 * 8) * state_column];
+
     const Word base = shared_memory(), seen = base + 2 * STAGE;
     const Tables tables(seen + BLOCK);
-    const Word arrivals = tables.end;
+    const Word arrivals = tables.end;  // of a and b, twice, and of c, twice: c is wanted later
     auto stage = [&](int step) { return base + step % 2 * STAGE; };
     auto fetch_ab = [&](int step) {
         if (step >= tile.chunks || thread > 0) return;
         const Word arrival = arrivals + step % 2 * 8;
-        expect(arrival, STAGE);
+        expect(arrival, 2 * ROWS_BYTES);
         fetch<ROWS>(stage(step), a, tile.chunk(step, a_share), arrival);
         fetch<ROWS>(stage(step) + ROWS_BYTES, b, tile.chunk(step, b_share), arrival);
     };
     auto fetch_c = [&](int step) {
         if (step >= tile.chunks || thread > 0) return;
-        fetch<COLUMNS>(stage(step) + 2 * ROWS_BYTES, c, tile.chunk(step, c_share), arrivals + step % 2 * 8);
+        const Word arrival = arrivals + 16 + step % 2 * 8;
+        expect(arrival, COLUMNS_BYTES);
+        fetch<COLUMNS>(stage(step) + 2 * ROWS_BYTES, c, tile.chunk(step, c_share, tile.column), arrival);
     };
-    if (thread == 0) init_arrival(arrivals), init_arrival(arrivals + 8);
+    auto wait_ab = [&](int step) { wait_arrival(arrivals + step % 2 * 8, step / 2 & 1); };
+    auto wait_c = [&](int step) { wait_arrival(arrivals + 16 + step % 2 * 8, step / 2 & 1); };
+    if (thread == 0)
+        for (int i = 0; i < 4; i++) init_arrival(arrivals + i * 8);
     publish();
     __syncthreads();
     fetch_ab(0), fetch_c(0);
     const float g = log_decay[tile.head] * LOG2E;
     tables.set(g, scale, state_scale, added_scale);
 
-    out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token;
+    out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.column;
     // Outputs of a chunk, whose place in shared memory was that of its c; fp32 outputs leave from the registers.
     auto write_chunk = [&](int step) {
         const Word from = stage(step) + 2 * ROWS_BYTES;
         if (WIDE || step < 0) return;
         if (tile.count(step) == CHUNK) {
-            if (thread == 0) write<COLUMNS>(o, tile.chunk(step, 1), from);
+            if (thread == 0) write<COLUMNS>(o, tile.chunk(step, 1, tile.column), from);
             return;
         }
         for (int i = thread; i < COLUMNS / 8 * tile.count(step); i += THREADS) {
@@ -136,34 +150,34 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         }
     };
 
-    float state[PARTS][HELD];
-    states += tile.batch * state_batch + tile.head * state_head + tile.number * state_tile;
-    states += 2 * (lane % 4) * state_row + (16 * warp + lane / 4) * state_column;
-#pragma unroll
-    for (int part = 0; part < PARTS; part++)
-#pragma unroll
-        for (int i = 0; i < HELD; i++)
-            state[part][i] = states[(8 * (i / 4) + i % 2) * state_row + (64 * part + i / 2 % 2 * 8) * state_column];
-
-    for (int step = 0; step < tile.chunks; step++) {
-        const Word a_i = stage(step), b_i = a_i + ROWS_BYTES, c_i = b_i + ROWS_BYTES;
-        const int count = tile.count(step);
-        wait_arrival(arrivals + step % 2 * 8, step / 2 & 1);
-        if (count < CHUNK) {
-            zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
-            publish();
+    float scores[32];
+    auto start_scores = [&](int step) {  // behind the last chunk, of what lies there
+        const Word a_i = stage(step), b_i = a_i + ROWS_BYTES;
+        if (step < tile.chunks) {
+            wait_ab(step);
+            if (tile.count(step) < CHUNK) {
+                wait_c(step);
+                zero_rows<ROWS>(b_i, tile.count(step)), zero_rows<COLUMNS>(b_i + ROWS_BYTES, tile.count(step));
+                publish();
+                __syncthreads();
+            }
         }
-        __syncthreads();  // all have written the outputs of the chunk before, and read its scores
-        wait_products<0>();  // for ptxas, which does not see that none is under way
-
-        fetch_ab(step + 1);
-        write_chunk(step - 1);
-        float scores[32], o_i[32], unit[2];
-        Word held[STEPS][4], x[PARTS][4][4];
         begin_products();
 #pragma unroll
         for (int i = 0; i < STEPS; i++) product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
         end_products();
+    };
+    start_scores(0);
+    wait_products<0>();
+    here(scores);
+    for (int step = 0; step < tile.chunks; step++) {
+        const Word a_i = stage(step), b_i = a_i + ROWS_BYTES, c_i = b_i + ROWS_BYTES;
+        const int count = tile.count(step);
+        __syncthreads();  // all have written the outputs of the chunk before, and read its scores
+        wait_products<0>();  // for ptxas, which does not see that none is under way
+
+        float o_i[32], unit[2];
+        Word held[STEPS][4], x[PARTS][4][4];
         auto start_from_state = [&](int part) {
             hold(state[part], held, unit);
             here(held);
@@ -173,13 +187,14 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             end_products();
         };
         start_from_state(0);
-        wait_products<1>();
-        here(scores);
+        fetch_ab(step + 1);
+        write_chunk(step - 1);
         tables.decay(scores, seen);
         publish();
         __syncthreads();  // all have written their scores, and read the outputs of the chunk before
         if (thread == 0) wait_writes();
         fetch_c(step + 1);
+        wait_c(step);
 
         const float fade = exp2_(g * float(count));
         Weighted weighted[PARTS];
@@ -227,9 +242,13 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             advance(state[part], fade, weighted[part], b_i);
         }
         publish();
+        if (PARTS > 1) {  // there are no registers for scores beside the operands of both parts
+            wait_products<1>();
+            here(state[0]), here(weighted[0]);
+        }
+        start_scores(step + 1);
         wait_products<0>();
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) here(state[part]), here(weighted[part]);
+        here(scores), here(state[PARTS - 1]), here(weighted[PARTS - 1]);
     }
     __syncthreads();
     write_chunk(tile.chunks - 1);

@@ -57,12 +57,7 @@ constexpr int HELD = RANK / LANES;
 constexpr int COLUMNS = 8;
 constexpr int WARP_COLUMNS = 32 / LANES * COLUMNS;
 constexpr int BLOCK_COLUMNS = WARPS * WARP_COLUMNS;
-// Tokens in a loop's body: what ptxas compiles without spilling registers.
-#if __CUDA_ARCH__ >= 900
-constexpr int UNROLL = 4;
-#else
-constexpr int UNROLL = VECTOR == 1 ? 4 : RANK == 256 ? 2 : 1;
-#endif
+constexpr int UNROLL = 4;  // tokens in a loop's body
 constexpr unsigned EVERYONE = 0xffffffffu;
 
 // The rows of one operand that a block reads, in the order of its walk: a head of it, one tile's tokens.
@@ -151,23 +146,35 @@ struct State {
         columns[0] = first + 4 * upper;
         columns[1] = first + 4 * (1 - upper);
     }
-    __device__ int rank(int held) const { return 4 * (lane + held / 4 * LANES) + held % 4; }
-    __device__ int column(int held) const { return columns[held / 4] + held % 4; }
 
     template <typename Function> __device__ void each(Function function) {
 #pragma unroll
         for (int i = 0; i < HELD; ++i)
 #pragma unroll
-            for (int j = 0; j < COLUMNS; ++j) function(s[i][j], rank(i), column(j));
+            for (int j = 0; j < COLUMNS; ++j) s[i][j] = function(s[i][j]);
+    }
+
+    // x: (rows, columns), one pointer a column: 128 addresses at once would not fit in registers.
+    __device__ void load(const float* x, Long row_step, Long column_step, Long rows, Long columns_left, float factor) {
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) {
+            const int column = columns[j / 4] + j % 4, left = column < columns_left ? rows : 0;
+            const float* next = x + column * column_step + 4 * lane * row_step;
+#pragma unroll
+            for (int i = 0; i < HELD; ++i) {
+                s[i][j] = 4 * (lane + i / 4 * LANES) + i % 4 < left ? *next * factor : 0.f;
+                next += i % 4 < 3 ? row_step : (4 * LANES - 3) * row_step;
+            }
+        }
     }
 
     // s times 1 + step for a slow decay, times step for a fast one. A factor near 1 is rounded by 3e-8, the same way
     // every time, which adds up to 1e-4 over a tile; 1 minus the factor, inside an fma, is not.
     __device__ void decay(bool slow, float step) {
         if (slow) {
-            each([=](float& s, int, int) { s = fmaf(s, step, s); });
+            each([=](float x) { return fmaf(x, step, x); });
         } else {
-            each([=](float& s, int, int) { s *= step; });
+            each([=](float x) { return x * step; });
         }
     }
 
@@ -275,10 +282,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
     State state;
     states += place.batch * state_batch + place.head * state_head + place.tile * state_tile;
     const float factor = state_scale * (reverse ? 1.f : power(g, 1));
-    state.each([=](float& s, int i, int j) {
-        const bool inside = i < ranks && place.column + j < columns;
-        s = inside ? states[i * state_row + (place.column + j) * state_column] * factor : 0.f;
-    });
+    states += place.column * state_column;
+    state.load(states, state_row, state_column, ranks, columns - place.column, factor);
 
     const int column = place.column + owned_column(state.lane);
     const bool writes = column < columns && (LANES == 8 || state.lane % 2 == 0);

@@ -56,7 +56,7 @@ def tile_outputs(
             *_rows(a, heads, sign), *_rows(b, heads, sign), *_rows(c, heads, sign),
             states.data_ptr(), *states.stride(),
             out.data_ptr(), *out.stride()[:2], sign * out.stride(2),
-            decay.data_ptr(), None if table is None else table.data_ptr(),
+            decay.data_ptr(), 0 if table is None else table.data_ptr(),
             heads, tiles.count, tiles.size, a.shape[2], ranks, columns, int(reverse), group,
             float(scale), float(state_scale),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from leetdist.methods import Kernels, block, compose, cuda_serves
+from leetdist.methods import ONE_BY_ONE, Kernels, block, compose, cuda_serves
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
@@ -27,7 +27,7 @@ def kernels(problem: Problem) -> Kernels:
     if cuda_serves(problem):
         from leetdist.kernels.cuda import token_scan
 
-        return compose(base, token_scan.tile_outputs_by_token)
+        return compose(base, token_scan.tile_outputs_by_token, longest_tile=ONE_BY_ONE)
     from leetdist.kernels.pytorch import causal_dot_product
 
-    return compose(base, causal_dot_product.tile_outputs)
+    return compose(base, causal_dot_product.tile_outputs, longest_tile=ONE_BY_ONE)

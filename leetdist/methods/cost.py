@@ -1,19 +1,22 @@
-"""What each method costs, and what "auto" takes: one model, its constants measured.
+"""What each method costs, and what "auto" takes: one model, its constants (costs.json) measured.
 
-    time = fixed + per_state x B H (number of tiles) + per_token x B H N
+    time = max(fixed, per_state x B H (number of tiles) + per_token x B H N)
 
-of a forward; `per_token` and `per_state` for Dk = Dv = 128, and in proportion to their product for other sizes. The
-constants are fitted by `benchmarks/leetdecoding.py --fit` to its own measurements (least squares of relative errors).
+of a forward: the host takes `fixed` to start it, whatever the device has to do. `per_token` and `per_state` are for
+Dk = Dv = 128, and in proportion to their product for other sizes. `benchmarks/leetdecoding.py --fit` fits the constants
+to its own measurements (least squares of relative errors).
 
 A method is part of what a call means, to the last bit. So "auto" may look at nothing that the contract lets vary: not
 at the number of ranks, the batch, the heads, the gradients wanted, nor, once the tile is known, at the length. What is
-left is the tile, the head sizes, the dtype and the chip; the cost is that of 4 x 32 heads and the length whose tile it
-is.
+left is the tile, the head sizes, the dtype and the chip. It takes the method that is never far from the best, whatever
+the batch: that whose ratio to the fastest is least, at worst, over 1, 4 and 16 x 32 heads of the tile's usual length.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +27,12 @@ from leetdist.sequence.grid import default_tile
 if TYPE_CHECKING:
     from leetdist.problem import Problem
 
-# All work under a group. The first is taken unless another is expected to be faster by NOISE: two measurements of one
-# thing differ by as much (lightning on tiles of 256 tokens or fewer is block, and is fitted 10 % apart).
+# All work under a group. The first is taken if it is as good as any, to within NOISE: two measurements of one thing
+# differ by as much.
 CANDIDATES = ("block", "lightning", "fleet", "causal_dot_product")
-NOISE = 1.1
-ALL_HEADS = 128  # four batch entries of 32 heads
+NOISE = 1.03
+HEADS = (32, 128, 512)  # of 1, 4 and 16 batch entries
+FILE = Path(__file__).with_name("costs.json")
 
 
 @dataclass(frozen=True)
@@ -41,50 +45,32 @@ class Cost:
 
     def seconds(self, heads: int, tokens: int, tile: int, size: float) -> float:
         """heads: of all batch entries together; size: of a state, in states of 128 x 128."""
-        tiles = ceil_div(tokens, tile)
-        return self.fixed * 1e-6 + (self.per_state * tiles + self.per_token * tokens) * heads * size * 1e-9
+        work = (self.per_state * ceil_div(tokens, tile) + self.per_token * tokens) * heads * size
+        return max(self.fixed * 1e-6, work * 1e-9)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The method that "auto" takes, the seconds the model gives each candidate, and where its constants are from."""
+    """The method that "auto" takes; for each candidate, the seconds of 4 x 32 heads by the model, and its ratio to the
+    best at worst; where the constants are from."""
 
     method: str
     seconds: dict[str, float]
+    ratios: dict[str, float]
     measured_on: str
 
 
-# measured_on -> 16-bit dtypes -> method -> cost
-COSTS: dict[str, dict[bool, dict[str, Cost]]] = {
-    "cpu": {  # benchmarks/results/leetdecoding_cpu.json
-        True: {
-            "block": Cost(0, 1.84e5, 3.59e3),
-            "lightning": Cost(0, 1.74e5, 4.09e3),
-            "fleet": Cost(2.25e4, 0, 8.45e4),
-            "causal_dot_product": Cost(2.39e3, 7e4, 3.5e4),
-        },
-        False: {
-            "block": Cost(0, 3.19e5, 4.08e3),
-            "lightning": Cost(0, 2.47e5, 5.16e3),
-            "fleet": Cost(2.62e4, 0, 9.68e4),
-            "causal_dot_product": Cost(0, 1.13e6, 3.47e4),
-        },
-    },
-    "sm_90": {  # benchmarks/results/leetdecoding.json, an H200
-        True: {
-            "block": Cost(124, 89.7, 0.47),
-            "lightning": Cost(135, 47, 1.05),
-            "fleet": Cost(100, 181, 3.8),
-            "causal_dot_product": Cost(97.4, 180, 4.64),
-        },
-        False: {
-            "block": Cost(60, 70, 1.2),  # by hand from benchmarks/NOTES.md: 5.2 ms at 131,072 tokens
-            "lightning": Cost(76.8, 0, 10.6),
-            "fleet": Cost(95.2, 186, 2.54),
-            "causal_dot_product": Cost(97, 183, 3.4),
-        },
-    },
-}
+def load(file: Path = FILE) -> dict[str, dict[bool, dict[str, Cost]]]:
+    """measured_on -> 16-bit dtypes -> method -> cost"""
+    content = json.loads(file.read_text())
+    return {
+        where: {half: {name: Cost(*x) for name, x in costs[kind].items()} for half, kind in KINDS.items()}
+        for where, costs in content.items()
+    }
+
+
+KINDS = {True: "16 bit", False: "fp32"}
+COSTS = load()
 
 
 def choose(problem: Problem, tile: int, cuda: bool) -> Choice:
@@ -93,12 +79,13 @@ def choose(problem: Problem, tile: int, cuda: bool) -> Choice:
     where = _measured_on(problem.device)
     served = [m for m in CANDIDATES if cuda or where == "cpu" or m not in ("fleet", "causal_dot_product")]
     costs = COSTS[where][problem.dtype.itemsize == 2]
-    size = problem.dk * problem.dv / 128**2
-    seconds = {method: costs[method].seconds(ALL_HEADS, _usual_length(tile), tile, size) for method in served}
-    best = min(seconds, key=seconds.__getitem__)
-    if seconds[best] * NOISE > seconds[CANDIDATES[0]]:
+    size, tokens = problem.dk * problem.dv / 128**2, _usual_length(tile)
+    times = {h: {method: costs[method].seconds(h, tokens, tile, size) for method in served} for h in HEADS}
+    ratios = {method: max(times[h][method] / min(times[h].values()) for h in HEADS) for method in served}
+    best = min(ratios, key=ratios.__getitem__)
+    if ratios[CANDIDATES[0]] <= NOISE * ratios[best]:
         best = CANDIDATES[0]
-    return Choice(best, seconds, where)
+    return Choice(best, times[HEADS[1]], ratios, where)
 
 
 def _usual_length(tile: int) -> int:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from leetdist.methods import Kernels, block, compose, cuda_serves, triton_serves
+from leetdist.methods import ONE_BY_ONE, Kernels, block, compose, cuda_serves, triton_serves
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
@@ -37,11 +37,11 @@ def kernels(problem: Problem) -> Kernels:
     if cuda_serves(problem):
         from leetdist.kernels.cuda import token_scan
 
-        return compose(base, token_scan.tile_outputs)
+        return compose(base, token_scan.tile_outputs, longest_tile=ONE_BY_ONE)
     if triton_serves(problem):
         from leetdist.kernels.triton import fleet as triton_fleet
 
-        return compose(base, triton_fleet.tile_outputs)
+        return compose(base, triton_fleet.tile_outputs, longest_tile=ONE_BY_ONE)
     from leetdist.kernels.pytorch import fleet
 
     return compose(base, fleet.tile_outputs)

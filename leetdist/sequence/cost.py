@@ -16,18 +16,21 @@ from leetdist.sequence.grid import default_tile, shard_lengths
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in bytes/s, times in s. The defaults are one H200 and its NVLink, measured with bf16, H = 32, D = 128:
-    `states` and `outputs` as bytes of tokens read and written; `launch` what a kernel costs on top; `slots` how many
-    programs run at once; a hop takes `hop` + bytes / `link`."""
+    """Rates in bytes/s, times in s. The defaults are H200s and their NVLink, measured with bf16, H = 32, D = 128 and
+    Lightning's slopes (benchmarks/results/scaling_h200x4.json): `states` and `outputs` as bytes of tokens read and
+    written (heads that forget skip tokens, and count as if they did not); `launch` what a kernel costs on top; `slots`
+    how many programs run at once; a hop takes `hop` + bytes / `link`; `host` is what the host takes to launch one lane
+    of a forward, twice as much for a backward."""
 
     name: str = "H200"
-    states: float = 3.9e12
-    outputs: float = 2.8e12
+    states: float = 4.7e12
+    outputs: float = 2.75e12
     memory: float = 4.28e12
     launch: float = 4e-6
     slots: int = 132
-    hop: float = 9e-6
-    link: float = 3.3e11
+    hop: float = 5.8e-6
+    link: float = 3.9e11
+    host: float = 6e-4
 
 
 @dataclass(frozen=True)
@@ -110,18 +113,31 @@ def best_lanes(
     device_type: str,
     machine: Machine = Machine(),
     forgetting: float = 0.0,
+    captured: bool = False,
 ) -> int:
-    """How many lanes are fastest. On the CPU one: nothing computes there while a message travels."""
+    """How many lanes are fastest. On the CPU one: nothing computes there while a message travels.
+
+    Lanes hide hops, but unless a CUDA graph has captured the call, the host has to launch each of them: two on 4 H200s
+    with 131,072 tokens took the GPUs 0.53 ms (forward; one 0.60), but the host 2 ms.
+    """
     if device_type != "cuda" or len(lengths) < 2:
         return 1
     job = Job(len(lengths), sum(lengths), heads, dk, dv, batch, kv_heads, lengths=lengths, tile=tile)
     choices = [lanes for lanes in (1, 2, 4, 8) if lanes <= kv_heads]
 
     def total(lanes: int) -> float:
-        there = forward(job, machine, lanes, forgetting=forgetting)
-        return there.total + backward(job, machine, lanes, forgetting=forgetting).total
+        return sum(times(job, machine, lanes, forgetting=forgetting, captured=captured))
 
     return min(choices, key=total)
+
+
+def times(
+    job: Job, machine: Machine, lanes: int, *, forgetting: float = 0.0, captured: bool = False
+) -> tuple[float, float]:
+    """Seconds of a forward and of a backward, on the GPUs or, unless a CUDA graph has captured it, for the hosts."""
+    there, back = (pass_(job, machine, lanes, forgetting=forgetting).total for pass_ in (forward, backward))
+    host = 0.0 if captured else machine.host * lanes
+    return max(there, host), max(back, 2 * host)
 
 
 def lasp(job: Job, machine: Machine) -> float:

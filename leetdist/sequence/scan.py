@@ -59,16 +59,17 @@ def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, 
         assert transport is not None
         shape = (batch, len(lane.sent), dk, dv)
         with ExitStack() as stack:
-            carried = states.new_empty(shape)
             with trace.span("receive", plan.rank, lane, states):
                 if lane.sent:
                     carried = stack.enter_context(transport.receive_state(shape, states, previous, what))
+                else:
+                    carried = states.new_empty(shape)
             yield lane.spread(carried)
 
     def hand_on(final: Tensor) -> None:
         assert transport is not None
         with trace.span("send", plan.rank, lane, states):
-            handed = lane.pick(final[:batch] if reverse else final[final.shape[0] - batch :])
+            handed = lane.pick(_rows(final, batch, last=not reverse))
             if handed.numel():
                 transport.send_state(handed, following, what)
 
@@ -92,11 +93,18 @@ def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, 
             final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse)
         if after:
             hand_on(final)
-            final = final[batch:] if reverse else final[: final.shape[0] - batch]
+            final = _rows(final, final.shape[0] - batch, last=reverse)
     if early:
         with received() as carried:
             states[:, :, edge] = carried
     return final
+
+
+def _rows(states: Tensor, count: int, *, last: bool) -> Tensor:
+    """The first or last rows; all of them as they are, because a view takes the host microseconds."""
+    if count == states.shape[0]:
+        return states
+    return states[states.shape[0] - count :] if last else states[:count]
 
 
 def states_from_first(states: Tensor | None, shape: tuple[int, ...], like: Tensor, plan: Plan) -> Tensor:
