@@ -160,6 +160,7 @@ class Fla(Contestant):
     def serves(self, case: Case, which: str, device: str) -> bool:
         # A recurrence over all tokens, one after another, is the peer where fp32 accuracy is asked for.
         slow = self.function == "fused_recurrent" and case.dtype != "fp32" and which != "step"
+        slow |= self.function == "fused_chunk" and case.tokens > 131072  # there, chunk is 2.5 times as fast
         return super().serves(case, which, device) and not slow and not self._only_chunks(which)
 
     def _only_chunks(self, which: str) -> bool:

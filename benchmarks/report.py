@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib.metadata
 import json
 import os
 import platform
@@ -34,11 +36,9 @@ def machine(device: str, bandwidth: float) -> dict[str, Any]:
         "commit": commit,
         "command": shlex.join(["python", *sys.argv]),
     }
-    for name in ("triton", "fla", "transformers"):
-        try:
-            found[name] = __import__(name).__version__
-        except (ImportError, AttributeError):
-            continue
+    for name in ("triton", "flash-linear-attention", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 

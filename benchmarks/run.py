@@ -46,15 +46,17 @@ def parse() -> argparse.Namespace:
         "--without",
         action="append",
         default=[],
-        metavar="NAME[/PASS]",
-        help="leave out a contestant, or one of its passes; may be repeated",
+        metavar="[SUITE:]NAME[/PASS]",
+        help="leave out a contestant, or one of its passes, or in one suite; may be repeated",
     )
     parser.add_argument("--warm", type=float, metavar="S", help="first compile and tune in parallel, S seconds at most")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds a contestant (20)")
     parser.add_argument("--seconds", type=float, help="start no further case after this long")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--name", help="name of the result files (the suites' names)")
+    parser.add_argument("--name", help="name of the result files, of one suite (its name)")
     arguments = parser.parse_args()
+    if arguments.name and len(arguments.suites) > 1:
+        parser.error("--name is for one suite")
     for suite in arguments.suites:
         if suite not in SUITES:
             parser.error(f"no suite {suite!r}; there are {', '.join(SUITES)}")
@@ -83,7 +85,7 @@ def passes(arguments: argparse.Namespace, here: list[Contestant]) -> list[Pass]:
                     for c in here
                     if c.serves(case, which, device)
                     and arguments.only in c.name
-                    and left_out.isdisjoint((c.name, f"{c.name}/{which}"))
+                    and left_out.isdisjoint(a + b for a in ("", f"{suite}:") for b in (c.name, f"{c.name}/{which}"))
                 ]
                 todo.append(Pass(suite, case, which, device, chosen))
     return todo
@@ -103,7 +105,6 @@ def main() -> int:
     here, missing = contestants(arguments.base)
     for who, reason in missing.items():
         print(f"left out: {who}, {reason}")
-    name = arguments.name or "-".join(arguments.suites)
     results: list[Result] = []
     facts: dict[str, object] = {}
     todo = passes(arguments, here)
@@ -130,12 +131,21 @@ def main() -> int:
         results += measured
         say("")
         print(table(measured) + "\n", flush=True)
-        save(results, facts, arguments.out, name, plots=False)  # in case the rest is cut short
+        keep(results, facts, arguments, suite, plots=False)  # in case the rest is cut short
     if results:
         print(table(results))
-        for path in save(results, facts, arguments.out, name, plots=True):
+    for suite in dict.fromkeys(result.suite for result in results):
+        for path in keep(results, facts, arguments, suite, plots=True):
             print(f"wrote {path}")
     return 0
+
+
+def keep(
+    results: list[Result], facts: dict[str, object], arguments: argparse.Namespace, suite: str, *, plots: bool
+) -> list[Path]:
+    """The files of one suite."""
+    own = [result for result in results if result.suite == suite]
+    return save(own, facts, arguments.out, arguments.name or suite, plots=plots)
 
 
 if __name__ == "__main__":
