@@ -10,7 +10,7 @@ import torch
 from leetdist.kernels.cuda import hopper as cuda
 from leetdist.kernels.pytorch import block as exact
 from leetdist.kernels.tiles import Tiles
-from leetdist.kernels.triton.configs import on_hopper
+from leetdist.kernels.triton.configs import on_hopper, on_hopper_wide, parts_of
 from leetdist.reference import relative_error
 
 triton_block = pytest.importorskip("leetdist.kernels.triton.block")
@@ -39,7 +39,8 @@ def test_every_backend_has_every_primitive():
 
 def test_serves_by_the_problem_alone():
     cpu = torch.device("cpu")
-    assert not on_hopper(128, 128, torch.bfloat16, 1024, cpu)
+    assert not on_hopper(128, 128, torch.bfloat16, parts_of(torch.bfloat16, None), 1024, cpu)
+    assert not on_hopper_wide(128, 128, torch.float32, 1024, cpu)
 
 
 def take(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +60,7 @@ def take(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("backend", "dtype", "rows", "columns"), SHAPES)
 def test_against_fp64(backend, order, dtype, rows, columns, reverse, tiles, monkeypatch):
     take(backend, monkeypatch)
-    assert on_hopper(rows, columns, dtype, tiles.size, torch.device("cuda", 0))
+    assert on_hopper(rows, columns, dtype, parts_of(dtype, None), tiles.size, torch.device("cuda", 0))
 
     def draw(heads, dim):
         if order == "BHND":

@@ -1,4 +1,4 @@
-"""python tests/warm_hopper.py: compile the CUDA C++ kernels for Hopper, on all cores, without a GPU, into LEETDIST_CACHE."""
+"""python tests/warm_hopper.py: compile the CUDA C++ kernels for Hopper into LEETDIST_CACHE, on all cores."""
 
 from __future__ import annotations
 
