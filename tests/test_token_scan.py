@@ -34,12 +34,13 @@ VARIANTS = [
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("by_token", [0, 1])
 @pytest.mark.parametrize(("architecture", "rank", "read", "written", "vector"), VARIANTS)
 def test_compiles_without_warnings_or_spills(
-    architecture: str, rank: int, read: int, written: int, vector: int, tmp_path: Path
+    architecture: str, rank: int, read: int, written: int, vector: int, by_token: int, tmp_path: Path
 ) -> None:
     options = ["-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings"]
-    defines = [f"-DRANK={rank}", f"-DIN={read}", f"-DOUT={written}", f"-DVECTOR={vector}"]
+    defines = [f"-DRANK={rank}", f"-DIN={read}", f"-DOUT={written}", f"-DVECTOR={vector}", f"-DBY_TOKEN={by_token}"]
     report = subprocess.run(
         [NVCC, "-cubin", f"-arch={architecture}", *options, *defines, SOURCE, "-o", tmp_path / "out.cubin"],
         capture_output=True,
@@ -60,17 +61,26 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("emulated")
-    libraries: dict[tuple[int, int], ctypes.CDLL] = {}
+    libraries: dict[tuple[int, ...], ctypes.CDLL] = {}
 
     def kernel(source: str, name: str, device: torch.device, defines: tuple[tuple[str, int], ...]) -> Any:
         assert source == SOURCE.name
-        rank, vector = (dict(defines)[name] for name in ("RANK", "VECTOR"))
-        if (rank, vector) not in libraries:
-            library = folder / f"rank{rank}-{vector}.so"
-            command = [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-DRANK={rank}", f"-DVECTOR={vector}"]
+        given = {name: value for name, value in defines if name in ("RANK", "VECTOR", "BY_TOKEN")}
+        key = tuple(given.values())
+        if key not in libraries:
+            library = folder / f"{key}.so"
+            command = [
+                compiler,
+                "-O1",
+                "-std=c++17",
+                "-shared",
+                "-fPIC",
+                "-w",
+                *(f"-D{k}={v}" for k, v in given.items()),
+            ]
             subprocess.run([*command, str(HERE / "emulated_token_scan.cpp"), "-o", str(library)], check=True)
-            libraries[rank, vector] = ctypes.CDLL(str(library))
-        function = getattr(libraries[rank, vector], f"run_{name}")
+            libraries[key] = ctypes.CDLL(str(library))
+        function = getattr(libraries[key], f"run_{name}")
 
         def launch(grid: tuple[int, ...], block: int, *arguments: Any) -> None:
             typed = [ctypes.c_float(x) if isinstance(x, float) else ctypes.c_longlong(x or 0) for x in arguments]
@@ -165,10 +175,13 @@ def test_nvrtc_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     import cuda.core
 
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path / "cache"))
-    defines = (("RANK", 32), ("IN", 0), ("OUT", 0), ("VECTOR", 1))
+    defines = (("RANK", 32), ("IN", 0), ("OUT", 0), ("VECTOR", 1), ("BY_TOKEN", 0))
     code = loader.cubin(SOURCE.name, "sm_90", defines)
     assert code[:4] == b"\x7fELF"
-    assert loader.cubin(SOURCE.name, "sm_90", (("RANK", 32), ("IN", 1), ("OUT", 1), ("VECTOR", 1))) != code
+    assert (
+        loader.cubin(SOURCE.name, "sm_90", (("RANK", 32), ("IN", 1), ("OUT", 1), ("VECTOR", 1), ("BY_TOKEN", 0)))
+        != code
+    )
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
     def never(*args: object) -> None:
@@ -190,4 +203,7 @@ def test_the_benchmarks_kernel_compiles(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path / "file" / "below"))
-    assert loader.cubin(SOURCE.name, "sm_90", (("RANK", 32), ("IN", 2), ("OUT", 2), ("VECTOR", 4)))[:4] == b"\x7fELF"
+    assert (
+        loader.cubin(SOURCE.name, "sm_90", (("RANK", 32), ("IN", 2), ("OUT", 2), ("VECTOR", 4), ("BY_TOKEN", 0)))[:4]
+        == b"\x7fELF"
+    )

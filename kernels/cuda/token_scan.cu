@@ -9,10 +9,11 @@
 // Instructions for each (token, rank, column): fma(k, v, s), fma(q, s, o), and the decay of s, which is paid once for a
 // group of 16 or 8 tokens: inside one the state is kept divided by gamma^t, so v_t comes divided by gamma^t and o_t is
 // multiplied by it. t stays below 16, whatever the length, and gamma^-t below e^14: heads that decay faster take groups
-// of 8, or of one token, so nothing can overflow that would not anyway.
+// of 8, or of one token, so nothing can overflow that would not anyway. BY_TOKEN: all heads decay at every token.
 //
-// Compile with -DRANK=32|64|128|256 -DIN=0|1|2 -DOUT=0|1|2 (fp32, bf16, fp16) -DVECTOR=1|4 (4: every row of the inputs
-// is aligned to, and as long as, whole vectors of 4 elements). No headers, so that NVRTC needs none.
+// Compile with -DRANK=32|64|128|256 -DIN=0|1|2 -DOUT=0|1|2 (fp32, bf16, fp16) -DBY_TOKEN=0|1 -DVECTOR=1|4 (4: every row
+// of the inputs is aligned to, and as long as, whole vectors of 4 elements; so is the state). No headers, so that NVRTC
+// needs none.
 
 typedef long long Long;
 
@@ -154,19 +155,44 @@ struct State {
             for (int j = 0; j < COLUMNS; ++j) s[i][j] = function(s[i][j]);
     }
 
-    // x: (rows, columns), one pointer a column: 128 addresses at once would not fit in registers.
+    // x: (rows, columns); by fours of rows or of columns, whichever are neighbours and whole.
     __device__ void load(const float* x, Long row_step, Long column_step, Long rows, Long columns_left, float factor) {
+        if (VECTOR == 4 && column_step == 1) {
 #pragma unroll
-        for (int j = 0; j < COLUMNS; ++j) {
-            const int column = columns[j / 4] + j % 4, left = column < columns_left ? rows : 0;
-            const float* next = x + column * column_step + 4 * lane * row_step;
+            for (int j = 0; j < COLUMNS; j += 4) {
+                const float* next = x + columns[j / 4] + 4 * lane * row_step;
+                const int left = columns[j / 4] < columns_left ? rows : 0;
 #pragma unroll
-            for (int i = 0; i < HELD; ++i) {
-                s[i][j] = 4 * (lane + i / 4 * LANES) + i % 4 < left ? *next * factor : 0.f;
-                next += i % 4 < 3 ? row_step : (4 * LANES - 3) * row_step;
+                for (int i = 0; i < HELD; ++i, next += i % 4 ? row_step : (4 * LANES - 3) * row_step) {
+                    const Floats four = row(i) < left ? *reinterpret_cast<const Floats*>(next) : Floats{};
+#pragma unroll
+                    for (int e = 0; e < VECTOR; ++e) s[i][(j + e) % COLUMNS] = four.x[e] * factor;
+                }
+            }
+        } else if (VECTOR == 4 && row_step == 1) {
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j) {
+                const int column = columns[j / 4] + j % 4, left = column < columns_left ? rows : 0;
+                const float* next = x + column * column_step + 4 * lane;
+#pragma unroll
+                for (int i = 0; i < HELD; i += 4, next += 4 * LANES) {
+                    const Floats four = row(i) < left ? *reinterpret_cast<const Floats*>(next) : Floats{};
+#pragma unroll
+                    for (int e = 0; e < VECTOR; ++e) s[(i + e) % HELD][j] = four.x[e] * factor;
+                }
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j) {
+                const int column = columns[j / 4] + j % 4, left = column < columns_left ? rows : 0;
+                const float* next = x + column * column_step + 4 * lane * row_step;
+#pragma unroll
+                for (int i = 0; i < HELD; ++i, next += i % 4 ? row_step : (4 * LANES - 3) * row_step)
+                    s[i][j] = row(i) < left ? *next * factor : 0.f;
             }
         }
     }
+    __device__ int row(int held) const { return 4 * (lane + held / 4 * LANES) + held % 4; }
 
     // s times 1 + step for a slow decay, times step for a fast one. A factor near 1 is rounded by 3e-8, the same way
     // every time, which adds up to 1e-4 over a tile; 1 minus the factor, inside an fma, is not.
@@ -257,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
     const In::Stored* c, Long c_batch, Long c_head, Long c_token, Long c_share,
     const float* states, Long state_batch, Long state_head, Long state_tile, Long state_row, Long state_column,
     Out::Stored* out, Long out_batch, Long out_head, Long out_token, const float* log_decay, const Long* table,
-    Long heads, Long tiles, Long size, Long all_tokens, Long ranks, Long columns, Long reverse, Long group,
+    Long heads, Long tiles, Long size, Long all_tokens, Long ranks, Long columns, Long reverse,
     float scale, float state_scale
 ) {
     __shared__ __align__(16) Stage stages[2];
@@ -265,8 +291,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
     const Place place(table, heads, tiles, size, all_tokens);
     const float g = log_decay[place.head];
     // Tokens between two decays of the state: see the head of this file.
-    const auto fits = [=](int steps) { return steps <= group && g * (1 - steps) < 14.f; };
-    const int steps = fits(GROUP) ? GROUP : fits(CHUNK) ? CHUNK : 1;
+    const auto fits = [=](int steps) { return g * (1 - steps) < 14.f; };
+    const int steps = BY_TOKEN ? 1 : fits(GROUP) ? GROUP : fits(CHUNK) ? CHUNK : 1;
     if (threadIdx.x < GROUP) {
         const int t = threadIdx.x % steps;
         up[threadIdx.x] = power(g, -t);
@@ -303,31 +329,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
         a_next.fetch(a_rows.width);
         b_next.fetch(b_rows.width);
         c_next.fetch(c_rows.width);
-        for (int t = 0; t < CHUNK;) {
-            const int end = min(t + steps, CHUNK);
-#pragma unroll UNROLL
-            for (; t < end; ++t) {
-                float o[COLUMNS] = {}, c_t[COLUMNS];
-                state.load_columns(c_t, stage.c[t]);
+        const auto token = [&](int t) {
+            float o[COLUMNS] = {}, c_t[COLUMNS];
+            state.load_columns(c_t, stage.c[t]);
 #pragma unroll
-                for (int four = 0; four < HELD / 4; ++four) {
-                    float a_t[4], b_t[4];
-                    state.load_ranks(b_t, stage.b[t], four);
-                    state.load_ranks(a_t, stage.a[t], four);
+            for (int four = 0; four < HELD / 4; ++four) {
+                float a_t[4], b_t[4];
+                state.load_ranks(b_t, stage.b[t], four);
+                state.load_ranks(a_t, stage.a[t], four);
+                float(*const s)[COLUMNS] = &state.s[4 * four];
+                // To and fro, the outputs on the way back: of 80 orders, that for which ptxas finds registers with the
+                // fewest conflicts between banks. Two such orders took 7.15 ms where the plain one takes 7.38.
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
+                for (int i = 0; i < 4; ++i)
 #pragma unroll
-                        for (int j = 0; j < COLUMNS; ++j) {
-                            float& s = state.s[4 * four + i][j];
-                            s = fmaf(b_t[i], c_t[j], s);
-                            o[j] = fmaf(a_t[i], s, o[j]);
-                        }
-                }
-                const float total = sum_over_rank(o, state.lane) * down[phase + t];
-                if (writes && chunk * CHUNK + t < tokens) *out = Out::store(total);
-                out += out_token;
+                    for (int step = 0; step < COLUMNS; ++step) {
+                        const int j = i % 2 ? COLUMNS - 1 - step : step;
+                        s[i][j] = fmaf(b_t[i], c_t[j], s[i][j]);
+                    }
+#pragma unroll
+                for (int i = 3; i >= 0; --i)
+#pragma unroll
+                    for (int step = 0; step < COLUMNS; ++step) {
+                        const int j = i % 2 ? step : COLUMNS - 1 - step;
+                        o[j] = fmaf(a_t[i], s[i][j], o[j]);
+                    }
             }
-            if ((phase + end) % steps == 0) state.decay(slow, decay);
+            const float total = sum_over_rank(o, state.lane) * down[phase + t];
+            if (writes && chunk * CHUNK + t < tokens) *out = Out::store(total);
+            out += out_token;
+        };
+        if constexpr (BY_TOKEN) {
+#pragma unroll UNROLL
+            for (int t = 0; t < CHUNK; ++t) {
+                token(t);
+                state.decay(slow, decay);
+            }
+        } else {
+            for (int t = 0; t < CHUNK;) {
+                const int end = min(t + steps, CHUNK);
+#pragma unroll UNROLL
+                for (; t < end; ++t) token(t);
+                if ((phase + end) % steps == 0) state.decay(slow, decay);
+            }
         }
     }
 }

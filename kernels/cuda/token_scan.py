@@ -16,7 +16,6 @@ from leetdist.kernels.cuda.loader import kernel
 from leetdist.kernels.tiles import Tiles, ceil_div
 
 WIDEST_RANK = 256
-GROUP = 16  # as in token_scan.cu: the most tokens that decay together
 VECTOR = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -34,9 +33,9 @@ def tile_outputs(
     state_scale: float,
     out_dtype: torch.dtype,
     out: Tensor | None = None,
-    group: int = GROUP,
+    by_token: bool = False,
 ) -> Tensor:
-    """See leetdist.kernels.pytorch.block.tile_outputs. `group`: the most tokens between two decays."""
+    """See leetdist.kernels.pytorch.block.tile_outputs. by_token: a decay at every token."""
     batch, heads = a.shape[0], log_decay.shape[0]
     ranks, columns = a.shape[3], c.shape[3]
     if out is None:
@@ -47,8 +46,9 @@ def tile_outputs(
         width, threads, held = _shape(ranks)
         table = None if tiles.regular else tiles.table(a.device)
         decay = log_decay.float().contiguous()
+        vector = _vector(a, b, c) if states.data_ptr() % 16 == 0 else 1
         launch = kernel(
-            "token_scan.cu", "tile_outputs", a.device, _defines(width, a.dtype, out.dtype, _vector(a, b, c))
+            "token_scan.cu", "tile_outputs", a.device, _defines(width, a.dtype, out.dtype, vector, by_token)
         )
         sign = -1 if reverse else 1
         launch(
@@ -57,7 +57,7 @@ def tile_outputs(
             states.data_ptr(), *states.stride(),
             out.data_ptr(), *out.stride()[:2], sign * out.stride(2),
             decay.data_ptr(), 0 if table is None else table.data_ptr(),
-            heads, tiles.count, tiles.size, a.shape[2], ranks, columns, int(reverse), group,
+            heads, tiles.count, tiles.size, a.shape[2], ranks, columns, int(reverse),
             float(scale), float(state_scale),
         )  # fmt: skip
     return out
@@ -65,7 +65,7 @@ def tile_outputs(
 
 def tile_outputs_by_token(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
     """`tile_outputs` with a decay at every token."""
-    return tile_outputs(*args, out=out, group=1, **kwargs)
+    return tile_outputs(*args, out=out, by_token=True, **kwargs)
 
 
 @cache
@@ -78,8 +78,11 @@ def _shape(ranks: int) -> tuple[int, int, int]:
     return width, 32 * warps, warps * (32 // lanes) * 8
 
 
-def _defines(width: int, dtype: torch.dtype, out: torch.dtype, vector: int) -> tuple[tuple[str, int], ...]:
-    return ("RANK", width), ("IN", DTYPES[dtype]), ("OUT", DTYPES[out]), ("VECTOR", vector)
+def _defines(
+    width: int, dtype: torch.dtype, out: torch.dtype, vector: int, by_token: bool
+) -> tuple[tuple[str, int], ...]:
+    kinds = ("RANK", width), ("IN", DTYPES[dtype]), ("OUT", DTYPES[out])
+    return *kinds, ("VECTOR", vector), ("BY_TOKEN", int(by_token))
 
 
 def _vector(*operands: Tensor) -> int:
