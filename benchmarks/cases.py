@@ -27,6 +27,7 @@ class Case:
     decay: str = "slopes"  # or "none"
     passes: tuple[str, ...] = ("forward", "forward + backward")
     graph: bool = False  # replayed from a CUDA graph
+    switches: bool = False  # also with the `precision` that the dtype can be asked for
 
     @property
     def name(self) -> str:
@@ -89,6 +90,7 @@ SUITES: dict[str, tuple[str, list[Case]]] = {
     "shapes": (
         "other heads, head sizes, dtypes and no decay, at 131,072 tokens",
         [
+            replace(LONG, switches=True),
             replace(LONG, decay="none"),
             replace(LONG, dk=64, dv=64),
             replace(LONG, dk=256, dv=256),
@@ -96,12 +98,17 @@ SUITES: dict[str, tuple[str, list[Case]]] = {
             replace(LONG, dk=128, dv=64),
             replace(LONG, heads=8),
             replace(LONG, heads=64),
-            replace(LONG, dtype="fp16"),
+            replace(LONG, dtype="fp16", switches=True),
         ],
     ),
     "fp32": (
         "fp32 inputs, where accuracy is the point",
-        [Case(1, 8192, dtype="fp32"), Case(1, 131072, dtype="fp32")],
+        [
+            Case(1, 8192, dtype="fp32"),
+            Case(1, 131072, dtype="fp32", switches=True),
+            Case(16, 8192, dtype="fp32"),
+            Case(1, 131072, dk=64, dv=64, dtype="fp32"),
+        ],
     ),
     "decode": (
         "one token with a state of (B, 32, 128, 128) fp32",

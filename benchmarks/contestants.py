@@ -76,14 +76,17 @@ class Contestant:
 
 
 class Ours(Contestant):
-    """leetdist as it is in this tree, or in an earlier commit of it."""
+    """leetdist as it is in this tree, or in an earlier commit of it, or asked for another precision."""
 
     name = "leetdist"
     devices = ("cuda", "cpu")
     passes = ("step", "forward", "forward + backward")
 
-    def __init__(self, revision: str | None = None) -> None:
+    def __init__(self, revision: str | None = None, precision: str | None = None) -> None:
         self.modules: dict[str, ModuleType] | None = None
+        self.options = {} if precision is None else {"precision": precision}
+        if precision is not None:
+            self.name = f"leetdist {precision}"
         if revision is not None:
             self.name = f"leetdist@{revision}"
             self.modules = _load(revision)
@@ -104,9 +107,14 @@ class Ours(Contestant):
             self.modules = _take_out()
             sys.modules.update(current)
 
+    def serves(self, case: Case, which: str, device: str) -> bool:
+        wanted = self.options.get("precision")
+        fits = wanted is None or (case.switches and (wanted == "tf32") == (case.dtype == "fp32"))
+        return super().serves(case, which, device) and fits
+
     def forward(self, x: Inputs) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
-        o = self.library.linear_attention(q, k, v, x.log_decay, scale=x.scale)
+        o = self.library.linear_attention(q, k, v, x.log_decay, scale=x.scale, **self.options)
         return o.transpose(1, 2)
 
     def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
@@ -152,6 +160,7 @@ class Fla(Contestant):
     def serves(self, case: Case, which: str, device: str) -> bool:
         # A recurrence over all tokens, one after another, is the peer where fp32 accuracy is asked for.
         slow = self.function == "fused_recurrent" and case.dtype != "fp32" and which != "step"
+        slow |= self.function == "fused_chunk" and case.tokens > 131072  # there, chunk is 2.5 times as fast
         return super().serves(case, which, device) and not slow and not self._only_chunks(which)
 
     def _only_chunks(self, which: str) -> bool:
@@ -241,7 +250,7 @@ class MiniMax(Contestant):
 
 def contestants(base: str | None) -> tuple[list[Contestant], dict[str, str]]:
     """Everyone who can run here, and who cannot and why."""
-    everyone: list[Contestant] = [Ours()]
+    everyone: list[Contestant] = [Ours(), Ours(precision="tf32"), Ours(precision="high")]
     if base is not None:
         everyone.append(Ours(base))
     everyone += [Fla("chunk"), Fla("fused_chunk"), Fla("fused_recurrent"), MiniMax(), Softmax()]

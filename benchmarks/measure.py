@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from cases import DTYPES, Case, checked_rows
-from contestants import Contestant, Inputs
+from contestants import Contestant, Inputs, Ours
 from torch import Tensor
 
 from leetdist.reference import quadratic, recurrence, relative_error
@@ -26,7 +26,8 @@ LARGE_BYTES = 8 * 2**30
 
 @dataclass
 class Result:
-    """One contestant on one case and pass. Times in ms; memory in bytes beyond inputs and outputs."""
+    """One contestant on one case and pass. Times in ms; memory in bytes beyond inputs and outputs; `vs_peer`: the time
+    of the fastest that is not leetdist and computes the same operator, over ours."""
 
     suite: str
     case: str
@@ -38,6 +39,7 @@ class Result:
     slowest: float | None = None
     floor_ms: float | None = None
     x_floor: float | None = None
+    vs_peer: float | None = None
     tflops: float | None = None
     gbytes: float | None = None
     peak_bytes: int | None = None
@@ -134,7 +136,7 @@ def _milliseconds(function: Callable[[], object], device: str) -> float:
     return begin.elapsed_time(end)
 
 
-def _call(contestant: Contestant, which: str, inputs: Inputs) -> Callable[[], object]:
+def call_of(contestant: Contestant, which: str, inputs: Inputs) -> Callable[[], object]:
     if which == "step":
         return lambda: contestant.step(inputs)
     if which == "forward":
@@ -184,7 +186,7 @@ def run_case(
                 if not result.error <= bound:
                     result.note = f"wrong: relative error {result.error:.1e}, bound {bound:.0e}"
                     continue
-                calls = [_call(contestant, which, x) for x in inputs]
+                calls = [call_of(contestant, which, x) for x in inputs]
                 for call in calls:
                     call()
                 result.peak_bytes = _peak(calls[0], case, which) if device == "cuda" else None
@@ -213,6 +215,14 @@ def run_case(
         result.floor_ms, result.x_floor = floor, middle / floor
         result.tflops = case.flops(which) / middle / 1e9
         result.gbytes = case.floor_bytes(which) / middle / 1e6
+    peers = [
+        results[c.name].milliseconds for c in contestants if not isinstance(c, Ours) and c.operator == Ours.operator
+    ]
+    fastest = min((peer for peer in peers if peer is not None), default=None)
+    for contestant in contestants:
+        result = results[contestant.name]
+        if isinstance(contestant, Ours) and fastest is not None and result.milliseconds is not None:
+            result.vs_peer = fastest / result.milliseconds
     return list(results.values())
 
 

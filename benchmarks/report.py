@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib.metadata
 import json
+import os
 import platform
+import shlex
 import subprocess
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -13,32 +18,33 @@ from typing import Any
 import torch
 from measure import Result
 
-COLUMNS = ("case", "pass", "contestant", "ms", "x floor", "TFLOP/s", "GB/s", "peak MiB", "error")
+COLUMNS = ("case", "pass", "contestant", "ms", "x floor", "vs peer", "TFLOP/s", "GB/s", "peak MiB", "error")
 
 
 def machine(device: str, bandwidth: float) -> dict[str, Any]:
     """What the numbers were measured on."""
     root = Path(__file__).resolve().parents[1]
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    # A tree that travels without its history says what it is in the environment.
+    commit = git.stdout.strip() or os.environ.get("LEETDIST_COMMIT") or "unknown"
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(),
         "copy_bytes_per_second": bandwidth,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit,
+        "command": shlex.join(["python", *sys.argv]),
     }
-    for name in ("triton", "fla", "transformers"):
-        try:
-            found[name] = __import__(name).__version__
-        except (ImportError, AttributeError):
-            continue
+    for name in ("triton", "flash-linear-attention", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 
 def row(result: Result) -> tuple[str, ...]:
     if result.milliseconds is None:
-        return (result.case, result.which, result.contestant, result.note or "-", *[""] * 5)
+        return (result.case, result.which, result.contestant, result.note or "-", *[""] * 6)
     peak = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.0f}"
     return (
         result.case,
@@ -46,6 +52,7 @@ def row(result: Result) -> tuple[str, ...]:
         result.contestant,
         f"{result.milliseconds:.4g}",
         f"{result.x_floor:.2f}",
+        "" if result.vs_peer is None else f"{result.vs_peer:.2f}",
         f"{result.tflops:.3g}",
         f"{result.gbytes:.4g}",
         peak,
@@ -57,7 +64,7 @@ def table(results: list[Result]) -> str:
     """Columns as wide as they need to be; a failure's note may run on."""
     rows = [row(result) for result in results]
     numbers = [r for r in rows if r[4]] + [COLUMNS]
-    widths = [max(len(r[i]) for r in (numbers if i >= 3 else [*rows, COLUMNS])) for i in range(9)]
+    widths = [max(len(r[i]) for r in (numbers if i >= 3 else [*rows, COLUMNS])) for i in range(len(COLUMNS))]
     lines, last = [], ("", "")
     for cells in [COLUMNS, *rows]:
         if last != cells[:2] and len(lines) > 1:

@@ -11,14 +11,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from cases import SUITES
-from contestants import contestants
+from cases import SUITES, Case
+from contestants import Contestant, contestants
 from measure import Result, copy_bandwidth, run_case
 from report import machine, save, table
+from warm import warm
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,18 +46,49 @@ def parse() -> argparse.Namespace:
         "--without",
         action="append",
         default=[],
-        metavar="NAME[/PASS]",
-        help="leave out a contestant, or one of its passes; may be repeated",
+        metavar="[SUITE:]NAME[/PASS]",
+        help="leave out a contestant, or one of its passes, or in one suite; may be repeated",
     )
+    parser.add_argument("--warm", type=float, metavar="S", help="first compile and tune in parallel, S seconds at most")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds a contestant (20)")
     parser.add_argument("--seconds", type=float, help="start no further case after this long")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--name", help="name of the result files (the suites' names)")
+    parser.add_argument("--name", help="name of the result files, of one suite (its name)")
     arguments = parser.parse_args()
+    if arguments.name and len(arguments.suites) > 1:
+        parser.error("--name is for one suite")
     for suite in arguments.suites:
         if suite not in SUITES:
             parser.error(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     return arguments
+
+
+class Pass(NamedTuple):
+    """A line of the run: one case, one pass, those who compete."""
+
+    suite: str
+    case: Case
+    which: str
+    device: str
+    chosen: list[Contestant]
+
+
+def passes(arguments: argparse.Namespace, here: list[Contestant]) -> list[Pass]:
+    left_out = set(arguments.without)
+    todo = []
+    for suite in arguments.suites:
+        device = "cpu" if suite == "cpu" else "cuda"
+        for case in SUITES[suite][1]:
+            for which in case.passes if arguments.case in case.name else ():
+                chosen = [
+                    c
+                    for c in here
+                    if c.serves(case, which, device)
+                    and arguments.only in c.name
+                    and left_out.isdisjoint(a + b for a in ("", f"{suite}:") for b in (c.name, f"{c.name}/{which}"))
+                ]
+                todo.append(Pass(suite, case, which, device, chosen))
+    return todo
 
 
 def say(text: str) -> None:
@@ -72,35 +105,21 @@ def main() -> int:
     here, missing = contestants(arguments.base)
     for who, reason in missing.items():
         print(f"left out: {who}, {reason}")
-    name = arguments.name or "-".join(arguments.suites)
     results: list[Result] = []
     facts: dict[str, object] = {}
-    todo = [
-        (suite, case, which)
-        for suite in arguments.suites
-        for case in SUITES[suite][1]
-        for which in case.passes
-        if arguments.case in case.name
-    ]
-    for number, (suite, case, which) in enumerate(todo, 1):
-        device = "cpu" if suite == "cpu" else "cuda"
-        if device == "cuda" and not torch.cuda.is_available():
-            print(f"{suite} needs a CUDA device; the suite cpu does not")
-            return 1
+    todo = passes(arguments, here)
+    if any(p.device == "cuda" for p in todo) and not torch.cuda.is_available():
+        print("a CUDA device is needed; by all suites but cpu")
+        return 1
+    if arguments.warm:
+        print(warm([(c, p.case, p.which, p.device) for p in todo for c in p.chosen], arguments.warm), flush=True)
+    for number, (suite, case, which, device, chosen) in enumerate(todo, 1):
         if arguments.seconds and time.monotonic() - begin > arguments.seconds:
             print(f"stopped after {arguments.seconds:.0f} s, {len(todo) - number + 1} passes left out")
             break
         if not facts:
             facts = machine(device, copy_bandwidth(device))
             print(json.dumps(facts), flush=True)
-        left_out = set(arguments.without)
-        chosen = [
-            c
-            for c in here
-            if c.serves(case, which, device)
-            and arguments.only in c.name
-            and left_out.isdisjoint((c.name, f"{c.name}/{which}"))
-        ]
         prefix = f"[{number}/{len(todo)}] {case.name}, {which}: "
         say(prefix)
         measured = run_case(
@@ -112,12 +131,21 @@ def main() -> int:
         results += measured
         say("")
         print(table(measured) + "\n", flush=True)
-        save(results, facts, arguments.out, name, plots=False)  # in case the rest is cut short
+        keep(results, facts, arguments, suite, plots=False)  # in case the rest is cut short
     if results:
         print(table(results))
-        for path in save(results, facts, arguments.out, name, plots=True):
+    for suite in dict.fromkeys(result.suite for result in results):
+        for path in keep(results, facts, arguments, suite, plots=True):
             print(f"wrote {path}")
     return 0
+
+
+def keep(
+    results: list[Result], facts: dict[str, object], arguments: argparse.Namespace, suite: str, *, plots: bool
+) -> list[Path]:
+    """The files of one suite."""
+    own = [result for result in results if result.suite == suite]
+    return save(own, facts, arguments.out, arguments.name or suite, plots=plots)
 
 
 if __name__ == "__main__":

@@ -65,16 +65,21 @@ class Tiles:
         """One segment: tile `j` starts at token `j * size`, and a kernel needs no table."""
         return self.num_segments == 1
 
+    # Who launches with the address of a table keeps this object, and it keeps the table.
+    @cached_property
+    def _tables(self) -> dict[tuple[str, torch.device], torch.Tensor]:
+        return {}
+
     def table(self, device: torch.device) -> torch.Tensor:
         """(count, 2) int64 on `device`: first token and number of tokens of every tile."""
-        return _table(self, device)
+        return self._tables.setdefault(("tiles", device), _table(self, device))
 
     def segment_table(self, device: torch.device) -> torch.Tensor:
         """(num_segments + 1,) int64 on `device`: `first_tile`."""
-        return _segment_table(self, device)
+        return self._tables.setdefault(("segments", device), _segment_table(self, device))
 
 
-# Copying a table to the GPU synchronises with the host, so the last few are kept.
+# Copying a table to the GPU synchronises with the host (and cannot be captured), so the last few are kept.
 @lru_cache(maxsize=256)
 def _table(tiles: Tiles, device: torch.device) -> torch.Tensor:
     return torch.tensor(tiles.spans, dtype=torch.int64).reshape(-1, 2).to(device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ def forward_pass(
 
     Returns o, the final state (if the problem asks for it) and S, all in one row of numbers.
     """
+    if plan.repeatable and not trace.on():
+        from leetdist.kernels.triton.replay import repeated
+
+        return cast(Any, repeated(_forward_pass, (q, k, v, log_decay, initial_state), plan))
+    return _forward_pass(q, k, v, log_decay, initial_state, plan)
+
+
+def _forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor | None, Tensor]:
     problem, kernels, tiles = plan.problem, plan.kernels, plan.tiles
     with _together(q, plan, beside=len(plan.lanes) > 1) as side:  # one lane's outputs wait for its scan anyway
         states = _Lanes(k.shape[0], k.shape[3], v.shape[3], q, plan)
@@ -81,6 +91,25 @@ def backward_pass(
     dq needs no R, so it is computed while R's scan is under way. Returns dq, dk, dv, d log_decay, d initial_state (the
     last on the first rank, if the call has one).
     """
+    arguments = (q, k, v, log_decay, flat_states, do, dfinal)
+    if plan.repeatable and not needs_decay_grad and not trace.on():
+        from leetdist.kernels.triton.replay import repeated
+
+        return cast(Any, repeated(_backward_pass, arguments, plan, False))
+    return _backward_pass(*arguments, plan, needs_decay_grad)
+
+
+def _backward_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    flat_states: Tensor,
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    plan: Plan,
+    needs_decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     problem, kernels, tiles, scale = plan.problem, plan.kernels, plan.tiles, plan.problem.scale
     if do is None:
         do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], problem.dv)

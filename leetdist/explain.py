@@ -30,6 +30,7 @@ def explain(
     method: str = "auto",
     group: Group | None = None,
     tile: int | None = None,
+    precision: str | None = None,
 ) -> str:
     """How `linear_attention` with the same arguments would be computed: method, kernels, tile, shards, and why.
 
@@ -61,6 +62,7 @@ def explain(
         "cu_seqlens": cu_seqlens,
         "method": method,
         "tile": tile,
+        "precision": precision,
     }
     transport = resolve(group)
     if method in ONE_DEVICE and transport is None:
@@ -72,9 +74,12 @@ def explain(
 def _lines(problem: Problem, plan: Plan | None) -> str:
     tokens = problem.tokens if plan is None else plan.layout.offsets[-1]
     decay = "" if problem.has_decay else ", no decay"
+    precision = "" if problem.precision is None else f", precision {problem.precision}"
     lines = {
         "problem": f"B {problem.batch}, H {problem.heads}, N {tokens:,}, Dk {problem.dk}, Dv {problem.dv}, "
-        f"{problem.dtype} on {problem.device}, {'forward and backward' if problem.needs_grad else 'forward'}{decay}",
+        f"{problem.dtype} on {problem.device}, {'forward and backward' if problem.needs_grad else 'forward'}"
+        + decay
+        + precision,
         "method": _method(problem, tokens),
     }
     if plan is not None:

@@ -30,11 +30,12 @@ def linear_attention(
     cu_seqlens: Tensor | None,
     method: str,
     tile: int | None,
+    precision: str | None,
     group: str,
 ) -> tuple[Tensor, Tensor]:
     """As leetdist.linear_attention, with the group by name; the state is empty where it is not asked for."""
     o, state, _ = _forward(
-        q, k, v, log_decay, initial_state, cu_seqlens, float(scale), return_state, method, tile, group
+        q, k, v, log_decay, initial_state, cu_seqlens, float(scale), return_state, method, tile, precision, group
     )
     return o, state
 
@@ -51,9 +52,10 @@ def _forward(
     return_state: bool,
     method: str,
     tile: int | None,
+    precision: str | None,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, group)
+    plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, precision, group)
     decay = q.new_zeros(q.shape[1], dtype=torch.float32) if log_decay is None else log_decay
     like = q
     q, k, v = (row_major(_aligned(x, plan)) for x in (q, k, v))
@@ -81,6 +83,7 @@ def _(
     return_state: bool,
     method: str,
     tile: int | None,
+    precision: str | None,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, _, dk = q.shape
@@ -105,10 +108,11 @@ def _backward(
     return_state: bool,
     method: str,
     tile: int | None,
+    precision: str | None,
     group: str,
     needs_decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, group)
+    plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, precision, group)
     decay = q.new_zeros(q.shape[1], dtype=torch.float32) if log_decay is None else log_decay
     count = q.shape[0] * q.shape[1] * plan.tiles.count * q.shape[3] * v.shape[3]
     if states.untyped_storage().nbytes() < count * states.element_size():
@@ -146,6 +150,7 @@ def _(
     return_state: bool,
     method: str,
     tile: int | None,
+    precision: str | None,
     group: str,
     needs_decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -187,12 +192,13 @@ def _plan(
     return_state: bool,
     method: str,
     tile: int | None,
+    precision: str | None,
     group: str,
 ) -> Plan:
     return plan_call(
         q, k, v, log_decay,
         scale=scale, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens, method=method,
-        tile=tile, transport=by_name(group), read_values=not q.is_cuda,
+        tile=tile, precision=precision, transport=by_name(group), read_values=not q.is_cuda,
     )  # fmt: skip
 
 

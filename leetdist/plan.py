@@ -4,6 +4,7 @@ together."""
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles
-from leetdist.methods import Kernels, kernels_for, part_of_tile, served_by
+from leetdist.methods import Kernels, kernels_for, launches_alone, part_of_tile, served_by
 from leetdist.problem import (
     Decays,
     Problem,
@@ -93,6 +94,11 @@ class Plan:
         """Of the initial and the final state of the whole call."""
         return self.layout.num_states, self.problem.heads, self.problem.dk, self.problem.dv
 
+    @cached_property
+    def repeatable(self) -> bool:
+        """Whether a pass is nothing but launches of Triton kernels, whose host work is done once a kind of call."""
+        return self.transport is None and self.problem.device.type == "cuda" and launches_alone(self.kernels)
+
     def sent_bytes(self) -> int:
         """Bytes of states that this rank sends in the forward scan."""
         if self.transport is None or not self.layout.continues_to_right(self.rank):
@@ -127,8 +133,16 @@ def plan_call(
     Raises ValueError, under a group on every rank, if any rank's arguments are wrong or the ranks' do not fit together.
     """
     if transport is None:
-        problem = describe(q, k, v, log_decay, **options)
-        return _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)))
+        kind = _kind(q, k, v, log_decay, options)
+        known = None if kind is None else _plans.get(kind)
+        if known is None:
+            problem = describe(q, k, v, log_decay, **options)
+            known = _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)), _settings())
+            if kind is not None:
+                if len(_plans) >= MOST_PLANS:
+                    _plans.clear()
+                _plans[kind] = known
+        return known
     lengths = declared_lengths(transport)
     mine: Problem | ValueError
     try:
@@ -166,9 +180,37 @@ def plan_call(
     return plan
 
 
+# Plans of local calls by all that `describe` looks at: it takes longer than a short call runs.
+_plans: dict[Hashable, Plan] = {}
+MOST_PLANS = 512
+
+
+def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: dict[str, Any]) -> Hashable | None:
+    """What tells one local call from another, None where values matter that are not known to be good."""
+    if options["cu_seqlens"] is not None or options["initial_state"] is not None:
+        return None
+    if log_decay is not None and (not isinstance(log_decay, Tensor) or known_decays(log_decay) is None):
+        return None
+    try:
+        kind = (
+            *[None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in (q, k, v, log_decay)],
+            torch.is_grad_enabled(), *options.values(), *_settings(),
+        )  # fmt: skip
+        hash(kind)
+    except (AttributeError, TypeError):  # describe says what is wrong
+        return None
+    return kind
+
+
+def _settings() -> tuple[str | None, ...]:
+    """What decides, beside the problem, on how kernels compute."""
+    return os.environ.get("LEETDIST_BACKEND"), os.environ.get("LEETDIST_HOPPER")
+
+
 @lru_cache(maxsize=512)
-def _local_plan(problem: Problem, _kernels: Hashable) -> Plan:
-    """Layers and steps come with the same few problems; `_kernels` is in the key because a setting may change them."""
+def _local_plan(problem: Problem, _kernels: Hashable, _settings: Hashable) -> Plan:
+    """Layers and steps come with the same few problems. A plan is for one choice of kernels and settings: what is
+    remembered by the plan (leetdist.kernels.triton.replay) is."""
     layout, tile = global_layout([problem])
     return make_plan(problem, layout, tile, any_initial=problem.has_initial)
 

@@ -20,6 +20,7 @@ from leetdist.sequence.grid import Layout, default_tile
 
 METHODS = ("auto", "vanilla", "recursion", "block", "causal_dot_product", "lightning", "fleet")
 ONE_DEVICE = ("vanilla", "recursion")
+PRECISIONS = (None, "tf32", "high")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -46,6 +47,7 @@ class Problem:
     needs_decay_grad: bool
     has_initial: bool
     tokens: int
+    precision: str | None = None
     lanes: int | None = None
     backend: str = ""  # under a group: ranks with other kernels would have other bits
     captured: bool = False  # by a CUDA graph, which no host launches
@@ -67,6 +69,7 @@ def describe(
     cu_seqlens: Tensor | None,
     method: str,
     tile: int | None,
+    precision: str | None = None,
     rank: int = 0,
     ranks: int = 1,
     sharded: bool = False,
@@ -89,6 +92,10 @@ def describe(
         raise ValueError(f"method {method!r} works on one device only; under a group use one of {able}")
     if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 16 or tile & (tile - 1)):
         raise ValueError(f"tile must be a power of two of at least 16 tokens, or None, got {tile!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be None, "tf32" or "high", got {precision!r}')
+    if precision == "tf32" and q.dtype != torch.float32:
+        raise ValueError(f'precision "tf32" is for float32 inputs, got {q.dtype}')
     if log_decay is not None:
         check_log_decay(log_decay, heads, q.device, read_values=read_values)
     documents = None
@@ -121,6 +128,7 @@ def describe(
         needs_decay_grad=grad and log_decay is not None and log_decay.requires_grad,
         has_initial=initial_state is not None,
         tokens=tokens,
+        precision=precision,
         lanes=_wanted_lanes(),
     )
 

@@ -42,6 +42,10 @@ def span(name: str, rank: int, lane: Lane | None, like: Tensor) -> AbstractConte
     return _span(name, rank, 0 if lane is None else lane.number, like)
 
 
+def on() -> bool:
+    return _file is not None
+
+
 def start(file: str) -> None:
     """Trace from now on into `file`, to which all ranks of a host append; LEETDIST_TRACE does so from the beginning."""
     global _file

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def benchmarks(monkeypatch):
     """Its modules, which are scripts beside each other and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = ("cases", "contestants", "measure", "report", "run")
+    names = ("cases", "contestants", "measure", "report", "warm", "run")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield {name: __import__(name) for name in names}
@@ -79,6 +79,13 @@ def test_results_can_be_read_back(benchmarks, tmp_path):
     assert document["results"][0]["milliseconds"] == results[0].milliseconds
     with files[1].open() as file:
         assert [row["contestant"] for row in csv.DictReader(file)] == ["leetdist"]
+
+
+def test_warming_up_runs_each_kind_of_call_once(benchmarks):
+    ours, case = benchmarks["contestants"].Ours(), small(benchmarks)
+    wrong = benchmarks["contestants"].Fla("chunk")
+    calls = [(ours, case, "forward", "cpu"), (ours, case, "forward", "cpu"), (wrong, case, "forward", "cpu")]
+    assert benchmarks["warm"].warm(calls, 60).startswith("1 of 2 kinds of calls warmed up")
 
 
 def test_floors_count_every_tensor_once(benchmarks):

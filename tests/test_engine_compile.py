@@ -40,7 +40,7 @@ def test_opcheck(case: str) -> None:
         documents = torch.tensor([0, 30, 100])
     decay = None if case == "no decay" else g.requires_grad_()
     args = [x.detach().requires_grad_() for x in (q, k, v)]
-    args += [decay, initial, documents, 0.5, "state" in case, "auto", 16, ""]
+    args += [decay, initial, documents, 0.5, "state" in case, "auto", 16, None, ""]
     torch.library.opcheck(ops._forward, tuple(args))
 
 
@@ -89,9 +89,9 @@ def test_the_op_alone_is_equal() -> None:
 def test_saved_states_are_not_to_be_copied() -> None:
     """The op's third output holds more memory than it shows; a copy of it is an error, never a wrong gradient."""
     q, k, v, g = inputs(40)
-    o, final, states = ops._forward(q, k, v, g, None, None, 0.5, True, "auto", 16, "")
+    o, final, states = ops._forward(q, k, v, g, None, None, 0.5, True, "auto", 16, None, "")
     assert states.shape == (1,)
-    arguments = (q, k, v, g, None, None, states, o, final, 0.5, True, "auto", 16, "", True)
+    arguments = (q, k, v, g, None, None, states, o, final, 0.5, True, "auto", 16, None, "", True)
     assert ops._backward(*arguments)[0].shape == q.shape
     with pytest.raises(RuntimeError, match="saved for the backward was copied"):
         ops._backward(*arguments[:6], states.clone(), *arguments[7:])
@@ -130,7 +130,7 @@ def over_ranks(rank: int) -> None:
 
     # opcheck runs the op; all ranks do so together.
     leaves = [x.clone().requires_grad_() for x in local]
-    torch.library.opcheck(ops._forward, (*leaves, None, None, 1.0, True, "auto", None, group.group_name))
+    torch.library.opcheck(ops._forward, (*leaves, None, None, 1.0, True, "auto", None, None, group.group_name))
 
     # Packed documents whose boundaries move tokens between the ranks.
     documents = torch.tensor([0, 70, 201, 256])

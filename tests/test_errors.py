@@ -38,6 +38,8 @@ def call(**changes: Any) -> Any:
         ({"scale": float("inf")}, "scale must be a finite number, got inf"),
         ({"scale": "1"}, "scale must be a finite number, got '1'"),
         ({"method": "magic"}, "method must be one of auto, vanilla, .* got 'magic'"),
+        ({"precision": "fp8"}, """precision must be None, "tf32" or "high", got 'fp8'"""),
+        ({n: torch.ones(1, 2, 64, 16).half() for n in "qkv"} | {"precision": "tf32"}, '"tf32" is for float32 inputs'),
         ({"tile": 48}, "tile must be a power of two of at least 16 tokens, or None, got 48"),
         ({"tile": 8}, "tile must be a power of two"),
         ({"group": 3}, "group must be a ProcessGroup, a 1-D DeviceMesh or a virtual group, got int"),

@@ -54,3 +54,14 @@ def test_a_source_holds_what_it_includes():
     text = loader.text("tile_outputs.cu")
     assert "#include" not in text
     assert text.count("wgmma.fence") == 1
+
+
+def test_copies_of_what_the_copy_engine_cannot_read_live_until_the_launch(monkeypatch):
+    monkeypatch.setattr(hopper, "_maps", {})
+    monkeypatch.setattr(hopper, "_encode", lambda address, _, __, strides: None if strides[2] % 8 else b"%d" % address)
+    wrong = [torch.randn(1, 2, 16, 65)[..., 1:] for _ in range(3)]
+    kept: list[torch.Tensor] = []
+    maps = [hopper._operand(x, 4, kept) for x in wrong]
+    assert maps == [(b"%d" % x.data_ptr(), 2) for x in kept]
+    assert len({found for found, _ in maps}) == 3
+    assert all(torch.equal(x, y) for x, y in zip(kept, wrong, strict=True))

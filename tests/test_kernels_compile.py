@@ -12,8 +12,8 @@ if not hasattr(triton, "compile") or triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from leetdist.kernels.triton import block, fleet, fold, step  # noqa: E402
-from leetdist.kernels.triton.configs import block_config, padded  # noqa: E402
+from leetdist.kernels.triton import block, decay, fleet, fold, step  # noqa: E402
+from leetdist.kernels.triton.configs import block_config, padded, parts_of  # noqa: E402
 
 # Shared memory that one program may use, bytes: the CUDA programming guide's table of compute capabilities.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -46,7 +46,7 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", NAMES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) -> None:
-    precision = block._precision(dtype)
+    parts = parts_of(dtype, "high")  # the most that 16-bit dtypes take
     # Compiling takes seconds: the usual size in both directions, the largest where operands are widest, a small one.
     shapes = {
         torch.bfloat16: [(128, 128, False), (128, 128, True), (64, 16, False)],
@@ -55,18 +55,20 @@ def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) ->
     }
     for rows, columns, reverse in shapes[dtype]:
         config = block_config(rows, columns, dtype, TILE)
-        common = {"REGULAR": True, "CHUNK": config.chunk, "PRECISION": precision}
+        common = {"REGULAR": True, "CHUNK": config.chunk}
         kernels = [
             (block._tile_states, config.stages, block.states_block(rows, config), config.columns),
             (block._tile_outputs, config.stages, padded(rows), config.columns),
-            (block._decay_gradient, 1, padded(rows), block.slope_columns(config)),
+            (decay._decay_gradient, 1, padded(rows), decay.slope_columns(config)),
         ]
         for kernel, stages, block_rows, block_columns in kernels:
             constants = common | {"ROWS": block_rows, "COLUMNS": block_columns}
-            if kernel is block._decay_gradient and dtype == torch.float32:
-                constants["PRECISION"] = "ieee"
-            if kernel is not block._decay_gradient:
-                constants["REVERSE"] = reverse
+            if kernel is decay._decay_gradient:
+                constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
+            else:
+                constants |= {"REVERSE": reverse, "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted}
+            if kernel is block._tile_outputs:
+                constants |= {"STATE_PARTS": parts.state, "SCORE_PARTS": parts.scores}
             result = compiled(kernel, architecture, config.warps, stages, dtype, **constants)
             name = f"{kernel.__name__} {rows}x{columns} sm_{architecture} {dtype}"
             assert result.metadata.shared <= SHARED_MEMORY[architecture], name

@@ -26,7 +26,7 @@ STAGES = {"tile_states": 3, "tile_outputs": 2}
 OTHERS = {"tile_states": 2048, "tile_outputs": 3072 + BLOCK}
 MAP_BYTES, MAPS_KEPT = 128, 1024
 
-_maps: dict[tuple[Any, ...], bytes | None] = {}
+_maps: dict[tuple[Any, ...], TensorMap | None] = {}
 
 
 def serves() -> bool:
@@ -41,10 +41,12 @@ def tile_states(
     heads = log_decay.shape[0]
     programs = b.shape[0] * heads * tiles.count
     splits = _splits(programs, c)
+    kept: list[Tensor] = []
     launch = _kernel("tile_states", b.shape[3], c.shape[3] // splits, b.dtype, False, reverse, b.device)
     launch(
         (programs * splits,), THREADS,
-        *_operand(b, heads), *_operand(c, heads), out.data_ptr(), *_tiles(tiles, b, log_decay), splits, float(scale),
+        *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(),
+        *_tiles(tiles, b, log_decay), splits, float(scale),
     )  # fmt: skip
 
 
@@ -63,6 +65,7 @@ def tile_outputs(
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_outputs."""
     heads = log_decay.shape[0]
+    kept: list[Tensor] = []
     wide, target = out.dtype != a.dtype, out
     if not wide and _map(out) is None:
         target = torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -71,7 +74,8 @@ def tile_outputs(
     launch = _kernel("tile_outputs", a.shape[3], c.shape[3] // splits, a.dtype, wide, reverse, a.device)
     launch(
         (programs * splits,), THREADS,
-        *_operand(a, heads), *_operand(b, heads), *_operand(c, heads), states.data_ptr(), *states.stride(),
+        *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept),
+        states.data_ptr(), *states.stride(),
         bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
         *_tiles(tiles, b, log_decay), splits,
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)),
@@ -118,43 +122,57 @@ def _tiles(tiles: Tiles, b: Tensor, log_decay: Tensor) -> tuple[int, ...]:
     return log_decay.data_ptr(), table, log_decay.shape[0], tiles.count, tiles.size, b.shape[2]
 
 
-def _operand(x: Tensor, heads: int) -> tuple[bytes, int]:
-    """The map of x, or of a copy that has one, and how many heads share one of x's."""
+def _operand(x: Tensor, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:
+    """The map of x, or of a copy that has one, and how many heads share one of x's. A copy joins `kept`, for its memory
+    is another's as soon as nobody holds it."""
     found = _map(x)
     if found is None:
         x = x.clone(memory_format=torch.contiguous_format)
+        kept.append(x)
         found = _map(x)
         assert found is not None
     return found, heads // x.shape[1]
 
 
-def _map(x: Tensor) -> bytes | None:
+class TensorMap(bytes):
+    """How the copy engine knows a tensor; `address` and `kind` are what it was made from."""
+
+    address: int
+    kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def _map(x: Tensor) -> TensorMap | None:
     """x (batch, heads, tokens, dim), 16-bit, as the copy engine knows it, in blocks of 64 tokens x 64 numbers; None
     where x is not made of multiples of 16 bytes."""
-    key = (x.data_ptr(), x.dtype, x.shape, x.stride())
+    return tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride()))
+
+
+def tensor_map(address: int, kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]) -> TensorMap | None:
+    """The same of a tensor by its address, dtype, shape and strides."""
+    key = address, kind
     if key not in _maps:
         if len(_maps) >= MAPS_KEPT:
             _maps.clear()
-        _maps[key] = _encode(x)
+        _maps[key] = _encode(address, *kind)
     return _maps[key]
 
 
-def _encode(x: Tensor) -> bytes | None:
+def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> TensorMap | None:
     from cuda.bindings import driver
 
     # The stride of what there is one of means nothing, but must be allowed.
-    strides = [2 * stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride(), strict=False)]
-    if x.data_ptr() % 16 or any(stride <= 0 or stride % 16 for stride in strides):
+    steps = [2 * stride if size > 1 else 16 for size, stride in zip(shape[:3], strides, strict=False)]
+    if address % 16 or any(step <= 0 or step % 16 for step in steps):
         return None
     loader.bind()
     kinds = driver.CUtensorMapDataType
-    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if x.dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
     result, made = driver.cuTensorMapEncodeTiled(
         kind,
         4,
-        x.data_ptr(),
-        [driver.cuuint64_t(size) for size in reversed(x.shape)],
-        [driver.cuuint64_t(stride) for stride in reversed(strides)],
+        address,
+        [driver.cuuint64_t(size) for size in reversed(shape)],
+        [driver.cuuint64_t(step) for step in reversed(steps)],
         [driver.cuuint32_t(size) for size in (64, 64, 1, 1)],
         [driver.cuuint32_t(1)] * 4,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -163,4 +181,6 @@ def _encode(x: Tensor) -> bytes | None:
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     loader.check(result)
-    return ctypes.string_at(int(made.getPtr()), MAP_BYTES)
+    found = TensorMap(ctypes.string_at(int(made.getPtr()), MAP_BYTES))
+    found.address, found.kind = address, (dtype, shape, strides)
+    return found

@@ -54,8 +54,9 @@ constexpr int WEIGHTS_BYTES = CHUNK / 2 * 8;
 __device__ __forceinline__ void write_weights(Word to, float g, float scale, int count) {
     if (threadIdx.x >= CHUNK / 2) return;
     const int token = 2 * threadIdx.x, steps = REVERSE ? token + 1 : count - 1 - token;
-    const float x = exp2_(g * float(max(steps, 0))) * scale;
-    const float y = exp2_(g * float(max(REVERSE ? steps + 1 : steps - 1, 0))) * scale;
+    // Rounded here, not fused with the subtraction below in one kernel and not in another.
+    const float x = __fmul_rn(exp2_(g * float(max(steps, 0))), scale);
+    const float y = __fmul_rn(exp2_(g * float(max(REVERSE ? steps + 1 : steps - 1, 0))), scale);
     const Word high = pack(x, y);
     store(to + threadIdx.x * 8, high);
     store(to + threadIdx.x * 8 + 4, pack(x - unpack(high, 0), y - unpack(high, 1)));

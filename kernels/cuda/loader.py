@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from leetdist.kernels import recording
+
 SOURCES = Path(__file__).parent
 
 _thread = threading.local()
@@ -117,6 +119,8 @@ def kernel(
         bind()
         if not hasattr(own, "slots"):
             own.slots = _Slots(arguments, module)
+        if recording.noting():
+            recording.note(recording.CudaLaunch(run, grid, block, arguments))
         own.slots.fill(arguments)
         x, y, z = (*grid, 1, 1)[:3]
         stream = torch._C._cuda_getCurrentRawStream(device.index)

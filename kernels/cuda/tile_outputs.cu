@@ -106,25 +106,21 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
 
     const Word base = shared_memory(), seen = base + 2 * STAGE;
     const Tables tables(seen + BLOCK);
-    const Word arrivals = tables.end;  // of a and b, twice, and of c, twice: c is wanted later
+    const Word arrivals = tables.end;
     auto stage = [&](int step) { return base + step % 2 * STAGE; };
     auto fetch_ab = [&](int step) {
         if (step >= tile.chunks || thread > 0) return;
         const Word arrival = arrivals + step % 2 * 8;
-        expect(arrival, 2 * ROWS_BYTES);
+        expect(arrival, STAGE);
         fetch<ROWS>(stage(step), a, tile.chunk(step, a_share), arrival);
         fetch<ROWS>(stage(step) + ROWS_BYTES, b, tile.chunk(step, b_share), arrival);
     };
     auto fetch_c = [&](int step) {
         if (step >= tile.chunks || thread > 0) return;
-        const Word arrival = arrivals + 16 + step % 2 * 8;
-        expect(arrival, COLUMNS_BYTES);
-        fetch<COLUMNS>(stage(step) + 2 * ROWS_BYTES, c, tile.chunk(step, c_share, tile.column), arrival);
+        const Word to = stage(step) + 2 * ROWS_BYTES;
+        fetch<COLUMNS>(to, c, tile.chunk(step, c_share, tile.column), arrivals + step % 2 * 8);
     };
-    auto wait_ab = [&](int step) { wait_arrival(arrivals + step % 2 * 8, step / 2 & 1); };
-    auto wait_c = [&](int step) { wait_arrival(arrivals + 16 + step % 2 * 8, step / 2 & 1); };
-    if (thread == 0)
-        for (int i = 0; i < 4; i++) init_arrival(arrivals + i * 8);
+    if (thread == 0) init_arrival(arrivals), init_arrival(arrivals + 8);
     publish();
     __syncthreads();
     fetch_ab(0), fetch_c(0);
@@ -150,34 +146,25 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         }
     };
 
-    float scores[32];
-    auto start_scores = [&](int step) {  // behind the last chunk, of what lies there
-        const Word a_i = stage(step), b_i = a_i + ROWS_BYTES;
-        if (step < tile.chunks) {
-            wait_ab(step);
-            if (tile.count(step) < CHUNK) {
-                wait_c(step);
-                zero_rows<ROWS>(b_i, tile.count(step)), zero_rows<COLUMNS>(b_i + ROWS_BYTES, tile.count(step));
-                publish();
-                __syncthreads();
-            }
+    for (int step = 0; step < tile.chunks; step++) {
+        const Word a_i = stage(step), b_i = a_i + ROWS_BYTES, c_i = b_i + ROWS_BYTES;
+        const int count = tile.count(step);
+        wait_arrival(arrivals + step % 2 * 8, step / 2 & 1);
+        if (count < CHUNK) {
+            zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
+            publish();
         }
+        __syncthreads();  // all have written the outputs of the chunk before, and read its scores
+        wait_products<0>();  // for ptxas, which does not see that none is under way
+
+        fetch_ab(step + 1);
+        write_chunk(step - 1);
+        float scores[32], o_i[32], unit[2];
+        Word held[STEPS][4], x[PARTS][4][4];
         begin_products();
 #pragma unroll
         for (int i = 0; i < STEPS; i++) product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
         end_products();
-    };
-    start_scores(0);
-    wait_products<0>();
-    here(scores);
-    for (int step = 0; step < tile.chunks; step++) {
-        const Word a_i = stage(step), b_i = a_i + ROWS_BYTES, c_i = b_i + ROWS_BYTES;
-        const int count = tile.count(step);
-        __syncthreads();  // all have written the outputs of the chunk before, and read its scores
-        wait_products<0>();  // for ptxas, which does not see that none is under way
-
-        float o_i[32], unit[2];
-        Word held[STEPS][4], x[PARTS][4][4];
         auto start_from_state = [&](int part) {
             hold(state[part], held, unit);
             here(held);
@@ -187,14 +174,13 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             end_products();
         };
         start_from_state(0);
-        fetch_ab(step + 1);
-        write_chunk(step - 1);
+        wait_products<1>();
+        here(scores);
         tables.decay(scores, seen);
         publish();
         __syncthreads();  // all have written their scores, and read the outputs of the chunk before
         if (thread == 0) wait_writes();
         fetch_c(step + 1);
-        wait_c(step);
 
         const float fade = exp2_(g * float(count));
         Weighted weighted[PARTS];
@@ -242,13 +228,9 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             advance(state[part], fade, weighted[part], b_i);
         }
         publish();
-        if (PARTS > 1) {  // there are no registers for scores beside the operands of both parts
-            wait_products<1>();
-            here(state[0]), here(weighted[0]);
-        }
-        start_scores(step + 1);
         wait_products<0>();
-        here(scores), here(state[PARTS - 1]), here(weighted[PARTS - 1]);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) here(state[part]), here(weighted[part]);
     }
     __syncthreads();
     write_chunk(tile.chunks - 1);

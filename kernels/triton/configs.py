@@ -24,15 +24,47 @@ class Config:
     stages: int
 
 
-def on_hopper(rows: int, columns: int, dtype: torch.dtype, tile: int, device: torch.device) -> bool:
+@dataclass(frozen=True)
+class Parts:
+    """Of how many 16-bit numbers operands are the sum: the inputs, the state, the scores, and tokens weighted by their
+    decay on the way to the state."""
+
+    inputs: int
+    state: int
+    scores: int
+    weighted: int
+
+
+def parts_of(dtype: torch.dtype, precision: str | None) -> Parts:
+    """The parts for a dtype of the inputs and the `precision` that `linear_attention` was asked for."""
+    if dtype == torch.float32:
+        return Parts(1, 1, 1, 1) if precision == "tf32" else Parts(2, 2, 2, 2)
+    return Parts(1, 2, 2, 2) if precision == "high" else Parts(1, 1, 1, 2)
+
+
+def on_hopper(rows: int, columns: int, dtype: torch.dtype, parts: Parts, tile: int, device: torch.device) -> bool:
     """Whether leetdist.kernels.triton.hopper serves a problem: as for all configurations, the problem alone decides.
 
     LEETDIST_HOPPER=0 takes the general kernels instead, which have other roundings.
     """
     return (
         dtype in (torch.bfloat16, torch.float16)
+        and parts == parts_of(dtype, None)
         and {rows, columns} <= {64, 128}
         and tile >= 128
+        and device.type == "cuda"
+        and _is_hopper(device)
+        and os.environ.get("LEETDIST_HOPPER", "1") != "0"
+    )
+
+
+def on_hopper_wide(rows: int, columns: int, dtype: torch.dtype, tile: int, device: torch.device) -> bool:
+    """Whether leetdist.kernels.triton.hopper_wide serves a problem that leetdist.kernels.triton.hopper does not."""
+    return (
+        max(rows, columns) <= 256
+        and (dtype != torch.float32 or rows <= 128)
+        and rows * dtype.itemsize % 16 == columns * dtype.itemsize % 16 == 0  # what bulk copies ask for
+        and tile >= 64
         and device.type == "cuda"
         and _is_hopper(device)
         and os.environ.get("LEETDIST_HOPPER", "1") != "0"

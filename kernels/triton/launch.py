@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from leetdist.kernels import recording
+
 # The versions of Triton whose compiled kernels take the arguments that `launch` gives; others launch the usual way.
 DIRECT = triton.__version__.startswith(("3.6.",)) and not triton.knobs.runtime.interpret
 # Kept kernels; integers are in the key, so a stream of ever new lengths would fill the memory.
@@ -20,6 +22,16 @@ MOST = 4096
 
 _kept: dict[tuple[Any, ...], Any] = {}
 _thread = threading.local()
+
+
+def direct(device: torch.device) -> bool:
+    """Whether compiled kernels can be launched here and now without asking Triton or binding the device first."""
+    return (
+        DIRECT
+        and device.index == torch._C._cuda_getDevice()
+        and device.index in _thread.__dict__.get("devices", ())
+        and not triton.knobs.runtime.launch_enter_hook.calls
+    )
 
 
 def launch(
@@ -42,16 +54,20 @@ def launch(
         kernel[grid](*arguments, **constants, **options)
         return None
     key = (kernel, device.index, *options.values(), *constants.values(), *map(_kind, arguments))
-    compiled = _kept.get(key)
+    compiled, new = _kept.get(key), False
     if compiled is None:
         if len(_kept) >= MOST:
             _kept.clear()
-        _kept[key] = kernel[grid](*arguments, **constants, **options)
+        compiled, new = kernel[grid](*arguments, **constants, **options), True
+        _kept[key] = compiled
+    grid, arguments = (*grid, *(1,) * (3 - len(grid))), (*arguments, *constants.values())
+    if recording.noting():
+        recording.note(recording.TritonLaunch(compiled, grid, arguments))
+    if new:
         return None
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     compiled.run(
         *grid,
-        *(1,) * (3 - len(grid)),
         stream,
         compiled.function,
         compiled.packed_metadata,
@@ -59,7 +75,6 @@ def launch(
         None,
         None,
         *arguments,
-        *constants.values(),
     )
     return None
 

@@ -138,6 +138,11 @@ def backend_of(kernels: Kernels) -> str:
     return ", ".join(dict.fromkeys(function.__module__ for function in functions))
 
 
+def launches_alone(kernels: Kernels) -> bool:
+    """Whether the kernels of the two passes are all launched by leetdist.kernels.triton.launch."""
+    return backend_of(kernels) in ("leetdist.kernels.triton.block, leetdist.kernels.triton.fold",)
+
+
 def attention_on_one_device(
     problem: Problem,
     q: Tensor,

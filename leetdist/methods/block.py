@@ -11,9 +11,10 @@ Source: LeetDecoding, arXiv 2501.02573, section 3 (block-based); RetNet, arXiv 2
 
 from __future__ import annotations
 
+from functools import cache, partial, update_wrapper
 from typing import TYPE_CHECKING, cast
 
-from leetdist.methods import Kernels, triton_serves
+from leetdist.methods import Kernels, compose, triton_serves
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
@@ -22,9 +23,20 @@ if TYPE_CHECKING:
 def kernels(problem: Problem) -> Kernels:
     """Triton's where they serve the problem, PyTorch's elsewhere."""
     if triton_serves(problem):
-        from leetdist.kernels.triton import block as triton_block
-
-        return cast(Kernels, triton_block)
+        return _triton(problem.precision)
     from leetdist.kernels.pytorch import block
 
     return cast(Kernels, block)
+
+
+@cache
+def _triton(precision: str | None) -> Kernels:
+    from leetdist.kernels.triton import block
+
+    if precision is None:
+        return cast(Kernels, block)
+    outputs, states = (
+        update_wrapper(partial(function, precision=precision), function)
+        for function in (block.tile_outputs, block.tile_states)
+    )
+    return compose(cast(Kernels, block), outputs, states)

@@ -1,0 +1,45 @@
+"""Launches that are being noted, so that a call can be repeated (leetdist.kernels.triton.replay)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_thread = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class TritonLaunch:
+    """The compiled kernel, the grid (of three numbers), all arguments with the constants."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CudaLaunch:
+    """The function that launches (leetdist.kernels.cuda.loader.kernel), grid, threads and arguments: addresses are
+    integers, and maps of tensors are bytes that say what they are of."""
+
+    launch: Callable[..., None]
+    grid: tuple[int, ...]
+    block: int
+    arguments: tuple[Any, ...]
+
+
+def record_into(events: list[Any] | None) -> None:
+    """Note this thread's launches in a list, until told None."""
+    _thread.events = events
+
+
+def note(launched: TritonLaunch | CudaLaunch) -> None:
+    events = _thread.__dict__.get("events")
+    if events is not None:
+        events.append(launched)
+
+
+def noting() -> bool:
+    return _thread.__dict__.get("events") is not None

@@ -1,0 +1,25 @@
+"""python tests/warm_hopper.py: compile the CUDA C++ kernels for Hopper into LEETDIST_CACHE, on all cores."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from leetdist.kernels.cuda import hopper, loader
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def compiled(name: str, rows: int, columns: int, dtype: torch.dtype, wide: bool, reverse: bool) -> int:
+    return len(loader.cubin(f"{name}.cu", "sm_90a", hopper.defines(rows, columns, dtype, wide, reverse)))
+
+
+if __name__ == "__main__":
+    shapes = list(itertools.product((128, 64), (128, 64), DTYPES, (False, True), (False, True)))
+    jobs = [("tile_outputs", *shape) for shape in shapes]
+    jobs += [("tile_states", *shape) for shape in shapes if not shape[3]]
+    with ProcessPoolExecutor() as pool:
+        sizes = list(pool.map(compiled, *zip(*jobs, strict=True)))
+    print(f"{len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB in {loader.cache_folder()}")
