@@ -44,6 +44,7 @@ class Contestant:
     devices: tuple[str, ...] = ("cuda",)
     passes: tuple[str, ...] = ("forward", "forward + backward")
     operator = "decaying linear attention"
+    compiles = True  # at first use
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -183,6 +184,7 @@ class Softmax(Contestant):
     name = "SDPA (softmax)"
     devices = ("cuda", "cpu")
     operator = "softmax attention"
+    compiles = False
 
     def serves(self, case: Case, which: str, device: str) -> bool:
         limit = 32768 if device == "cuda" else 8192
@@ -207,6 +209,7 @@ class MiniMax(Contestant):
     name = "transformers MiniMax"
     module = "transformers"
     devices = ("cpu",)
+    compiles = False
 
     def __init__(self) -> None:
         self.layer: Any = None
