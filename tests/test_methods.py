@@ -250,8 +250,8 @@ def test_auto_takes_the_least_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = describe(x, x, x, None, method="auto", **options)
     table = {name: cost.Cost(5.0, 0.0, 1.0) for name in cost.CANDIDATES} | {"fleet": cost.Cost(1.0, 0.0, 2.0)}
     monkeypatch.setitem(cost.COSTS["cpu"], False, table)
-    assert cost.choose(problem, 16, cuda=True).method == "fleet"
-    assert cost.choose(problem, 4096, cuda=True).method == "block"
+    assert cost.choose(problem, 16, cuda=True, hopper=True).method == "fleet"
+    assert cost.choose(problem, 4096, cuda=True, hopper=True).method == "block"
 
 
 def test_auto_on_a_gpu_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,8 +260,10 @@ def test_auto_on_a_gpu_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = replace(describe(x, x, x, None, method="auto", **options), device=torch.device("cuda", 0))
     table = {name: cost.Cost(5.0, 0.0, 3.0) for name in cost.CANDIDATES} | {"fleet": cost.Cost(5.0, 0.0, 2.0)}
     monkeypatch.setitem(cost.COSTS["sm_90"], False, table)
-    assert cost.choose(problem, 4096, cuda=True).method == "fleet"
-    assert cost.choose(problem, 4096, cuda=False).method == "block"
+    assert cost.choose(problem, 4096, cuda=True, hopper=True).method == "fleet"
+    assert cost.choose(problem, 4096, cuda=False, hopper=True).method == "block"
+    # Without the kernels for Hopper, fp32 products of matrices are slower than the CUDA cores.
+    assert cost.choose(problem, 4096, cuda=True, hopper=False).method == "fleet"
 
 
 def test_auto_is_never_far_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +273,7 @@ def test_auto_is_never_far_from_the_best(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = describe(x, x, x, None, method="auto", **options)
     table = {name: cost.Cost(100.0, 0.0, 100.0) for name in cost.CANDIDATES}
     monkeypatch.setitem(cost.COSTS["cpu"], False, table | {"fleet": cost.Cost(110.0, 0.0, 50.0)})
-    choice = cost.choose(problem, 16, cuda=True)
+    choice = cost.choose(problem, 16, cuda=True, hopper=True)
     assert choice.method == "fleet"
     assert choice.ratios["fleet"] == pytest.approx(1.1)
     assert choice.ratios["block"] > 1.5

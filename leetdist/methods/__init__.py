@@ -128,7 +128,8 @@ def _kernels_for(problem: Problem, tokens: int, _backend: str | None) -> Kernels
 
 def choice_for(problem: Problem, tokens: int) -> cost.Choice:
     """What "auto" takes."""
-    return cost.choose(problem, problem.tile or default_tile(tokens), cuda_serves(problem))
+    tile = problem.tile or default_tile(tokens)
+    return cost.choose(problem, tile, cuda=cuda_serves(problem), hopper=hopper_serves(problem, tile))
 
 
 def backend_of(kernels: Kernels) -> str:
@@ -179,6 +180,13 @@ def cuda_serves(problem: Problem) -> bool:
     from leetdist.kernels.cuda.loader import available
 
     return available()
+
+
+def hopper_serves(problem: Problem, tile: int) -> bool:
+    """Whether block has kernels written for Hopper for the problem, several times faster than the general ones."""
+    whole = all(dim * problem.dtype.itemsize % 16 == 0 for dim in (problem.dk, problem.dv))
+    fits = tile >= 64 and whole and (problem.dtype != torch.float32 or problem.dk <= 128)
+    return fits and triton_serves(problem) and problem.device.type == "cuda" and _capability(problem.device) == (9, 0)
 
 
 def served_by(problem: Problem) -> str:

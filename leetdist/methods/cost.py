@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from leetdist.kernels.tiles import ceil_div
 from leetdist.sequence.grid import default_tile
 
@@ -73,10 +71,10 @@ KINDS = {True: "16 bit", False: "fp32"}
 COSTS = load()
 
 
-def choose(problem: Problem, tile: int, cuda: bool) -> Choice:
+def choose(problem: Problem, tile: int, *, cuda: bool, hopper: bool) -> Choice:
     """The method for `problem` on tiles of `tile` tokens; `cuda`: whether the CUDA C++ kernels can run, which fleet and
-    causal_dot_product were measured with."""
-    where = _measured_on(problem.device)
+    causal_dot_product were measured with; `hopper`: whether those written for Hopper can, which block was."""
+    where = "cpu" if problem.device.type == "cpu" else "sm_90" if hopper else "general"
     served = [m for m in CANDIDATES if cuda or where == "cpu" or m not in ("fleet", "causal_dot_product")]
     costs = COSTS[where][problem.dtype.itemsize == 2]
     size, tokens = problem.dk * problem.dv / 128**2, _usual_length(tile)
@@ -94,8 +92,3 @@ def _usual_length(tile: int) -> int:
     while default_tile(tokens) < tile and tokens < 2**40:
         tokens *= 2
     return tokens
-
-
-def _measured_on(device: torch.device) -> str:
-    """The chip measured that is most like the device: other GPUs go by the H200's proportions."""
-    return "cpu" if device.type == "cpu" else "sm_90"

@@ -10,8 +10,7 @@ from itertools import accumulate, pairwise
 from leetdist.kernels.tiles import Tiles, ceil_div
 
 SMALLEST_TILE, LARGEST_TILE = 16, 8192
-# A few ranks want a tile each; but rather 4 or 2 tiles than 8 that are shorter than 128 or 64 tokens: the states of
-# 16 x 32 x 128 tokens in tiles of 16 are twice as large as q, k, v and o in fp32, and are moved four times.
+# A few ranks want a tile each.
 TILES_WANTED = 8
 # Longer sequences want longer tiles, for a state in memory costs as much as 85 tokens of q, k and v (bf16, D = 128),
 # and more of them, to fill the GPUs of more ranks; so both grow as the square root: 1,024 tokens at 8,192, 4,096 at
@@ -24,8 +23,7 @@ def default_tile(total_tokens: int) -> int:
 
     It depends on the length of the whole sequence alone, so every rank, and `shard_sequence`, knows it.
     """
-    shares = [total_tokens // TILES_WANTED, min(total_tokens // 4, 128), 64 if total_tokens >= 128 else 1]
-    wanted = max(1, min(max(shares), math.isqrt(TOKENS_SHARED * total_tokens)))
+    wanted = max(1, min(total_tokens // TILES_WANTED, math.isqrt(TOKENS_SHARED * total_tokens)))
     return min(max(1 << (wanted.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
 
 
