@@ -64,18 +64,33 @@ def slope_columns(config: Config) -> int:
 def _times_state(a, state, PRECISION: tl.constexpr):
     """a . state.
 
-    bf16 takes the state as a sum of two bf16 numbers: rounding it to one would be the largest error of a head with a
-    long memory. A state can exceed fp16's range (it grows with the sequence), so fp16 multiplies in tf32, with fp16's
-    mantissa and fp32's range.
+    16 bits take the state as a sum of two numbers: rounding it to one would be the largest error of a head with a long
+    memory. A state can exceed fp16's range (it grows with the sequence), so beside fp16 the two are tf32 numbers, with
+    fp16's mantissa and fp32's range.
     """
-    if a.dtype == tl.bfloat16:
-        high = state.to(tl.bfloat16)
-        low = (state - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(a, low, acc=tl.dot(a, high))
+    if a.dtype == tl.float32:
+        product = tl.dot(a, state, input_precision=PRECISION)
+    elif a.dtype == tl.float16:
+        wide, high = a.to(tl.float32), _rounded_to_tf32(state)
+        product = tl.dot(wide, state - high, acc=tl.dot(wide, high, input_precision="tf32"), input_precision="tf32")
     else:
-        if a.dtype == tl.float16:
-            state = _rounded_to_tf32(state)
-        return tl.dot(a.to(tl.float32), state, input_precision=PRECISION)
+        high = state.to(tl.bfloat16)
+        product = tl.dot(a, (state - high.to(tl.float32)).to(tl.bfloat16), acc=tl.dot(a, high))
+    return product
+
+
+@triton.jit
+def _weighted_sum(k, weight, v, PRECISION: tl.constexpr):
+    """sum_i weight_i k_i v_i^T.
+
+    In 16 bits, a weighted key is a sum of two numbers: the rounding of one alone would be most of the gradient's error.
+    """
+    weighted = k.to(tl.float32) * weight[:, None]
+    high = weighted.to(k.dtype)
+    total = tl.dot(tl.trans(high), v, input_precision=PRECISION)
+    if k.dtype != tl.float32:
+        total = tl.dot(tl.trans((weighted - high.to(tl.float32)).to(k.dtype)), v, acc=total)
+    return total
 
 
 @triton.jit
@@ -131,16 +146,13 @@ def _decay_gradient(
         far = _times_state(q_i, slope, PRECISION) + _times_state(q_i, state, PRECISION) * steps[:, None]
         far = tl.sum(far * do_i.to(tl.float32), 1) * _powers(g, position + 1) * scale
         total += near + far
-        k_raw = k_i
-        k_i = (k_raw.to(tl.float32) * to_state(g, count, False, CHUNK)[:, None]).to(k_raw.dtype)
         # One factor of gamma is left to the sum, so that 16-bit weights do not all vanish under a strong decay.
         left = tl.maximum(count - 1 - position, 0)
         weight = _powers(g, left - 1) * left.to(tl.float32)
-        k_left = (k_raw.to(tl.float32) * weight[:, None]).to(k_raw.dtype)
         across = _powers(g, count)
         slope = (slope + state * count.to(tl.float32)) * across
-        slope += tl.dot(tl.trans(k_left), v_i, input_precision=PRECISION) * tl.exp(g)
-        state = state * across + tl.dot(tl.trans(k_i), v_i, input_precision=PRECISION)
+        slope += _weighted_sum(k_i, weight, v_i, PRECISION) * tl.exp(g)
+        state = state * across + _weighted_sum(k_i, to_state(g, count, False, CHUNK), v_i, PRECISION)
 
     gradient = tl.load(state_grads + element, mask=inside, other=0.0)
     # Both axes at once: Triton 3.6 fails to compile one after the other for Blackwell.
