@@ -286,7 +286,7 @@ def model(bench: Bench, tokens: int, ranks: int, name: str, graph: bool) -> floa
     forgetting = float((lightning_slopes(job.heads) * job.grid < -105).float().mean())
     shape = (1, job.heads, job.heads, job.dk, job.dv, job.shards, job.grid)
     wanted = os.environ.get("LEETDIST_LANES")
-    lanes = int(wanted or cost.best_lanes(*shape, "cuda", forgetting=forgetting))
+    lanes = int(wanted or cost.best_lanes(*shape, "cuda", forgetting=forgetting, captured=graph))
     # On one device there is no lane to launch, and what the host takes is not modelled.
     there, back = cost.times(job, cost.Machine(), lanes, forgetting=forgetting, captured=graph or ranks == 1)
     return there if name == "forward" else there + back

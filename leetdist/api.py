@@ -134,7 +134,8 @@ def linear_attention(
         o, state = ops.linear_attention(q, k, v, log_decay, **options, group=name_of(group))
         return (o, state) if return_state else o
     transport = resolve(group)
-    plan = plan_call(q, k, v, log_decay, **options, transport=transport)
+    captured = transport is not None and q.is_cuda and torch.cuda.is_current_stream_capturing()
+    plan = plan_call(q, k, v, log_decay, **options, transport=transport, captured=captured)
     problem, here, there = plan.problem, plan.given, plan.layout.lengths
     anchor = None
     if transport is not None:

@@ -123,9 +123,12 @@ def plan_call(
     log_decay: Tensor | None,
     *,
     transport: Transport | None,
+    captured: bool = False,
     **options: Any,
 ) -> Plan:
     """Check the arguments of one call, agree with the group's other ranks, and plan it. Options: those of `describe`.
+
+    captured: whether a CUDA graph captures the call, and its backward will do with this plan.
 
     Raises ValueError, under a group on every rank, if any rank's arguments are wrong or the ranks' do not fit together.
     """
@@ -144,7 +147,7 @@ def plan_call(
     mine: Problem | ValueError
     try:
         mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
-        mine = replace(mine, backend=served_by(mine))
+        mine = replace(mine, backend=served_by(mine), captured=captured)
     except ValueError as error:
         mine = error
     else:
@@ -165,6 +168,7 @@ def plan_call(
         plan = make_plan(
             mine, given.on_grid(tile), tile, transport, decays=decays, given=given.lengths,
             any_initial=agreement.everyone[0].has_initial, any_initial_grad=agreement.everyone[0].needs_initial_grad,
+            captured=all(problem.captured for problem in agreement.everyone),
         )  # fmt: skip
         rows = plan.layout.batch * mine.dk * mine.dv
         widest = max(lane.width for lane in plan.lanes)
@@ -220,6 +224,7 @@ def make_plan(
     decays: Decays | None = None,
     any_initial: bool,
     any_initial_grad: bool = False,
+    captured: bool = False,
     given: tuple[int, ...] = (),
 ) -> Plan:
     """The plan of one rank; `layout` has its boundaries on the grid of `tile`."""
@@ -234,6 +239,7 @@ def make_plan(
         lanes = problem.lanes or best_lanes(
             layout.batch, problem.heads, problem.kv_heads, problem.dk, problem.dv, layout.lengths, tile,
             problem.device.type, forgetting=len(forgetting) / problem.heads,
+            captured=captured and not mute,  # their indices are copied to the GPU, which no graph may do
         )  # fmt: skip
     return Plan(
         problem=problem,

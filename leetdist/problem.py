@@ -50,6 +50,7 @@ class Problem:
     precision: str | None = None
     lanes: int | None = None
     backend: str = ""  # under a group: ranks with other kernels would have other bits
+    captured: bool = False  # by a CUDA graph, which no host launches
 
     @property
     def num_documents(self) -> int:
@@ -135,7 +136,7 @@ def describe(
 def check_agreement(everyone: Sequence[Problem]) -> None:
     """ValueError, the same on every rank, that says who differs in what."""
     first = everyone[0]
-    only_here = {"tokens", "has_initial", "needs_initial_grad", "grad_mode"}
+    only_here = {"tokens", "has_initial", "needs_initial_grad", "grad_mode", "captured"}
     if first.needs_initial_grad:  # then every rank has a backward pass
         only_here.remove("grad_mode")
     for rank, theirs in enumerate(everyone):

@@ -391,7 +391,7 @@ def test_hop_kernels() -> None:
         for _ in range(2):
             state = torch.randn(words, device=device)
             free, full, slot = sender.free[0][2], receiver.full[0][2], receiver.slots[0][2]
-            hop.put(state, slot, free, full, ranks=(0, 1), seconds=1.0)
+            hop.put(state, slot.view(torch.float32), free, full, ranks=(0, 1), seconds=1.0)
             assert int(free.sum()) == 0
             assert int(full.sum()) == hop.PROGRAMS
             hop.wait(full, ranks=(1, 0), seconds=1.0)

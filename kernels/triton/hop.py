@@ -7,7 +7,6 @@ their own grid. A flag is taken by whoever waits for it, so the same launches, r
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from leetdist.kernels.tiles import ceil_div
 from leetdist.kernels.triton.launch import launch
 
-# Programs that copy one message, and 4-byte words that each moves at a time.
+# Programs that copy one message, and elements that each moves at a time.
 PROGRAMS = 64
 BLOCK = 4096
 # A wait looks at the clock, which the interpreter does not have.
@@ -23,14 +22,14 @@ TIMED = not triton.knobs.runtime.interpret
 
 
 def put(source: Tensor, target: Tensor, free: Tensor, full: Tensor, *, ranks: tuple[int, int], seconds: float) -> None:
-    """Copy contiguous `source` to `target`, int32 words as many, once `free` (PROGRAMS flags here) are up; then raise
+    """Copy contiguous `source` to `target`, of its size and dtype, once `free` (PROGRAMS flags here) are up, and raise
     `full` (there). ranks: this one and the other, for the message of a wait that takes longer than `seconds`."""
-    words = source.view(-1).view(torch.int32)
-    share = ceil_div(words.numel(), PROGRAMS * BLOCK) * BLOCK
+    count = source.numel()
+    share = ceil_div(count, PROGRAMS * BLOCK) * BLOCK
     launch(
         _put,
         (PROGRAMS,),
-        (words, target, free, full, words.numel(), share, int(seconds * 1e9), *map(float, ranks)),
+        (source, target, free, full, count, share, int(seconds * 1e9), float(ranks[0]), float(ranks[1])),
         {"TIMED": TIMED, "BLOCK": BLOCK},
         num_warps=8,
     )
@@ -38,7 +37,7 @@ def put(source: Tensor, target: Tensor, free: Tensor, full: Tensor, *, ranks: tu
 
 def wait(full: Tensor, *, ranks: tuple[int, int], seconds: float) -> None:
     """Until all of `full` are up; takes them down."""
-    arguments = (full, int(seconds * 1e9), *map(float, ranks))
+    arguments = (full, int(seconds * 1e9), float(ranks[0]), float(ranks[1]))
     launch(_wait, (1,), arguments, {"TIMED": TIMED, "PROGRAMS": PROGRAMS}, num_warps=1)
 
 
@@ -63,15 +62,15 @@ def _now(TIMED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["limit"])
-def _put(source, target, free, full, words, share, limit, rank, other, TIMED: tl.constexpr, BLOCK: tl.constexpr):
+def _put(source, target, free, full, count, share, limit, rank, other, TIMED: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     begin = _now(TIMED)
     while tl.atomic_cas(free + program, 1, 0, sem="acquire", scope="sys") != 1:
         _check_clock(begin, limit, rank, other, TIMED)
     first = program * share
-    for offset in range(first, tl.minimum(first + share, words), BLOCK):
+    for offset in range(first, tl.minimum(first + share, count), BLOCK):
         i = offset + tl.arange(0, BLOCK)
-        tl.store(target + i, tl.load(source + i, mask=i < words), mask=i < words)
+        tl.store(target + i, tl.load(source + i, mask=i < count), mask=i < count)
     tl.debug_barrier()  # one thread raises the flag for what all have written
     tl.atomic_xchg(full + program, 1, sem="release", scope="sys")
 

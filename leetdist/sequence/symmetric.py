@@ -101,7 +101,7 @@ class Inboxes:
         self.sent[to] = slot + 1
         mine, theirs = self.boxes[self.rank], self.boxes[to]
         self.hop.put(
-            tensor.contiguous(), theirs.slots[direction][slot],
+            tensor.contiguous(), theirs.message(direction, slot, tensor.shape, tensor.dtype),
             mine.free[direction][slot], theirs.full[direction][slot],
             ranks=(self.rank, to), seconds=self.transport.patience(),
         )  # fmt: skip
