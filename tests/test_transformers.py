@@ -148,6 +148,8 @@ def wrong_calls(rank: int, ranks: int) -> None:
         model(**without)
     with pytest.raises(ValueError, match="output_router_logits"):
         model(**local, output_router_logits=True)
+    with pytest.raises(ValueError, match=f"rank {rank} of {ranks} has no tokens"):
+        model(input_ids=local["input_ids"][:, :0], position_ids=local["position_ids"][:, :0])
 
 
 def lost_state(rank: int, ranks: int) -> float:

@@ -191,7 +191,7 @@ class _Hooks:
     def __init__(self, base: nn.Module, group: Group) -> None:
         transport = resolve(group)
         assert transport is not None
-        self.group, self.ranks = group, transport.size
+        self.group, self.rank, self.ranks = group, transport.rank, transport.size
         layers: list[Any] = [module for module in base.modules() if hasattr(module, "decoding")]
         self.layers = layers
         self.softmax = [layer for layer in layers if not isinstance(layer, LightningAttention)]
@@ -217,6 +217,11 @@ class _Hooks:
                 raise ValueError(
                     "position_ids must be given, positions in the whole sequence: a shard's own would start from 0 on "
                     "every rank; leetdist.shard_batch makes them"
+                )
+            if not tokens.shape[1]:
+                raise ValueError(
+                    f"input_ids: rank {self.rank} of {self.ranks} has no tokens, which transformers' layers cannot take: "
+                    "share the sequence among fewer ranks, or take longer sequences"
                 )
             whole = mask if mask is None else gather_sequence(mask, 1, self.group)
         else:
