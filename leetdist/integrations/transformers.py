@@ -220,7 +220,7 @@ class _Hooks:
                 )
             if not tokens.shape[1]:
                 raise ValueError(
-                    f"input_ids: rank {self.rank} of {self.ranks} has no tokens, which transformers' layers cannot take: "
+                    f"input_ids: rank {self.rank} of {self.ranks} has no tokens, which the model's layers cannot take: "
                     "share the sequence among fewer ranks, or take longer sequences"
                 )
             whole = mask if mask is None else gather_sequence(mask, 1, self.group)
