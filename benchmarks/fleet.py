@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from leetdecoding import about, theirs
+from leetdecoding_contestants import theirs
+from leetdecoding_report import about
 
 import leetdist
 from leetdist.kernels.cuda.loader import kernel

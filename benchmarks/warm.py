@@ -1,5 +1,5 @@
 """Compile and tune, in parallel processes, what is going to be measured: done one after the other in the run itself, it
-takes minutes (fla's chunk backward alone 90 s), and a run on a lent machine has few.
+takes minutes (fla's chunk backward alone 90 s).
 
 Kernels, and what fla's autotuner chose (it writes that down), are found again in Triton's cache by the run that
 follows. The choice is made while others use the GPU too, so it may not be the best: without --warm, each tunes alone.
