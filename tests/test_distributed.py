@@ -67,9 +67,24 @@ def with_context(rank: int) -> None:
     assert torch.equal(o, leetdist.linear_attention(x, x, x))
 
 
+def without_numpy(rank: int) -> None:
+    """PyTorch installs without it, and so does leetdist."""
+
+    def missing(x: torch.Tensor) -> None:
+        raise RuntimeError("Numpy is not available")
+
+    x = torch.randn(1, 2, 128, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "numpy", missing)
+        group = dist.new_group()  # whose ranks have agreed on nothing yet
+        leetdist.linear_attention(x, x, x, group=group)
+        leetdist.shard_batch({"input_ids": torch.zeros(1, 64, dtype=torch.long)}, group)
+
+
 def groups_shards_context(rank: int) -> list[str]:
     shard_and_gather(rank)
     with_context(rank)
+    without_numpy(rank)
     return in_subgroups(rank)
 
 

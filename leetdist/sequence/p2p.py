@@ -160,8 +160,9 @@ class PointToPoint(Transport):
         everyone = [mine] * self.size
         for rank in self.others():
             size = self._receive(self.host_group, torch.zeros_like(length), rank, what, OBJECTS)
-            theirs = torch.zeros(int(size), dtype=torch.uint8)
-            everyone[rank] = pickle.loads(self._receive(self.host_group, theirs, rank, what, OBJECTS).numpy().tobytes())
+            theirs = bytearray(int(size))  # and no numpy, which PyTorch does without
+            self._receive(self.host_group, torch.frombuffer(theirs, dtype=torch.uint8), rank, what, OBJECTS)
+            everyone[rank] = pickle.loads(theirs)
         self._taken(sent)
         return everyone
 
