@@ -58,6 +58,12 @@ def test_documents_keep_their_ends_and_positions() -> None:
     assert all(torch.equal(part["cu_seqlens"], batch["cu_seqlens"]) for part in parts)
 
 
+def test_labels_are_contiguous_without_a_mesh_too() -> None:
+    """transformers' own loss, which one process keeps, views them as one row."""
+    batch = leetdist.shard_batch(batch_of(64), None)
+    assert all(x.is_contiguous() for x in batch.values())
+
+
 def test_the_callers_batch_is_left_alone() -> None:
     batch = batch_of(64)
     before = {name: x.clone() for name, x in batch.items()}

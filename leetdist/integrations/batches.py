@@ -84,7 +84,8 @@ def shard_batch(
         _check_same(whole, group)
     for name, value in whole.items():
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == tokens.shape[1]:
-            whole[name] = shard_sequence(value, 1, group).contiguous() if group is not None else value
+            # Contiguous: transformers' own loss views its labels as one row.
+            whole[name] = (value if group is None else shard_sequence(value, 1, group)).contiguous()
     if cu_seqlens is not None:
         whole["cu_seqlens"] = cu_seqlens
     return whole
@@ -227,7 +228,11 @@ def _check_same(batch: Mapping[str, Any], group: Group) -> None:
 
 
 def _checksum(x: Tensor) -> int:
-    return zlib.crc32(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    bits = x.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = bytearray(bits.numel())
+    if data:
+        torch.frombuffer(data, dtype=torch.uint8).copy_(bits)
+    return zlib.crc32(data)
 
 
 def _shown(x: Any) -> str:
