@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -48,3 +49,35 @@ def over_ranks(rank: int) -> None:
 
 def test_over_ranks() -> None:
     values(run_ranks(over_ranks, 2, frameworks=True, timeout_s=120))
+
+
+def minimax(mesh: Any, *, compiled: bool) -> list[Tensor]:
+    """The same of a MiniMax, and its own loss, inside what is compiled."""
+    from test_transformers import batch_of, tiny
+
+    model = leetdist.parallelize(tiny(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]), mesh)
+    run = torch.compile(model, fullgraph=mesh is None, backend="aot_eager") if compiled else model
+    loss = run(**leetdist.shard_batch(batch_of(), mesh), use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.real_empty  # transformers' code is compiled too
+def test_minimax_on_one_device() -> None:
+    pytest.importorskip("transformers")
+    same(minimax(None, compiled=True), minimax(None, compiled=False))
+
+
+def minimax_over_ranks(rank: int) -> None:
+    from torch._dynamo.utils import counters
+
+    mesh = leetdist.device_mesh(sequence=2)
+    same(minimax(mesh, compiled=True), minimax(mesh, compiled=False))
+    # Where ranks talk by more than tensors, and nowhere else.
+    found = {re.findall(r"function `<function (\S+)", why)[0] for why in counters["graph_break"]}
+    assert found == {"_Hooks.before", "softmax_attention", "_over_ranks"}
+
+
+def test_minimax_over_ranks() -> None:
+    pytest.importorskip("transformers")
+    values(run_ranks(minimax_over_ranks, 2, frameworks=True, timeout_s=120))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -57,17 +58,20 @@ def reduce_loss(
         raise ValueError(f"loss_sum must be a scalar tensor, got {getattr(loss_sum, 'shape', loss_sum)}")
     if gradients not in ("mean", "sum"):
         raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
-    transports = all_transports(mesh)
     mine = torch.stack([loss_sum.detach().double().reshape(()), loss_sum.new_tensor(0.0).double() + n_tokens])
-    everyone = all_sum(mine, transports)
+    everyone, ranks = (mine, 1) if mesh is None else _over_ranks(mine, mesh)
     tokens = everyone[1] if total_tokens is None else everyone.new_tensor(0.0) + total_tokens
     tokens = tokens.clamp_min(1)
-    ranks = 1
-    for transport in transports:
-        ranks *= transport.size
     factor = (ranks if gradients == "mean" else 1) / tokens
     mean: Tensor = _Share.apply(loss_sum, everyone[0] / tokens, factor)
     return mean
+
+
+@torch.compiler.disable  # what is made of a mesh, torch.compile cannot trace
+def _over_ranks(mine: Tensor, mesh: Mesh) -> tuple[Tensor, int]:
+    """The sum over all ranks, and how many those are."""
+    transports = all_transports(mesh)
+    return all_sum(mine, transports), math.prod(transport.size for transport in transports)
 
 
 class _Share(torch.autograd.Function):

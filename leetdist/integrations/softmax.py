@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from leetdist.sequence.group import Group
 
 
+@torch.compiler.disable  # the ranks talk by more than tensors
 def softmax_attention(
     q: Tensor,
     k: Tensor,

@@ -197,6 +197,7 @@ class _Hooks:
         self.softmax = [layer for layer in layers if not isinstance(layer, LightningAttention)]
         self.prompt = False
 
+    @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         call.pop(next(iter(call)))
@@ -240,6 +241,7 @@ class _Hooks:
             kwargs["kept"] = whole.bool()
         return (), kwargs
 
+    @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         prompt, self.prompt = self.prompt, False
         for layer in self.layers:
