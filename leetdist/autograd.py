@@ -58,7 +58,7 @@ def _forward_pass(
         final = side.scan(states, initial, log_decay, plan, reverse=False)
         o = _Heads(q, v.shape[3], q.dtype, plan)
         for lane in plan.lanes:
-            side.join(lane)
+            side.join(lane, plan.rank, q)
             with trace.span("outputs", plan.rank, lane, q):
                 o.put(
                     lane, kernels.tile_outputs, _part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv),
@@ -142,7 +142,7 @@ def _backward_pass(
                 )  # fmt: skip
         dk, dv = (_Heads(x, x.shape[3], wide, plan, shared=True) for x in (k, v))
         for lane in plan.lanes:
-            side.join(lane)
+            side.join(lane, plan.rank, q)
             of_lane = (_part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv), _part(do, lane.heads))
             with trace.span("dk, dv", plan.rank, lane, q):
                 common: dict[str, Any] = {"reverse": True, "scale": scale, "state_scale": 1.0, "out_dtype": wide}
@@ -306,9 +306,10 @@ class _Side:
                     self.end[lane] = self.stream.record_event()
         return final
 
-    def join(self, lane: Lane) -> None:
+    def join(self, lane: Lane, rank: int, like: Tensor) -> None:
         if self.main is not None:
-            self.main.wait_event(self.end[lane])
+            with trace.span("wait", rank, lane, like):
+                self.main.wait_event(self.end[lane])
 
 
 @contextmanager

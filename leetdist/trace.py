@@ -3,7 +3,8 @@
 `LEETDIST_TRACE=trace.json python ...`, then open the file in https://ui.perfetto.dev or chrome://tracing. Every rank is
 a process of the picture, every lane a thread of it. Ranks on one host share the file; on several hosts each host has
 its own. On the GPU the spans are what the stream did (CUDA events, read when the program ends or `save` is called), on
-the CPU what the host did.
+the CPU what the host did. A rank waits inside "receive"; on a GPU, where scans have a stream of their own, "wait" is
+what is left of that for the stream that computes.
 
 Off, it costs one comparison a span.
 """
