@@ -112,7 +112,7 @@ def _method(problem: Problem, tokens: int) -> str:
 
 
 def _hops(plan: Plan) -> str:
-    """How many hops the heads' chains have."""
+    """How many hops each head needs, and which wait for more."""
     hops, last = plan.hops(), plan.layout.ranks - 1
     why = {0: "decay at once", 1: "forget within a tile"}
     parts = []
@@ -121,6 +121,10 @@ def _hops(plan: Plan) -> str:
         named = ", ".join(heads[:8]) + (", ..." if len(heads) > 8 else "")
         reason = f", which {why[count]}" if count in why and count < last else ""
         parts.append(f"{count} for {len(heads)} of the heads ({named}){reason}")
+    # A lane travels as one: who could do with fewer hops waits for the others in it.
+    held = sum(hops[h] < last for lane in plan.lanes if not lane.forgets for h in range(len(hops))[lane.heads])
+    if held:
+        parts.append(f"{held} of the heads with fewer wait for others in their lane")
     return "; ".join(parts)
 
 

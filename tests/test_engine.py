@@ -121,7 +121,7 @@ def test_heads_that_forget_wait_for_nobody(decay: float, free: bool, monkeypatch
     assert waited == [free]
 
 
-def test_hops_by_head() -> None:
+def test_hops_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(1, 3, 128, 16) for _ in range(3))
     decay = torch.tensor([-0.01, -2.0, -200.0])
     options: dict[str, Any] = {
@@ -133,6 +133,10 @@ def test_hops_by_head() -> None:
     text = leetdist.virtual_ranks(lambda group: leetdist.explain(q, k, v, decay, tile=64, group=group), 4)[1]
     assert "by virtual, 2,048 bytes from this rank" in text
     assert "3 for 1 of the heads (0); 1 for 1 of the heads (1), which forget within a tile; 0 for 1" in text
+    assert "2 of the heads with fewer wait for others in their lane" in text
+    monkeypatch.setenv("LEETDIST_LANES", "3")
+    text = leetdist.virtual_ranks(lambda group: leetdist.explain(q, k, v, decay, tile=64, group=group), 4)[1]
+    assert "wait for others" not in text
 
 
 class Count:
@@ -258,6 +262,37 @@ def test_sequence_parallel_arguments(options: dict[str, Any], words: str) -> Non
             pass
 
     leetdist.virtual_ranks(rank, 1)
+
+
+def test_no_group_is_no_sequence_parallel() -> None:
+    def rank(group: VirtualGroup) -> None:
+        nobody: Any = None
+        with (
+            leetdist.sequence_parallel(group),  # nor is the one around it meant
+            pytest.raises(ValueError, match=r"group must be .* got None"),
+            leetdist.sequence_parallel(nobody),
+        ):
+            pass
+
+    leetdist.virtual_ranks(rank, 1)
+
+
+def test_timeout_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEETDIST_TIMEOUT", "0.2")
+    x = torch.randn(1, 1, 64, 16)
+
+    def rank(group: VirtualGroup) -> None:
+        if group.rank == 0:
+            threading.Event().wait(1.0)
+            return
+        leetdist.linear_attention(x, x, x, group=group)
+
+    with pytest.raises(RuntimeError, match=r"Rank 1 waited 0.2 s"):
+        leetdist.virtual_ranks(rank, 2)
+    for bad in ("soon", "0", "-1", "nan"):
+        monkeypatch.setenv("LEETDIST_TIMEOUT", bad)
+        with pytest.raises(ValueError, match="LEETDIST_TIMEOUT must be a positive number of seconds"):
+            leetdist.virtual_ranks(rank, 1)
 
 
 def test_no_call_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,8 +71,9 @@ def sequence_parallel(
     >>> leetdist.virtual_ranks(rank, ranks=2)
     [torch.Size([1, 1, 32, 16]), torch.Size([1, 1, 32, 16])]
     """
-    served = resolve(group, transport)
-    assert served is not None
+    served = None if group is None else resolve(group, transport)
+    if served is None:
+        raise ValueError("group must be a ProcessGroup, a 1-D DeviceMesh or a virtual group, got None")
     if lengths is not None:
         lengths = tuple(lengths)
         if len(lengths) != served.size or any(not isinstance(n, int) or n < 0 for n in lengths):
