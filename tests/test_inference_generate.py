@@ -87,7 +87,7 @@ def hand_over(rank: int, folder: str) -> list[int]:
     return greedy(session, logits)
 
 
-@pytest.mark.parametrize("ranks", [3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_gloo_ranks_hand_over_to_each_and_to_a_file(ranks: int, tmp_path: Path) -> None:
     expected = alone()
     assert values(run_ranks(hand_over, ranks, str(tmp_path))) == [expected] * ranks
@@ -118,6 +118,8 @@ def test_states_of_another_model_are_refused() -> None:
     other = Session(LanguageModel(replace(CONFIG, heads=4)))
     with pytest.raises(ValueError, match=r"made with log_decay .*, wanted \["):
         other.resume(kept)
+    assert other.states == []
+    assert other.tokens == 0
     first, second = model(), model()
     assert fingerprint(first.state_dict().items()) == fingerprint(second.state_dict().items())
     with torch.no_grad():

@@ -112,9 +112,14 @@ class Session:
         kept = list(states.values())
         if len(kept) != len(self.model.blocks):
             raise ValueError(f"the states are of {len(kept)} blocks, and the model has {len(self.model.blocks)}")
+        before = self.states, self.tokens, self._graph
         self.states, self.tokens, self._graph = [state.now for state in kept], kept[0].tokens, None
-        for mine, theirs in zip(self.keep().values(), kept, strict=True):
-            check_like(theirs, mine)
+        try:
+            for mine, theirs in zip(self.keep().values(), kept, strict=True):
+                check_like(theirs, mine)
+        except ValueError:
+            self.states, self.tokens, self._graph = before
+            raise
 
     def _piece(self, tokens: Tensor) -> Tensor:
         if self.transport is None:
