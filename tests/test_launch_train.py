@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from helpers import free_port, run_ranks, values
+from leetdist.launch.loading import load_language_model
 from leetdist.launch.text import Windows, documents, load_tokens
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
@@ -70,6 +71,17 @@ def train(rank: int, *arguments: str) -> None:
 
     torch.set_num_threads(1)
     main([*ARGUMENTS, "--steps", "2", "--save-every", "-1", *arguments])
+
+
+def test_mixed_precision_and_accumulation(alone: list[float], tmp_path: Path) -> None:
+    """accelerate's bf16 over two ranks, in one and in two micro-batches: the fp32 loss, to bf16's rounding."""
+    for name, more in (("one", ()), ("two", ("--batch", "2"))):
+        arguments = ("--precision", "bf16", "--checkpointing", *more, "--out", str(tmp_path / name))
+        values(run_ranks(train, 2, *arguments, frameworks=True))
+    one, two = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(alone[:2], rel=5e-3)
+    assert one != pytest.approx(alone[:2], rel=1e-6), "this was fp32"
+    assert two[1] < two[0]
 
 
 def test_a_run_that_is_out_of_time_stops_and_saves(tmp_path: Path) -> None:
@@ -130,6 +142,9 @@ def test_zero_configs_in_bf16_and_resumed(alone: list[float], tmp_path: Path) ->
         assert straight[0]["loss"] == pytest.approx(alone[0], rel=5e-3)  # bf16
         assert straight[3]["loss"] < straight[0]["loss"]
         assert all(line["grad_norm"] > 0 for line in straight)
+        # `generate` takes the whole model out of it.
+        model, _ = load_language_model(tmp_path / str(stage), torch.device("cpu"), torch.float32)
+        assert float(model.head.weight.detach().std()) > 0
 
 
 def test_configs_shard_over_all_ranks_of_every_known_kind() -> None:
