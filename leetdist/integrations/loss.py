@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +26,8 @@ def reduce_loss(
     A mean of the ranks' means is wrong wherever shards are uneven or labels are masked. Here the sums are added up
     first, and the backward is scaled for what happens to gradients next: DDP, FSDP2 and ZeRO 1 to 3 average them over
     all ranks (`gradients="mean"`, right for each of them without further settings), a plain sum does not.
+
+    Call it outside of what torch.compile traces, which knows no meshes.
 
     With gradient accumulation, pass the step's `total_tokens`: the shares of the micro-batches then add up to the mean.
 
@@ -58,20 +59,17 @@ def reduce_loss(
         raise ValueError(f"loss_sum must be a scalar tensor, got {getattr(loss_sum, 'shape', loss_sum)}")
     if gradients not in ("mean", "sum"):
         raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
+    transports = all_transports(mesh)
     mine = torch.stack([loss_sum.detach().double().reshape(()), loss_sum.new_tensor(0.0).double() + n_tokens])
-    everyone, ranks = (mine, 1) if mesh is None else _over_ranks(mine, mesh)
+    everyone = all_sum(mine, transports)
     tokens = everyone[1] if total_tokens is None else everyone.new_tensor(0.0) + total_tokens
     tokens = tokens.clamp_min(1)
+    ranks = 1
+    for transport in transports:
+        ranks *= transport.size
     factor = (ranks if gradients == "mean" else 1) / tokens
     mean: Tensor = _Share.apply(loss_sum, everyone[0] / tokens, factor)
     return mean
-
-
-@torch.compiler.disable  # what is made of a mesh, torch.compile cannot trace
-def _over_ranks(mine: Tensor, mesh: Mesh) -> tuple[Tensor, int]:
-    """The sum over all ranks, and how many those are."""
-    transports = all_transports(mesh)
-    return all_sum(mine, transports), math.prod(transport.size for transport in transports)
 
 
 class _Share(torch.autograd.Function):

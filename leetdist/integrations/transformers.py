@@ -157,6 +157,7 @@ class _Loss:
     def __init__(self, mesh: Mesh, sharded: bool) -> None:
         self.mesh, self.sharded = mesh, sharded
 
+    @torch.compiler.disable
     def __call__(
         self,
         logits: Tensor,
