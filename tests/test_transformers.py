@@ -240,6 +240,10 @@ def test_own_models_are_searched_as_well() -> None:
     for more in (nn.GRU(8, 8), nn.Conv1d(8, 8, 4), nn.MultiheadAttention(8, 2)):
         with pytest.raises(ValueError, match=rf"more \({type(more).__name__}\)"):
             leetdist.parallelize(HybridAttentionBlock(more), None)
+    for kind in ("SelectiveScan", "S4D", "StateSpace", "LRU", "TokenShift", "CumulativeMean"):
+        more = type(kind, (nn.Module,), {})()
+        with pytest.raises(ValueError, match=rf"more \({kind}\)"):
+            leetdist.parallelize(HybridAttentionBlock(more), None)
     leetdist.parallelize(HybridAttentionBlock(nn.GRU(8, 8)), None, allow=[nn.GRU])
     leetdist.parallelize(HybridAttentionBlock(nn.Conv1d(8, 8, 1)), None)
     with pytest.raises(ValueError, match="no layer that leetdist knows"):

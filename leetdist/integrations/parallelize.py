@@ -23,7 +23,8 @@ _handlers: dict[type[nn.Module], Handler] = {}
 # Layers through which one token reaches another, by the names that people give them. A class that is named like this
 # and has no handler would restart its state, or see its own shard only, on every rank: without any error.
 _MIXES_TOKENS = re.compile(
-    r"atten|attn|mamba|ssm|ssd|rwkv|lstm|gru|rnn|recurr|delta|kda|gla(?![a-z])|hgrn|hyena|retention|lightning|conv|mixer",
+    r"atten|attn|mamba|ssm|ssd|rwkv|lstm|gru|rnn|recurr|delta|kda|gla(?![a-z])|hgrn|hyena|retention|lightning|conv|mixer"
+    r"|scan|state_?space|^s[45]|lru(?![a-z])|time_?mix|token_?shift|fourier|toeplitz|cumul|cumsum",
     re.IGNORECASE,
 )
 _MIXING_TYPES = (nn.RNNBase, nn.MultiheadAttention, nn.Conv1d, nn.AvgPool1d, nn.MaxPool1d)
@@ -71,6 +72,9 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
         mesh: a (dp, sp) mesh, or the group that shares a sequence; None, or one rank, is a drop-in that computes the
             same on one device, faster.
         allow: classes that look as if they mixed tokens and do not.
+
+    Layers are told by their class and its name. What hides behind a harmless name (a cumsum in a forward of your own)
+    it cannot see: compare a sharded loss and its gradients with one process's, once.
 
     Returns:
         the model.
