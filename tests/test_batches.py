@@ -65,7 +65,7 @@ def test_labels_are_contiguous_without_a_mesh_too() -> None:
 
 
 def test_the_callers_batch_is_left_alone() -> None:
-    batch = batch_of(64)
+    batch = batch_of(64, rows=1)
     before = {name: x.clone() for name, x in batch.items()}
     leetdist.shard_batch({**batch, "cu_seqlens": torch.tensor([0, 64])}, None)
     assert all(torch.equal(batch[name], before[name]) for name in batch)
@@ -85,6 +85,9 @@ def test_different_rows_on_the_ranks_of_a_sequence_are_an_error() -> None:
         ({}, r"input_ids of shape \(B, N\), got None"),
         ({"input_ids": torch.zeros(4)}, r"got shape \(4,\)"),
         ({"input_ids": torch.zeros(1, 4), "labels": torch.zeros(1, 3)}, r"labels must have .*\(1, 4\).*\(1, 3\)"),
+        ({"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 5])}, r"from 0 to the 4 tokens .*\[0, 5\]"),
+        ({"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 3, 1, 4])}, "from 0 to the 4 tokens"),
+        ({"input_ids": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0, 4])}, r"of one row.*\(2, 4\)"),
     ],
 )
 def test_bad_batches_are_errors(batch: dict[str, torch.Tensor], message: str) -> None:
