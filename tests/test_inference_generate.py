@@ -120,6 +120,9 @@ def test_states_of_another_model_are_refused() -> None:
         other.resume(kept)
     assert other.states == []
     assert other.tokens == 0
+    wider = Session(LanguageModel(replace(CONFIG, dim=2 * CONFIG.dim)))
+    with pytest.raises(ValueError, match="the state has Dk = 64, wanted 128"):
+        wider.resume(kept)
     first, second = model(), model()
     assert fingerprint(first.state_dict().items()) == fingerprint(second.state_dict().items())
     with torch.no_grad():

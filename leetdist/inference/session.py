@@ -115,8 +115,12 @@ class Session:
         before = self.states, self.tokens, self._graph
         self.states, self.tokens, self._graph = [state.now for state in kept], kept[0].tokens, None
         try:
-            for mine, theirs in zip(self.keep().values(), kept, strict=True):
+            for block, mine, theirs in zip(self.model.blocks, self.keep().values(), kept, strict=True):
                 check_like(theirs, mine)
+                if theirs.boundary.shape[2] != block.attention.head_dim:
+                    raise ValueError(
+                        f"the state has Dk = {theirs.boundary.shape[2]}, wanted {block.attention.head_dim}"
+                    )
         except ValueError:
             self.states, self.tokens, self._graph = before
             raise
