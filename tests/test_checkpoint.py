@@ -92,6 +92,30 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
         assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
 
 
+def train_fsdp2(rank: int, out: Path, sequence: int) -> None:
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    # On the CPU, accelerate takes DDP instead: let it think that this is a GPU.
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    train(rank, out, sequence, "--fsdp", "--precision", "no")
+
+
+def test_fsdp2_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
+    from leetdist.launch.loading import load_language_model
+
+    values(run_ranks(train_fsdp2, 2, tmp_path, 2, frameworks=True))
+    expected = losses(tmp_path)
+    assert (tmp_path / "step-00000009" / "pytorch_model_fsdp_0").is_dir()
+    shutil.rmtree(tmp_path / "step-00000009")
+    values(run_ranks(train_fsdp2, 4, tmp_path, 2, frameworks=True))
+    assert list(losses(tmp_path)) == list(expected)
+    assert list(losses(tmp_path).values()) == pytest.approx(list(expected.values()), rel=1e-5)
+    # `generate` takes the whole model out of it.
+    load_language_model(tmp_path, torch.device("cpu"), torch.float32)
+
+
 def steps(engine: Any, mesh: Any, first: int, last: int) -> None:
     from test_training import forward_backward, loader_of
 
