@@ -1,6 +1,7 @@
 """What sharding costs beside communication: the total work of P virtual ranks over one sequence, against one call.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
+    torchrun --nproc-per-node 4 benchmarks/overhead.py      # on the CPU: processes over gloo instead
 
 On a GPU the work is the time that a CUDA graph of all ranks takes, each on a stream of its own, because P threads of
 one Python program launch slower than one GPU computes; on the CPU it is the processor time of all threads.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from scaling import captured
 from scaling_report import provenance
 
@@ -68,6 +71,14 @@ def at_once(call: Callable[[Any], Any], ranks: int) -> Callable[[], Any]:
     return all_ranks
 
 
+def in_all(call: Callable[[Any], Any], repeat: int) -> float:
+    """Processor time of one call in all processes together."""
+    dist.barrier()
+    mine = torch.tensor(work(lambda: call(dist.group.WORLD), repeat), dtype=torch.float64)
+    dist.all_reduce(mine)
+    return float(mine)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
@@ -78,6 +89,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    processes = "RANK" in os.environ
+    if processes:
+        dist.init_process_group("gloo")
+        args.ranks = [dist.get_world_size()]
 
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -98,18 +113,26 @@ def main() -> None:
 
     results: dict[str, Any] = {
         "machine": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "ranks are": "processes over gloo" if processes else "virtual",
         **provenance(), "torch": torch.__version__,
         "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
     }  # fmt: skip
     for name, call in {"forward": forward, "forward + backward": both}.items():
-        single = work(lambda call=call: call(None), args.repeat)
+        single = total = 0.0
+        if not processes or dist.get_rank() == 0:
+            single = work(lambda call=call: call(None), args.repeat)
         for ranks in args.ranks:
-            total = work(at_once(call, ranks), args.repeat)
+            total = in_all(call, args.repeat) if processes else work(at_once(call, ranks), args.repeat)
+            if processes and dist.get_rank():
+                continue
             results["rows"].append({"call": name, "ranks": ranks, "single_s": single, "ranks_s": total})
             print(f"{name}, {ranks} ranks: {total * 1e3:.3f} ms, one {single * 1e3:.3f} ms, x {total / single:.3f}")
-    if args.out is not None:
+    if args.out is not None and results["rows"]:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1))
+    if processes:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

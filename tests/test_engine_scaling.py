@@ -48,3 +48,9 @@ def test_overhead(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert [row["ranks"] for row in rows] == [2, 2]
     assert all(row["ranks_s"] > 0 and row["single_s"] > 0 for row in rows)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=3", f"--master-port={free_port()}"]
+    run(*launcher, "benchmarks/overhead.py", *sizes, "--out", str(tmp_path / "p.json"))
+    report = json.loads((tmp_path / "p.json").read_text())
+    assert report["ranks are"] == "processes over gloo"
+    assert [row["ranks"] for row in report["rows"]] == [3, 3]
+    assert all(row["ranks_s"] > 0 and row["single_s"] > 0 for row in report["rows"])
