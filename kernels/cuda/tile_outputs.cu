@@ -23,7 +23,7 @@ typedef float Out;
 typedef Bits Out;
 #endif
 
-// What a thread's two rows of a part of the state are to be multiplied by to be held in 16 bits, and the inverse: a state
+// What a thread multiplies its two rows of a part of the state by to hold them in 16 bits, and the inverse: a state
 // grows with the sequence and can exceed fp16's range, so fp16 holds each row times a power of two.
 struct Units {
     float power[2] = {1.0f, 1.0f}, unit[2] = {1.0f, 1.0f};
