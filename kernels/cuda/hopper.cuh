@@ -123,9 +123,12 @@ struct Place {
     int column, token, head, batch;
 };
 
-// A barrier that the arrival of the expected bytes flips; and the wait for flip 1, 3, .. (parity 0) or 2, 4, ..
-__device__ __forceinline__ void init_arrival(Word arrival) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrival) : "memory");
+// A barrier that arrivals flip, and of the expected bytes; and the wait for flip 1, 3, .. (parity 0) or 2, 4, ..
+__device__ __forceinline__ void init_arrival(Word arrival, int arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(arrival), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(Word arrival) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(arrival) : "memory");
 }
 __device__ __forceinline__ void expect(Word arrival, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival), "r"(bytes) : "memory");

@@ -21,8 +21,8 @@ from leetdist.kernels.tiles import Tiles
 
 THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
-# Beside the chunks: barriers and what rounds the first address up to 1,024; for each warpgroup, tables and scores.
-OTHERS = {"tile_states": (1536, 256), "tile_outputs": (1536, 1280 + BLOCK)}
+# Beside the chunks: barriers and what rounds the first address up to 1,024; for each warpgroup, tables.
+OTHERS = {"tile_states": (1536, 256), "tile_outputs": (1536, 1280)}
 MAP_BYTES, MAPS_KEPT = 128, 1024
 
 _maps: dict[tuple[Any, ...], TensorMap | None] = {}
@@ -110,8 +110,9 @@ def shared_memory(name: str, rows: int, columns: int, groups: int) -> int:
     else:
         chunks_a, chunks_b, chunks_c = (1, 1, 2) if groups == 1 else (2, 3, 2)
     operands = (chunks_a + chunks_b) * rows + chunks_c * groups * columns
+    scores = 0 if name == "tile_states" else 1 if groups == 1 else chunks_b
     block, each = OTHERS[name]
-    return operands // 64 * BLOCK + block + groups * each
+    return (operands // 64 + scores) * BLOCK + block + groups * each
 
 
 def defines(

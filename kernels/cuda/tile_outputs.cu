@@ -8,6 +8,7 @@
 //
 // With 256 rows there are registers for half of the rounded state at a time: S^T a^T comes before the scores and behind
 // them, so that the second half is rounded during the scores' product, and the scores decay during the second half's.
+// Two warpgroups that share chunks take turns at the scores, which are the same for all columns.
 
 #include "hopper_tile.cuh"
 
@@ -17,6 +18,9 @@ constexpr int HELD_STEPS = STEPS / HALVES;
 constexpr int STAGE = 2 * ROWS_BYTES + COLUMNS_BYTES;
 // Chunks of a and of b in shared memory, where they are fetched one by one; of c there are two.
 constexpr int A_STAGES = GROUPS == 1 ? 1 : 2, B_STAGES = GROUPS == 1 ? 1 : 3;
+constexpr bool TURNS = GROUPS == 2;
+// Places of scores. With turns, as many as of chunks of b: who has b of step i + 3 knows that all are done with step i.
+constexpr int SEEN = TURNS ? B_STAGES : GROUPS;
 #if WIDE
 typedef float Out;
 #else
@@ -125,8 +129,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     const Word base = shared_memory(), all_b = base + A_STAGES * ROWS_BYTES;
     const Word own_c = all_b + B_STAGES * ROWS_BYTES + group * 2 * COLUMNS_BYTES;
     const Word all_seen = LAST_FETCHES ? all_b + B_STAGES * ROWS_BYTES + GROUPS * 2 * COLUMNS_BYTES : base + 2 * STAGE;
-    const Word seen = all_seen + group * BLOCK;
-    const Tables tables(all_seen + GROUPS * BLOCK + group * Tables::BYTES);
+    const Tables tables(all_seen + SEEN * BLOCK + group * Tables::BYTES);
     auto place_a = [&](int step) {
         return LAST_FETCHES ? base + step % A_STAGES * ROWS_BYTES : base + step % 2 * STAGE;
     };
@@ -136,15 +139,17 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     auto place_c = [&](int step) {
         return LAST_FETCHES ? own_c + step % 2 * COLUMNS_BYTES : place_a(step) + 2 * ROWS_BYTES;
     };
-    // A barrier for each place of a, b and c, or one for all three, and how many warps have read a and b.
-    const Word arrivals = all_seen + GROUPS * (BLOCK + Tables::BYTES);
+    // A barrier for each place of a, b, c and scores, or one for the first three, and how many warps have read a and b.
+    const Word arrivals = all_seen + SEEN * BLOCK + GROUPS * Tables::BYTES;
     const Word arrivals_b = arrivals + A_STAGES * 8, arrivals_c = arrivals_b + B_STAGES * 8;
-    const Word read_a = arrivals_c + GROUPS * 2 * 8, read_b = read_a + A_STAGES * 4;
+    const Word arrivals_seen = arrivals_c + GROUPS * 2 * 8;
+    const Word read_a = arrivals_seen + SEEN * 8, read_b = read_a + A_STAGES * 4;
     auto arrival_a = [&](int step) { return arrivals + step % (LAST_FETCHES ? A_STAGES : 2) * 8; };
     auto arrival_b = [&](int step) { return LAST_FETCHES ? arrivals_b + step % B_STAGES * 8 : arrival_a(step); };
     auto arrival_c = [&](int step) {
         return LAST_FETCHES ? arrivals_c + group * 16 + step % 2 * 8 : arrival_a(step);
     };
+    auto arrival_seen = [&](int step) { return arrivals_seen + step % SEEN * 8; };
     auto fetch_a = [&](int step) {
         if (step >= tile.chunks) return;
         expect(arrival_a(step), LAST_FETCHES ? ROWS_BYTES : STAGE);
@@ -165,6 +170,8 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         for (int i = 0; i < barriers; i++) init_arrival(arrivals + i * 8);
         if (LAST_FETCHES)
             for (int i = 0; i < A_STAGES + B_STAGES; i++) store(read_a + i * 4, Word(0));
+        if (TURNS)
+            for (int i = 0; i < SEEN; i++) init_arrival(arrivals_seen + i * 8, WARPS);
     }
     publish();
     __syncthreads();
@@ -195,8 +202,10 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         }
     };
 
+    const int turn = TURNS ? __shfl_sync(0xffffffffu, group, 0) : 0;  // for ptxas, which does not see it to be uniform
     for (int step = 0; step < tile.chunks; step++) {
         const Word a_i = place_a(step), b_i = place_b(step), c_i = place_c(step);
+        const Word seen = all_seen + (TURNS ? step % SEEN : group) * BLOCK;
         const int count = tile.count(step);
         wait_arrival(arrival_a(step), step / (LAST_FETCHES ? A_STAGES : 2) & 1);
         auto wait_b = [&] {
@@ -204,6 +213,9 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         };
         auto wait_c = [&] {
             if (LAST_FETCHES) wait_arrival(arrival_c(step), step / 2 & 1);
+        };
+        auto wait_seen = [&] {
+            if (TURNS) wait_b(), wait_arrival(arrival_seen(step), step / SEEN & 1);
         };
         if (count < CHUNK) {  // both warpgroups write the same zeros to b
             wait_b(), wait_c();
@@ -236,7 +248,22 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             end_products();
         };
         const float faded = exp2_(g * float(count));
-        if (LAST_FETCHES) {
+        if (TURNS) {
+            if (step % 2 == turn) {
+                wait_b();
+                start_scores();
+                wait_products<0>();
+                here(scores);
+                tables.decay(scores, seen);
+                publish();
+                __syncwarp();
+                if (lane == 0) arrive(arrival_seen(step));
+            }
+            start_from_state(0, 0);
+            wait_products<0>();
+            here(o_i), here(held);
+            start_from_state(0, 1);
+        } else if (LAST_FETCHES) {
             start_from_state(0, 0);
             wait_b();
             start_scores();
@@ -247,17 +274,19 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             start_scores();
             start_from_state(0, 0);
         }
-        wait_products<1>();
-        here(scores);
-        tables.decay(scores, seen);
-        publish();
+        if (!TURNS) {
+            wait_products<1>();
+            here(scores);
+            tables.decay(scores, seen);
+            publish();
+        }
         meet();  // all have written their scores, and read the outputs of the chunk before
         if (thread == 0) wait_writes();
         fetch_c(step + 1);
         if (LAST_FETCHES) fade(state[0], faded);  // earlier, there are too few registers
 
         Weighted weighted[PARTS];
-        wait_c();
+        wait_c(), wait_seen();
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             if (part > 0) start_from_state(part, 0);
