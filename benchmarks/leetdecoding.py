@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import statistics
 import sys
 import time
@@ -44,6 +45,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
 TURNS, MILLISECONDS_A_TURN = 5, 3.0
 SHORT_TURNS, SHORT = 24, 1.0  # for calls of at most so many milliseconds
+# Before it is timed, so long a contestant runs alone: after a neighbour that heats the chip, one and the same call took
+# up to a fifth longer.
+SETTLE = 8.0
 
 
 class Inputs:
@@ -104,19 +108,19 @@ def check(cell: Cell, call: Attention, inputs: Inputs, device: torch.device) -> 
 
 
 def time_in_turns(steps: list[tuple[Cell, Callable[[], Any]]], device: torch.device) -> None:
-    """Replace the first times by medians. Contestants take turns, to and fro, so that a change in clocks, or in what
-    else the host does, meets all of them. Short calls begin a turn with some that are not timed, and take more turns:
-    their time is the host's, which is restless."""
+    """Replace the first times by medians. Contestants take turns, in another order each time, so that a change in
+    clocks, or in what else the host does, meets all of them. Short calls take more turns: their time is the host's,
+    which is restless."""
     times: dict[int, list[float]] = {i: [] for i in range(len(steps))}
+    order = random.Random(0)
     for turn in range(SHORT_TURNS):
-        for i, (cell, step) in list(enumerate(steps))[:: 1 - turn % 2 * 2]:
+        for i, (cell, step) in order.sample(list(enumerate(steps)), len(steps)):
             once = cell.milliseconds or 1.0
             if turn >= TURNS and once > SHORT:
                 continue
-            repeats = max(1, min(20, int(MILLISECONDS_A_TURN / once)))
-            for _ in range(repeats // 4):
+            for _ in range(min(40, int(SETTLE / once))):
                 step()
-            times[i].append(statistics.median(_times(step, repeats, device)))
+            times[i].append(statistics.median(_times(step, max(1, min(20, int(MILLISECONDS_A_TURN / once))), device)))
     for i, (cell, _) in enumerate(steps):
         cell.milliseconds = statistics.median(times[i])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def about(device: str) -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.read_text().strip() if commit.is_file() else git.stdout.strip() or "unknown",
         "device": _gpu_name() if device == "cuda" else platform.processor() or "cpu",
+        "hopper": os.environ.get("LEETDIST_HOPPER", "1") != "0",  # or the general kernels
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
@@ -127,19 +129,26 @@ def fit(paths: list[Path]) -> None:
     for path in paths:
         result = json.loads(path.read_text())
         cells = [Cell(**c) for c in result["cells"]]
-        where = "sm_90" if "H200" in result["device"] else "cpu"
+        where = "cpu" if "NVIDIA" not in result["device"] else "sm_90" if result["hopper"] else "general"
         content[where]["measured"] = f"{path.name}, {result['device']}, {result['commit']}"
         for half, kind in cost.KINDS.items():
             for method in cost.CANDIDATES:
                 mine = [
                     c for c in cells
                     if c.contestant == f"leetdist {method}" and (c.dtype != "fp32") == half
-                    and not c.training and c.milliseconds and not c.note
+                    and not c.training and c.milliseconds and not c.note and _tells(c, where)
                 ]  # fmt: skip
                 if len(mine) > 3:
                     content[where][kind][method] = [float(f"{x:.3g}") for x in _fitted(mine)]
     cost.FILE.write_text(_written(content))
     print(cost.FILE.read_text())
+
+
+def _tells(cell: Cell, where: str) -> bool:
+    """Whether a cell tells of its method's own kernels there."""
+    tile = default_tile(cell.tokens)
+    shortest = cost.SHORTEST_ON_HOPPER if where == "sm_90" else 0
+    return tile >= shortest and (tile > cost.LIGHTNING_BLOCK or cell.contestant != "leetdist lightning")
 
 
 def _written(content: dict[str, Any]) -> str:

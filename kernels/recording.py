@@ -1,4 +1,5 @@
-"""Launches that are being noted, so that a call can be repeated (leetdist.kernels.triton.replay)."""
+"""Launches that are being noted, and what the host does between them, so that a call can be repeated
+(leetdist.kernels.triton.replay)."""
 
 from __future__ import annotations
 
@@ -30,15 +31,28 @@ class CudaLaunch:
     arguments: tuple[Any, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class HostStep:
+    """Something that the host does between launches, and does again where they are repeated."""
+
+    step: Callable[[], Any]
+
+
+def take(step: Callable[[], Any]) -> None:
+    """Do a step of the host, and note it."""
+    step()
+    note(HostStep(step))
+
+
 def record_into(events: list[Any] | None) -> None:
     """Note this thread's launches in a list, until told None."""
     _thread.events = events
 
 
-def note(launched: TritonLaunch | CudaLaunch) -> None:
+def note(event: TritonLaunch | CudaLaunch | HostStep) -> None:
     events = _thread.__dict__.get("events")
     if events is not None:
-        events.append(launched)
+        events.append(event)
 
 
 def noting() -> bool:

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leetdist import trace
+from leetdist.kernels.recording import take
 from leetdist.plan import Lane, Plan
 from leetdist.sequence import scan
 
@@ -27,11 +29,7 @@ def forward_pass(
 
     Returns o, the final state (if the problem asks for it) and S, all in one row of numbers.
     """
-    if plan.repeatable and not trace.on():
-        from leetdist.kernels.triton.replay import repeated
-
-        return cast(Any, repeated(_forward_pass, (q, k, v, log_decay, initial_state), plan))
-    return _forward_pass(q, k, v, log_decay, initial_state, plan)
+    return cast(Any, _repeated(_forward_pass, (q, k, v, log_decay, initial_state), plan))
 
 
 def _forward_pass(
@@ -91,12 +89,7 @@ def backward_pass(
     dq needs no R, so it is computed while R's scan is under way. Returns dq, dk, dv, d log_decay, d initial_state (the
     last on the first rank, if the call has one).
     """
-    arguments = (q, k, v, log_decay, flat_states, do, dfinal)
-    if plan.repeatable and not needs_decay_grad and not trace.on():
-        from leetdist.kernels.triton.replay import repeated
-
-        return cast(Any, repeated(_backward_pass, arguments, plan, False))
-    return _backward_pass(*arguments, plan, needs_decay_grad)
+    return cast(Any, _repeated(_backward_pass, (q, k, v, log_decay, flat_states, do, dfinal), plan, needs_decay_grad))
 
 
 def _backward_pass(
@@ -183,6 +176,24 @@ def _backward_pass(
         if plan.any_initial:
             dinitial_whole = scan.states_to_first(_in_order(dinitial, plan), plan.state_shape, plan)
     return dq.whole, dk.whole, dv.whole, dlog_decay, dinitial_whole if problem.has_initial else None
+
+
+def _repeated(
+    function: Any, tensors: tuple[Tensor | None, ...], plan: Plan, needs_decay_grad: bool | None = None
+) -> tuple[Tensor | None, ...]:
+    """One pass; where it has been seen before, and is nothing but launches, its launches again."""
+    more = (plan,) if needs_decay_grad is None else (plan, needs_decay_grad)
+    transport = plan.transport
+    place = None if transport is None else transport.place()
+    if not plan.repeatable or trace.on() or needs_decay_grad or (transport is not None and place is None):
+        return cast(Any, function(*tensors, *more))
+    from leetdist.kernels.triton.replay import repeated
+
+    if transport is None:
+        return repeated(function, tensors, *more)
+    with transport.call():
+        # Steps of the host name the streams.
+        return repeated(function, tensors, *more, where=(torch.cuda.current_stream(plan.problem.device), place))
 
 
 class LinearAttention(torch.autograd.Function):
@@ -285,7 +296,7 @@ class _Side:
     def after(self, lane: Lane) -> None:
         """The scan of this lane may begin when what was launched so far is done."""
         if self.main is not None:
-            self.begin[lane] = self.main.record_event()
+            self.begin[lane] = _mark(self.main)
 
     def scan(
         self, states: _Lanes, initial: Tensor | None, log_decay: Tensor, plan: Plan, *, reverse: bool
@@ -295,21 +306,39 @@ class _Side:
         if self.stream is not None and self.main is not None and initial is not None:
             self.stream.wait_stream(self.main)  # the initial states have come on the main stream
             initial.record_stream(self.stream)
-        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+        with self._beside():
             for lane in plan.lanes:
                 if self.stream is not None:
-                    self.stream.wait_event(self.begin[lane])
+                    take(partial(self.stream.wait_event, self.begin[lane]))
                 own = None if initial is None else initial[:, lane.heads].contiguous()
                 final[lane] = scan.scan(states[lane], own, _part(log_decay, lane.heads, 0), plan, lane, reverse=reverse)
                 if self.stream is not None and self.main is not None:
                     final[lane].record_stream(self.main)
-                    self.end[lane] = self.stream.record_event()
+                    self.end[lane] = _mark(self.stream)
         return final
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the side stream."""
+        if self.stream is None or self.main is None:
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            take(partial(torch.cuda.set_stream, self.stream))
+            yield
+            take(partial(torch.cuda.set_stream, self.main))
 
     def join(self, lane: Lane, rank: int, like: Tensor) -> None:
         if self.main is not None:
             with trace.span("wait", rank, lane, like):
-                self.main.wait_event(self.end[lane])
+                take(partial(self.main.wait_event, self.end[lane]))
+
+
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event behind what the stream has been given so far."""
+    event = torch.cuda.Event()
+    take(partial(event.record, stream))
+    return event
 
 
 @contextmanager

@@ -96,8 +96,10 @@ class Plan:
 
     @cached_property
     def repeatable(self) -> bool:
-        """Whether a pass is nothing but launches of Triton kernels, whose host work is done once a kind of call."""
-        return self.transport is None and self.problem.device.type == "cuda" and launches_alone(self.kernels)
+        """Whether a pass may be nothing but launches, whose host work is done once a kind of call. Decays that are
+        learnt have a plan of their own in every call under a group."""
+        learnt = self.transport is not None and self.problem.needs_decay_grad
+        return self.problem.device.type == "cuda" and launches_alone(self.kernels) and not learnt
 
     def sent_bytes(self) -> int:
         """Bytes of states that this rank sends in the forward scan."""
@@ -174,7 +176,9 @@ def plan_call(
         widest = max(lane.width for lane in plan.lanes)
         with transport.call():
             transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
-        if len(agreement.memo) >= 8:  # a decay that is learnt has new values every step
+        if (
+            len(agreement.memo) >= MOST_PLANS
+        ):  # layers have decays of their own, one that is learnt has new ones every step
             agreement.memo.clear()
         agreement.memo[key] = plan
     return plan

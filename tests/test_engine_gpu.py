@@ -111,6 +111,44 @@ def test_symmetric_in_a_graph() -> None:
     assert values(run_ranks(replayed, 3, timeout_s=150)) == [True] * 3
 
 
+def repeated(rank: int, lanes: int) -> tuple[bool, int]:
+    """Sharded calls, one after the other, until each place of a message has been seen thrice: whether all are equal to
+    one device's, and how many kinds of passes are repeated."""
+    from leetdist.kernels.triton import replay
+
+    os.environ["LEETDIST_LANES"] = str(lanes)
+    transport = on_one_gpu("symmetric")
+    decay = torch.tensor([-0.001, -0.01, -0.1, 0.0], device=CUDA)
+    equal = True
+    for seed in range(14):
+        generator = torch.Generator().manual_seed(seed)
+        whole = [torch.randn(1, 4, 1024, 64, generator=generator).to(CUDA, torch.bfloat16) for _ in range(4)]
+        results = []
+        for group in (None, transport):
+            q, k, v, do = (leetdist.shard_sequence(x, 2, group, tile=128) for x in whole)
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            o = leetdist.linear_attention(*leaves, decay, group=group, tile=128)
+            results.append([o.detach(), *torch.autograd.grad(o, leaves, do)])
+        single, ours = results
+        expected = [leetdist.shard_sequence(x, 2, transport, tile=128) for x in single]
+        equal = equal and all(torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
+    sharded = [r for kind, r in replay._kinds.items() if kind[1] is not None and r is not None]
+    return equal, len(sharded)
+
+
+def test_repeated_sharded_calls() -> None:
+    for equal, kinds in values(run_ranks(repeated, 3, 1, timeout_s=150)):
+        assert equal
+        assert kinds == 8  # forward and backward, from each of four slots
+
+
+def test_lanes_are_not_repeated() -> None:
+    """Their parts of one output have addresses of their own."""
+    for equal, kinds in values(run_ranks(repeated, 3, 2, timeout_s=150)):
+        assert equal
+        assert kinds == 0
+
+
 def left_alone(rank: int) -> str | None:
     """The last of two ranks computes, the first does not come."""
     os.environ["LEETDIST_BACKEND"] = "torch"

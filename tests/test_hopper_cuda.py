@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from leetdist.kernels.cuda import hopper, loader
 
-pytestmark = pytest.mark.skipif(not loader.available(), reason="needs cuda-core and NVRTC")
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("/usr/local/bin/nvcc")
 
 # Bytes of a multiprocessor's shared memory, and what a block takes of it beside what it asks for.
 SHARED_MEMORY, OWN = 228 * 1024, 1024
@@ -18,36 +20,55 @@ SHARED_MEMORY, OWN = 228 * 1024, 1024
 SPILLS = {False: 32, True: 160}
 
 
-def compiled(name: str, defines: tuple[tuple[str, int], ...]) -> str:
+def compiled(name: str, defines: tuple[tuple[str, int], ...], folder: Path) -> str:
     """What ptxas says."""
-    from cuda.core import Program, ProgramOptions
+    source = folder / f"{name}.cu"
+    source.write_text(loader.text(source.name))
+    options = ["-std=c++17", "-arch=sm_90a", "-Xptxas", "-v", *(f"-D{key}={value}" for key, value in defines)]
+    command = [str(NVCC), "-cubin", *options, str(source), "-o", str(folder / "out.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
-    macros = [(key, str(value)) for key, value in defines]
-    options = ProgramOptions(std="c++17", arch="sm_90a", define_macro=macros, ptxas_options="-v")
-    said = io.StringIO()
-    Program(loader.text(f"{name}.cu"), "c++", options).compile("cubin", logs=said)
-    return said.getvalue()
 
-
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize(
-    ("rows", "columns", "dtype", "wide", "reverse"),
+    ("rows", "columns", "groups", "dtype", "wide", "reverse"),
     [
-        (128, 128, torch.bfloat16, False, False),
-        (128, 128, torch.bfloat16, False, True),
-        (128, 128, torch.float16, True, True),
-        (64, 64, torch.bfloat16, False, False),
-        (64, 128, torch.bfloat16, True, True),
-        (128, 64, torch.bfloat16, False, False),
+        (128, 128, 1, torch.bfloat16, False, False),
+        (128, 128, 1, torch.bfloat16, False, True),
+        (128, 128, 1, torch.float16, True, True),
+        (64, 64, 1, torch.bfloat16, False, False),
+        (64, 128, 1, torch.bfloat16, True, True),
+        (128, 64, 1, torch.bfloat16, False, False),
+        (256, 64, 1, torch.bfloat16, False, False),
+        (256, 64, 1, torch.float16, True, True),
+        (256, 64, 2, torch.bfloat16, False, False),
+        (256, 64, 2, torch.bfloat16, True, True),
+        (256, 64, 2, torch.float16, False, True),
+        (256, 64, 2, torch.float16, True, False),
     ],
 )
 @pytest.mark.parametrize("name", ["tile_states", "tile_outputs"])
-def test_compiles_and_fits(name, rows, columns, dtype, wide, reverse):
-    said = compiled(name, hopper.defines(rows, columns, dtype, wide, reverse))
-    assert 2 * (hopper.shared_memory(name, rows, columns) + OWN) <= SHARED_MEMORY  # two blocks to a multiprocessor
+def test_compiles_and_fits(name, rows, columns, groups, dtype, wide, reverse, tmp_path):
+    said = compiled(name, hopper.defines(rows, columns, groups, dtype, wide, reverse), tmp_path)
+    blocks = 2 // groups  # to a multiprocessor
+    assert blocks * (hopper.shared_memory(name, rows, columns, groups) + OWN) <= SHARED_MEMORY
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
     assert int(spilled[1]) <= SPILLS[wide], said
     assert "serialized" not in said, said
+    assert "warning" not in said.lower(), said
+
+
+@pytest.mark.parametrize("programs", [1, 33, 66, 132, 133, 4096])
+@pytest.mark.parametrize("rows", [64, 128, 256])
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_shares_cover_all_columns(columns, rows, programs):
+    held, groups, splits = hopper.shares(programs, rows, columns, multiprocessors=132)
+    assert held * groups * splits == columns
+    assert held * rows <= 128 * 128  # what the registers of a warpgroup hold
+    assert groups * splits <= max(4, columns // 64)
 
 
 def test_a_source_holds_what_it_includes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 from dataclasses import replace
@@ -14,7 +15,7 @@ from leetdist import reference
 from leetdist.decoder import METHOD_OF
 from leetdist.kernels.pytorch import block, causal_dot_product
 from leetdist.kernels.pytorch.fleet import decayed_cumsum
-from leetdist.methods import compose, cost, part_of_tile
+from leetdist.methods import compose, cost, launches_alone, lightning, part_of_tile
 from leetdist.problem import METHODS, ONE_DEVICE, describe
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.testing.equality import Case, check
@@ -277,6 +278,20 @@ def test_auto_is_never_far_from_the_best(monkeypatch: pytest.MonkeyPatch) -> Non
     assert choice.method == "fleet"
     assert choice.ratios["fleet"] == pytest.approx(1.1)
     assert choice.ratios["block"] > 1.5
+    # In tiles that are no longer than its blocks, lightning is block, whatever was measured.
+    assert "lightning" not in choice.ratios
+    assert "lightning" in cost.choose(problem, 2 * cost.LIGHTNING_BLOCK, cuda=True, hopper=True).ratios
+
+
+def test_calls_are_repeated_where_every_launch_is_seen() -> None:
+    """leetdist.kernels.triton.replay repeats what leetdist.kernels.recording saw, and would lose anything else."""
+    names = ("triton.block", "cuda.token_scan", "triton.fleet")
+    triton, scan, fleet = (importlib.import_module(f"leetdist.kernels.{name}") for name in names)
+    assert launches_alone(triton)
+    assert launches_alone(compose(triton, scan.tile_outputs))
+    assert launches_alone(compose(triton, lightning.outputs_of(triton)))
+    assert not launches_alone(compose(triton, fleet.tile_outputs))  # launches by itself
+    assert not launches_alone(compose(block, lightning.outputs_of(block)))
 
 
 def test_explain() -> None:

@@ -112,6 +112,23 @@ def test_kernels_in_cuda_are_repeated_too(kernel: Kernel) -> None:
 
 
 @pytest.mark.real_empty
+def test_steps_of_the_host_are_taken_again_in_order(kernel: Kernel) -> None:
+    taken: list[str] = []
+
+    def outputs(a: Tensor) -> tuple[Tensor, ...]:
+        out = torch.empty(8)
+        recording.take(lambda: taken.append(f"before {len(kernel.calls)}"))
+        launched(kernel, a, out)
+        recording.take(lambda: taken.append(f"after {len(kernel.calls)}"))
+        return (out,)
+
+    for place in (0, 0, 1, 0):
+        replay.repeated(outputs, (torch.randn(4),), where=place)
+    assert len(kernel.calls) == 1  # the others were a first, a recorded and another place's first
+    assert taken == ["before 0", "after 0"] * 3 + ["before 0", "after 1"]
+
+
+@pytest.mark.real_empty
 def test_kinds(kernel: Kernel) -> None:
     """Shapes, strides, dtypes and what else is passed tell calls apart; the same tensor twice is not repeated."""
     for a in (torch.randn(4, 4), torch.randn(4, 4).T, torch.randn(4, 4).half(), torch.randn(5, 5)):

@@ -12,14 +12,15 @@ from leetdist.kernels.cuda import hopper, loader
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def compiled(name: str, rows: int, columns: int, dtype: torch.dtype, wide: bool, reverse: bool) -> int:
-    return len(loader.cubin(f"{name}.cu", "sm_90a", hopper.defines(rows, columns, dtype, wide, reverse)))
+def compiled(name: str, held: tuple[int, int, int], dtype: torch.dtype, wide: bool, reverse: bool) -> int:
+    return len(loader.cubin(f"{name}.cu", "sm_90a", hopper.defines(*held, dtype, wide, reverse)))
 
 
 if __name__ == "__main__":
-    shapes = list(itertools.product((128, 64), (128, 64), DTYPES, (False, True), (False, True)))
+    held = [(rows, columns, 1) for rows in (128, 64) for columns in (128, 64)] + [(256, 64, 1), (256, 64, 2)]
+    shapes = list(itertools.product(held, DTYPES, (False, True), (False, True)))
     jobs = [("tile_outputs", *shape) for shape in shapes]
-    jobs += [("tile_states", *shape) for shape in shapes if not shape[3]]
+    jobs += [("tile_states", *shape) for shape in shapes if not shape[2]]
     with ProcessPoolExecutor() as pool:
         sizes = list(pool.map(compiled, *zip(*jobs, strict=True)))
     print(f"{len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB in {loader.cache_folder()}")

@@ -1,7 +1,7 @@
 // What the kernels for Hopper (sm_90a) are made of: 16-bit numbers in pairs, matrices in shared memory, asynchronous
 // products (wgmma) and copies (TMA). A product reads blocks of 64 x 64 numbers, a row 128 bytes long, swizzled.
 //
-// Compile with -DHALF=0|1 (bf16, fp16). No other headers, so that NVRTC needs none.
+// Compile with -DHALF=0|1 (bf16, fp16) -DGROUPS=1|2 (warpgroups of a block). No other headers: NVRTC needs none.
 
 typedef unsigned short Bits;  // a 16-bit number
 typedef unsigned int Word;    // two of them, the earlier in the lower half; or an address in shared memory
@@ -10,6 +10,7 @@ typedef long long Offset;
 
 constexpr int CHUNK = 64;           // tokens that products work on
 constexpr int THREADS = 128;        // a warpgroup
+constexpr int WARPS = THREADS / 32;
 constexpr int BLOCK = 64 * 64 * 2;  // bytes
 
 #if HALF
@@ -17,6 +18,17 @@ constexpr int BLOCK = 64 * 64 * 2;  // bytes
 #else
 #define TYPE "bf16"
 #endif
+
+// ------------------------------------------------------------------------------------------------ warpgroups
+
+// A thread's number in its warpgroup, and the warpgroup's in its block.
+__device__ __forceinline__ int thread_number() { return GROUPS == 1 ? threadIdx.x : threadIdx.x % THREADS; }
+__device__ __forceinline__ int group_number() { return GROUPS == 1 ? 0 : threadIdx.x / THREADS; }
+// The threads of a warpgroup wait for each other.
+__device__ __forceinline__ void meet() {
+    if (GROUPS == 1) __syncthreads();
+    else asm volatile("bar.sync %0, %1;" ::"r"(1 + group_number()), "n"(THREADS) : "memory");
+}
 
 // ------------------------------------------------------------------------------------------------ numbers
 
@@ -111,9 +123,12 @@ struct Place {
     int column, token, head, batch;
 };
 
-// A barrier that the arrival of the expected bytes flips; and the wait for flip 1, 3, .. (parity 0) or 2, 4, ..
-__device__ __forceinline__ void init_arrival(Word arrival) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrival) : "memory");
+// A barrier that arrivals flip, and of the expected bytes; and the wait for flip 1, 3, .. (parity 0) or 2, 4, ..
+__device__ __forceinline__ void init_arrival(Word arrival, int arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(arrival), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(Word arrival) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(arrival) : "memory");
 }
 __device__ __forceinline__ void expect(Word arrival, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrival), "r"(bytes) : "memory");
@@ -124,6 +139,14 @@ __device__ __forceinline__ void wait_arrival(Word arrival, int parity) {
         asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                      : "=r"(done) : "r"(arrival), "r"(parity) : "memory");
     } while (!done);
+}
+
+// Count this warp; whether it is the last of the block's (in one thread). What all of them have read is read by then.
+__device__ __forceinline__ bool is_last(Word counter) {
+    if (thread_number() % 32 > 0) return false;
+    Word before;
+    asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(counter) : "memory");
+    return before % (WARPS * GROUPS) == WARPS * GROUPS - 1;
 }
 
 // Start to copy a chunk of WIDTH columns: its blocks side by side.
@@ -148,7 +171,7 @@ __device__ __forceinline__ void wait_writes() { asm volatile("cp.async.bulk.wait
 
 // Zero the rows of a chunk from `count` on: they are another document's, or nobody's.
 template <int WIDTH> __device__ __forceinline__ void zero_rows(Word chunk, int count) {
-    for (int i = threadIdx.x; i < WIDTH / 2 * CHUNK; i += THREADS)
+    for (int i = thread_number(); i < WIDTH / 2 * CHUNK; i += THREADS)
         if (i / 32 % CHUNK >= count) store(chunk + i * 4, Word(0));
 }
 
@@ -167,10 +190,16 @@ __device__ __forceinline__ Long along_columns(int step) { return Long(step * (16
                     "+f"(x[i + 6]), "+f"(x[i + 7])
 #define LIST32(x) LIST8(x, 0), LIST8(x, 8), LIST8(x, 16), LIST8(x, 24)
 #define LIST64(x) LIST32(x), LIST8(x, 32), LIST8(x, 40), LIST8(x, 48), LIST8(x, 56)
+#define LIST128(x) LIST64(x), LIST8(x, 64), LIST8(x, 72), LIST8(x, 80), LIST8(x, 88), LIST8(x, 96), LIST8(x, 104), \
+                   LIST8(x, 112), LIST8(x, 120)
 #define NAMES32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES64 NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
                 "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES128 NAMES64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+                 "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, " \
+                 "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, " \
+                 "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." TYPE "." TYPE
 
 // One step of x (64 x 64) = a b (or +=), both by rows; a in shared memory, or in registers.
@@ -183,7 +212,7 @@ __device__ __forceinline__ void product(float (&x)[32], const Word (&a)[4], Long
                  " {" NAMES32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
                  : LIST32(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-// One step of x (64 x 64, or 64 x 128) += a b, b by columns.
+// One step of x (64 x 64, 64 x 128 or 64 x 256) += a b, b by columns.
 __device__ __forceinline__ void add_product(float (&x)[32], const Word (&a)[4], Long b) {
     asm volatile(PRODUCT("64") " {" NAMES32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
                  : LIST32(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -191,6 +220,10 @@ __device__ __forceinline__ void add_product(float (&x)[32], const Word (&a)[4], 
 __device__ __forceinline__ void add_product(float (&x)[64], const Word (&a)[4], Long b) {
     asm volatile(PRODUCT("128") " {" NAMES64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
                  : LIST64(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void add_product(float (&x)[128], const Word (&a)[4], Long b) {
+    asm volatile(PRODUCT("256") " {" NAMES128 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
+                 : LIST128(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -1,4 +1,4 @@
-"""Launches of tile_states.cu and tile_outputs.cu: Hopper (sm_90), bf16 and fp16, head sizes of 64 and 128.
+"""Launches of tile_states.cu and tile_outputs.cu: Hopper (sm_90), bf16 and fp16, head sizes of 64, 128 and 256.
 
 Shapes and meaning are those of leetdist.kernels.pytorch.block. The order of every sum depends on the head sizes and the
 tile length alone.
@@ -19,11 +19,10 @@ from leetdist.kernels.cuda import loader
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles
 
-THREADS = 128
+THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
-STAGES = {"tile_states": 3, "tile_outputs": 2}
-# Beside the chunks: tables and barriers, what rounds the first address up to 1,024, and the scores.
-OTHERS = {"tile_states": 2048, "tile_outputs": 3072 + BLOCK}
+# Beside the chunks: barriers and what rounds the first address up to 1,024; for each warpgroup, tables.
+OTHERS = {"tile_states": (1536, 256), "tile_outputs": (1536, 1280)}
 MAP_BYTES, MAPS_KEPT = 128, 1024
 
 _maps: dict[tuple[Any, ...], TensorMap | None] = {}
@@ -40,11 +39,11 @@ def tile_states(
     """See leetdist.kernels.pytorch.block.tile_states."""
     heads = log_decay.shape[0]
     programs = b.shape[0] * heads * tiles.count
-    splits = _splits(programs, c)
+    columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
     kept: list[Tensor] = []
-    launch = _kernel("tile_states", b.shape[3], c.shape[3] // splits, b.dtype, False, reverse, b.device)
+    launch = _kernel("tile_states", b.shape[3], columns, groups, b.dtype, False, reverse, b.device)
     launch(
-        (programs * splits,), THREADS,
+        (programs * splits,), THREADS * groups,
         *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(),
         *_tiles(tiles, b, log_decay), splits, float(scale),
     )  # fmt: skip
@@ -70,10 +69,10 @@ def tile_outputs(
     if not wide and _map(out) is None:
         target = torch.empty_like(out, memory_format=torch.contiguous_format)
     programs = a.shape[0] * heads * tiles.count
-    splits = _splits(programs, c)
-    launch = _kernel("tile_outputs", a.shape[3], c.shape[3] // splits, a.dtype, wide, reverse, a.device)
+    columns, groups, splits = shares(programs, a.shape[3], c.shape[3], _multiprocessors(c.device))
+    launch = _kernel("tile_outputs", a.shape[3], columns, groups, a.dtype, wide, reverse, a.device)
     launch(
-        (programs * splits,), THREADS,
+        (programs * splits,), THREADS * groups,
         *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept),
         states.data_ptr(), *states.stride(),
         bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
@@ -84,9 +83,16 @@ def tile_outputs(
         out.copy_(target)
 
 
-def _splits(programs: int, c: Tensor) -> int:
-    """Where there are no more tiles than multiprocessors, two programs share one's columns, and have the same bits."""
-    return 2 if c.shape[3] == 128 and programs <= _multiprocessors(c.device) else 1
+def shares(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Columns that a warpgroup holds, warpgroups of a block, and blocks that share a tile's columns. None of it changes
+    a bit. Where multiprocessors would have nothing to do, warpgroups hold fewer columns, or have one to themselves."""
+    if rows > 128:
+        groups = 1 if columns == 64 or programs * (columns // 64) <= multiprocessors else 2
+        return 64, groups, columns // 64 // groups
+    held = min(columns, 128)
+    if programs * (columns // held) <= multiprocessors:
+        held = 64
+    return held, 1, columns // held
 
 
 @cache
@@ -94,26 +100,37 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def shared_memory(name: str, rows: int, columns: int) -> int:
-    """Bytes that a block asks for."""
-    operands = columns + rows * (1 if name == "tile_states" else 2)
-    return STAGES[name] * operands // 64 * BLOCK + OTHERS[name]
+def shared_memory(name: str, rows: int, columns: int, groups: int) -> int:
+    """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
+    if name == "tile_states":
+        chunks_b = chunks_c = 3 if rows <= 128 else 2 * groups
+        chunks_a = 0
+    elif rows <= 128:
+        chunks_a = chunks_b = chunks_c = 2
+    else:
+        chunks_a, chunks_b, chunks_c = (1, 1, 2) if groups == 1 else (2, 3, 2)
+    operands = (chunks_a + chunks_b) * rows + chunks_c * groups * columns
+    scores = 0 if name == "tile_states" else 1 if groups == 1 else chunks_b
+    block, each = OTHERS[name]
+    return (operands // 64 + scores) * BLOCK + block + groups * each
 
 
-def defines(rows: int, columns: int, dtype: torch.dtype, wide: bool, reverse: bool) -> tuple[tuple[str, int], ...]:
+def defines(
+    rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool
+) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with; `wide`: for outputs in fp32."""
     return (
-        ("ROWS", rows), ("COLUMNS", columns), ("HALF", int(dtype == torch.float16)), ("WIDE", int(wide)),
-        ("REVERSE", int(reverse)),
+        ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
+        ("WIDE", int(wide)), ("REVERSE", int(reverse)),
     )  # fmt: skip
 
 
 @cache
 def _kernel(
-    name: str, rows: int, columns: int, dtype: torch.dtype, wide: bool, reverse: bool, device: torch.device
+    name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool, device: torch.device
 ) -> Callable[..., None]:
-    made = defines(rows, columns, dtype, wide, reverse)
-    memory = shared_memory(name, rows, columns)
+    made = defines(rows, columns, groups, dtype, wide, reverse)
+    memory = shared_memory(name, rows, columns, groups)
     return loader.kernel(f"{name}.cu", name, device, made, shared_memory=memory, features="a")
 
 

@@ -50,7 +50,7 @@ def on_hopper(rows: int, columns: int, dtype: torch.dtype, parts: Parts, tile: i
     return (
         dtype in (torch.bfloat16, torch.float16)
         and parts == parts_of(dtype, None)
-        and {rows, columns} <= {64, 128}
+        and {rows, columns} <= {64, 128, 256}
         and tile >= 128
         and device.type == "cuda"
         and _is_hopper(device)

@@ -5,17 +5,17 @@ it takes, and each launch with its arguments, of which those that are addresses 
 then on the host takes as much memory and repeats the launches. Unlike a CUDA graph, nothing is copied, no memory is
 held, and the launches go to the current stream (into a graph too, while one captures).
 
-A call is repeated only if launches are all that it does: any other operation seen while it is recorded (a copy, a sum)
-refuses it, and it runs as ever.
+A call is repeated only if launches, and steps of the host that are noted too (leetdist.kernels.recording), are all that
+it does: any other operation seen while it is recorded (a copy, a sum) refuses it, and it runs as ever.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from leetdist.kernels.triton import launch
 EMPTY = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
 )
+# Says when memory may be taken by others: what a repeated call takes is used on the stream that it was taken on, or by
+# streams that this one waits for, or it is refused.
+UNSEEN = frozenset((torch.ops.aten.record_stream,))
 # Addresses of tensor maps that a launch keeps: the allocator hands out the same few again and again.
 MOST_MAPS = 256
 
@@ -38,7 +41,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: list[Tensor | recording.TritonLaunch | recording.CudaLaunch] = []
+        self.events: list[Tensor | recording.TritonLaunch | recording.CudaLaunch | recording.HostStep] = []
         self.refused: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,7 +49,7 @@ class Recorder(TorchDispatchMode):
         if func.overloadpacket in EMPTY:
             if out.numel():
                 self.events.append(out)
-        elif not func.is_view:
+        elif not func.is_view and func.overloadpacket not in UNSEEN:
             self.refused = str(func)
         return out
 
@@ -124,27 +127,31 @@ class Memory:
     dtype: torch.dtype
 
 
+Action: TypeAlias = Memory | TritonStep | CudaStep | recording.HostStep
+
+
 @dataclass(eq=False)
 class Replay:
     """What a call does, in order, and which of the tensors that it takes are returned. `held`: tensors whose addresses
     are among the fixed arguments."""
 
     device: torch.device
-    actions: list[Memory | TritonStep | CudaStep]
+    actions: list[Action]
     returned: list[int | None]
     held: list[Tensor]
 
     def __call__(self, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
         device, taken = self.device, []
         sources = [x.data_ptr() for x in inputs]
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
         for action in self.actions:
             if isinstance(action, Memory):
                 x = torch.empty_strided(action.shape, action.strides, dtype=action.dtype, device=device)
                 taken.append(x)
                 sources.append(x.data_ptr())
+            elif isinstance(action, recording.HostStep):
+                action.step()
             else:
-                action(stream, sources)
+                action(torch._C._cuda_getCurrentRawStream(device.index), sources)
         return tuple([None if place is None else taken[place] for place in self.returned])
 
 
@@ -170,12 +177,14 @@ def record(
                 return outputs, None
             memory[place] = Memory(x.shape, x.stride(), x.dtype)
         returned.append(place)
-    actions: list[Memory | TritonStep | CudaStep] = []
+    actions: list[Action] = []
     held: list[Tensor] = []
     for event in recorder.events:
-        action: Memory | TritonStep | CudaStep | None
+        action: Action | None
         if isinstance(event, Tensor):
             action = memory.pop(0)
+        elif isinstance(event, recording.HostStep):
+            action = event
         elif isinstance(event, recording.CudaLaunch):
             action = _cuda_step(event, sources, storages)
         else:
@@ -242,19 +251,26 @@ def _triton_step(
 # Kinds of calls seen: once, and then with how to repeat them, or None for those that cannot be.
 _once: set[tuple[Any, ...]] = set()
 _kinds: dict[tuple[Any, ...], Replay | None] = {}
-MOST_KINDS = 512
+MOST_KINDS = 4096  # a model has as many as layers, passes and places of messages
 
 
 def repeated(
-    function: Callable[..., tuple[Tensor | None, ...]], tensors: tuple[Tensor | None, ...], *more: Any
+    function: Callable[..., tuple[Tensor | None, ...]],
+    tensors: tuple[Tensor | None, ...],
+    *more: Any,
+    where: Hashable = None,
 ) -> tuple[Tensor | None, ...]:
     """function(*tensors, *more), which must do nothing but take memory, launch through leetdist.kernels.triton.launch,
-    and return tensors that it has taken. It may look at the tensors' shapes, strides, dtypes and alignment only."""
+    take steps of the host that it notes, and return tensors that it has taken. It may look at the tensors' shapes,
+    strides, dtypes and alignment only.
+
+    where: what else decides on the launches, such as the place of a message, or the stream for steps of the host.
+    """
     inputs = [x for x in tensors if x is not None]
     if not launch.direct(inputs[0].device):
         return function(*tensors, *more)
     kind = (
-        function, *more,
+        function, where, *more,
         *[None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors],
     )  # fmt: skip
     replay = _kinds.get(kind)

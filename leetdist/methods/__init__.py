@@ -25,6 +25,15 @@ LARGEST_TRITON_HEAD = 256
 # Tokens that are added to a state one by one. A sum of 4,096 such terms in fp32 is off by 2e-6 where nothing decays;
 # one of 512 by 6e-7, and the fold of 256 such sums by 4e-7.
 ONE_BY_ONE = 512
+# Modules all of whose launches leetdist.kernels.recording sees; lightning's outputs are those of its base.
+RECORDED = frozenset(
+    (
+        "leetdist.kernels.cuda.token_scan",
+        "leetdist.kernels.triton.block",
+        "leetdist.kernels.triton.fold",
+        "leetdist.methods.lightning",
+    )
+)
 
 
 class Kernels(Protocol):
@@ -139,8 +148,8 @@ def backend_of(kernels: Kernels) -> str:
 
 
 def launches_alone(kernels: Kernels) -> bool:
-    """Whether the kernels of the two passes are all launched by leetdist.kernels.triton.launch."""
-    return backend_of(kernels) in ("leetdist.kernels.triton.block, leetdist.kernels.triton.fold",)
+    """Whether the kernels of the two passes are all launched so that leetdist.kernels.recording sees it."""
+    return RECORDED.issuperset(backend_of(kernels).split(", "))
 
 
 def attention_on_one_device(
@@ -185,7 +194,7 @@ def cuda_serves(problem: Problem) -> bool:
 def hopper_serves(problem: Problem, tile: int) -> bool:
     """Whether block has kernels written for Hopper for the problem, several times faster than the general ones."""
     whole = all(dim * problem.dtype.itemsize % 16 == 0 for dim in (problem.dk, problem.dv))
-    fits = tile >= 64 and whole and (problem.dtype != torch.float32 or problem.dk <= 128)
+    fits = tile >= cost.SHORTEST_ON_HOPPER and whole and (problem.dtype != torch.float32 or problem.dk <= 128)
     return fits and triton_serves(problem) and problem.device.type == "cuda" and _capability(problem.device) == (9, 0)
 
 

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 # All work under a group. The first is taken if it is as good as any, to within NOISE: two measurements of one thing
 # differ by as much.
 CANDIDATES = ("block", "lightning", "fleet", "causal_dot_product")
+# Tokens; lightning is block, kernel by kernel, in tiles that are no longer.
+LIGHTNING_BLOCK = 256
+# Tokens; in shorter tiles the kernels for Hopper do not serve, and "general" holds.
+SHORTEST_ON_HOPPER = 64
 NOISE = 1.03
 HEADS = (32, 128, 512)  # of 1, 4 and 16 batch entries
 FILE = Path(__file__).with_name("costs.json")
@@ -76,6 +80,8 @@ def choose(problem: Problem, tile: int, *, cuda: bool, hopper: bool) -> Choice:
     causal_dot_product were measured with; `hopper`: whether those written for Hopper can, which block was."""
     where = "cpu" if problem.device.type == "cpu" else "sm_90" if hopper else "general"
     served = [m for m in CANDIDATES if cuda or where == "cpu" or m not in ("fleet", "causal_dot_product")]
+    if tile <= LIGHTNING_BLOCK:
+        served.remove("lightning")
     costs = COSTS[where][problem.dtype.itemsize == 2]
     size, tokens = problem.dk * problem.dv / 128**2, _usual_length(tile)
     times = {h: {method: costs[method].seconds(h, tokens, tile, size) for method in served} for h in HEADS}

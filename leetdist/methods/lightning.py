@@ -22,11 +22,10 @@ from torch import Tensor
 
 from leetdist.kernels.tiles import Tiles
 from leetdist.methods import Kernels, block, compose
+from leetdist.methods.cost import LIGHTNING_BLOCK as BLOCK
 
 if TYPE_CHECKING:
     from leetdist.problem import Problem
-
-BLOCK = 256
 
 
 def kernels(problem: Problem) -> Kernels:

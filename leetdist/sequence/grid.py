@@ -10,11 +10,16 @@ from itertools import accumulate, pairwise
 from leetdist.kernels.tiles import Tiles, ceil_div
 
 SMALLEST_TILE, LARGEST_TILE = 16, 8192
-# A few ranks want a tile each.
-TILES_WANTED = 8
-# Longer sequences want longer tiles, for a state in memory costs as much as 85 tokens of q, k and v (bf16, D = 128),
-# and more of them, to fill the GPUs of more ranks; so both grow as the square root: 1,024 tokens at 8,192, 4,096 at
-# 131,072.
+# A few ranks want a tile each; but rather four than eight that are shorter than 64 tokens, whose states would outweigh
+# them: of 16 x 32 x 128 tokens in tiles of 16, states are twice as large as q, k, v and o in fp32, and are moved four
+# times.
+TILES_WANTED, LEAST_TILES, TOKENS_OF_FEW = 8, 4, 64
+# Beyond that, a tile is as long as it can be while tiles fill a GPU: each costs a state in memory, as much as 85 tokens
+# of q, k and v (bf16, D = 128). With 32 heads, 32,768 tokens in tiles of 4,096 take 0.93 of the time in tiles of 2,048
+# (benchmarks/NOTES.md).
+TOKENS_ENOUGH = 4096
+# Longer sequences want longer tiles, and more of them, to fill the GPUs of more ranks; so both grow as the square root:
+# 4,096 tokens at 131,072, 8,192 at 524,288.
 TOKENS_SHARED = 128
 
 
@@ -23,7 +28,9 @@ def default_tile(total_tokens: int) -> int:
 
     It depends on the length of the whole sequence alone, so every rank, and `shard_sequence`, knows it.
     """
-    wanted = max(1, min(total_tokens // TILES_WANTED, math.isqrt(TOKENS_SHARED * total_tokens)))
+    longest = max(TOKENS_ENOUGH, math.isqrt(TOKENS_SHARED * total_tokens))
+    share = max(total_tokens // TILES_WANTED, min(total_tokens // LEAST_TILES, TOKENS_OF_FEW))
+    wanted = max(1, min(share, longest))
     return min(max(1 << (wanted.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
 
 

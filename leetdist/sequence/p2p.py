@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
@@ -121,7 +121,6 @@ class PointToPoint(Transport):
     def send_state(self, tensor: Tensor, to: int, what: str) -> None:
         if self.inboxes is None or not self.inboxes.serves(tensor, to):
             return self.send(tensor, to, what)
-        self.bytes_sent += tensor.numel() * tensor.element_size()
         self.inboxes.put(tensor, to)
 
     @contextlib.contextmanager
@@ -131,6 +130,9 @@ class PointToPoint(Transport):
         else:
             with self.inboxes.taken(shape, like.dtype, source) as state:
                 yield state
+
+    def place(self) -> Hashable | None:
+        return None if self.inboxes is None else self.inboxes.place()
 
     def flush(self) -> None:
         # A graph ends only when all that it began has ended.

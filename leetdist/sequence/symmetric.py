@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from leetdist.kernels import recording
 
 if TYPE_CHECKING:
     from leetdist.sequence.p2p import PointToPoint
@@ -96,9 +98,25 @@ class Inboxes:
             if rank in self.local:
                 self.boxes[rank] = Box(handle.get_buffer(self.local[rank], (words,), torch.int32), self.hop.PROGRAMS)
 
+    def place(self) -> Hashable | None:
+        """As leetdist.sequence.transport.Transport.place. Outgrown inboxes are kept, so a number tells these."""
+        if any(rank not in self.local for rank in (self.rank - 1, self.rank + 1) if 0 <= rank < self.transport.size):
+            return None
+        return len(self.kept), self.transport.patience(), *self.sent.items(), *self.received.items()
+
+    def _next(self, slots: dict[int, int], other: int, size: int = 0) -> int:
+        """The slot of the next message to or from another rank; `size`: bytes that are sent."""
+        slot = slots.get(other, 0)
+
+        def step() -> None:
+            slots[other] = (slot + 1) % SLOTS
+            self.transport.bytes_sent += size
+
+        recording.take(step)
+        return slot
+
     def put(self, tensor: Tensor, to: int) -> None:
-        direction, slot = int(self.rank > to), self.sent.get(to, 0) % SLOTS
-        self.sent[to] = slot + 1
+        direction, slot = int(self.rank > to), self._next(self.sent, to, tensor.nbytes)
         mine, theirs = self.boxes[self.rank], self.boxes[to]
         self.hop.put(
             tensor.contiguous(), theirs.message(direction, slot, tensor.shape, tensor.dtype),
@@ -109,8 +127,7 @@ class Inboxes:
     @contextmanager
     def taken(self, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> Iterator[Tensor]:
         """The next message from `source`, in the inbox itself: what the stream does with it is launched inside."""
-        direction, slot = int(source > self.rank), self.received.get(source, 0) % SLOTS
-        self.received[source] = slot + 1
+        direction, slot = int(source > self.rank), self._next(self.received, source)
         mine, theirs = self.boxes[self.rank], self.boxes[source]
         self.hop.wait(mine.full[direction][slot], ranks=(self.rank, source), seconds=self.transport.patience())
         yield mine.message(direction, slot, shape, dtype)

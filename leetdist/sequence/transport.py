@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -85,6 +85,10 @@ class Transport(ABC):
     def receive_state(self, shape: tuple[int, ...], like: Tensor, source: int, what: str) -> Iterator[Tensor]:
         """What a neighbour in the scan sends, of a shape, on the device and in the dtype of `like`; valid inside."""
         yield self.receive(like.new_empty(shape), source, what)
+
+    def place(self) -> Hashable | None:
+        """What decides where a scan's next states go and come, if launches alone move them; None if hosts take part."""
+        return None
 
     def others(self) -> Iterator[int]:
         return (rank for rank in range(self.size) if rank != self.rank)
