@@ -141,27 +141,13 @@ def _backward_pass(
                 common: dict[str, Any] = {"reverse": True, "scale": scale, "state_scale": 1.0, "out_dtype": wide}
                 q_, k_, v_, do_ = of_lane
                 dk.put(
-                    lane,
-                    kernels.tile_outputs,
-                    v_,
-                    do_,
-                    q_,
-                    grads[lane].mT,
-                    _part(log_decay, lane.heads, 0),
-                    tiles,
+                    lane, kernels.tile_outputs, v_, do_, q_, grads[lane].mT, _part(log_decay, lane.heads, 0), tiles,
                     **common,
-                )
+                )  # fmt: skip
                 dv.put(
-                    lane,
-                    kernels.tile_outputs,
-                    k_,
-                    q_,
-                    do_,
-                    grads[lane],
-                    _part(log_decay, lane.heads, 0),
-                    tiles,
+                    lane, kernels.tile_outputs, k_, q_, do_, grads[lane], _part(log_decay, lane.heads, 0), tiles,
                     **common,
-                )
+                )  # fmt: skip
 
         dlog_decay = None
         if needs_decay_grad:
