@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from revision import commit
 from torch import Tensor
 
 from leetdist.methods import cost
@@ -102,11 +103,9 @@ def figure(cells: list[Cell], path: Path) -> None:
 
 
 def about(device: str) -> dict[str, Any]:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    commit = Path(__file__).resolve().parents[1] / "COMMIT"  # of a tree that was carried without its git folder
     return {
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit.read_text().strip() if commit.is_file() else git.stdout.strip() or "unknown",
+        "commit": commit(),
         "device": _gpu_name() if device == "cuda" else platform.processor() or "cpu",
         "hopper": os.environ.get("LEETDIST_HOPPER", "1") != "0",  # or the general kernels
         "torch": torch.__version__,

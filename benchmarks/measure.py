@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from cases import DTYPES, Case, checked_rows
@@ -22,6 +23,8 @@ CHECKED_HEADS = 2
 # Input sets are rotated until they exceed this, so that no contestant finds its inputs in the cache.
 CACHE_BYTES = 256 * 2**20
 LARGE_BYTES = 8 * 2**30
+# Milliseconds of a turn that are not counted, and that are.
+SETTLE, TIMED = 4.0, 4.0
 
 
 @dataclass
@@ -127,17 +130,33 @@ def linear_reference(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: 
 
 
 def _milliseconds(function: Callable[[], object], device: str) -> float:
+    return _each([function], device)[0]
+
+
+def _each(functions: list[Callable[[], object]], device: str) -> list[float]:
+    """What each adds to the time, one after the other."""
     if device == "cpu":
-        begin = time.perf_counter()
+        marks = [time.perf_counter()]
+        for function in functions:
+            function()
+            marks.append(time.perf_counter())
+        return [(end - begin) * 1e3 for begin, end in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(functions) + 1)]
+    events[0].record()
+    for function, event in zip(functions, events[1:], strict=True):
         function()
-        return (time.perf_counter() - begin) * 1e3
+        event.record()
     torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    function()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return [begin.elapsed_time(end) for begin, end in pairwise(events)]
+
+
+def one_turn(calls: list[Callable[[], object]], once: float, device: str) -> list[float]:
+    """Times (ms) of calls that follow each other, on inputs in turn, as a model's layers would: the larger of what the
+    host and the device take. The first ones, which find the device idle or at a neighbour's clock, do not count."""
+    if device == "cpu":
+        return _each(calls[:1], device)
+    before, counted = (max(1, min(most, int(time / once))) for most, time in ((40, SETTLE), (20, TIMED)))
+    return _each([calls[i % len(calls)] for i in range(before + counted)], device)[before:]
 
 
 def call_of(contestant: Contestant, which: str, inputs: Inputs) -> Callable[[], object]:
@@ -203,19 +222,21 @@ def run_case(
                 torch.cuda.empty_cache()
 
     times: dict[str, list[float]] = {name: [] for name in ready}
+    once: dict[str, float] = {}
     for turn in range(rounds + 1):
         say(f"round {turn} of {rounds}")
         for contestant in contestants:
             if contestant.name in ready:
                 calls = ready[contestant.name]
                 with contestant.active():
-                    elapsed = _milliseconds(calls[turn % len(calls)], device)
+                    measured = one_turn(calls, once.get(contestant.name, TIMED), device)
+                once[contestant.name] = statistics.median(measured)
                 if turn:  # the first round warms up
-                    times[contestant.name].append(elapsed)
+                    times[contestant.name].append(once[contestant.name])
     floor = case.floor_bytes(which) / bandwidth * 1e3
-    for name, measured in times.items():
-        result, middle = results[name], statistics.median(measured)
-        result.milliseconds, result.fastest, result.slowest = middle, min(measured), max(measured)
+    for name, medians in times.items():
+        result, middle = results[name], statistics.median(medians)
+        result.milliseconds, result.fastest, result.slowest = middle, min(medians), max(medians)
         result.floor_ms, result.x_floor = floor, middle / floor
         result.tflops = case.flops(which) / middle / 1e9
         result.gbytes = case.floor_bytes(which) / middle / 1e6

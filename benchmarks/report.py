@@ -6,10 +6,8 @@ import contextlib
 import csv
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
-import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,23 +15,20 @@ from typing import Any
 
 import torch
 from measure import Result
+from revision import commit
 
 COLUMNS = ("case", "pass", "contestant", "ms", "x floor", "vs peer", "TFLOP/s", "GB/s", "peak MiB", "error")
 
 
 def machine(device: str, bandwidth: float) -> dict[str, Any]:
     """What the numbers were measured on."""
-    root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    # A tree that travels without its history says what it is in the environment.
-    commit = git.stdout.strip() or os.environ.get("LEETDIST_COMMIT") or "unknown"
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(),
         "copy_bytes_per_second": bandwidth,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": commit(),
         "command": shlex.join(["python", *sys.argv]),
     }
     for name in ("triton", "flash-linear-attention", "transformers"):

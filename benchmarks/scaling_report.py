@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from revision import commit
+
 
 def provenance() -> dict[str, str]:
-    """The command, and the commit it ran: LEETDIST_COMMIT for a tree that travelled without its git folder."""
-    root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    commit = os.environ.get("LEETDIST_COMMIT") or git.stdout.strip() or "unknown"
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit}
+    """The command, and the commit it ran."""
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit()}
 
 
 @dataclass

@@ -39,7 +39,9 @@ def launchers(ranks: int, port: int) -> dict[str, list[str]]:
         options = ["--num_processes", str(ranks), "--main_process_port", str(port)]
         found["accelerate, FSDP2"] = [*accelerate, *options, script]
     if ranks > 1 and importlib.util.find_spec("deepspeed"):
-        found["torchrun, DeepSpeed ZeRO 3"] = [*torchrun, "--deepspeed-config", str(CONFIGS / "zero3.json")]
+        for stage in (1, 2, 3):
+            config = str(CONFIGS / f"zero{stage}.json")
+            found[f"torchrun, DeepSpeed ZeRO {stage}"] = [*torchrun, "--deepspeed-config", config]
     return found
 
 
