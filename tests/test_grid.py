@@ -35,12 +35,12 @@ def test_default_tile_is_a_power_of_two_in_range(tokens: int) -> None:
 
 @given(st.integers(64, 10**6))
 def test_the_default_tile_leaves_a_few_ranks_one_each(tokens: int) -> None:
-    assert min(shard_lengths(tokens, 8 if tokens >= 512 else 4, default_tile(tokens))) > 0
+    assert min(shard_lengths(tokens, 8 if tokens >= 16_384 else 4, default_tile(tokens))) > 0
 
 
 def test_default_tiles_of_lengths_that_are_measured() -> None:
     lengths = (64, 128, 256, 512, 2_048, 8_192, 32_768, 100_000, 131_072, 524_288, 1_048_576)
-    assert [default_tile(n) for n in lengths] == [16, 32, 64, 64, 256, 1_024, 4_096, 4_096, 4_096, 8_192, 8_192]
+    assert [default_tile(n) for n in lengths] == [16, 32, 64, 128, 512, 2_048, 4_096, 4_096, 4_096, 8_192, 8_192]
 
 
 @given(st.integers(1, 10**6), st.integers(1, 64), tiles)

@@ -30,7 +30,7 @@ from leetdist.integrations.loss import reduce_loss
 from leetdist.integrations.minimax_cache import LightningCache
 from leetdist.integrations.parallelize import handler_of, register
 from leetdist.integrations.softmax import softmax_attention
-from leetdist.sequence.grid import SMALLEST_TILE
+from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import gather_sequence, shard_sequence
 
@@ -228,7 +228,8 @@ class _Hooks:
             whole = mask if mask is None else gather_sequence(mask, 1, self.group)
         else:
             filled = cache is not None and (cache.get_seq_length() > 0 or any(map(len, _linear(cache))))
-            local = filled or tokens.shape[1] < SMALLEST_TILE * self.ranks
+            count = tokens.shape[1]  # too few to share, if a rank would have none
+            local = filled or not min(shard_lengths(count, self.ranks, default_tile(count)))
             self.prompt, whole = not local, mask
             if self.prompt:
                 if kwargs.get("position_ids") is None:
