@@ -264,13 +264,12 @@ def make_plan(
 def make_lanes(
     heads: int, kv_heads: int, count: int, forgetting: frozenset[int] = frozenset(), mute: frozenset[int] = frozenset()
 ) -> tuple[Lane, ...]:
-    """The heads in `count` lanes, those that share a head of k and v together. Those that forget have lanes of their
-    own, if that takes no more lanes, and go first: they wait for their neighbour only, and their outputs are computed
-    while the others' chains run through all ranks."""
+    """The heads in `count` lanes, those that share a head of k and v together. Those that forget go first: they
+    wait for their neighbour only, and their outputs are computed while the others' chains run through all ranks."""
+    count = min(count, kv_heads)
     share = heads // kv_heads
-    forgets = [forgetting.issuperset(range(kv * share, (kv + 1) * share)) for kv in range(kv_heads)]
     lanes: list[Lane] = []
-    for begin, end in pairwise(_cuts(forgets, min(count, kv_heads))):
+    for begin, end in pairwise(lane * kv_heads // count for lane in range(count + 1)):
         own = range(begin * share, end * share)
         lanes.append(
             Lane(
@@ -282,20 +281,6 @@ def make_lanes(
             )
         )
     return tuple(sorted(lanes, key=lambda lane: not lane.forgets))
-
-
-def _cuts(kinds: list[bool], count: int) -> list[int]:
-    """Where `count` parts of the heads of k and v begin and end: of one kind each, and as even as that allows."""
-    changes = [place for place in range(1, len(kinds)) if kinds[place] != kinds[place - 1]]
-    ends = [0, *changes, len(kinds)] if len(changes) < count else [0, len(kinds)]
-    runs = list(pairwise(ends))
-    parts = [1] * len(runs)
-    while sum(parts) < count:
-        parts[max(range(len(runs)), key=lambda i: (runs[i][1] - runs[i][0]) / parts[i])] += 1
-    inner = [
-        begin + part * (end - begin) // n for (begin, end), n in zip(runs, parts, strict=True) for part in range(n)
-    ]
-    return [*inner, len(kinds)]
 
 
 @cache

@@ -49,29 +49,13 @@ def test_many_ranks_and_empty_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lanes_cover_the_heads() -> None:
-    lanes = make_lanes(12, 6, 4, forgetting=frozenset({0, 1, 5, 11}), mute=frozenset({11}))  # two share k and v
+    lanes = make_lanes(12, 6, 4, forgetting=frozenset({0, 1, 5, 11}), mute=frozenset({11}))
     assert sorted(h for lane in lanes for h in range(12)[lane.heads]) == list(range(12))
     assert [lane.forgets for lane in lanes] == [True, False, False, False]  # they wait for nobody
     assert lanes[0].heads == slice(0, 2)
     sent = {range(12)[lane.heads][h] for lane in lanes for h in lane.sent}
     assert sent == set(range(11))
     assert len(make_lanes(4, 2, 8)) == 2  # heads that share k and v stay together
-
-
-@pytest.mark.parametrize(
-    ("count", "forgetting", "heads"),
-    [
-        (1, 21, [range(32)]),
-        (2, 21, [range(21), range(21, 32)]),  # Lightning's slopes, tiles of 4,096 tokens
-        (4, 21, [range(10), range(10, 21), range(21, 26), range(26, 32)]),
-        (4, 0, [range(8), range(8, 16), range(16, 24), range(24, 32)]),
-        (2, 32, [range(16), range(16, 32)]),
-    ],
-)
-def test_heads_that_forget_have_lanes_of_their_own(count: int, forgetting: int, heads: list[range]) -> None:
-    lanes = make_lanes(32, 32, count, forgetting=frozenset(range(forgetting)))
-    assert [range(32)[lane.heads] for lane in lanes] == heads
-    assert [lane.forgets for lane in lanes] == [own.stop <= forgetting for own in heads]
 
 
 def bytes_sent(decay: list[float], lanes: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:

@@ -189,8 +189,7 @@ def _simulate(
     hop = machine.hop + job.state_bytes / lanes / machine.link
     arrived = [0.0] * lanes
     total = longest = 0.0
-    # Lanes up to this one forget; heads that do have one of their own, if there are two.
-    early = max(int(forgetting * lanes), int(lanes > 1 and forgetting > 0))
+    early = int(forgetting * lanes)  # lanes up to this one forget: those without any other head
     for tokens in job.shards:
         tiles = ceil_div(tokens, job.grid)
         prepare = kernels(before, tokens, machine.states, lanes)
