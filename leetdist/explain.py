@@ -52,7 +52,7 @@ def explain(
     problem  B 1, H 2, N 1,000, Dk 64, Dv 64, torch.float32 on cpu, forward, no decay
     method   fleet: named by the caller
     kernels  leetdist.kernels.pytorch.fleet, leetdist.kernels.pytorch.block
-    tile     64 tokens, 16 tiles: chosen from the length of the whole sequence
+    tile     128 tokens, 8 tiles: chosen from the length of the whole sequence
     shards   one device
     """
     options: dict[str, Any] = {

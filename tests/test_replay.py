@@ -122,10 +122,10 @@ def test_steps_of_the_host_are_taken_again_in_order(kernel: Kernel) -> None:
         recording.take(lambda: taken.append(f"after {len(kernel.calls)}"))
         return (out,)
 
-    for place in (0, 0, 1, 0):
+    for place in (0, 0, 1, 0, 1):
         replay.repeated(outputs, (torch.randn(4),), where=place)
-    assert len(kernel.calls) == 1  # the others were a first, a recorded and another place's first
-    assert taken == ["before 0", "after 0"] * 3 + ["before 0", "after 1"]
+    assert len(kernel.calls) == 2  # the others were the first of all, and one for each place that was recorded
+    assert taken == ["before 0", "after 0"] * 3 + ["before 0", "after 1", "before 1", "after 2"]
 
 
 @pytest.mark.real_empty

@@ -81,20 +81,36 @@ class Map:
 
 
 @dataclass(eq=False)
+class CudaMap:
+    """The same for a kernel in CUDA C++; `kind` as in leetdist.kernels.cuda.hopper.tensor_map."""
+
+    kind: Any
+    known: dict[int, TensorMap | None] = field(default_factory=dict)
+
+    def at(self, address: int) -> TensorMap | None:
+        found = self.known.get(address)
+        if found is None:
+            if len(self.known) >= MOST_MAPS:
+                self.known.clear()
+            found = self.known[address] = tensor_map(address, self.kind)
+        return found
+
+
+@dataclass(eq=False)
 class CudaStep:
     """One launch of a kernel in CUDA C++, and where addresses and maps go among its arguments."""
 
     launch: Callable[..., None]
     arguments: list[Any]
     addresses: list[tuple[int, int]]
-    maps: list[tuple[int, int, Any]]
+    maps: list[tuple[int, int, CudaMap]]
 
     def __call__(self, stream: int, sources: list[int]) -> None:
         arguments = self.arguments.copy()
         for place, source in self.addresses:
             arguments[place] = sources[source]
-        for place, source, kind in self.maps:
-            arguments[place] = tensor_map(sources[source], kind)
+        for place, source, moved in self.maps:
+            arguments[place] = moved.at(sources[source])
         self.launch(*arguments)
 
 
@@ -201,7 +217,7 @@ def _cuda_step(launched: recording.CudaLaunch, sources: dict[int, int], storages
         if isinstance(x, TensorMap):
             if x.address not in sources:
                 return None
-            step.maps.append((place, sources[x.address], x.kind))
+            step.maps.append((place, sources[x.address], CudaMap(x.kind)))
         elif isinstance(x, int) and x in sources:
             step.addresses.append((place, sources[x]))
         elif isinstance(x, int) and any(begin <= x < begin + size for begin, size in storages.items()):
@@ -248,7 +264,7 @@ def _triton_step(
     return step
 
 
-# Kinds of calls seen: once, and then with how to repeat them, or None for those that cannot be.
+# Kinds of calls seen: once, wherever it was, and then with how to repeat them, or None for those that cannot be.
 _once: set[tuple[Any, ...]] = set()
 _kinds: dict[tuple[Any, ...], Replay | None] = {}
 MOST_KINDS = 4096  # a model has as many as layers, passes and places of messages
@@ -276,11 +292,12 @@ def repeated(
     replay = _kinds.get(kind)
     if replay is not None:
         return replay(inputs)
-    if kind in _once and kind not in _kinds:
+    anywhere = (function, None, *kind[2:])
+    if anywhere in _once and kind not in _kinds:
         outputs, _kinds[kind] = record(function, inputs, (*tensors, *more))
         return outputs
-    if len(_once) >= MOST_KINDS:
+    if max(len(_once), len(_kinds)) >= MOST_KINDS:
         _once.clear()
         _kinds.clear()
-    _once.add(kind)
+    _once.add(anywhere)
     return function(*tensors, *more)
