@@ -33,14 +33,14 @@ def _slope(log_decay: Tensor) -> Tensor:
     return -log_decay
 
 
-# Module, function, and the form in which it takes the decay.
+# Module, function, and the form in which it takes the decay; the slowest last.
 THEIRS = {
-    "LeetDecoding FleetAttention": ("FleetAttention_triton", "FleetAttention_triton", _factor),
     "LeetDecoding causal_dot_product": ("causal_dot_product", "causal_dot_product", _factor),
     "LeetDecoding lightningAttention2": ("lightningAttention2", "lightning_attn2", _slope),
     "LeetDecoding block-based": ("BlockBased", "blockBased", _slope),
     "LeetDecoding recursion": ("Recursion", "recursion", _slope),
     "LeetDecoding vanilla": ("linear_attn", "linear_attn", _slope),
+    "LeetDecoding FleetAttention": ("FleetAttention_triton", "FleetAttention_triton", _factor),
 }
 
 
