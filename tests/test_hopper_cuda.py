@@ -71,6 +71,13 @@ def test_shares_cover_all_columns(columns, rows, programs):
     assert groups * splits <= max(4, columns // 64)
 
 
+@pytest.mark.parametrize(("version", "serves"), [(None, False), ((12, 9), False), ((13, 0), True), ((13, 5), True)])
+def test_compilers_that_crash_on_these_kernels_are_not_asked(version, serves, monkeypatch):
+    monkeypatch.delenv("LEETDIST_BACKEND", raising=False)
+    monkeypatch.setattr(loader, "version", lambda: version)
+    assert hopper.serves() == serves
+
+
 def test_a_source_holds_what_it_includes():
     text = loader.text("tile_outputs.cu")
     assert "#include" not in text

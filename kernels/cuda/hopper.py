@@ -23,6 +23,8 @@ THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
 # Beside the chunks: barriers and what rounds the first address up to 1,024; for each warpgroup, tables.
 OTHERS = {"tile_states": (1536, 256), "tile_outputs": (1536, 1280)}
+# NVRTC 12.9 ends the process (signal 11, in its ptxas) when it compiles tile_outputs.cu for 16-bit outputs.
+OLDEST = 13, 0
 MAP_BYTES, MAPS_KEPT = 128, 1024
 
 _maps: dict[tuple[Any, ...], TensorMap | None] = {}
@@ -30,7 +32,7 @@ _maps: dict[tuple[Any, ...], TensorMap | None] = {}
 
 def serves() -> bool:
     """As leetdist.methods.cuda_serves, for problems that leetdist.kernels.triton.configs.on_hopper admits."""
-    return os.environ.get("LEETDIST_BACKEND") is None and loader.available()
+    return os.environ.get("LEETDIST_BACKEND") is None and (loader.version() or (0, 0)) >= OLDEST
 
 
 def tile_states(

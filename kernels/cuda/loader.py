@@ -29,14 +29,18 @@ _thread = threading.local()
 
 
 @cache
-def available() -> bool:
-    """Whether cuda-core and NVRTC can be imported (`pip install leetdist[cuda]`)."""
+def version() -> tuple[int, int] | None:
+    """NVRTC's; None if it or cuda-core cannot be imported (`pip install leetdist[cuda]`)."""
     try:
         importlib.import_module("cuda.core")
-        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+        _, major, minor = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
     except (ImportError, RuntimeError):
-        return False
-    return True
+        return None
+    return int(major), int(minor)
+
+
+def available() -> bool:
+    return version() is not None
 
 
 def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) -> bytes:

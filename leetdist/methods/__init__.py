@@ -202,7 +202,11 @@ def served_by(problem: Problem) -> str:
     """What there is to compute with on this rank, in words."""
     if not triton_serves(problem):
         return "PyTorch"
-    name = "Triton and CUDA C++" if cuda_serves(problem) else "Triton"
+    name = "Triton"
+    if cuda_serves(problem):
+        from leetdist.kernels.cuda.loader import version
+
+        name += " and CUDA C++ by NVRTC {}.{}".format(*version() or ())  # another may order instructions otherwise
     if problem.device.type != "cuda":
         return name
     major, minor = _capability(problem.device)
