@@ -154,6 +154,13 @@ def test_configs_shard_over_all_ranks_of_every_known_kind() -> None:
         config = json.loads((LAUNCH / "configs" / f"zero{stage}.json").read_text())
         assert config["zero_optimization"]["stage"] == stage
         assert config["bf16"]["enabled"] is True
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for name, kind in (("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP")):
+        config = load_config_from_file(str(LAUNCH / "configs" / name))  # refuses keys that it does not know
+        assert config.distributed_type == kind
+        assert not config.use_cpu
+    assert config.fsdp_config["fsdp_version"] == 2
 
 
 def test_text_from_files_folders_and_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
