@@ -71,10 +71,11 @@ def at_once(call: Callable[[Any], Any], ranks: int) -> Callable[[], Any]:
     return all_ranks
 
 
-def in_all(call: Callable[[Any], Any], repeat: int) -> float:
-    """Processor time of one call in all processes together."""
+def in_all(call: Callable[[Any], Any], group: Any, repeat: int) -> float:
+    """Processor time of one call in all processes together. Without a group each of them makes the whole call, at once,
+    so that it shares caches and memory as the shards' calls do."""
     dist.barrier()
-    mine = torch.tensor(work(lambda: call(dist.group.WORLD), repeat), dtype=torch.float64)
+    mine = torch.tensor(work(lambda: call(group), repeat), dtype=torch.float64)
     dist.all_reduce(mine)
     return float(mine)
 
@@ -118,11 +119,15 @@ def main() -> None:
         "tokens": args.tokens, "heads": args.heads, "dim": args.dim, "rows": [],
     }  # fmt: skip
     for name, call in {"forward": forward, "forward + backward": both}.items():
-        single = total = 0.0
-        if not processes or dist.get_rank() == 0:
+        if processes:
+            single = in_all(call, None, args.repeat) / dist.get_world_size()
+        else:
             single = work(lambda call=call: call(None), args.repeat)
         for ranks in args.ranks:
-            total = in_all(call, args.repeat) if processes else work(at_once(call, ranks), args.repeat)
+            if processes:
+                total = in_all(call, dist.group.WORLD, args.repeat)
+            else:
+                total = work(at_once(call, ranks), args.repeat)
             if processes and dist.get_rank():
                 continue
             results["rows"].append({"call": name, "ranks": ranks, "single_s": single, "ranks_s": total})
