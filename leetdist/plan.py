@@ -244,6 +244,7 @@ def make_plan(
             layout.batch, problem.heads, problem.kv_heads, problem.dk, problem.dv, layout.lengths, tile,
             problem.device.type, forgetting=len(forgetting) / problem.heads,
             captured=captured and not mute,  # their indices are copied to the GPU, which no graph may do
+            transport=transport.kind,
         )  # fmt: skip
     return Plan(
         problem=problem,
