@@ -92,7 +92,7 @@ class Ours(Contestant):
             self.name = f"leetdist@{revision}"
             self.modules = _load(revision)
         with self.active():
-            self.library = importlib.import_module("leetdist")
+            self.package = importlib.import_module("leetdist")
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -115,12 +115,12 @@ class Ours(Contestant):
 
     def forward(self, x: Inputs) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
-        o = self.library.linear_attention(q, k, v, x.log_decay, scale=x.scale, **self.options)
+        o = self.package.linear_attention(q, k, v, x.log_decay, scale=x.scale, **self.options)
         return o.transpose(1, 2)
 
     def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
         q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
-        o, state = self.library.linear_attention_step(q, k, v, x.state, x.log_decay, scale=x.scale)
+        o, state = self.package.linear_attention_step(q, k, v, x.state, x.log_decay, scale=x.scale)
         return o.transpose(1, 2), state
 
 

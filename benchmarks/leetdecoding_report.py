@@ -129,7 +129,7 @@ def fit(paths: list[Path]) -> None:
         result = json.loads(path.read_text())
         cells = [Cell(**c) for c in result["cells"]]
         where = "cpu" if "NVIDIA" not in result["device"] else "sm_90" if result["hopper"] else "general"
-        content[where]["measured"] = f"{path.name}, {result['device']}, {result['commit']}"
+        older = set(cost.CANDIDATES)
         for half, kind in cost.KINDS.items():
             for method in cost.CANDIDATES:
                 mine = [
@@ -139,6 +139,9 @@ def fit(paths: list[Path]) -> None:
                 ]  # fmt: skip
                 if len(mine) > 3:
                     content[where][kind][method] = [float(f"{x:.3g}") for x in _fitted(mine)]
+                    older.discard(method)
+        kept = "".join(f"; {method} from before" for method in sorted(older))
+        content[where]["measured"] = f"{path.name}, {result['device']}, {result['commit']}{kept}"
     cost.FILE.write_text(_written(content))
     print(cost.FILE.read_text())
 

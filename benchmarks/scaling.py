@@ -238,7 +238,7 @@ def measure(
             bench.add(
                 Row(
                     what, "weak" if weak else "strong", kind, ranks, tokens, label, seconds,
-                    single.get((size, label)), local, model(bench, kind, tokens, ranks, name, graph), sent,
+                    single.get((size, label)), local, model(bench, tokens, ranks, name, graph), sent,
                 )
             )  # fmt: skip
 
@@ -279,14 +279,14 @@ def captured(call: Callable[[], Any], mode: str = "thread_local") -> Callable[[]
     return replay
 
 
-def model(bench: Bench, kind: str, tokens: int, ranks: int, name: str, graph: bool) -> float | None:
+def model(bench: Bench, tokens: int, ranks: int, name: str, graph: bool) -> float | None:
     if not bench.cuda:
         return None  # its constants are a GPU's
     job = cost.Job(ranks, tokens, bench.args.heads, bench.args.dim, bench.args.dim)
     forgetting = float((lightning_slopes(job.heads) * job.grid < -105).float().mean())
     shape = (1, job.heads, job.heads, job.dk, job.dv, job.shards, job.grid)
     wanted = os.environ.get("LEETDIST_LANES")
-    lanes = int(wanted or cost.best_lanes(*shape, "cuda", forgetting=forgetting, captured=graph, transport=kind))
+    lanes = int(wanted or cost.best_lanes(*shape, "cuda", forgetting=forgetting, captured=graph))
     # On one device there is no lane to launch, and what the host takes is not modelled.
     there, back = cost.times(job, cost.Machine(), lanes, forgetting=forgetting, captured=graph or ranks == 1)
     return there if name == "forward" else there + back

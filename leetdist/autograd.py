@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leetdist import trace
-from leetdist.kernels.recording import take
+from leetdist.kernels.recording import HostStep, note, take
 from leetdist.plan import Lane, Plan
 from leetdist.sequence import scan
 
@@ -169,17 +169,18 @@ def _repeated(
 ) -> tuple[Tensor | None, ...]:
     """One pass; where it has been seen before, and is nothing but launches, its launches again."""
     more = (plan,) if needs_decay_grad is None else (plan, needs_decay_grad)
-    transport = plan.transport
-    place = None if transport is None else transport.place()
-    if not plan.repeatable or trace.on() or needs_decay_grad or (transport is not None and place is None):
+    if not plan.repeatable or trace.on() or needs_decay_grad:
         return cast(Any, function(*tensors, *more))
     from leetdist.kernels.triton.replay import repeated
 
-    if transport is None:
+    if plan.transport is None:
         return repeated(function, tensors, *more)
-    with transport.call():
-        # Steps of the host name the streams.
-        return repeated(function, tensors, *more, where=(torch.cuda.current_stream(plan.problem.device), place))
+    place = plan.transport.place()
+    if place is None:
+        return cast(Any, function(*tensors, *more))
+    stream = torch.cuda.current_stream(plan.problem.device)  # which steps of the host name, and come back to
+    with plan.transport.call(), torch.cuda.stream(stream):
+        return repeated(function, tensors, *more, where=(stream, place))
 
 
 class LinearAttention(torch.autograd.Function):
@@ -309,10 +310,10 @@ class _Side:
         if self.stream is None or self.main is None:
             yield
             return
+        note(HostStep(partial(torch.cuda.set_stream, self.stream)))
         with torch.cuda.stream(self.stream):
-            take(partial(torch.cuda.set_stream, self.stream))
             yield
-            take(partial(torch.cuda.set_stream, self.main))
+        note(HostStep(partial(torch.cuda.set_stream, self.main)))
 
     def join(self, lane: Lane, rank: int, like: Tensor) -> None:
         if self.main is not None:

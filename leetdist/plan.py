@@ -176,9 +176,7 @@ def plan_call(
         widest = max(lane.width for lane in plan.lanes)
         with transport.call():
             transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
-        if (
-            len(agreement.memo) >= MOST_PLANS
-        ):  # layers have decays of their own, one that is learnt has new ones every step
+        if len(agreement.memo) >= MOST_PLANS:  # layers have decays of their own, and learnt ones change every step
             agreement.memo.clear()
         agreement.memo[key] = plan
     return plan
@@ -244,7 +242,6 @@ def make_plan(
             layout.batch, problem.heads, problem.kv_heads, problem.dk, problem.dv, layout.lengths, tile,
             problem.device.type, forgetting=len(forgetting) / problem.heads,
             captured=captured and not mute,  # their indices are copied to the GPU, which no graph may do
-            transport=transport.kind,
         )  # fmt: skip
     return Plan(
         problem=problem,

@@ -100,7 +100,7 @@ def describe(
         check_log_decay(log_decay, heads, q.device, read_values=read_values)
     documents = None
     if cu_seqlens is not None:
-        documents = _check_documents(cu_seqlens, batch, tokens if ranks == 1 else None)
+        documents = check_documents(cu_seqlens, batch, tokens if ranks == 1 else None)
     if initial_state is not None:
         if rank > 0:
             raise ValueError(f"initial_state is given on the first rank of the group only, got one on rank {rank}")
@@ -308,7 +308,7 @@ def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, h
 _documents: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
+def check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
     """The boundaries as numbers (read from the device once a tensor)."""
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be a tensor or None, got {type(cu_seqlens).__name__}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from leetdist.kernels.cuda import loader
 
 
 @dataclass
@@ -110,3 +114,19 @@ def _main(
     if outcome.error is None:
         dist.barrier()
         dist.destroy_process_group()
+
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def ptxas_report(source: str, architecture: str, defines: Iterable[tuple[str, int]], folder: Path) -> str:
+    """What ptxas says of a file of kernels/cuda, which must compile without warnings."""
+    path = folder / source
+    path.write_text(loader.text(source))
+    options = ["-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings", *(f"-D{name}={x}" for name, x in defines)]
+    command = [str(NVCC), "-cubin", f"-arch={architecture}", *options, str(path), "-o", str(folder / "out.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "warning" not in said.lower(), said
+    return said

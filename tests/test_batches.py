@@ -85,9 +85,16 @@ def test_different_rows_on_the_ranks_of_a_sequence_are_an_error() -> None:
         ({}, r"input_ids of shape \(B, N\), got None"),
         ({"input_ids": torch.zeros(4)}, r"got shape \(4,\)"),
         ({"input_ids": torch.zeros(1, 4), "labels": torch.zeros(1, 3)}, r"labels must have .*\(1, 4\).*\(1, 3\)"),
-        ({"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 5])}, r"from 0 to the 4 tokens .*\[0, 5\]"),
-        ({"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 3, 1, 4])}, "from 0 to the 4 tokens"),
-        ({"input_ids": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0, 4])}, r"of one row.*\(2, 4\)"),
+        (
+            {"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 5])},
+            r"end at the number of tokens, 4, got 5",
+        ),
+        (
+            {"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 3, 1, 4])},
+            r"not decrease, got \[0, 3, 1, 4\]",
+        ),
+        ({"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0.0, 4.0])}, "must be int32 or int64"),
+        ({"input_ids": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0, 4])}, r"one row, so B must be 1, got 2"),
     ],
 )
 def test_bad_batches_are_errors(batch: dict[str, torch.Tensor], message: str) -> None:

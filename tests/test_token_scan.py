@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import NVCC, ptxas_report
 from leetdist.kernels.cuda import loader, token_scan
 from leetdist.kernels.pytorch import block
 from leetdist.kernels.tiles import Tiles
@@ -20,7 +21,6 @@ from leetdist.reference import relative_error
 
 HERE = Path(__file__).parent
 SOURCE = loader.SOURCES / "token_scan.cu"
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("/usr/local/bin/nvcc")
 # Rank, type of the inputs, type of the outputs. Compiling takes seconds: every rank and type for one architecture, and
 # what needs the most registers for the others.
 VARIANTS = [
@@ -39,17 +39,8 @@ VARIANTS = [
 def test_compiles_without_warnings_or_spills(
     architecture: str, rank: int, read: int, written: int, vector: int, by_token: int, tmp_path: Path
 ) -> None:
-    options = ["-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings"]
-    defines = [f"-DRANK={rank}", f"-DIN={read}", f"-DOUT={written}", f"-DVECTOR={vector}", f"-DBY_TOKEN={by_token}"]
-    report = subprocess.run(
-        [NVCC, "-cubin", f"-arch={architecture}", *options, *defines, SOURCE, "-o", tmp_path / "out.cubin"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    text = report.stdout + report.stderr
-    assert report.returncode == 0, text
-    assert "warning" not in text.lower(), text
+    defines = {"RANK": rank, "IN": read, "OUT": written, "VECTOR": vector, "BY_TOKEN": by_token}
+    text = ptxas_report(SOURCE.name, architecture, defines.items(), tmp_path)
     spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     assert spilled == [("0", "0", "0")], text
 

@@ -40,6 +40,7 @@ def version() -> tuple[int, int] | None:
 
 
 def available() -> bool:
+    """Whether CUDA C++ can be compiled."""
     return version() is not None
 
 

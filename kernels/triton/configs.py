@@ -13,6 +13,8 @@ from functools import cache
 
 import torch
 
+from leetdist.kernels.cuda import hopper as cuda
+
 
 @dataclass(frozen=True)
 class Config:
@@ -44,13 +46,14 @@ def parts_of(dtype: torch.dtype, precision: str | None) -> Parts:
 
 def on_hopper(rows: int, columns: int, dtype: torch.dtype, parts: Parts, tile: int, device: torch.device) -> bool:
     """Whether leetdist.kernels.triton.hopper serves a problem: as for all configurations, the problem alone decides.
+    Heads of 256 are served in CUDA C++ alone, for which something must be installed.
 
     LEETDIST_HOPPER=0 takes the general kernels instead, which have other roundings.
     """
     return (
         dtype in (torch.bfloat16, torch.float16)
         and parts == parts_of(dtype, None)
-        and {rows, columns} <= {64, 128, 256}
+        and {rows, columns} <= ({64, 128, 256} if cuda.serves() else {64, 128})
         and tile >= 128
         and device.type == "cuda"
         and _is_hopper(device)

@@ -1,5 +1,4 @@
-"""Hopper (sm_90): the CUDA C++ kernels where cuda-core is installed, and where it is not, launches of those in Gluon,
-or of leetdist.kernels.triton.hopper_wide for heads of 256.
+"""Hopper (sm_90): the CUDA C++ kernels where cuda-core is installed, and where it is not, launches of those in Gluon.
 
 Their roundings differ, so the ranks of a group agree on which of them computes (leetdist.methods.served_by).
 """
@@ -16,7 +15,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from leetdist.kernels.cuda import hopper as cuda
 from leetdist.kernels.pytorch.block import scale_of_added
 from leetdist.kernels.tiles import Tiles
-from leetdist.kernels.triton.configs import parts_of
 from leetdist.kernels.triton.hopper_kernels import tile_outputs_kernel, tile_states_kernel
 from leetdist.kernels.triton.launch import launch
 
@@ -37,11 +35,6 @@ def tile_states(
         return cuda.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale)
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
-    if max(rows, columns) > 128:
-        from leetdist.kernels.triton import hopper_wide
-
-        parts = parts_of(b.dtype, None)
-        return hopper_wide.tile_states(b, c, log_decay, tiles, out, parts, reverse=reverse, scale=scale)
     chunk, warps = chunk_and_warps("states", rows)
     table = None if tiles.regular else tiles.table(b.device)
     launch(
@@ -73,16 +66,11 @@ def tile_outputs(
     state_scale: float,
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_outputs."""
-    scales = {"scale": scale, "state_scale": state_scale}
     if cuda.serves():
+        scales = {"scale": scale, "state_scale": state_scale}
         return cuda.tile_outputs(a, b, c, states, log_decay, tiles, out, reverse=reverse, **scales)
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
-    if max(rows, columns) > 128:
-        from leetdist.kernels.triton import hopper_wide
-
-        parts = parts_of(a.dtype, None)
-        return hopper_wide.tile_outputs(a, b, c, states, log_decay, tiles, out, parts, reverse=reverse, **scales)
     chunk, warps = chunk_and_warps("outputs", rows)
     table = None if tiles.regular else tiles.table(a.device)
     launch(

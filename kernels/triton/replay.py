@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeAlias, cast
 
@@ -66,8 +67,7 @@ class Recorder(TorchDispatchMode):
 class Map:
     """The tensor map of one argument, for each address that it has had."""
 
-    descriptor: Any
-    meta: dict[str, Any]
+    make: Callable[[int], Any]
     known: dict[int, Any] = field(default_factory=dict)
 
     def at(self, address: int) -> Any:
@@ -75,25 +75,14 @@ class Map:
         if found is None:
             if len(self.known) >= MOST_MAPS:
                 self.known.clear()
-            moved = SimpleNamespace(**vars(self.descriptor) | {"base": SimpleNamespace(data_ptr=lambda: address)})
-            found = self.known[address] = make_tensordesc_arg(moved, self.meta)[0]
+            found = self.known[address] = self.make(address)
         return found
 
 
-@dataclass(eq=False)
-class CudaMap:
-    """The same for a kernel in CUDA C++; `kind` as in leetdist.kernels.cuda.hopper.tensor_map."""
-
-    kind: Any
-    known: dict[int, TensorMap | None] = field(default_factory=dict)
-
-    def at(self, address: int) -> TensorMap | None:
-        found = self.known.get(address)
-        if found is None:
-            if len(self.known) >= MOST_MAPS:
-                self.known.clear()
-            found = self.known[address] = tensor_map(address, self.kind)
-        return found
+def _moved(descriptor: Any, meta: dict[str, Any], address: int) -> Any:
+    """The map of a Triton descriptor's tensor, at another address."""
+    moved = SimpleNamespace(**vars(descriptor) | {"base": SimpleNamespace(data_ptr=lambda: address)})
+    return make_tensordesc_arg(moved, meta)[0]
 
 
 @dataclass(eq=False)
@@ -103,7 +92,7 @@ class CudaStep:
     launch: Callable[..., None]
     arguments: list[Any]
     addresses: list[tuple[int, int]]
-    maps: list[tuple[int, int, CudaMap]]
+    maps: list[tuple[int, int, Map]]
 
     def __call__(self, stream: int, sources: list[int]) -> None:
         arguments = self.arguments.copy()
@@ -217,7 +206,7 @@ def _cuda_step(launched: recording.CudaLaunch, sources: dict[int, int], storages
         if isinstance(x, TensorMap):
             if x.address not in sources:
                 return None
-            step.maps.append((place, sources[x.address], CudaMap(x.kind)))
+            step.maps.append((place, sources[x.address], Map(partial(tensor_map, kind=x.kind))))
         elif isinstance(x, int) and x in sources:
             step.addresses.append((place, sources[x]))
         elif isinstance(x, int) and any(begin <= x < begin + size for begin, size in storages.items()):
@@ -251,7 +240,7 @@ def _triton_step(
             meta = next(metas, None)
             if source is None or meta is None:
                 return None
-            step.maps.append((place, source, Map(x, meta)))
+            step.maps.append((place, source, Map(partial(_moved, x, meta))))
             step.arguments += [None, *x.shape, *x.strides]
         elif source is not None:
             step.addresses.append((place, source))

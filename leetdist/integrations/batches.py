@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from leetdist.mesh import data_rank, sequence_group
+from leetdist.problem import check_documents
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import shard_sequence
 
@@ -67,7 +68,7 @@ def shard_batch(
                 f"{name} must have the shape of input_ids, {tuple(tokens.shape)}, got {_shown(whole[name])}"
             )
     if cu_seqlens is not None:
-        _check_documents(cu_seqlens, tokens)
+        check_documents(cu_seqlens, *tokens.shape)
     if "shift_labels" not in whole and "labels" in whole:
         shifted = F.pad(whole["labels"], (0, 1), value=ignore_index)[:, 1:]
         if cu_seqlens is not None:  # the last token of a document has no next one
@@ -214,15 +215,6 @@ def _deal(rows: int, rank: int, ranks: int) -> slice:
     return slice(rank * rows // ranks, (rank + 1) * rows // ranks)
 
 
-def _check_documents(cu_seqlens: Any, tokens: Tensor) -> None:
-    ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) and cu_seqlens.ndim == 1 else [None]
-    if len(tokens) != 1 or ends[0] != 0 or ends[-1] != tokens.shape[1] or ends != sorted(ends):
-        raise ValueError(
-            f"cu_seqlens must go from 0 to the {tokens.shape[1]} tokens of one row, got {_shown(cu_seqlens)} for "
-            f"input_ids of shape {tuple(tokens.shape)}"
-        )
-
-
 def _check_same(batch: Mapping[str, Any], group: Group) -> None:
     """ValueError on every rank if the ranks of the group have different tensors."""
     transport = resolve(group)
@@ -248,9 +240,7 @@ def _checksum(x: Tensor) -> int:
 
 
 def _shown(x: Any) -> str:
-    if not isinstance(x, Tensor):
-        return repr(x)
-    return str(x.tolist()) if x.ndim == 1 and len(x) <= 8 and not x.is_floating_point() else f"shape {tuple(x.shape)}"
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
 __all__ = ["ShardedLoader", "shard_batch"]

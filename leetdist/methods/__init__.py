@@ -206,7 +206,7 @@ def served_by(problem: Problem) -> str:
     if cuda_serves(problem):
         from leetdist.kernels.cuda.loader import version
 
-        name += " and CUDA C++ by NVRTC {}.{}".format(*version() or ())  # another may order instructions otherwise
+        name += f" and CUDA C++ by NVRTC {version()}"  # another may order instructions otherwise
     if problem.device.type != "cuda":
         return name
     major, minor = _capability(problem.device)

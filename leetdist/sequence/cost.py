@@ -114,18 +114,13 @@ def best_lanes(
     machine: Machine = Machine(),
     forgetting: float = 0.0,
     captured: bool = False,
-    transport: str = "symmetric",
 ) -> int:
     """How many lanes are fastest. On the CPU one: nothing computes there while a message travels.
-
-    By NCCL one, too: its kernels find no room on a GPU that computes another lane. On 2 H100s, a forward of 131,072
-    tokens took 1.77 ms with two lanes, and 1.07 with states passed by NCCL while nothing else ran; of 1,048,576, 8.2
-    and 7.5.
 
     Lanes hide hops, but unless a CUDA graph has captured the call, the host has to launch each of them: with two lanes
     and 131,072 tokens, a forward took 4 H200s 0.5 ms and their host 2 ms.
     """
-    if device_type != "cuda" or len(lengths) < 2 or transport == "p2p":
+    if device_type != "cuda" or len(lengths) < 2:
         return 1
     job = Job(len(lengths), sum(lengths), heads, dk, dv, batch, kv_heads, lengths=lengths, tile=tile)
     choices = [lanes for lanes in (1, 2, 4, 8) if lanes <= kv_heads]
