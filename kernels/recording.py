@@ -22,10 +22,10 @@ class TritonLaunch:
 
 @dataclass(frozen=True, eq=False)
 class CudaLaunch:
-    """The function that launches (leetdist.kernels.cuda.loader.kernel), grid, threads and arguments: addresses are
-    integers, and maps of tensors are bytes that say what they are of."""
+    """The kernel (leetdist.kernels.cuda.loader.Kernel), grid, threads and arguments: addresses are integers, maps of
+    tensors bytes that say what they are of."""
 
-    launch: Callable[..., None]
+    kernel: Any
     grid: tuple[int, ...]
     block: int
     arguments: tuple[Any, ...]

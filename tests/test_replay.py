@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import Array, c_float, c_int64, c_void_p
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 import leetdist
 from leetdist.kernels import recording
+from leetdist.kernels.cuda import loader
 from leetdist.reference import relative_error
 
 replay = pytest.importorskip("leetdist.kernels.triton.replay")
@@ -86,29 +90,78 @@ def test_what_is_more_than_launches_is_not_repeated(kernel: Kernel, extra: str) 
     assert not kernel.calls
 
 
-@pytest.mark.real_empty
-def test_kernels_in_cuda_are_repeated_too(kernel: Kernel) -> None:
-    """Their addresses are integers, and maps are made anew for where a tensor is."""
-    launches: list[tuple[Any, ...]] = []
+class Driver:
+    """Stands for the one that launches kernels in CUDA C++: keeps what it is told, and the arguments that it would copy
+    (an address, a map, a number, a float, an address)."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *told: Any) -> tuple[int]:
+        *head, places, _ = told
+        kinds = (c_int64, c_int64 * 16, c_int64, c_float, c_int64)
+        found = [kind.from_address(at) for kind, at in zip(kinds, (c_void_p * 5).from_address(places), strict=True)]
+        self.calls.append((*head, *[list(x) if isinstance(x, Array) else x.value for x in found]))
+        return (0,)
+
+
+def told(a: Tensor, out: Tensor) -> tuple[Any, ...]:
+    return (3, 6, 1, 1, 128, 1, 1, 64, 7, a.data_ptr(), [out.data_ptr()] * 16, -5, 0.5, TABLE.data_ptr())
+
+
+@pytest.fixture
+def in_cuda(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Driver]:
+    """A call with a launch in CUDA C++, and what it tells the driver. A map is its tensor's address, 16 times."""
+    driver = Driver()
+    launched = loader.Kernel(torch.device("cuda", 0), 3, 64, None, driver)
+    made = lambda address, kind: address.to_bytes(8, sys.byteorder) * 16  # noqa: E731
+    monkeypatch.setattr(replay, "tensor_map", made)
 
     def outputs(a: Tensor, part: int) -> tuple[Tensor, ...]:
         out = torch.empty(8)
-        made = replay.TensorMap(b"map")
-        made.address, made.kind = a.data_ptr(), ("kind",)
-        call = lambda *arguments: launches.append(arguments)  # noqa: E731
-        recording.note(recording.CudaLaunch(call, (6,), 128, (made, 5, out.data_ptr() + part, TABLE.data_ptr())))
+        first = replay.TensorMap(bytes(128))
+        first.address, first.kind = out.data_ptr(), ("kind",)
+        arguments = (a.data_ptr(), first, -5, 0.5, out.data_ptr() + 4 if part else TABLE.data_ptr())
+        recording.note(recording.CudaLaunch(launched, (6,), 128, arguments))
         return (out,)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "tensor_map", lambda address, kind: (address, kind))
+    return outputs, driver
+
+
+@pytest.mark.real_empty
+def test_kernels_in_cuda_are_repeated_too(in_cuda: tuple[Any, Driver]) -> None:
+    """Their addresses are integers, and maps are made anew for where a tensor is."""
+    outputs, driver = in_cuda
+    kept = []
+    for call in range(5):
         a = torch.randn(4)
-        for _ in range(3):
-            (out,) = replay.repeated(outputs, (a,), 0)
-        assert launches == [((6,), 128, (a.data_ptr(), ("kind",)), 5, out.data_ptr(), TABLE.data_ptr())]
-        for _ in range(3):
-            replay.repeated(outputs, (a,), 4)
-    assert len(launches) == 1
+        (out,) = replay.repeated(outputs, (a,), 0)
+        kept.append((a, out))
+        assert driver.calls == [told(*pair) for pair in kept[2:]], call
+    for _ in range(3):
+        replay.repeated(outputs, (a,), 1)
+    assert len(driver.calls) == 3
     assert list(replay._kinds.values())[-1] is None
+
+
+@pytest.mark.real_empty
+def test_threads_repeat_with_arguments_of_their_own(in_cuda: tuple[Any, Driver]) -> None:
+    """What one thread is about to launch is not another's to write over."""
+    outputs, driver = in_cuda
+    for _ in range(2):
+        replay.repeated(outputs, (torch.randn(4),), 0)
+    (step,) = (action for action in next(iter(replay._kinds.values())).actions if isinstance(action, replay.CudaStep))
+    places = [step.arguments.places]
+    a = torch.randn(4)
+
+    def repeat() -> tuple[Tensor, ...]:
+        places.append(step.arguments.places)
+        return replay.repeated(outputs, (a,), 0)
+
+    with ThreadPoolExecutor(1) as pool:
+        (out,) = pool.submit(repeat).result()
+    assert driver.calls == [told(a, out)]
+    assert places[0] != places[1]
 
 
 @pytest.mark.real_empty

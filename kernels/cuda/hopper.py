@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -130,7 +129,7 @@ def defines(
 @cache
 def _kernel(
     name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool, device: torch.device
-) -> Callable[..., None]:
+) -> loader.Kernel:
     made = defines(rows, columns, groups, dtype, wide, reverse)
     memory = shared_memory(name, rows, columns, groups)
     return loader.kernel(f"{name}.cu", name, device, made, shared_memory=memory, features="a")

@@ -14,8 +14,10 @@ import re
 import struct
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +97,9 @@ def kernel(
     *,
     shared_memory: int = 0,
     features: str = "",
-) -> Callable[..., None]:
-    """`launch(grid, block, *arguments)`, on the device's current stream.
+) -> Kernel:
+    """A kernel of `kernels/cuda/<source>`, compiled and on the device.
 
-    Arguments: an int is 64 bits wide (an address or a number), a float is 32, bytes are a structure. Every call gives
-    the same kinds in the same places.
     shared_memory: bytes a block asks for at launch; features: "a" for instructions that one architecture alone has.
     """
     from cuda.bindings import driver
@@ -115,24 +115,60 @@ def kernel(
     if shared_memory:
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuKernelSetAttribute(most, shared_memory, function.handle, driver.CUdevice(device.index))[0])
-    own = threading.local()
+    return Kernel(device, handle, shared_memory, module, driver.cuLaunchKernel)
 
-    def run(grid: tuple[int, ...], block: int, *arguments: Any) -> None:
-        if torch.cuda.current_device() != device.index:
-            with torch.cuda.device(device):
-                return run(grid, block, *arguments)
+
+@dataclass(eq=False)
+class Kernel:
+    """`kernel(grid, block, *arguments)` launches it on its device's current stream.
+
+    Arguments: an int is 64 bits wide (an address or a number), a float is 32, bytes are a structure of whole words of
+    64. Every call gives the same kinds in the same places.
+    """
+
+    device: torch.device
+    handle: Any
+    shared_memory: int
+    module: Any  # lives as long as its kernel
+    driver: Callable[..., tuple[Any]]
+    arguments: Arguments | None = None
+
+    def __call__(self, grid: tuple[int, ...], block: int, *arguments: Any) -> None:
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self(grid, block, *arguments)
         bind()
-        if not hasattr(own, "slots"):
-            own.slots = _Slots(arguments, module)
         if recording.noting():
-            recording.note(recording.CudaLaunch(run, grid, block, arguments))
-        own.slots.fill(arguments)
+            recording.note(recording.CudaLaunch(self, grid, block, arguments))
+        if self.arguments is None:
+            self.arguments = Arguments(arguments)
+        self.arguments.fill(arguments)
         x, y, z = (*grid, 1, 1)[:3]
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        check(driver.cuLaunchKernel(handle, x, y, z, block, 1, 1, shared_memory, stream, own.slots.places, 0)[0])
-        return None
+        return self.launch((x, y, z), block, torch._C._cuda_getCurrentRawStream(self.device.index), self.arguments)
 
-    return run
+    def launch(self, grid: tuple[int, int, int], block: int, stream: int, arguments: Arguments) -> None:
+        """The same on a stream, where the device is the current one and bound."""
+        check(self.driver(self.handle, *grid, block, 1, 1, self.shared_memory, stream, arguments.places, 0)[0])
+
+
+class Arguments(threading.local):
+    """Memory of each thread's own for a kernel's arguments, as words of 64 bits, and the address of the array of their
+    addresses, which a launch takes. `offsets`: where an argument begins, in words."""
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        kinds = ("f4x" if isinstance(x, float) else f"{len(x)}s" if isinstance(x, bytes) else "q" for x in arguments)
+        self.values = struct.Struct("=" + "".join(kinds))
+        lengths = [len(x) // 8 if isinstance(x, bytes) else 1 for x in arguments]
+        self.offsets = list(accumulate(lengths, initial=0))
+        self.memory = ctypes.create_string_buffer(self.values.size)
+        self.words = memoryview(self.memory).cast("B").cast("q")
+        begin = ctypes.addressof(self.memory)
+        self.array = (ctypes.c_void_p * len(lengths))(*(begin + 8 * offset for offset in self.offsets[:-1]))
+        self.places = ctypes.addressof(self.array)
+        self.fill(arguments)
+
+    def fill(self, arguments: Sequence[Any]) -> None:
+        self.values.pack_into(self.memory, 0, *arguments)
 
 
 def bind() -> None:
@@ -143,23 +179,6 @@ def bind() -> None:
 
         Device(index).set_current()
         _thread.bound = index
-
-
-class _Slots:
-    """A thread's memory for the arguments of a kernel, and the array of their addresses that a launch takes."""
-
-    def __init__(self, arguments: tuple[Any, ...], module: Any) -> None:
-        self.module = module  # lives as long as its kernel
-        kinds = ["f4x" if isinstance(x, float) else f"{len(x)}s" if isinstance(x, bytes) else "q" for x in arguments]
-        self.values = struct.Struct("=" + "".join(kinds))
-        self.memory = ctypes.create_string_buffer(self.values.size)
-        offsets = [struct.calcsize("=" + "".join(kinds[:place])) for place in range(len(kinds))]
-        begin = ctypes.addressof(self.memory)
-        self.array = (ctypes.c_void_p * len(offsets))(*(begin + offset for offset in offsets))
-        self.places = ctypes.addressof(self.array)
-
-    def fill(self, arguments: tuple[Any, ...]) -> None:
-        self.values.pack_into(self.memory, 0, *arguments)
 
 
 def check(result: Any) -> None:

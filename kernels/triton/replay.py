@@ -25,6 +25,7 @@ from triton.backends.nvidia.driver import make_tensordesc_arg
 
 from leetdist.kernels import recording
 from leetdist.kernels.cuda.hopper import TensorMap, tensor_map
+from leetdist.kernels.cuda.loader import Arguments, Kernel
 from leetdist.kernels.triton import launch
 
 EMPTY = frozenset(
@@ -87,20 +88,23 @@ def _moved(descriptor: Any, meta: dict[str, Any], address: int) -> Any:
 
 @dataclass(eq=False)
 class CudaStep:
-    """One launch of a kernel in CUDA C++, and where addresses and maps go among its arguments."""
+    """One launch of a kernel in CUDA C++, and where addresses and maps go among its arguments, in words of 64 bits."""
 
-    launch: Callable[..., None]
-    arguments: list[Any]
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    block: int
+    arguments: Arguments
     addresses: list[tuple[int, int]]
-    maps: list[tuple[int, int, Map]]
+    maps: list[tuple[slice, int, Map]]
 
     def __call__(self, stream: int, sources: list[int]) -> None:
-        arguments = self.arguments.copy()
+        arguments = self.arguments
+        words = arguments.words
         for place, source in self.addresses:
-            arguments[place] = sources[source]
-        for place, source, moved in self.maps:
-            arguments[place] = moved.at(sources[source])
-        self.launch(*arguments)
+            words[place] = sources[source]
+        for part, source, moved in self.maps:
+            words[part] = moved.at(sources[source])
+        self.kernel.launch(self.grid, self.block, stream, arguments)
 
 
 @dataclass(eq=False)
@@ -201,17 +205,27 @@ def record(
 
 
 def _cuda_step(launched: recording.CudaLaunch, sources: dict[int, int], storages: dict[int, int]) -> CudaStep | None:
-    step = CudaStep(launched.launch, [launched.grid, launched.block, *launched.arguments], [], [])
-    for place, x in enumerate(step.arguments):
-        if isinstance(x, TensorMap):
-            if x.address not in sources:
+    x, y, z = (*launched.grid, 1, 1)[:3]
+    arguments = Arguments(launched.arguments)
+    step = CudaStep(launched.kernel, (x, y, z), launched.block, arguments, [], [])
+    for place, after, argument in zip(arguments.offsets, arguments.offsets[1:], launched.arguments, strict=False):
+        if isinstance(argument, TensorMap):
+            if argument.address not in sources:
                 return None
-            step.maps.append((place, sources[x.address], Map(partial(tensor_map, kind=x.kind))))
-        elif isinstance(x, int) and x in sources:
-            step.addresses.append((place, sources[x]))
-        elif isinstance(x, int) and any(begin <= x < begin + size for begin, size in storages.items()):
+            made = partial(_words, kind=argument.kind)
+            step.maps.append((slice(place, after), sources[argument.address], Map(made)))
+        elif isinstance(argument, int) and argument in sources:
+            step.addresses.append((place, sources[argument]))
+        elif isinstance(argument, int) and any(begin <= argument < begin + size for begin, size in storages.items()):
             return None  # a part of what moves
     return step
+
+
+def _words(address: int, kind: Any) -> memoryview:
+    """A tensor's map, as words of 64 bits."""
+    made = tensor_map(address, kind)
+    assert made is not None  # the first had one, and addresses are a multiple of 16 for both or for neither
+    return memoryview(made).cast("q")
 
 
 def _triton_step(
