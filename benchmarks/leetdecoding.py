@@ -35,6 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from leetdecoding_contestants import THEIRS, Attention, ours, theirs
 from leetdecoding_report import DIM, Cell, about, auto_against_best, console, figure, fit, tables
+from quiet import no_collection
 
 from leetdist.reference import quadratic, relative_error
 
@@ -44,7 +45,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative error of the whole output: fp32 arithmetic, and the rounding of a 16-bit output with some room.
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
 TURNS, MILLISECONDS_A_TURN = 5, 3.0
-SHORT_TURNS, SHORT = 24, 1.0  # for calls of at most so many milliseconds
+SHORT_TURNS, SHORT = 48, 1.0  # for calls of at most so many milliseconds
 # Before it is timed, so long a contestant runs alone: after a neighbour that heats the chip, one and the same call took
 # up to a fifth longer.
 SETTLE = 8.0
@@ -113,14 +114,16 @@ def time_in_turns(steps: list[tuple[Cell, Callable[[], Any]]], device: torch.dev
     which is restless."""
     times: dict[int, list[float]] = {i: [] for i in range(len(steps))}
     order = random.Random(0)
-    for turn in range(SHORT_TURNS):
-        for i, (cell, step) in order.sample(list(enumerate(steps)), len(steps)):
-            once = cell.milliseconds or 1.0
-            if turn >= TURNS and once > SHORT:
-                continue
-            for _ in range(min(40, int(SETTLE / once))):
-                step()
-            times[i].append(statistics.median(_times(step, max(1, min(20, int(MILLISECONDS_A_TURN / once))), device)))
+    with no_collection():
+        for turn in range(SHORT_TURNS):
+            for i, (cell, step) in order.sample(list(enumerate(steps)), len(steps)):
+                once = cell.milliseconds or 1.0
+                if turn >= TURNS and once > SHORT:
+                    continue
+                for _ in range(min(40, int(SETTLE / once))):
+                    step()
+                repeats = max(1, min(20, int(MILLISECONDS_A_TURN / once)))
+                times[i].append(statistics.median(_times(step, repeats, device)))
     for i, (cell, _) in enumerate(steps):
         cell.milliseconds = statistics.median(times[i])
 

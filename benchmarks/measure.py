@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from cases import DTYPES, Case, checked_rows
 from contestants import Contestant, Inputs, Ours
+from quiet import no_collection
 from torch import Tensor
 
 from leetdist.reference import quadratic, recurrence, relative_error
@@ -223,16 +224,17 @@ def run_case(
 
     times: dict[str, list[float]] = {name: [] for name in ready}
     once: dict[str, float] = {}
-    for turn in range(rounds + 1):
-        say(f"round {turn} of {rounds}")
-        for contestant in contestants:
-            if contestant.name in ready:
-                calls = ready[contestant.name]
-                with contestant.active():
-                    measured = one_turn(calls, once.get(contestant.name, TIMED), device)
-                once[contestant.name] = statistics.median(measured)
-                if turn:  # the first round warms up
-                    times[contestant.name].append(once[contestant.name])
+    with no_collection():
+        for turn in range(rounds + 1):
+            say(f"round {turn} of {rounds}")
+            for contestant in contestants:
+                if contestant.name in ready:
+                    calls = ready[contestant.name]
+                    with contestant.active():
+                        measured = one_turn(calls, once.get(contestant.name, TIMED), device)
+                    once[contestant.name] = statistics.median(measured)
+                    if turn:  # the first round warms up
+                        times[contestant.name].append(once[contestant.name])
     floor = case.floor_bytes(which) / bandwidth * 1e3
     for name, medians in times.items():
         result, middle = results[name], statistics.median(medians)
