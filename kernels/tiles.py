@@ -60,6 +60,10 @@ class Tiles:
             for start in range(begin, end, self.size)
         )
 
+    def unread(self, reverse: bool, whole: bool) -> int:
+        """Number of the tile whose share of the state may be missing: none (-1), or the one that a walk ends with."""
+        return -1 if whole or not self.count else 0 if reverse else self.count - 1
+
     @property
     def regular(self) -> bool:
         """One segment: tile `j` starts at token `j * size`, and a kernel needs no table."""

@@ -48,6 +48,7 @@ def _forward_pass(
                     _part(log_decay, lane.heads, 0),
                     tiles,
                     reverse=False,
+                    whole=plan.whole(reverse=False),
                 )
             side.after(lane)
         initial = None
@@ -114,7 +115,7 @@ def _backward_pass(
             with trace.span("tile states", plan.rank, lane, q):
                 grads.put(
                     lane, kernels.tile_states, _part(q, lane.heads), _part(do, lane.heads),
-                    _part(log_decay, lane.heads, 0), tiles, reverse=True, scale=scale,
+                    _part(log_decay, lane.heads, 0), tiles, reverse=True, scale=scale, whole=plan.whole(reverse=True),
                 )  # fmt: skip
             side.after(lane)
         if problem.return_state and (dfinal is not None or plan.transport is not None):

@@ -101,6 +101,15 @@ class Plan:
         learnt = self.transport is not None and self.problem.needs_decay_grad
         return self.problem.device.type == "cuda" and launches_alone(self.kernels) and not learnt
 
+    def whole(self, *, reverse: bool) -> bool:
+        """Whether anybody reads what the last tile of the scan adds: the next rank, or who asked for the state at the
+        end. (If there are several sequences here, only the last could go without; it does not.)"""
+        if not self.tiles.regular:
+            return True
+        if reverse:
+            return self.layout.continues_from_left(self.rank) or self.any_initial
+        return self.layout.continues_to_right(self.rank) or self.problem.return_state
+
     def sent_bytes(self) -> int:
         """Bytes of states that this rank sends in the forward scan."""
         if self.transport is None or not self.layout.continues_to_right(self.rank):

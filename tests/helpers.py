@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -17,10 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from leetdist.kernels.cuda import loader
+from leetdist.kernels.tiles import Tiles
 
 
 @dataclass
@@ -130,3 +133,33 @@ def ptxas_report(source: str, architecture: str, defines: Iterable[tuple[str, in
     assert done.returncode == 0, said
     assert "warning" not in said.lower(), said
     return said
+
+
+def assert_leaves_out_the_last(
+    kernels: Any,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    log_decay: torch.Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    **options: Any,
+) -> None:
+    """`tile_states(whole=False)` and `fold(whole=False)` neither read the tile that the walk ends with nor change a bit
+    of what the others add, or of any tile's start."""
+    if not tiles.regular:
+        return
+    last = 0 if reverse else tiles.count - 1
+    others = [tile for tile in range(tiles.count) if tile != last]
+    whole = kernels.tile_states(b, c, log_decay, tiles, reverse=reverse, **options)
+    begin, length = tiles.spans[last]
+    b = b.clone()
+    b[:, :, begin : begin + length] = math.nan
+    states = torch.zeros_like(whole)
+    kernels.tile_states(b, c, log_decay, tiles, reverse=reverse, whole=False, out=states, **options)
+    assert not states.isnan().any()
+    assert torch.equal(states[:, :, others], whole[:, :, others])
+    states[:, :, last] = math.nan
+    kernels.fold(whole, None, log_decay, tiles, reverse=reverse)
+    kernels.fold(states, None, log_decay, tiles, reverse=reverse, whole=False)
+    assert torch.equal(states, whole)

@@ -6,6 +6,7 @@ import itertools
 import os
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import leetdist
+from helpers import assert_leaves_out_the_last
 from leetdist.kernels.pytorch import block
+from leetdist.kernels.tiles import Tiles
 from leetdist.sequence import scan as scan_module
 from leetdist.testing.equality import Case, check, compute, differences, make_tensors, standard_cases
 
@@ -121,6 +124,44 @@ def assert_split_in_time(case: Case, cuts: tuple[int, int], device: torch.device
             assert torch.equal(x.grad, whole[f"d{name}"]), name
 
 
+def assert_states_nobody_reads_change_no_bit(dtype: torch.dtype, device: torch.device, method: str) -> None:
+    """What the last tile adds is left out where nobody asks for the final state, and what the first adds to the
+    gradient where there is no initial one; asked for and given, as zeros, nothing else is another."""
+    q, k, v, do = (torch.randn(2, 2, 500, 64, device=device).to(dtype) for _ in range(4))
+    log_decay = torch.tensor([0.0, -0.02], device=device)
+    zeros = torch.zeros(2, 2, 64, 64, device=device)
+
+    def call(**options: Any) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = leetdist.linear_attention(*leaves, log_decay, method=method, tile=128, **options)
+        o = o[0] if "return_state" in options else o
+        return [o, *torch.autograd.grad(o, leaves, do)]
+
+    left_out = call()
+    for options in ({"return_state": True}, {"initial_state": zeros.requires_grad_()}):
+        assert all(torch.equal(x, y) for x, y in zip(call(**options), left_out, strict=True))
+
+
+@pytest.mark.parametrize("method", ["block", "lightning", "fleet", "causal_dot_product"])
+def test_states_nobody_reads(method: str) -> None:
+    assert_states_nobody_reads_change_no_bit(torch.float32, CPU, method)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["block", "lightning", "fleet", "causal_dot_product"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_nobody_reads_on_a_gpu(method: str, dtype: torch.dtype) -> None:
+    assert_states_nobody_reads_change_no_bit(dtype, torch.device("cuda"), method)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tokens", [64, 200])
+def test_a_tile_that_is_left_out_is_not_computed(tokens: int, reverse: bool) -> None:
+    b, c = torch.randn(1, 2, tokens, 16), torch.randn(1, 2, tokens, 16)
+    log_decay = torch.tensor([-0.01, -0.5])
+    assert_leaves_out_the_last(block, b, c, log_decay, Tiles(64, (0, tokens)), reverse=reverse)
+
+
 def test_packed_documents_are_their_own_calls() -> None:
     documents = (0, 100, 164, 165, 700)
     case = Case(700, 32, 48, documents=documents, tile=64, decay="mixed", initial=True, learnt=False)
@@ -166,8 +207,8 @@ def test_a_broken_association_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
     can fail."""
     case = Case(1000, decay="slow", learnt=False)
 
-    def regrouped(states, initial, log_decay, tiles, *, reverse):
-        local = exact(states, None, log_decay, tiles, reverse=reverse)
+    def regrouped(states, initial, log_decay, tiles, *, reverse, whole):
+        local = exact(states, None, log_decay, tiles, reverse=reverse, whole=whole)
         if initial is None:
             return local
         powers = torch.exp(log_decay.double()[:, None] * torch.arange(tiles.num_tokens + 1)).float()

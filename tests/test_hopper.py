@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from helpers import assert_leaves_out_the_last
 from leetdist.kernels.cuda import hopper as cuda
 from leetdist.kernels.pytorch import block as exact
 from leetdist.kernels.tiles import Tiles
@@ -81,6 +82,7 @@ def test_against_fp64(backend, order, dtype, rows, columns, reverse, tiles, monk
     )  # fmt: skip
     added = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse, scale=0.3)
     expected_added = exact.tile_states(b.double(), c.double(), log_decay, tiles, reverse=reverse, scale=0.3)
+    assert_leaves_out_the_last(triton_block, b, c, log_decay, tiles, reverse=reverse)
     for head in range(4):
         assert relative_error(out[:, head], expected[:, head]) < ERROR[dtype]
         assert torch.equal(wide[:, head].to(dtype), out[:, head])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import assert_leaves_out_the_last
 from leetdist.kernels.pytorch import block as exact
 from leetdist.kernels.tiles import Tiles
 from leetdist.kernels.triton.configs import on_hopper_wide, parts_of
@@ -138,6 +139,7 @@ def test_against_fp64(
     )
     added = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse, scale=0.3, precision=precision)
     expected_added = exact.tile_states(b.double(), c.double(), log_decay, tiles, reverse=reverse, scale=0.3)
+    assert_leaves_out_the_last(triton_block, b, c, log_decay, tiles, reverse=reverse, precision=precision)
     for head in range(4):
         assert relative_error(out[:, head], expected[:, head]) < bound
         assert relative_error(added[:, head], expected_added[:, head]) < bound

@@ -35,7 +35,7 @@ def serves() -> bool:
 
 
 def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float
+    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float, unread: int
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_states."""
     heads = log_decay.shape[0]
@@ -46,7 +46,7 @@ def tile_states(
     launch(
         (programs * splits,), THREADS * groups,
         *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(),
-        *_tiles(tiles, b, log_decay), splits, float(scale),
+        *_tiles(tiles, b, log_decay), splits, unread, float(scale),
     )  # fmt: skip
 
 

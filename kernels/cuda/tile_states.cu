@@ -6,8 +6,9 @@ constexpr int STAGES = !LAST_FETCHES ? 3 : GROUPS == 1 ? 2 : 4;
 constexpr int STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
 
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 2 / GROUPS)
-tile_states(OPERAND(b), OPERAND(c), float* out, TILES, float scale) {
+tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scale) {
     Tile tile(log_decay, table, heads, tiles, tile_size, tokens, splits);
+    if (tile.number == unread) return;
     const float log_gamma = log_decay[tile.head], g = log_gamma * LOG2E;
     tile.within_reach(log_gamma);
     const Word base = shared_memory(), all_weights = base + STAGES * STAGE;

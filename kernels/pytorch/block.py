@@ -42,6 +42,7 @@ def tile_states(
     *,
     reverse: bool,
     scale: float = 1.0,
+    whole: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """The state each tile adds: `scale * sum_i w_i b_i c_i^T`, with `i` counted from 0 in a tile of `n` tokens.
@@ -49,10 +50,12 @@ def tile_states(
     Forward, `w_i = gamma^(n-1-i)` (the state after the tile); reversed, `w_i = gamma^(i+1)` (the gradient of the state
     before the tile).
 
-    b: (B, Hb, N, Db), c: (B, Hc, N, Dc), where Hb and Hc divide H; log_decay: (H,) fp32.
-    Returns (B, H, tiles.count, Db, Dc), fp32 (fp64 for fp64 inputs), in `out` (contiguous) if given.
+    b: (B, Hb, N, Db), c: (B, Hc, N, Dc), where Hb and Hc divide H; log_decay: (H,) fp32. whole: False leaves out the
+    tile that the walk ends with (of a row of one segment), for only the state at the end needs it.
+    Returns (B, H, tiles.count, Db, Dc), fp32 (fp64 for fp64 inputs), in `out` (contiguous) if given. What is in the
+    place of a tile that was left out means nothing.
     """
-    walk = _Walk(tiles, log_decay, b.dtype, reverse)
+    walk = _Walk(tiles, log_decay, b.dtype, reverse, tiles.unread(reverse, whole))
     rows, columns = b.shape[3], c.shape[3]
     states = walk.zeros(b.shape[0], tiles.count, rows + missing(rows), columns + missing(columns))
     for chunk in walk:
@@ -62,23 +65,36 @@ def tile_states(
     return states.contiguous() if out is None else out.copy_(states)
 
 
-def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
+def fold(
+    states: Tensor,
+    initial: Tensor | None,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    whole: bool = True,
+) -> Tensor:
     """Turn what each tile adds into the state at each tile's start, in place, and return the state at the end.
 
     `S_{j+1} = gamma^n S_j + L_j`, rounded after the product and after the sum, from the first tile of each segment to
     its last; reversed, from the last to the first (a tile's "start" is then its right end).
 
-    states: (B, H, tiles.count, Dk, Dv); initial: (B * num_segments, H, Dk, Dv) or None for zeros.
+    states: (B, H, tiles.count, Dk, Dv); initial: (B * num_segments, H, Dk, Dv) or None for zeros. whole: False if
+    `tile_states` left out the last tile, which is then not read, and the state at the end means nothing.
     Returns (B * num_segments, H, Dk, Dv).
     """
     batch, heads, _, dk, dv = states.shape
     powers = decay_powers(log_decay, tiles.size, states.dtype)
     final = states.new_zeros(batch, tiles.num_segments, heads, dk, dv)
+    unread = tiles.unread(reverse, whole)
     if initial is not None:
         final.copy_(initial.view_as(final))
     for segment, (first, end) in enumerate(zip(tiles.first_tile, tiles.first_tile[1:], strict=False)):
         carry = final[:, segment]
         for tile in reversed(range(first, end)) if reverse else range(first, end):
+            if tile == unread:
+                states[:, :, tile] = carry
+                break
             _, tokens = tiles.spans[tile]
             after = (carry * powers[:, tokens, None, None]).add_(states[:, :, tile])
             states[:, :, tile] = carry
@@ -189,8 +205,8 @@ def decay_powers(log_decay: Tensor, highest: int, dtype: torch.dtype) -> Tensor:
 class _Walk:
     """Walks all tiles at once, chunk after chunk, in one direction of time."""
 
-    def __init__(self, tiles: Tiles, log_decay: Tensor, dtype: torch.dtype, reverse: bool) -> None:
-        self.tiles, self.reverse = tiles, reverse
+    def __init__(self, tiles: Tiles, log_decay: Tensor, dtype: torch.dtype, reverse: bool, left_out: int = -1) -> None:
+        self.tiles, self.reverse, self.left_out = tiles, reverse, left_out
         self.heads = log_decay.shape[0]
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.device = log_decay.device
@@ -210,6 +226,8 @@ class _Walk:
         table = self.tiles.table(self.device)
         start, length = table[:, 0], table[:, 1]
         chunks = [ceil_div(tokens, self.chunk) for _, tokens in self.tiles.spans]
+        if self.left_out >= 0:
+            chunks[self.left_out] = 0
         for step in range(max(chunks, default=0)):
             active = [tile for tile, count in enumerate(chunks) if count > step]
             which = torch.tensor(active, device=self.device)
@@ -217,7 +235,7 @@ class _Walk:
             offset = number.to(self.device) * self.chunk
             yield _Chunk(
                 walk=self,
-                tiles=slice(None) if len(active) == len(chunks) else which,
+                tiles=slice(active[0], active[-1] + 1) if len(active) == active[-1] + 1 - active[0] else which,
                 first=start[which] + offset,
                 lengths=(length[which] - offset).clamp_max(self.chunk),
             )

@@ -48,6 +48,7 @@ def tile_states(
     *,
     reverse: bool,
     scale: float = 1.0,
+    whole: bool = True,
     out: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
@@ -57,18 +58,18 @@ def tile_states(
     config = block_config(rows, columns, b.dtype, tiles.size)
     if out is None:
         out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
-    parts = parts_of(b.dtype, precision)
+    parts, unread = parts_of(b.dtype, precision), tiles.unread(reverse, whole)
     if on_hopper(rows, columns, b.dtype, parts, tiles.size, b.device):
         from leetdist.kernels.triton import hopper
 
         if out.numel():
-            hopper.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale)
+            hopper.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale, unread=unread)
         return out
     if on_hopper_wide(rows, columns, b.dtype, tiles.size, b.device):
         from leetdist.kernels.triton import hopper_wide
 
         if out.numel():
-            hopper_wide.tile_states(b, c, log_decay, tiles, out, parts, reverse=reverse, scale=scale)
+            hopper_wide.tile_states(b, c, log_decay, tiles, out, parts, reverse=reverse, scale=scale, unread=unread)
         return out
     block_rows = states_block(rows, config)
     grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
@@ -79,7 +80,7 @@ def tile_states(
             (
                 b, c, log_decay, out, _table(tiles, b.device),
                 *b.stride()[:3], *c.stride()[:3], heads, heads // b.shape[1], heads // c.shape[1],
-                b.shape[2], tiles.count, tiles.size, rows, columns, scale,
+                b.shape[2], tiles.count, tiles.size, unread, rows, columns, scale,
             ),
             {
                 "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": config.chunk, "ROWS": block_rows,
@@ -163,7 +164,7 @@ def _empty_like_model(batch: int, heads: int, tokens: int, dim: int, dtype: torc
 def _tile_states(
     b, c, log_decay, out, table,
     b_batch, b_head, b_token, c_batch, c_head, c_token, heads, b_share, c_share,
-    tokens, tiles, tile_size, rows, columns, scale,
+    tokens, tiles, tile_size, unread, rows, columns, scale,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +179,7 @@ def _tile_states(
     g = tl.load(log_decay + head)
 
     state = tl.zeros((ROWS, COLUMNS), tl.float32)
-    chunks = tl.cdiv(length, CHUNK)
+    chunks = tl.where(tile == unread, 0, tl.cdiv(length, CHUNK))
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
     reach = tl.minimum(FP32_RANGE / tl.maximum(-g, 1e-9), tile_size * 1.0).to(tl.int32)
     for step in range(tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0), chunks):

@@ -13,10 +13,18 @@ from leetdist.kernels.triton.launch import launch
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
 # Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
-COUNTS = ["tokens", "tiles", "tile_size"]
+COUNTS = ["tokens", "tiles", "tile_size", "unread"]
 
 
-def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
+def fold(
+    states: Tensor,
+    initial: Tensor | None,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    whole: bool = True,
+) -> Tensor:
     """See leetdist.kernels.pytorch.block.fold. One rounding rule: a fused multiply-add."""
     batch, heads, _, dk, dv = states.shape
     final = torch.empty(batch * tiles.num_segments, heads, dk, dv, dtype=states.dtype, device=states.device)
@@ -29,7 +37,7 @@ def fold(states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles
             (
                 states, final if initial is None else initial.contiguous(), final, log_decay, segments,
                 _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size,
-                dk * dv,
+                0 if whole else 1, dk * dv,
             ),
             {"REGULAR": tiles.regular, "REVERSE": reverse, "HAS_INITIAL": initial is not None, "BLOCK": FOLD_BLOCK},
         )  # fmt: skip
@@ -60,14 +68,14 @@ def _powers(log_decay, exponent):
 
 @triton.jit
 def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr):
-    """What the tile that is `step` tiles into the fold adds; nothing behind the last."""
+    """What the tile that is `step` tiles into the fold adds; nothing behind the last that is read."""
     tile = end - 1 - step if REVERSE else first + step
     return tl.load(states + tile * size, mask=inside & (step < count), other=0.0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _fold(
-    states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, size,
+    states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, unread, size,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -85,14 +93,15 @@ def _fold(
         carry = tl.load(initial + program * size + element, mask=inside, other=0.0)
     # The sums are a chain, the loads are not: four tiles are on their way at any time.
     count = end - first
-    added_0 = _added(states, 0, count, first, end, size, inside, REVERSE)
-    added_1 = _added(states, 1, count, first, end, size, inside, REVERSE)
-    added_2 = _added(states, 2, count, first, end, size, inside, REVERSE)
-    added_3 = _added(states, 3, count, first, end, size, inside, REVERSE)
+    read = count - unread
+    added_0 = _added(states, 0, read, first, end, size, inside, REVERSE)
+    added_1 = _added(states, 1, read, first, end, size, inside, REVERSE)
+    added_2 = _added(states, 2, read, first, end, size, inside, REVERSE)
+    added_3 = _added(states, 3, read, first, end, size, inside, REVERSE)
     for step in range(count):
         tile = end - 1 - step if REVERSE else first + step
         _, length = _span(table, tile, tokens, tile_size, REGULAR)
-        added_4 = _added(states, step + 4, count, first, end, size, inside, REVERSE)
+        added_4 = _added(states, step + 4, read, first, end, size, inside, REVERSE)
         tl.store(states + tile * size, carry, mask=inside)
         carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
         added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4

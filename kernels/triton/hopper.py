@@ -28,11 +28,11 @@ def chunk_and_warps(kernel: str, rows: int) -> tuple[int, int]:
 
 
 def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float
+    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float, unread: int
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_states."""
     if cuda.serves():
-        return cuda.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale)
+        return cuda.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale, unread=unread)
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
     chunk, warps = chunk_and_warps("states", rows)
@@ -42,7 +42,7 @@ def tile_states(
         (batch * heads * tiles.count, 1, 1),
         (
             _descriptor(b, chunk), _descriptor(c, chunk), log_decay, out, table, heads, heads // b.shape[1],
-            heads // c.shape[1], b.shape[2], tiles.count, tiles.size, scale,
+            heads // c.shape[1], b.shape[2], tiles.count, tiles.size, unread, scale,
         ),
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,

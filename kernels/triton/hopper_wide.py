@@ -32,7 +32,16 @@ def block(rows: int, columns: int, parts: Parts) -> tuple[int, int, int]:
 
 
 def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, parts: Parts, *, reverse: bool, scale: float
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    out: Tensor,
+    parts: Parts,
+    *,
+    reverse: bool,
+    scale: float,
+    unread: int,
 ) -> None:
     """See leetdist.kernels.pytorch.block.tile_states."""
     batch, heads = b.shape[0], log_decay.shape[0]
@@ -44,7 +53,7 @@ def tile_states(
         (batch * heads * tiles.count, ceil_div(columns, held_columns), 1),
         (
             _operand(b, held_rows), _operand(c, held_columns), log_decay, out, table, heads,
-            heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, rows, columns, scale,
+            heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, unread, rows, columns, scale,
         ),
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,

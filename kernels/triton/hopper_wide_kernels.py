@@ -75,7 +75,7 @@ def _weigh(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def tile_states_kernel(
-    b, c, log_decay, out, table, heads, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale,
+    b, c, log_decay, out, table, heads, b_share, c_share, tokens, tiles, tile_size, unread, rows, columns, scale,
     REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     PARTS: gl.constexpr, WEIGHTED_PARTS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def tile_states_kernel(
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
     reach = gl.minimum(FP32_RANGE / gl.maximum(-log_gamma, 1e-9), tile_size * 1.0).to(gl.int32)
     all_chunks = gl.cdiv(length, CHUNK)
-    chunks = gl.minimum(all_chunks, gl.cdiv(reach, CHUNK) + 1)
+    chunks = gl.where(tile == unread, 0, gl.minimum(all_chunks, gl.cdiv(reach, CHUNK) + 1))
     # From the farthest chunk to the one beside the state.
     offset = (chunks - 1 if REVERSE else all_chunks - chunks) * CHUNK
     stride = -CHUNK if REVERSE else CHUNK

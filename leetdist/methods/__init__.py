@@ -50,11 +50,19 @@ class Kernels(Protocol):
         *,
         reverse: bool,
         scale: float = 1.0,
+        whole: bool = True,
         out: Tensor | None = None,
     ) -> Tensor: ...
 
     def fold(
-        self, states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool
+        self,
+        states: Tensor,
+        initial: Tensor | None,
+        log_decay: Tensor,
+        tiles: Tiles,
+        *,
+        reverse: bool,
+        whole: bool = True,
     ) -> Tensor: ...
 
     def tile_outputs(

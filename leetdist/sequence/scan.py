@@ -90,7 +90,8 @@ def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, 
             else:
                 initial = carried
         with trace.span("fold", plan.rank, lane, states):
-            final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse)
+            whole = plan.whole(reverse=reverse)
+            final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse, whole=whole)
         if after:
             hand_on(final)
             final = _rows(final, final.shape[0] - batch, last=reverse)
