@@ -46,6 +46,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
 TURNS, MILLISECONDS_A_TURN = 5, 3.0
 SHORT_TURNS, SHORT = 48, 1.0  # for calls of at most so many milliseconds
+SHORT_TOKENS = 16 * 512  # of all batch entries
 # Before it is timed, so long a contestant runs alone: after a neighbour that heats the chip, one and the same call took
 # up to a fifth longer.
 SETTLE = 8.0
@@ -163,7 +164,13 @@ def _memory(device: torch.device, reset: bool = False) -> int:
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
-    return list(itertools.product(arguments.dtypes, arguments.batches, sorted(arguments.lengths)))
+    """The short ones first."""
+    shapes = itertools.product(arguments.dtypes, arguments.batches, sorted(arguments.lengths))
+    return sorted(shapes, key=lambda shape: not _short(shape))
+
+
+def _short(shape: Shape) -> bool:
+    return shape[1] * shape[2] <= SHORT_TOKENS
 
 
 def run(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
@@ -220,33 +227,40 @@ def _in_a_process(arguments: argparse.Namespace, names: list[str], shapes: list[
 def measure(arguments: argparse.Namespace, names: list[str], shapes: list[Shape]) -> Iterator[list[Cell]]:
     """The cells of one shape after the other, until an error after which nothing more can run in this process.
 
-    On a GPU the first is measured twice and the first time thrown away: the host's first second is slower, for some
-    contestants more than for others (a third of the time of 1 x 128 tokens, wherever that came first).
+    Short calls are the host's matter, and a host has slow seconds (1 x 128 tokens in fp32: 57 us, and 106 in a run that
+    began in one). So the contestants of all short shapes take turns together, but for LeetDecoding's, which may end the
+    process.
     """
     device = torch.device(arguments.device)
     every = {**ours(), **theirs(arguments.leetdecoding, names)}
     contestants = {name: every[name] for name in names if name in every}
     slow: set[tuple[str, str, int]] = set()  # contestant, dtype, batch: a shorter cell took far too long
-    again = device.type == "cuda"
-    for number, shape in enumerate(shapes[:again] + shapes):
-        cells = [Cell(name, *shape, arguments.training, arguments.heads) for name in contestants]
+    short = sum(map(_short, shapes)) if names[0] in ours() else 0
+    for group in ([shapes[:short]] if short else []) + [[shape] for shape in shapes[short:]]:
+        measured, steps = [], []
+        for shape in group:
+            cells = [Cell(name, *shape, arguments.training, arguments.heads) for name in contestants]
+            with torch.set_grad_enabled(arguments.training):
+                steps += _checked(cells, contestants, slow, device, arguments.limit)
+            measured.append(cells)
         with torch.set_grad_enabled(arguments.training):
-            _one_shape(cells, contestants, slow, device, arguments.limit)
-        if device.type == "cuda" and not _ended_the_process(cells):
+            time_in_turns(steps, device)
+        del steps
+        if device.type == "cuda" and not _ended_the_process(measured[-1]):
             torch.cuda.empty_cache()
-        if not again or number or _ended_the_process(cells):
-            yield cells
-        if _ended_the_process(cells):
+        yield from measured
+        if _ended_the_process(measured[-1]):
             return
 
 
-def _one_shape(
+def _checked(
     cells: list[Cell],
     contestants: dict[str, Attention],
     slow: set[tuple[str, str, int]],
     device: torch.device,
     limit: float,
-) -> None:
+) -> list[tuple[Cell, Callable[[], Any]]]:
+    """The cells of one shape that are to be timed."""
     inputs: Inputs | None = None
     steps: list[tuple[Cell, Callable[[], Any]]] = []
     for cell in cells:
@@ -267,10 +281,10 @@ def _one_shape(
             cell.note = f"fails: {type(error).__name__}"
             print(cell, str(error)[:300], file=sys.stderr)
         if _ended_the_process([cell]):
-            return
+            return []
         if device.type == "cuda" and cell.note:
             torch.cuda.empty_cache()
-    time_in_turns(steps, device)
+    return steps
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def check(contestant: Contestant, case: Case, which: str, inputs: Inputs) -> flo
     if which == "step":
         o, state = contestant.step(inputs)
         expected, end = _step_reference(inputs)
-        return max(relative_error(o, expected), relative_error(state, end))
+        return max(relative_error(o[:1], expected), relative_error(state[:1], end))
     device = inputs.q.device
     rows = torch.tensor(checked_rows(case.tokens), device=device)
     heads = torch.linspace(0, case.heads - 1, CHECKED_HEADS, device=device).long()

@@ -89,7 +89,7 @@ def measure(heads: int, dim: int) -> Machine:
             q, k, v, start, decay, tiles, reverse=False, scale=1.0, state_scale=1.0, out_dtype=dtype
         )
 
-    def fold() -> torch.Tensor:
+    def fold() -> torch.Tensor | None:
         return kernels.fold(start, None, decay, tiles, reverse=False)
 
     size = q.numel() * q.element_size()

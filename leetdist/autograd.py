@@ -289,7 +289,7 @@ class _Side:
     def scan(
         self, states: _Lanes, initial: Tensor | None, log_decay: Tensor, plan: Plan, *, reverse: bool
     ) -> dict[Lane, Tensor]:
-        """Launch the scans of all lanes; `join` waits for one."""
+        """Launch the scans of all lanes; `join` waits for one. Returns the states at the end, where somebody asked."""
         final = {}
         if self.stream is not None and self.main is not None and initial is not None:
             self.stream.wait_stream(self.main)  # the initial states have come on the main stream
@@ -299,9 +299,12 @@ class _Side:
                 if self.stream is not None:
                     take(partial(self.stream.wait_event, self.begin[lane]))
                 own = None if initial is None else initial[:, lane.heads].contiguous()
-                final[lane] = scan.scan(states[lane], own, _part(log_decay, lane.heads, 0), plan, lane, reverse=reverse)
+                end = scan.scan(states[lane], own, _part(log_decay, lane.heads, 0), plan, lane, reverse=reverse)
+                if end is not None:
+                    final[lane] = end
                 if self.stream is not None and self.main is not None:
-                    final[lane].record_stream(self.main)
+                    if end is not None:
+                        end.record_stream(self.main)
                     self.end[lane] = _mark(self.stream)
         return final
 

@@ -85,10 +85,13 @@ def quadratic(
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
     """`||out - reference|| / ||reference||` in fp64: a pure number; NaN anywhere gives NaN, which passes no bound.
+    ValueError if the shapes differ, for what is broadcast is not compared.
 
     >>> relative_error(torch.ones(4), torch.ones(4))
     0.0
     """
+    if out.shape != reference.shape:
+        raise ValueError(f"out must have reference's shape, {tuple(reference.shape)}, got {tuple(out.shape)}")
     out, reference = out.detach(), reference.detach().double()
     norm = torch.linalg.vector_norm(reference)
     difference = torch.linalg.vector_norm(out.to(reference.device).double() - reference)

@@ -215,7 +215,7 @@ def test_a_broken_association_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
         for tile, (start, tokens) in enumerate(tiles.spans):
             passed = tiles.num_tokens - start - tokens if reverse else start
             states[:, :, tile] += powers[:, passed, None, None] * initial
-        return local + powers[:, tiles.num_tokens, None, None] * initial
+        return None if local is None else local + powers[:, tiles.num_tokens, None, None] * initial
 
     exact = block.fold
     monkeypatch.setattr(block, "fold", regrouped)

@@ -73,15 +73,15 @@ def fold(
     *,
     reverse: bool,
     whole: bool = True,
-) -> Tensor:
+) -> Tensor | None:
     """Turn what each tile adds into the state at each tile's start, in place, and return the state at the end.
 
     `S_{j+1} = gamma^n S_j + L_j`, rounded after the product and after the sum, from the first tile of each segment to
     its last; reversed, from the last to the first (a tile's "start" is then its right end).
 
     states: (B, H, tiles.count, Dk, Dv); initial: (B * num_segments, H, Dk, Dv) or None for zeros. whole: False if
-    `tile_states` left out the last tile, which is then not read, and the state at the end means nothing.
-    Returns (B * num_segments, H, Dk, Dv).
+    `tile_states` left out the last tile, which is then not read.
+    Returns (B * num_segments, H, Dk, Dv), or None where the last tile was left out.
     """
     batch, heads, _, dk, dv = states.shape
     powers = decay_powers(log_decay, tiles.size, states.dtype)
@@ -100,7 +100,7 @@ def fold(
             states[:, :, tile] = carry
             carry = after
         final[:, segment] = carry
-    return final.flatten(0, 1)
+    return final.flatten(0, 1) if whole else None
 
 
 def tile_outputs(

@@ -24,18 +24,21 @@ def fold(
     *,
     reverse: bool,
     whole: bool = True,
-) -> Tensor:
+) -> Tensor | None:
     """See leetdist.kernels.pytorch.block.fold. One rounding rule: a fused multiply-add."""
     batch, heads, _, dk, dv = states.shape
-    final = torch.empty(batch * tiles.num_segments, heads, dk, dv, dtype=states.dtype, device=states.device)
+    rows, final = batch * tiles.num_segments, None
+    if whole:
+        final = torch.empty(rows, heads, dk, dv, dtype=states.dtype, device=states.device)
     segments = tiles.segment_table(states.device)
-    grid = (final.shape[0] * heads, ceil_div(dk * dv, FOLD_BLOCK))
-    if final.numel():
+    grid = (rows * heads, ceil_div(dk * dv, FOLD_BLOCK))
+    if rows * heads * dk * dv:
         launch(
             _fold,
             grid,
             (
-                states, final if initial is None else initial.contiguous(), final, log_decay, segments,
+                states, states if initial is None else initial.contiguous(), states if final is None else final,
+                log_decay, segments,
                 _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size,
                 0 if whole else 1, dk * dv,
             ),
@@ -105,4 +108,4 @@ def _fold(
         tl.store(states + tile * size, carry, mask=inside)
         carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
         added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
-    tl.store(final + program * size + element, carry, mask=inside)
+    tl.store(final + program * size + element, carry, mask=inside & (unread == 0))

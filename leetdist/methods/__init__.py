@@ -63,7 +63,7 @@ class Kernels(Protocol):
         *,
         reverse: bool,
         whole: bool = True,
-    ) -> Tensor: ...
+    ) -> Tensor | None: ...
 
     def tile_outputs(
         self,
@@ -102,7 +102,7 @@ class Composed:
 
     tile_outputs: Callable[..., Tensor]
     tile_states: Callable[..., Tensor]
-    fold: Callable[..., Tensor]
+    fold: Callable[..., Tensor | None]
     decay_gradient: Callable[..., Tensor]
     longest_tile: int | None = None
 

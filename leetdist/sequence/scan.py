@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     from leetdist.plan import Lane, Plan
 
 
-def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, lane: Lane, *, reverse: bool) -> Tensor:
+def scan(
+    states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, lane: Lane, *, reverse: bool
+) -> Tensor | None:
     """Fold this rank's tile states of one lane in place, from and to its neighbours.
 
     states: (B, lane's heads, tiles, Dk, Dv), what each tile adds; becomes the state at each tile's start (its right end
     when reversed). initial: (rows, lane's heads, Dk, Dv) for the sequences that begin here (end here, reversed), or
-    None for zeros. Returns the states of the sequences that end here (begin here, reversed).
+    None for zeros. Returns the states of the sequences that end here (begin here, reversed); None if nobody asked.
     """
     layout, transport, rank = plan.layout, plan.transport, plan.rank
     batch, heads, tiles, dk, dv = states.shape
@@ -93,6 +95,7 @@ def scan(states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, 
             whole = plan.whole(reverse=reverse)
             final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse, whole=whole)
         if after:
+            assert final is not None
             hand_on(final)
             final = _rows(final, final.shape[0] - batch, last=reverse)
     if early:
