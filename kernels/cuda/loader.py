@@ -110,11 +110,12 @@ def kernel(
     Device(device.index).set_current()
     _thread.bound = device.index
     module = ObjectCode.from_cubin(cubin(source, f"sm_{major}{minor}{features}", defines))
-    function = module.get_kernel(name)
-    handle = driver.CUfunction(int(function.handle))
+    found = module.get_kernel(name).handle
     if shared_memory:
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        check(driver.cuKernelSetAttribute(most, shared_memory, function.handle, driver.CUdevice(device.index))[0])
+        check(driver.cuKernelSetAttribute(most, shared_memory, found, driver.CUdevice(device.index))[0])
+    result, handle = driver.cuKernelGetFunction(found)  # or each launch looks for the context's own
+    check(result)
     return Kernel(device, handle, shared_memory, module, driver.cuLaunchKernel)
 
 
