@@ -5,7 +5,8 @@
     python benchmarks/leetdecoding.py --show benchmarks/results/leetdecoding*.json --out benchmarks/results
     python benchmarks/leetdecoding.py --fit benchmarks/results/leetdecoding.json    # writes leetdist/methods/costs.json
 
-Latency (median; device events) and peak memory beyond the inputs, for 32 heads, rank 128, dimension 128, with decay.
+Latency (medians of calls in a row: the larger of what the host and the device take; and of the device alone, where
+that differs) and peak memory beyond the inputs, for 32 heads, rank 128, dimension 128, with decay.
 Each cell is checked against the fp64 definition on a few rows before it is timed, its memory poisoned with NaN; "OOM"
 is what it says, "wrong" is a relative error beyond the dtype's bound. Writes <name>.json and <name>.png to --out.
 """
@@ -45,8 +46,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative error of the whole output: fp32 arithmetic, and the rounding of a 16-bit output with some room.
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
 TURNS, MILLISECONDS_A_TURN = 5, 3.0
-SHORT_TURNS, SHORT = 48, 1.0  # for calls of at most so many milliseconds
-SHORT_TOKENS = 16 * 512  # of all batch entries
+SHORT_TURNS, SHORT = 24, 1.0  # for calls of at most so many milliseconds
+CYCLES = 2e6  # of a GPU in a millisecond, about
 # Before it is timed, so long a contestant runs alone: after a neighbour that heats the chip, one and the same call took
 # up to a fifth longer.
 SETTLE = 8.0
@@ -112,8 +113,9 @@ def check(cell: Cell, call: Attention, inputs: Inputs, device: torch.device) -> 
 def time_in_turns(steps: list[tuple[Cell, Callable[[], Any]]], device: torch.device) -> None:
     """Replace the first times by medians. Contestants take turns, in another order each time, so that a change in
     clocks, or in what else the host does, meets all of them. Short calls take more turns: their time is the host's,
-    which is restless."""
+    which is restless, so the device's is taken too."""
     times: dict[int, list[float]] = {i: [] for i in range(len(steps))}
+    device_times: dict[int, list[float]] = {i: [] for i in range(len(steps))}
     order = random.Random(0)
     with no_collection():
         for turn in range(SHORT_TURNS):
@@ -125,12 +127,18 @@ def time_in_turns(steps: list[tuple[Cell, Callable[[], Any]]], device: torch.dev
                     step()
                 repeats = max(1, min(20, int(MILLISECONDS_A_TURN / once)))
                 times[i].append(statistics.median(_times(step, repeats, device)))
+                if once <= SHORT and device.type == "cuda":
+                    busy = 2 * once * repeats
+                    device_times[i].append(statistics.median(_times(step, repeats, device, busy)))
     for i, (cell, _) in enumerate(steps):
-        cell.milliseconds = statistics.median(times[i])
+        cell.milliseconds = cell.device_milliseconds = statistics.median(times[i])
+        if device_times[i]:
+            cell.device_milliseconds = statistics.median(device_times[i])
 
 
-def _times(step: Callable[[], Any], repeats: int, device: torch.device) -> Iterator[float]:
-    """Milliseconds of each repetition; on a GPU between events, so that the host may run ahead.
+def _times(step: Callable[[], Any], repeats: int, device: torch.device, busy: float = 0.0) -> Iterator[float]:
+    """Milliseconds of each repetition; on a GPU between events, so that the host may run ahead. busy: so long the GPU
+    has other work first, and then all the calls before it.
 
     On a CPU they are the process's own, so that other programs do not count: set OMP_NUM_THREADS=1.
     """
@@ -141,6 +149,8 @@ def _times(step: Callable[[], Any], repeats: int, device: torch.device) -> Itera
             yield (time.process_time() - started) * 1e3
         return
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    if busy:
+        torch.cuda._sleep(int(busy * CYCLES))
     marks[0].record()
     for mark in marks[1:]:
         step()
@@ -164,13 +174,7 @@ def _memory(device: torch.device, reset: bool = False) -> int:
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
-    """The short ones first."""
-    shapes = itertools.product(arguments.dtypes, arguments.batches, sorted(arguments.lengths))
-    return sorted(shapes, key=lambda shape: not _short(shape))
-
-
-def _short(shape: Shape) -> bool:
-    return shape[1] * shape[2] <= SHORT_TOKENS
+    return list(itertools.product(arguments.dtypes, arguments.batches, sorted(arguments.lengths)))
 
 
 def run(arguments: argparse.Namespace) -> Iterator[list[Cell]]:
@@ -225,42 +229,29 @@ def _in_a_process(arguments: argparse.Namespace, names: list[str], shapes: list[
 
 
 def measure(arguments: argparse.Namespace, names: list[str], shapes: list[Shape]) -> Iterator[list[Cell]]:
-    """The cells of one shape after the other, until an error after which nothing more can run in this process.
-
-    Short calls are the host's matter, and a host has slow seconds (1 x 128 tokens in fp32: 57 us, and 106 in a run that
-    began in one). So the contestants of all short shapes take turns together, but for LeetDecoding's, which may end the
-    process.
-    """
+    """The cells of one shape after the other, until an error after which nothing more can run in this process."""
     device = torch.device(arguments.device)
     every = {**ours(), **theirs(arguments.leetdecoding, names)}
     contestants = {name: every[name] for name in names if name in every}
     slow: set[tuple[str, str, int]] = set()  # contestant, dtype, batch: a shorter cell took far too long
-    short = sum(map(_short, shapes)) if names[0] in ours() else 0
-    for group in ([shapes[:short]] if short else []) + [[shape] for shape in shapes[short:]]:
-        measured, steps = [], []
-        for shape in group:
-            cells = [Cell(name, *shape, arguments.training, arguments.heads) for name in contestants]
-            with torch.set_grad_enabled(arguments.training):
-                steps += _checked(cells, contestants, slow, device, arguments.limit)
-            measured.append(cells)
+    for shape in shapes:
+        cells = [Cell(name, *shape, arguments.training, arguments.heads) for name in contestants]
         with torch.set_grad_enabled(arguments.training):
-            time_in_turns(steps, device)
-        del steps
-        if device.type == "cuda" and not _ended_the_process(measured[-1]):
+            _one_shape(cells, contestants, slow, device, arguments.limit)
+        if device.type == "cuda" and not _ended_the_process(cells):
             torch.cuda.empty_cache()
-        yield from measured
-        if _ended_the_process(measured[-1]):
+        yield cells
+        if _ended_the_process(cells):
             return
 
 
-def _checked(
+def _one_shape(
     cells: list[Cell],
     contestants: dict[str, Attention],
     slow: set[tuple[str, str, int]],
     device: torch.device,
     limit: float,
-) -> list[tuple[Cell, Callable[[], Any]]]:
-    """The cells of one shape that are to be timed."""
+) -> None:
     inputs: Inputs | None = None
     steps: list[tuple[Cell, Callable[[], Any]]] = []
     for cell in cells:
@@ -281,10 +272,10 @@ def _checked(
             cell.note = f"fails: {type(error).__name__}"
             print(cell, str(error)[:300], file=sys.stderr)
         if _ended_the_process([cell]):
-            return []
+            return
         if device.type == "cuda" and cell.note:
             torch.cuda.empty_cache()
-    return steps
+    time_in_turns(steps, device)
 
 
 def main() -> None:

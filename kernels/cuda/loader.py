@@ -114,7 +114,7 @@ def kernel(
     if shared_memory:
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuKernelSetAttribute(most, shared_memory, found, driver.CUdevice(device.index))[0])
-    result, handle = driver.cuKernelGetFunction(found)  # or each launch looks for the context's own
+    result, handle = driver.cuKernelGetFunction(found)
     check(result)
     return Kernel(device, handle, shared_memory, module, driver.cuLaunchKernel)
 
