@@ -47,6 +47,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BOUNDS = {"fp32": 1e-5, "fp16": 1.5e-3, "bf16": 1e-2}
 TURNS, MILLISECONDS_A_TURN = 5, 3.0
 SHORT_TURNS, SHORT = 24, 1.0  # for calls of at most so many milliseconds
+CALLS_AN_EVENT = 5  # or recording events would be a part of short calls that shows
 CYCLES = 2e6  # of a GPU in a millisecond, about
 # Before it is timed, so long a contestant runs alone: after a neighbour that heats the chip, one and the same call took
 # up to a fifth longer.
@@ -137,7 +138,7 @@ def time_in_turns(steps: list[tuple[Cell, Callable[[], Any]]], device: torch.dev
 
 
 def _times(step: Callable[[], Any], repeats: int, device: torch.device, busy: float = 0.0) -> Iterator[float]:
-    """Milliseconds of each repetition; on a GPU between events, so that the host may run ahead. busy: so long the GPU
+    """Milliseconds of a repetition; on a GPU between events, so that the host may run ahead. busy: so long the GPU
     has other work first, and then all the calls before it.
 
     On a CPU they are the process's own, so that other programs do not count: set OMP_NUM_THREADS=1.
@@ -148,15 +149,17 @@ def _times(step: Callable[[], Any], repeats: int, device: torch.device, busy: fl
             step()
             yield (time.process_time() - started) * 1e3
         return
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    each = CALLS_AN_EVENT if repeats >= 2 * CALLS_AN_EVENT else 1
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats // each + 1)]
     if busy:
         torch.cuda._sleep(int(busy * CYCLES))
     marks[0].record()
     for mark in marks[1:]:
-        step()
+        for _ in range(each):
+            step()
         mark.record()
     torch.cuda.synchronize()
-    yield from (a.elapsed_time(b) for a, b in pairwise(marks))
+    yield from (a.elapsed_time(b) / each for a, b in pairwise(marks))
 
 
 def _synchronize(device: torch.device) -> None:

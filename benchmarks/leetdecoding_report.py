@@ -70,9 +70,9 @@ def auto_against_best(cells: list[Cell]) -> dict[str, Any]:
             for auto in (c for c in timed if c.contestant == "leetdist auto"):
                 key = (auto.batch, auto.tokens, auto.dtype, auto.training)
                 others = [c for c in timed if c is not auto and (c.batch, c.tokens, c.dtype, c.training) == key]
-                others = [c for c in others if c.contestant.removeprefix("leetdist ") in names]
+                others = [c for c in others if c.contestant.removeprefix("leetdist ") in names and time(c)]
                 best = min(others, key=time, default=None)
-                if best is not None:
+                if best is not None and time(auto):
                     ratios[f"{key}: {best.contestant}"] = time(auto) / time(best)
             if ratios:
                 within = sum(r <= 1.05 for r in ratios.values()) / len(ratios)
@@ -88,7 +88,7 @@ def _in_a_row(cell: Cell) -> float:
 
 
 def _on_the_device(cell: Cell) -> float:
-    return cell.device_milliseconds or cell.milliseconds or 0.0
+    return cell.device_milliseconds or 0.0
 
 
 def figure(cells: list[Cell], path: Path) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def benchmarks(monkeypatch):
     """Its modules, which are scripts beside each other and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = ("cases", "contestants", "measure", "report", "warm", "run")
+    names = ("cases", "contestants", "measure", "report", "warm", "run", "leetdecoding", "leetdecoding_report")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield {name: __import__(name) for name in names}
@@ -101,3 +101,57 @@ def test_every_case_has_its_own_name(benchmarks):
     for _, cases in benchmarks["cases"].SUITES.values():
         assert len({case.name for case in cases}) == len(cases)
     assert "lengths" in benchmarks["run"].listing()
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 9, 10, 20])
+def test_times_are_of_one_call(benchmarks, repeats, monkeypatch):
+    """With a device whose clock moves by 3 ms a call, 7 ms for what it is kept busy with."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    def pass_time(milliseconds):
+        clock[0] += milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: pass_time(7.0))
+    times = benchmarks["leetdecoding"]._times
+    for busy in (0.0, 1.0):
+        clock[0] = 0.0
+        found = list(times(lambda: pass_time(3.0), repeats, torch.device("cuda"), busy))
+        assert found == [3.0] * len(found) != []
+        assert clock[0] == 3.0 * repeats + (7.0 if busy else 0.0)
+
+
+def test_auto_is_compared_with_the_best_by_each_clock(benchmarks):
+    cell, compare = benchmarks["leetdecoding_report"].Cell, benchmarks["leetdecoding_report"].auto_against_best
+    shape = {"dtype": "fp16", "batch": 1, "tokens": 128, "training": False, "heads": 32}
+    cells = [
+        cell("leetdist auto", **shape, milliseconds=0.060, device_milliseconds=0.020),
+        cell("leetdist block", **shape, milliseconds=0.050, device_milliseconds=0.025),
+        cell("leetdist vanilla", **shape, milliseconds=0.040, device_milliseconds=0.010),
+        cell("leetdist fleet", **shape, milliseconds=0.010, device_milliseconds=0.005, note="wrong"),
+    ]
+    found = {kind: report["worst"] for kind, report in compare(cells).items()}
+    assert found == pytest.approx(
+        {"all, in a row": 1.5, "all, on the device": 2.0, "sharded, in a row": 1.2, "sharded, on the device": 0.8}
+    )
+    without = [cell("leetdist auto", **shape, milliseconds=1.0), cell("leetdist block", **shape, milliseconds=1.0)]
+    assert set(compare(without)) == {"all, in a row", "sharded, in a row"}
+
+
+def test_a_step_of_a_batch_is_checked(benchmarks):
+    """Against its first entry."""
+    cases, measure = benchmarks["cases"], benchmarks["measure"]
+    case = cases.Case(3, 1, heads=2, dk=16, dv=8, dtype="fp32", passes=("step",))
+    inputs = measure.draw(case, "cpu", 0)
+    assert measure.check(benchmarks["contestants"].Ours(), case, "step", inputs) < 1e-6

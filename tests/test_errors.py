@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import leetdist
+from leetdist.reference import relative_error
 
 
 def call(**changes: Any) -> Any:
@@ -108,3 +109,9 @@ def test_a_failing_virtual_rank_stops_the_others() -> None:
 def test_no_ranks() -> None:
     with pytest.raises(ValueError, match="ranks must be at least 1, got 0"):
         leetdist.virtual_ranks(lambda group: None, 0)
+
+
+def test_errors_of_other_shapes_are_not_compared() -> None:
+    """Broadcasting would compare every entry of a batch with its first."""
+    with pytest.raises(ValueError, match=r"reference's shape, \(1, 4\), got \(3, 4\)"):
+        relative_error(torch.ones(3, 4), torch.ones(1, 4))
