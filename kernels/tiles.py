@@ -62,6 +62,7 @@ class Tiles:
 
     def unread(self, reverse: bool, whole: bool) -> int:
         """Number of the tile whose share of the state may be missing: none (-1), or the one that a walk ends with."""
+        assert whole or self.regular  # or each segment would have one
         return -1 if whole or not self.count else 0 if reverse else self.count - 1
 
     @property

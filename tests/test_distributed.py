@@ -215,6 +215,32 @@ def test_verify_names_what_differs(tmp_path) -> None:
     assert "on one device" in result.stdout
 
 
+ENDING = """
+import atexit, weakref
+
+atexit.register(lambda: print("gone" if group() is None else "kept"))  # runs after what is registered later
+import torch
+import torch.distributed as dist
+import leetdist
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+group = weakref.ref(dist.group.WORLD)
+
+def step():
+    x = torch.randn(1, 2, 64, 16, requires_grad=True)
+    leetdist.linear_attention(x, x, x, group=dist.group.WORLD, tile=16).sum().backward()
+
+step()
+dist.destroy_process_group()
+"""
+
+
+def test_a_destroyed_group_ends_before_python_does() -> None:
+    """Its end waits for its threads; a thread that lets go of a tensor after Python's end ends the process."""
+    result = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("gone\n", 0), result.stderr
+
+
 def test_cases_are_fresh() -> None:
     """Other seeds draw other inputs: nothing is compared with a stored result."""
     from leetdist.testing.equality import make_tensors
