@@ -99,21 +99,30 @@ def figure(cells: list[Cell], path: Path) -> None:
 
     panels = sorted({(c.dtype, c.batch) for c in cells})
     across = -(-len(panels) // 2)
-    fig, axes = plt.subplots(2, across, figsize=(5 * across, 9), squeeze=False, sharey=True)
+    fig, axes = plt.subplots(2, across, figsize=(5 * across, 10), squeeze=False, sharey=True)
+    names = list(dict.fromkeys(c.contestant for c in cells))
+    colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))
+    lines = {}
     for axis, (dtype, batch) in zip(axes.flat, panels, strict=False):
-        for name in dict.fromkeys(c.contestant for c in cells):
+        for name in names:
             line = [c for c in cells if (c.contestant, c.dtype, c.batch) == (name, dtype, batch)]
             timed = [(c.tokens, c.milliseconds) for c in line if c.milliseconds]
-            if timed:
-                wrong = any(c.note.startswith("wrong") for c in line)
-                style = "-o" if name.startswith("leetdist") else ":x" if wrong else "--x"
-                label = f"{name} (wrong)" if wrong else name
-                axis.plot(*zip(*sorted(timed), strict=True), style, markersize=3, label=label)
+            if not timed:
+                continue
+            style = "-o" if name.startswith("leetdist") else "--x"
+            if any(c.note.startswith("wrong") for c in line):
+                style = ":x"
+            # "auto" lies on the line of the method that it takes, and is to be seen beside it.
+            width = {"linewidth": 7, "alpha": 0.35, "markersize": 0} if name == "leetdist auto" else {"markersize": 3}
+            (drawn,) = axis.plot(*zip(*sorted(timed), strict=True), style, color=colours[name], **width)
+            lines.setdefault(name, drawn)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{dtype}, batch {batch}")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("ms")
-    axes[0][0].legend(fontsize=7, loc="upper left")
-    fig.tight_layout()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ms")
+    title = "dotted: relative errors beyond what the dtype explains"
+    fig.legend(lines.values(), lines, title=title, loc="lower center", ncols=4, fontsize=9)
+    fig.tight_layout(rect=(0, 0.12, 1, 1))
     fig.savefig(path, dpi=110)
 
 
