@@ -60,10 +60,10 @@ class Tiles:
             for start in range(begin, end, self.size)
         )
 
-    def unread(self, reverse: bool, whole: bool) -> int:
+    def unread(self, reverse: bool, to_end: bool) -> int:
         """Number of the tile whose share of the state may be missing: none (-1), or the one that a walk ends with."""
-        assert whole or self.regular  # or each segment would have one
-        return -1 if whole or not self.count else 0 if reverse else self.count - 1
+        assert to_end or self.regular  # or each segment would have one
+        return -1 if to_end or not self.count else 0 if reverse else self.count - 1
 
     @property
     def regular(self) -> bool:

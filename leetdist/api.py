@@ -51,6 +51,22 @@ def linear_attention(
     tile: int | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool,
+    cu_seqlens: Tensor | None = None,
+    method: str = "auto",
+    group: Group | None = None,
+    tile: int | None = None,
+    precision: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_attention(
     q: Tensor,
     k: Tensor,

@@ -48,7 +48,7 @@ def _forward_pass(
                     _part(log_decay, lane.heads, 0),
                     tiles,
                     reverse=False,
-                    whole=plan.whole(reverse=False),
+                    to_end=plan.to_end(reverse=False),
                 )
             side.after(lane)
         initial = None
@@ -115,7 +115,7 @@ def _backward_pass(
             with trace.span("tile states", plan.rank, lane, q):
                 grads.put(
                     lane, kernels.tile_states, _part(q, lane.heads), _part(do, lane.heads),
-                    _part(log_decay, lane.heads, 0), tiles, reverse=True, scale=scale, whole=plan.whole(reverse=True),
+                    _part(log_decay, lane.heads, 0), tiles, reverse=True, scale=scale, to_end=plan.to_end(reverse=True),
                 )  # fmt: skip
             side.after(lane)
         if problem.return_state and (dfinal is not None or plan.transport is not None):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from leetdist.autograd import backward_pass, empty_as, forward_pass, row_major
 from leetdist.plan import Plan, plan_call
@@ -40,7 +40,7 @@ def linear_attention(
     return o, state
 
 
-@torch.library.custom_op("leetdist::forward", mutates_args=())
+@library.custom_op("leetdist::forward", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -93,7 +93,7 @@ def _(
     return empty_as(q, heads, dv, q.dtype), final, q.new_empty(1, dtype=dtype)
 
 
-@torch.library.custom_op("leetdist::backward", mutates_args=())
+@library.custom_op("leetdist::backward", mutates_args=())
 def _backward(
     q: Tensor,
     k: Tensor,

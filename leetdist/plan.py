@@ -101,7 +101,7 @@ class Plan:
         learnt = self.transport is not None and self.problem.needs_decay_grad
         return self.problem.device.type == "cuda" and launches_alone(self.kernels) and not learnt
 
-    def whole(self, *, reverse: bool) -> bool:
+    def to_end(self, *, reverse: bool) -> bool:
         """Whether anybody reads what the last tile of the scan adds: the next rank, or who asked for the state at the
         end. (If there are several sequences here, only the last could go without; it does not.)"""
         if not self.tiles.regular:

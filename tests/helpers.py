@@ -145,8 +145,8 @@ def assert_leaves_out_the_last(
     reverse: bool,
     **options: Any,
 ) -> None:
-    """`tile_states(whole=False)` and `fold(whole=False)` neither read the tile that the walk ends with nor change a bit
-    of what the others add, or of any tile's start."""
+    """`tile_states(to_end=False)` and `fold(to_end=False)` neither read the tile that the walk ends with nor change a
+    bit of what the others add, or of any tile's start."""
     if not tiles.regular:
         return
     last = 0 if reverse else tiles.count - 1
@@ -156,10 +156,10 @@ def assert_leaves_out_the_last(
     b = b.clone()
     b[:, :, begin : begin + length] = math.nan
     states = torch.zeros_like(whole)
-    kernels.tile_states(b, c, log_decay, tiles, reverse=reverse, whole=False, out=states, **options)
+    kernels.tile_states(b, c, log_decay, tiles, reverse=reverse, to_end=False, out=states, **options)
     assert not states.isnan().any()
     assert torch.equal(states[:, :, others], whole[:, :, others])
     states[:, :, last] = math.nan
     kernels.fold(whole, None, log_decay, tiles, reverse=reverse)
-    kernels.fold(states, None, log_decay, tiles, reverse=reverse, whole=False)
+    kernels.fold(states, None, log_decay, tiles, reverse=reverse, to_end=False)
     assert torch.equal(states, whole)

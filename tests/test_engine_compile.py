@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 import leetdist
@@ -41,7 +41,7 @@ def test_opcheck(case: str) -> None:
     decay = None if case == "no decay" else g.requires_grad_()
     args = [x.detach().requires_grad_() for x in (q, k, v)]
     args += [decay, initial, documents, 0.5, "state" in case, "auto", 16, None, ""]
-    torch.library.opcheck(ops._forward, tuple(args))
+    library.opcheck(ops._forward, tuple(args))
 
 
 def network(q: Tensor, k: Tensor, v: Tensor, g: Tensor, group: object = None) -> Tensor:
@@ -130,7 +130,7 @@ def over_ranks(rank: int) -> None:
 
     # opcheck runs the op; all ranks do so together.
     leaves = [x.clone().requires_grad_() for x in local]
-    torch.library.opcheck(ops._forward, (*leaves, None, None, 1.0, True, "auto", None, None, group.group_name))
+    library.opcheck(ops._forward, (*leaves, None, None, 1.0, True, "auto", None, None, group.group_name))
 
     # Packed documents whose boundaries move tokens between the ranks.
     documents = torch.tensor([0, 70, 201, 256])

@@ -56,6 +56,7 @@ def cut_cases(draw: st.DrawFn) -> tuple[Case, int]:
         decay=draw(st.sampled_from(["none", "mixed", "slow", "fast", "gone"])),
         documents=None if documents is None else (0, *documents, tokens),
         initial=draw(st.booleans()),
+        final=draw(st.booleans()),
         learnt=draw(st.booleans()),
         tile=tile,
         method=draw(st.sampled_from(["auto", "block", "lightning", "fleet", "causal_dot_product"])),
@@ -74,6 +75,7 @@ def test_any_call(drawn: tuple[Case, int]) -> None:
 def test_more_ranks_than_tiles(seed: int) -> None:
     assert not differing(Case(40, 16, 16, initial=True), 8, CPU, seed)
     assert not differing(Case(40, 16, 16, documents=(0, 7, 40), initial=True), 8, CPU, seed)
+    assert not differing(Case(40, 16, 16, final=False), 8, CPU, seed)
 
 
 @pytest.mark.gpu
@@ -207,8 +209,8 @@ def test_a_broken_association_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
     can fail."""
     case = Case(1000, decay="slow", learnt=False)
 
-    def regrouped(states, initial, log_decay, tiles, *, reverse, whole):
-        local = exact(states, None, log_decay, tiles, reverse=reverse, whole=whole)
+    def regrouped(states, initial, log_decay, tiles, *, reverse, to_end):
+        local = exact(states, None, log_decay, tiles, reverse=reverse, to_end=to_end)
         if initial is None:
             return local
         powers = torch.exp(log_decay.double()[:, None] * torch.arange(tiles.num_tokens + 1)).float()

@@ -42,7 +42,7 @@ def tile_states(
     *,
     reverse: bool,
     scale: float = 1.0,
-    whole: bool = True,
+    to_end: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """The state each tile adds: `scale * sum_i w_i b_i c_i^T`, with `i` counted from 0 in a tile of `n` tokens.
@@ -50,12 +50,12 @@ def tile_states(
     Forward, `w_i = gamma^(n-1-i)` (the state after the tile); reversed, `w_i = gamma^(i+1)` (the gradient of the state
     before the tile).
 
-    b: (B, Hb, N, Db), c: (B, Hc, N, Dc), where Hb and Hc divide H; log_decay: (H,) fp32. whole: False leaves out the
+    b: (B, Hb, N, Db), c: (B, Hc, N, Dc), where Hb and Hc divide H; log_decay: (H,) fp32. to_end: False leaves out the
     tile that the walk ends with (of a row of one segment), for only the state at the end needs it.
     Returns (B, H, tiles.count, Db, Dc), fp32 (fp64 for fp64 inputs), in `out` (contiguous) if given. What is in the
     place of a tile that was left out means nothing.
     """
-    walk = _Walk(tiles, log_decay, b.dtype, reverse, tiles.unread(reverse, whole))
+    walk = _Walk(tiles, log_decay, b.dtype, reverse, tiles.unread(reverse, to_end))
     rows, columns = b.shape[3], c.shape[3]
     states = walk.zeros(b.shape[0], tiles.count, rows + missing(rows), columns + missing(columns))
     for chunk in walk:
@@ -66,27 +66,21 @@ def tile_states(
 
 
 def fold(
-    states: Tensor,
-    initial: Tensor | None,
-    log_decay: Tensor,
-    tiles: Tiles,
-    *,
-    reverse: bool,
-    whole: bool = True,
+    states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool, to_end: bool = True
 ) -> Tensor | None:
     """Turn what each tile adds into the state at each tile's start, in place, and return the state at the end.
 
     `S_{j+1} = gamma^n S_j + L_j`, rounded after the product and after the sum, from the first tile of each segment to
     its last; reversed, from the last to the first (a tile's "start" is then its right end).
 
-    states: (B, H, tiles.count, Dk, Dv); initial: (B * num_segments, H, Dk, Dv) or None for zeros. whole: False if
+    states: (B, H, tiles.count, Dk, Dv); initial: (B * num_segments, H, Dk, Dv) or None for zeros. to_end: False if
     `tile_states` left out the last tile, which is then not read.
     Returns (B * num_segments, H, Dk, Dv), or None where the last tile was left out.
     """
     batch, heads, _, dk, dv = states.shape
     powers = decay_powers(log_decay, tiles.size, states.dtype)
     final = states.new_zeros(batch, tiles.num_segments, heads, dk, dv)
-    unread = tiles.unread(reverse, whole)
+    unread = tiles.unread(reverse, to_end)
     if initial is not None:
         final.copy_(initial.view_as(final))
     for segment, (first, end) in enumerate(zip(tiles.first_tile, tiles.first_tile[1:], strict=False)):
@@ -100,7 +94,7 @@ def fold(
             states[:, :, tile] = carry
             carry = after
         final[:, segment] = carry
-    return final.flatten(0, 1) if whole else None
+    return final.flatten(0, 1) if to_end else None
 
 
 def tile_outputs(
@@ -205,8 +199,8 @@ def decay_powers(log_decay: Tensor, highest: int, dtype: torch.dtype) -> Tensor:
 class _Walk:
     """Walks all tiles at once, chunk after chunk, in one direction of time."""
 
-    def __init__(self, tiles: Tiles, log_decay: Tensor, dtype: torch.dtype, reverse: bool, left_out: int = -1) -> None:
-        self.tiles, self.reverse, self.left_out = tiles, reverse, left_out
+    def __init__(self, tiles: Tiles, log_decay: Tensor, dtype: torch.dtype, reverse: bool, unread: int = -1) -> None:
+        self.tiles, self.reverse, self.unread = tiles, reverse, unread
         self.heads = log_decay.shape[0]
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.device = log_decay.device
@@ -226,8 +220,8 @@ class _Walk:
         table = self.tiles.table(self.device)
         start, length = table[:, 0], table[:, 1]
         chunks = [ceil_div(tokens, self.chunk) for _, tokens in self.tiles.spans]
-        if self.left_out >= 0:
-            chunks[self.left_out] = 0
+        if self.unread >= 0:
+            chunks[self.unread] = 0
         for step in range(max(chunks, default=0)):
             active = [tile for tile, count in enumerate(chunks) if count > step]
             which = torch.tensor(active, device=self.device)

@@ -48,7 +48,7 @@ def tile_states(
     *,
     reverse: bool,
     scale: float = 1.0,
-    whole: bool = True,
+    to_end: bool = True,
     out: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
@@ -58,7 +58,7 @@ def tile_states(
     config = block_config(rows, columns, b.dtype, tiles.size)
     if out is None:
         out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
-    parts, unread = parts_of(b.dtype, precision), tiles.unread(reverse, whole)
+    parts, unread = parts_of(b.dtype, precision), tiles.unread(reverse, to_end)
     if on_hopper(rows, columns, b.dtype, parts, tiles.size, b.device):
         from leetdist.kernels.triton import hopper
 

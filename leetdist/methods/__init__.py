@@ -50,7 +50,7 @@ class Kernels(Protocol):
         *,
         reverse: bool,
         scale: float = 1.0,
-        whole: bool = True,
+        to_end: bool = True,
         out: Tensor | None = None,
     ) -> Tensor: ...
 
@@ -62,7 +62,7 @@ class Kernels(Protocol):
         tiles: Tiles,
         *,
         reverse: bool,
-        whole: bool = True,
+        to_end: bool = True,
     ) -> Tensor | None: ...
 
     def tile_outputs(

@@ -92,8 +92,8 @@ def scan(
             else:
                 initial = carried
         with trace.span("fold", plan.rank, lane, states):
-            whole = plan.whole(reverse=reverse)
-            final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse, whole=whole)
+            to_end = plan.to_end(reverse=reverse)
+            final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse, to_end=to_end)
         if after:
             assert final is not None
             hand_on(final)

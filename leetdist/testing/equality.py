@@ -31,7 +31,7 @@ class Case:
 
     decay is one of "none", "lightning", "mixed" (lightning with a head of no decay and one that forgets at once), or a
     key of DECAYS. With `learnt`, log_decay needs a gradient. `uneven` gives ranks growing shares of the tiles, `shards`
-    tokens by rank.
+    tokens by rank. Without `final` nobody asks for the final state, and what only that needs is left out.
     """
 
     tokens: int
@@ -45,6 +45,7 @@ class Case:
     decay: str = "lightning"
     documents: tuple[int, ...] | None = None
     initial: bool = False
+    final: bool = True
     learnt: bool = True
     uneven: bool = False
     tile: int | None = None
@@ -60,6 +61,7 @@ class Case:
                 (f"scale {self.scale}", self.scale != 1.0),
                 ("packed", self.documents),
                 ("initial state", self.initial),
+                ("no final state", not self.final),
                 ("uneven", self.uneven),
                 (f"shards {self.shards}", self.shards),
                 ("(B, N, H, D)", self.model_layout),
@@ -147,10 +149,10 @@ def compute(case: Case, tensors: Tensors, transport: Transport | None) -> dict[s
         leaf = shard(x).detach() if name in ("q", "k", "v") else x.detach().clone()
         leaves[name] = leaf.requires_grad_(case.learnt or name != "log_decay")
     documents = None if case.documents is None else torch.tensor(case.documents)
-    o, state = linear_attention(
+    results: Any = linear_attention(
         **leaves,
         scale=case.scale,
-        return_state=True,
+        return_state=case.final,
         cu_seqlens=documents,
         method=case.method,
         tile=case.tile,
@@ -158,9 +160,10 @@ def compute(case: Case, tensors: Tensors, transport: Transport | None) -> dict[s
     )
     # The gradient of the final state is given on one rank alone: they add up over the ranks.
     share = tensors.dstate if rank == len(lengths) // 2 else torch.zeros_like(tensors.dstate)
-    torch.autograd.backward([o, state], [shard(tensors.do), share])
+    outputs = dict(zip(("o", "state"), results if case.final else (results,), strict=False))
+    torch.autograd.backward(list(outputs.values()), [shard(tensors.do), share][: len(outputs)])
     grads = {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
-    return {"o": o.detach(), "state": state.detach(), **grads}
+    return {name: x.detach() for name, x in outputs.items()} | grads
 
 
 @dataclass(frozen=True)
@@ -243,11 +246,15 @@ def standard_cases(device: torch.device, *, long: int | None = None) -> list[Cas
         Case(333, 17, 33, decay="slow", batch=2, initial=True),
         Case(1),
         Case(17, batch=3, decay="fast", model_layout=True),
+        Case(1000, decay="mixed", uneven=True, final=False),
+        Case(999, 24, 40, decay="slow", batch=2, dtype=bf16, initial=True, final=False),
+        Case(900, decay="slow", documents=(0, 130, 130, 500, 900), final=False),
     ]
     if device.type == "cuda":
         for dtype in (bf16, fp16, fp32):
             cases += [
                 Case(16_384, 128, 128, heads=32, dtype=dtype, decay="mixed", model_layout=True),
+                Case(5_000, 128, 128, heads=8, dtype=dtype, decay="slow", uneven=True, final=False),
                 Case(8_000, 256, 128, heads=8, batch=2, dtype=dtype, uneven=True, initial=True),
                 Case(6_000, 64, 256, heads=4, dtype=dtype, documents=(0, 1, 999, 4096, 6000)),
             ]
