@@ -9,8 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Python's garbage collector waits. It falls on whoever is at it: one and the same call of 55 us took 80 to 90 in
-    some minutes, and identical kernels differed by 11 %; without it by 2."""
+    """Python's garbage collector waits, as in timeit: it would fall on whoever is at it."""
     gc.collect()
     gc.disable()
     try:
