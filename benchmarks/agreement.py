@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 import leetdist
+from leetdist.engine.plan import plan_call
 from leetdist.launch.runtime import joined
-from leetdist.plan import plan_call
 from leetdist.sequence.group import resolve
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/fleet.py --leetdecoding path/to/leetDecoding-0.0.3 --out benchmarks/results
 
-The floor: 3 fp32 operations a token, rank index and column on the CUDA cores (leetdist/methods/fleet.py), at the clock
+The floor: 3 fp32 operations a token, rank index and column on the CUDA cores (operators/methods/fleet.py), at the clock
 that the GPU reports as its highest; one operation a lane and clock, 128 lanes a multiprocessor. Beside it the rate of
 fused multiply-adds that a kernel of nothing else (benchmarks/fma.cu) reaches in the same run.
 """
@@ -25,10 +25,10 @@ from leetdecoding_contestants import theirs
 from leetdecoding_report import about
 
 import leetdist
-from leetdist.kernels.cuda.loader import kernel
-from leetdist.kernels.tiles import Tiles
-from leetdist.methods import kernels_for
-from leetdist.problem import describe
+from leetdist.engine.problem import describe
+from leetdist.kernels.common.loader import kernel
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.operators.methods import kernels_for
 from leetdist.reference import quadratic, relative_error
 from leetdist.sequence.grid import default_tile
 

@@ -3,7 +3,7 @@
     python benchmarks/leetdecoding.py --leetdecoding path/to/leetDecoding-0.0.3 --out benchmarks/results
     python benchmarks/leetdecoding.py --training --batches 1 --lengths 2048 8192
     python benchmarks/leetdecoding.py --show benchmarks/results/leetdecoding*.json --out benchmarks/results
-    python benchmarks/leetdecoding.py --fit benchmarks/results/leetdecoding.json    # writes leetdist/methods/costs.json
+    python benchmarks/leetdecoding.py --fit benchmarks/results/leetdecoding.json    # writes costs.json
 
 Latency (medians of calls in a row: the larger of what the host and the device take; and of the device alone, where
 that differs) and peak memory beyond the inputs, for 32 heads, rank 128, dimension 128, with decay.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.problem import METHODS
+from leetdist.engine.problem import METHODS
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

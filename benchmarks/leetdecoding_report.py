@@ -15,8 +15,8 @@ import torch
 from revision import commit
 from torch import Tensor
 
-from leetdist.methods import cost
-from leetdist.problem import METHODS
+from leetdist.engine.problem import METHODS
+from leetdist.operators import cost
 from leetdist.sequence.grid import default_tile
 
 DIM = 128
@@ -147,7 +147,7 @@ def _gpu_name() -> str:
 
 
 def fit(paths: list[Path]) -> None:
-    """Write the constants of leetdist/methods/cost.py: least squares of relative errors, none negative."""
+    """Write the constants of leetdist/operators/cost.py: least squares of relative errors, none negative."""
     content = json.loads(cost.FILE.read_text())
     for path in paths:
         result = json.loads(path.read_text())

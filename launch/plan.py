@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from leetdist.kernels.tiles import Tiles, ceil_div
-from leetdist.methods import kernels_for
-from leetdist.problem import describe
+from leetdist.engine.problem import describe
+from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.operators.methods import kernels_for
 from leetdist.sequence import cost
 from leetdist.sequence.cost import Job, Machine
 from leetdist.sequence.grid import default_tile

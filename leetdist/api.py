@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from leetdist import ops
-from leetdist.autograd import LinearAttention, forward_pass, row_major
-from leetdist.methods import attention_on_one_device, triton_serves
-from leetdist.plan import plan_call
-from leetdist.problem import ONE_DEVICE, check_step, describe
+from leetdist.engine import ops
+from leetdist.engine.passes import LinearAttention, forward_pass, row_major
+from leetdist.engine.plan import plan_call
+from leetdist.engine.problem import ONE_DEVICE, check_step, describe
+from leetdist.operators.methods import attention_on_one_device, triton_serves
 from leetdist.sequence.group import name_of, resolve
 from leetdist.sequence.shard import redistribute
 
@@ -213,7 +213,7 @@ def linear_attention_step(
     )  # fmt: skip
     check_step(problem, q, state, inplace=inplace)
     if not (problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)) and triton_serves(problem):
-        from leetdist.kernels.triton.step import step
+        from leetdist.kernels.constant_decay.triton.step import step
 
         return step(q, k, v, state, log_decay, scale=problem.scale, out=state if inplace else None)
     with torch.autocast(q.device.type, enabled=False):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from leetdist.api import linear_attention
-from leetdist.problem import check_gamma, check_qkv
+from leetdist.engine.problem import check_gamma, check_qkv
 
 # LeetDecoding's names. Those that differ in the backend alone are one method here, which chooses its backend itself.
 METHOD_OF = {

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from leetdist.methods import backend_of, choice_for
-from leetdist.plan import plan_call
-from leetdist.problem import ONE_DEVICE, describe
+from leetdist.engine.plan import plan_call
+from leetdist.engine.problem import ONE_DEVICE, describe
+from leetdist.operators.methods import backend_of, choice_for
 from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
-    from leetdist.plan import Plan
-    from leetdist.problem import Problem
+    from leetdist.engine.plan import Plan
+    from leetdist.engine.problem import Problem
     from leetdist.sequence.group import Group
 
 
@@ -44,14 +44,14 @@ def explain(
     Raises:
         ValueError: as `linear_attention`.
 
-    Source: the cost model of leetdist/methods/cost.py; the methods are LeetDecoding's, arXiv 2501.02573.
+    Source: the cost model of leetdist/operators/cost.py; the methods are LeetDecoding's, arXiv 2501.02573.
 
     >>> import torch, leetdist
     >>> q, k, v = (torch.randn(1, 2, 1000, 64) for _ in range(3))
     >>> print(leetdist.explain(q, k, v, method="fleet"))
     problem  B 1, H 2, N 1,000, Dk 64, Dv 64, torch.float32 on cpu, forward, no decay
     method   fleet: named by the caller
-    kernels  leetdist.kernels.pytorch.fleet, leetdist.kernels.pytorch.block
+    kernels  leetdist.kernels.constant_decay.pytorch.fleet, leetdist.kernels.constant_decay.pytorch.block
     tile     128 tokens, 8 tiles: chosen from the length of the whole sequence
     shards   one device
     """

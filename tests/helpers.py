@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from leetdist.kernels.cuda import loader
-from leetdist.kernels.tiles import Tiles
+from leetdist.kernels.common import loader
+from leetdist.kernels.common.tiles import Tiles
 
 
 @dataclass
@@ -124,7 +124,7 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 def ptxas_report(source: str, architecture: str, defines: Iterable[tuple[str, int]], folder: Path) -> str:
     """What ptxas says of a file of kernels/cuda, which must compile without warnings."""
-    path = folder / source
+    path = folder / Path(source).name
     path.write_text(loader.text(source))
     options = ["-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings", *(f"-D{name}={x}" for name, x in defines)]
     command = [str(NVCC), "-cubin", f"-arch={architecture}", *options, str(path), "-o", str(folder / "out.cubin")]

@@ -26,7 +26,7 @@ class StatePool:
         dtype: of the states: fp32 (default), or bf16 for half the memory and traffic. Rounding a state to bf16 after
             every token costs accuracy, more the slower the decay: against fp64, 2,048 decoded outputs are off by
             0.3% with a memory of 8 tokens (log decay -1/8), 1.3% with 128, 4% with 2,048 and without decay, and by
-            half of it at four tokens a call (fp32: 2e-6; tests/test_inference_decode.py holds them to it).
+            half of it at four tokens a call (fp32: 2e-6; tests/inference/test_inference_decode.py holds them to it).
 
     Attributes:
         states: (slots + 1, H, Dk, Dv), the last one being `idle`.

@@ -1,6 +1,6 @@
 """What inference calls ask for, checked once: the only place where their inputs are validated.
 
-The operator's own arguments are `leetdist.problem`'s.
+The operator's own arguments are `leetdist.engine.problem`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from leetdist.problem import ONE_DEVICE, describe
+from leetdist.engine.problem import ONE_DEVICE, describe
 
 if TYPE_CHECKING:
     from leetdist.inference.state import State

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leetdist.engine.problem import describe
 from leetdist.inference.problem import check_steps
-from leetdist.methods import triton_serves
-from leetdist.problem import describe
+from leetdist.operators.methods import triton_serves
 
 
 @torch.no_grad()
@@ -66,9 +66,9 @@ def linear_attention_steps(
     )  # fmt: skip
     check_steps(q, k, v, states, index, lengths)
     if triton_serves(problem):
-        from leetdist.kernels.triton.steps import steps
+        from leetdist.kernels.constant_decay.triton.steps import steps
     else:
-        from leetdist.kernels.pytorch.decode import steps
+        from leetdist.kernels.constant_decay.pytorch.decode import steps
     with torch.autocast(q.device.type, enabled=False):
         return steps(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths).to(q.dtype)
 

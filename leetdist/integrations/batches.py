@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from leetdist.engine.problem import check_documents
 from leetdist.mesh import data_rank, sequence_group
-from leetdist.problem import check_documents
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import shard_sequence
 

@@ -1,6 +1,6 @@
 """A model of what a sharded call costs: how many lanes to use, and what `python -m leetdist.launch plan` prints.
 
-Time is simulated, rank by rank and lane by lane, with the dependencies that the engine has (leetdist.autograd): a lane
+Time is simulated, rank by rank and lane by lane, with the dependencies that the engine has (engine.passes): a lane
 is folded on a rank when its tile states are there, what its neighbour sent has arrived, and the lane before it is
 folded; its outputs follow. Bytes and hops are not modelled but counted, and tests compare them with what ranks send.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from leetdist.kernels.tiles import ceil_div
+from leetdist.kernels.common.tiles import ceil_div
 from leetdist.sequence.grid import default_tile, shard_lengths
 
 

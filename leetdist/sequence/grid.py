@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from leetdist.kernels.tiles import Tiles, ceil_div
+from leetdist.kernels.common.tiles import Tiles, ceil_div
 
 SMALLEST_TILE, LARGEST_TILE = 16, 8192
 # A few ranks want a tile each; but rather four than eight that are shorter than 2,048 tokens, as each has a state that

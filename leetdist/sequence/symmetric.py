@@ -2,7 +2,7 @@
 
 `torch.distributed._symmetric_memory` maps every rank's inbox into every other rank of the node. A hop is one kernel on
 the sender's stream (wait for the slot to be free, copy, signal) and one on the receiver's that waits for the signal
-(leetdist.kernels.triton.hop). No host and no other rank takes part, and CUDA graphs capture all of it. NVLink multicast
+(leetdist.kernels.common.hop). No host and no other rank takes part, and CUDA graphs capture all of it. NVLink multicast
 is not used.
 
 Each directed link has SLOTS slots with two sets of flags each: "full", raised by the sender, and "free", by the
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from leetdist.kernels import recording
+from leetdist.kernels.common import recording
 
 if TYPE_CHECKING:
     from leetdist.sequence.p2p import PointToPoint
@@ -62,7 +62,7 @@ class Inboxes:
     """Symmetric memory of the ranks of a group that share this rank's node; ranks are those of the group."""
 
     def __init__(self, transport: PointToPoint, node: list[int]) -> None:
-        from leetdist.kernels.triton import hop
+        from leetdist.kernels.common import hop
 
         self.hop = hop
         self.transport, self.rank = transport, transport.rank

@@ -1,0 +1,88 @@
+"""Launching a kernel again.
+
+Triton looks at every argument of every launch to find the compiled kernel that fits, which takes longer than a short
+kernel runs. Here what it found is kept, under a key of what it looks at: types, alignments, the integers themselves.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from leetdist.kernels.common import recording
+
+# The versions of Triton whose compiled kernels take the arguments that `launch` gives; others launch the usual way.
+DIRECT = triton.__version__.startswith(("3.6.",)) and not triton.knobs.runtime.interpret
+# Kept kernels; integers are in the key, so a stream of ever new lengths would fill the memory.
+MOST = 4096
+
+_kept: dict[tuple[Any, ...], Any] = {}
+_thread = threading.local()
+
+
+def direct(device: torch.device) -> bool:
+    """Whether compiled kernels can be launched here and now without asking Triton or binding the device first."""
+    return (
+        DIRECT
+        and device.index == torch._C._cuda_getDevice()
+        and device.index in _thread.__dict__.get("devices", ())
+        and not triton.knobs.runtime.launch_enter_hook.calls
+    )
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], **options: int
+) -> None:
+    """`kernel[grid](*arguments, **constants, **options)`; the kernel's constexpr parameters come last, in this order.
+
+    Arguments are tensors, None, integers, floats, or (tensor descriptor) objects with a `key`.
+    """
+    device = next(x for x in arguments if isinstance(x, Tensor)).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, arguments, constants, **options)
+    if device.type == "cuda" and device.index not in _thread.__dict__.setdefault("devices", set()):
+        # A tensor map is made in the thread's current context, and a thread (of autograd, say) that has done nothing on
+        # the device yet has none: PyTorch's own kernels bind it.
+        torch.zeros(1, device=device)
+        _thread.devices.add(device.index)
+    if not DIRECT or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler wants to know
+        kernel[grid](*arguments, **constants, **options)
+        return None
+    key = (kernel, device.index, *options.values(), *constants.values(), *map(_kind, arguments))
+    compiled, new = _kept.get(key), False
+    if compiled is None:
+        if len(_kept) >= MOST:
+            _kept.clear()
+        compiled, new = kernel[grid](*arguments, **constants, **options), True
+        _kept[key] = compiled
+    grid, arguments = (*grid, *(1,) * (3 - len(grid))), (*arguments, *constants.values())
+    if recording.noting():
+        recording.note(recording.TritonLaunch(compiled, grid, arguments))
+    if new:
+        return None
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    compiled.run(
+        *grid,
+        stream,
+        compiled.function,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
+        *arguments,
+    )
+    return None
+
+
+def _kind(x: Any) -> Any:
+    """What Triton compiles an argument's kernel for; integers stand for themselves, which is finer."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, float):
+        return float
+    return getattr(x, "key", x)

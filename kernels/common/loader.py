@@ -1,0 +1,190 @@
+"""CUDA C++ without a compiler on the user's machine: NVRTC, through cuda-core, at first use.
+
+What is compiled is kept on disk (LEETDIST_CACHE, or leetdist/ in the user's cache folder), under the hash of all that
+decides it: source, options, architecture and NVRTC's version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import os
+import re
+import struct
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leetdist.kernels.common import recording
+
+SOURCES = Path(__file__).parents[1]  # kernels/
+
+_thread = threading.local()
+
+
+@cache
+def version() -> tuple[int, int] | None:
+    """NVRTC's; None if it or cuda-core cannot be imported (`pip install leetdist[cuda]`)."""
+    try:
+        importlib.import_module("cuda.core")
+        _, major, minor = importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except (ImportError, RuntimeError):
+        return None
+    return int(major), int(minor)
+
+
+def available() -> bool:
+    """Whether CUDA C++ can be compiled."""
+    return version() is not None
+
+
+def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) -> bytes:
+    """Machine code of `kernels/<source>` for an architecture such as "sm_90", from the cache or from NVRTC."""
+    from cuda.bindings import nvrtc
+    from cuda.core import Program, ProgramOptions
+
+    code = text(source)
+    described = (code, architecture, defines, nvrtc.nvrtcVersion())
+    path = cache_folder() / f"{hashlib.sha256(repr(described).encode()).hexdigest()[:32]}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    macros = [(name, str(value)) for name, value in defines]
+    options = ProgramOptions(std="c++17", arch=architecture, define_macro=macros or None)
+    made = bytes(Program(code, "c++", options).compile("cubin").code)
+    _keep(path, made)
+    return made
+
+
+def text(source: str) -> str:
+    """The source with what it includes, which is in the same folder."""
+    path = SOURCES / source
+    return re.sub(
+        r'^#include "(.*)"$', lambda found: text(str(path.with_name(found[1]))), path.read_text(), flags=re.MULTILINE
+    )
+
+
+def cache_folder() -> Path:
+    wanted = os.environ.get("LEETDIST_CACHE")
+    if wanted:
+        return Path(wanted)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leetdist"
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Written beside and renamed: several processes may compile the same thing. A full or read-only disk costs no more
+    than the next compilation."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+@cache
+def kernel(
+    source: str,
+    name: str,
+    device: torch.device,
+    defines: tuple[tuple[str, int], ...],
+    *,
+    shared_memory: int = 0,
+    features: str = "",
+) -> Kernel:
+    """A kernel of `kernels/<source>`, compiled and on the device.
+
+    shared_memory: bytes a block asks for at launch; features: "a" for instructions that one architecture alone has.
+    """
+    from cuda.bindings import driver
+    from cuda.core import Device, ObjectCode
+
+    major, minor = torch.cuda.get_device_capability(device)
+    torch.cuda.current_stream(device)  # makes torch's context, which cuda-core then shares
+    Device(device.index).set_current()
+    _thread.bound = device.index
+    module = ObjectCode.from_cubin(cubin(source, f"sm_{major}{minor}{features}", defines))
+    found = module.get_kernel(name).handle
+    if shared_memory:
+        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuKernelSetAttribute(most, shared_memory, found, driver.CUdevice(device.index))[0])
+    result, handle = driver.cuKernelGetFunction(found)
+    check(result)
+    return Kernel(device, handle, shared_memory, module, driver.cuLaunchKernel)
+
+
+@dataclass(eq=False)
+class Kernel:
+    """`kernel(grid, block, *arguments)` launches it on its device's current stream.
+
+    Arguments: an int is 64 bits wide (an address or a number), a float is 32, bytes are a structure of whole words of
+    64. Every call gives the same kinds in the same places.
+    """
+
+    device: torch.device
+    handle: Any
+    shared_memory: int
+    module: Any  # lives as long as its kernel
+    driver: Callable[..., tuple[Any]]
+    arguments: Arguments | None = None
+
+    def __call__(self, grid: tuple[int, ...], block: int, *arguments: Any) -> None:
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self(grid, block, *arguments)
+        bind()
+        if recording.noting():
+            recording.note(recording.CudaLaunch(self, grid, block, arguments))
+        if self.arguments is None:
+            self.arguments = Arguments(arguments)
+        self.arguments.fill(arguments)
+        x, y, z = (*grid, 1, 1)[:3]
+        return self.launch((x, y, z), block, torch._C._cuda_getCurrentRawStream(self.device.index), self.arguments)
+
+    def launch(self, grid: tuple[int, int, int], block: int, stream: int, arguments: Arguments) -> None:
+        """The same on a stream, where the device is the current one and bound."""
+        check(self.driver(self.handle, *grid, block, 1, 1, self.shared_memory, stream, arguments.places, 0)[0])
+
+
+class Arguments(threading.local):
+    """Memory of each thread's own for a kernel's arguments, as words of 64 bits, and the address of the array of their
+    addresses, which a launch takes. `offsets`: where an argument begins, in words."""
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        kinds = ("f4x" if isinstance(x, float) else f"{len(x)}s" if isinstance(x, bytes) else "q" for x in arguments)
+        self.values = struct.Struct("=" + "".join(kinds))
+        lengths = [len(x) // 8 if isinstance(x, bytes) else 1 for x in arguments]
+        self.offsets = list(accumulate(lengths, initial=0))
+        self.memory = ctypes.create_string_buffer(self.values.size)
+        self.words = memoryview(self.memory).cast("B").cast("q")
+        begin = ctypes.addressof(self.memory)
+        self.array = (ctypes.c_void_p * len(lengths))(*(begin + 8 * offset for offset in self.offsets[:-1]))
+        self.places = ctypes.addressof(self.array)
+        self.fill(arguments)
+
+    def fill(self, arguments: Sequence[Any]) -> None:
+        self.values.pack_into(self.memory, 0, *arguments)
+
+
+def bind() -> None:
+    """The driver wants a current context, and a thread of autograd's, say, that did nothing yet has none."""
+    index = torch.cuda.current_device()
+    if getattr(_thread, "bound", None) != index:
+        from cuda.core import Device
+
+        Device(index).set_current()
+        _thread.bound = index
+
+
+def check(result: Any) -> None:
+    """RuntimeError if a call of the driver failed."""
+    if int(result) != 0:
+        raise RuntimeError(f"CUDA C++ kernel: the driver says {result!r}")

@@ -1,0 +1,59 @@
+"""Launches that are being noted, and what the host does between them, so that a call can be repeated
+(leetdist.kernels.common.replay)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_thread = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class TritonLaunch:
+    """The compiled kernel, the grid (of three numbers), all arguments with the constants."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CudaLaunch:
+    """The kernel (leetdist.kernels.common.loader.Kernel), grid, threads and arguments: addresses are integers, maps of
+    tensors bytes that say what they are of."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    block: int
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class HostStep:
+    """Something that the host does between launches, and does again where they are repeated."""
+
+    step: Callable[[], Any]
+
+
+def take(step: Callable[[], Any]) -> None:
+    """Do a step of the host, and note it."""
+    step()
+    note(HostStep(step))
+
+
+def record_into(events: list[Any] | None) -> None:
+    """Note this thread's launches in a list, until told None."""
+    _thread.events = events
+
+
+def note(event: TritonLaunch | CudaLaunch | HostStep) -> None:
+    events = _thread.__dict__.get("events")
+    if events is not None:
+        events.append(event)
+
+
+def noting() -> bool:
+    return _thread.__dict__.get("events") is not None

@@ -1,0 +1,305 @@
+"""A call's launches, recorded once and repeated: what the host does for a short call that it has seen before.
+
+Between two calls with the same shapes, only addresses change. So the second call of a kind is recorded: which memory
+it takes, and each launch with its arguments, of which those that are addresses are known by where they come from. From
+then on the host takes as much memory and repeats the launches. Unlike a CUDA graph, nothing is copied, no memory is
+held, and the launches go to the current stream (into a graph too, while one captures).
+
+A call is repeated only if launches, and steps of the host that are noted too (kernels/common/recording.py), are all
+that it does: any other operation seen while it is recorded (a copy, a sum) refuses it, and it runs as ever.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.nvidia.driver import make_tensordesc_arg
+
+from leetdist.kernels.common import launch, recording
+from leetdist.kernels.common.loader import Arguments, Kernel
+from leetdist.kernels.constant_decay.cuda.hopper import TensorMap, tensor_map
+
+EMPTY = frozenset(
+    getattr(torch.ops.aten, name) for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
+)
+# Says when memory may be taken by others: what a repeated call takes is used on the stream that it was taken on, or by
+# streams that this one waits for, or it is refused.
+UNSEEN = frozenset((torch.ops.aten.record_stream,))
+# Addresses of tensor maps that a launch keeps: the allocator hands out the same few again and again.
+MOST_MAPS = 256
+
+
+class Recorder(TorchDispatchMode):
+    """Sees memory being taken, and whatever else a call does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Tensor | recording.TritonLaunch | recording.CudaLaunch | recording.HostStep] = []
+        self.refused: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in EMPTY:
+            if out.numel():
+                self.events.append(out)
+        elif not func.is_view and func.overloadpacket not in UNSEEN:
+            self.refused = str(func)
+        return out
+
+    def __enter__(self) -> Recorder:
+        recording.record_into(self.events)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        recording.record_into(None)
+        super().__exit__(*error)
+
+
+@dataclass(eq=False)
+class Map:
+    """The tensor map of one argument, for each address that it has had."""
+
+    make: Callable[[int], Any]
+    known: dict[int, Any] = field(default_factory=dict)
+
+    def at(self, address: int) -> Any:
+        found = self.known.get(address)
+        if found is None:
+            if len(self.known) >= MOST_MAPS:
+                self.known.clear()
+            found = self.known[address] = self.make(address)
+        return found
+
+
+def _moved(descriptor: Any, meta: dict[str, Any], address: int) -> Any:
+    """The map of a Triton descriptor's tensor, at another address."""
+    moved = SimpleNamespace(**vars(descriptor) | {"base": SimpleNamespace(data_ptr=lambda: address)})
+    return make_tensordesc_arg(moved, meta)[0]
+
+
+@dataclass(eq=False)
+class CudaStep:
+    """One launch of a kernel in CUDA C++, and where addresses and maps go among its arguments, in words of 64 bits."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    block: int
+    arguments: Arguments
+    addresses: list[tuple[int, int]]
+    maps: list[tuple[slice, int, Map]]
+
+    def __call__(self, stream: int, sources: list[int]) -> None:
+        arguments = self.arguments
+        words = arguments.words
+        for place, source in self.addresses:
+            words[place] = sources[source]
+        for part, source, moved in self.maps:
+            words[part] = moved.at(sources[source])
+        self.kernel.launch(self.grid, self.block, stream, arguments)
+
+
+@dataclass(eq=False)
+class TritonStep:
+    """One launch: Triton's launcher, the arguments before and after the stream, and where addresses go among them."""
+
+    launcher: Callable[..., None]
+    grid: tuple[int, ...]
+    fixed: tuple[Any, ...]
+    arguments: list[Any]
+    addresses: list[tuple[int, int]]
+    maps: list[tuple[int, int, Map]]
+
+    def __call__(self, stream: int, sources: list[int]) -> None:
+        arguments = self.arguments.copy()
+        for place, source in self.addresses:
+            arguments[place] = sources[source]
+        for place, source, moved in self.maps:
+            arguments[place] = moved.at(sources[source])
+        self.launcher(*self.grid, stream, *self.fixed, *arguments)
+
+
+@dataclass(eq=False)
+class Memory:
+    """A tensor to take."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Action: TypeAlias = Memory | TritonStep | CudaStep | recording.HostStep
+
+
+@dataclass(eq=False)
+class Replay:
+    """What a call does, in order, and which of the tensors that it takes are returned. `held`: tensors whose addresses
+    are among the fixed arguments."""
+
+    device: torch.device
+    actions: list[Action]
+    returned: list[int | None]
+    held: list[Tensor]
+
+    def __call__(self, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+        device, taken = self.device, []
+        sources = [x.data_ptr() for x in inputs]
+        for action in self.actions:
+            if isinstance(action, Memory):
+                x = torch.empty_strided(action.shape, action.strides, dtype=action.dtype, device=device)
+                taken.append(x)
+                sources.append(x.data_ptr())
+            elif isinstance(action, recording.HostStep):
+                action.step()
+            else:
+                action(torch._C._cuda_getCurrentRawStream(device.index), sources)
+        return tuple([None if place is None else taken[place] for place in self.returned])
+
+
+def record(
+    function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor], arguments: tuple[Any, ...]
+) -> tuple[tuple[Tensor | None, ...], Replay | None]:
+    """function(*arguments), and how to repeat it for other `inputs` (its arguments that are tensors); None if it
+    cannot be."""
+    with Recorder() as recorder:
+        outputs = function(*arguments)
+    taken = [event for event in recorder.events if isinstance(event, Tensor)]
+    sources = {x.data_ptr(): place for place, x in enumerate((*inputs, *taken))}
+    if recorder.refused or len(sources) < len(inputs) + len(taken):  # or two share an address
+        return outputs, None
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*inputs, *taken)}
+    memory = [Memory(x.shape, x.stride(), x.dtype) for x in taken]
+    returned: list[int | None] = []
+    for x in outputs:
+        place = None
+        if x is not None:
+            place = sources.get(x.data_ptr(), 0) - len(inputs)
+            if place < 0 or x.numel() != taken[place].numel() or place in returned:
+                return outputs, None
+            memory[place] = Memory(x.shape, x.stride(), x.dtype)
+        returned.append(place)
+    actions: list[Action] = []
+    held: list[Tensor] = []
+    for event in recorder.events:
+        action: Action | None
+        if isinstance(event, Tensor):
+            action = memory.pop(0)
+        elif isinstance(event, recording.HostStep):
+            action = event
+        elif isinstance(event, recording.CudaLaunch):
+            action = _cuda_step(event, sources, storages)
+        else:
+            action = _triton_step(event, sources, storages, held)
+        if action is None:
+            return outputs, None
+        actions.append(action)
+    return outputs, Replay(inputs[0].device, actions, returned, held)
+
+
+def _cuda_step(launched: recording.CudaLaunch, sources: dict[int, int], storages: dict[int, int]) -> CudaStep | None:
+    x, y, z = (*launched.grid, 1, 1)[:3]
+    arguments = Arguments(launched.arguments)
+    step = CudaStep(launched.kernel, (x, y, z), launched.block, arguments, [], [])
+    for place, after, argument in zip(arguments.offsets, arguments.offsets[1:], launched.arguments, strict=False):
+        if isinstance(argument, TensorMap):
+            if argument.address not in sources:
+                return None
+            made = partial(_words, kind=argument.kind)
+            step.maps.append((slice(place, after), sources[argument.address], Map(made)))
+        elif isinstance(argument, int) and argument in sources:
+            step.addresses.append((place, sources[argument]))
+        elif isinstance(argument, int) and any(begin <= argument < begin + size for begin, size in storages.items()):
+            return None  # a part of what moves
+    return step
+
+
+def _words(address: int, kind: Any) -> memoryview:
+    """A tensor's map, as words of 64 bits."""
+    made = tensor_map(address, kind)
+    assert made is not None  # the first had one, and addresses are a multiple of 16 for both or for neither
+    return memoryview(made).cast("q")
+
+
+def _triton_step(
+    launched: recording.TritonLaunch, sources: dict[int, int], storages: dict[int, int], held: list[Tensor]
+) -> TritonStep | None:
+    run, compiled = launched.compiled.run, launched.compiled
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None
+    launcher, metas = run.launch, cast("Iterator[Any]", iter(()))
+    if inspect.isfunction(launcher):  # it makes tensor maps, and calls the one that launches
+        inner = inspect.getclosurevars(launcher).nonlocals
+        launcher, metas = inner["launcher"], iter(inner["tensordesc_meta"])
+    step = TritonStep(
+        launcher, launched.grid,
+        (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
+         None, None, None),
+        [], [], [],
+    )  # fmt: skip
+    for x in launched.arguments:
+        base = x if isinstance(x, Tensor) else getattr(x, "base", None)
+        if base is None:
+            step.arguments.append(x)
+            continue
+        source, place = sources.get(base.data_ptr()), len(step.arguments)
+        if base is not x:
+            meta = next(metas, None)
+            if source is None or meta is None:
+                return None
+            step.maps.append((place, source, Map(partial(_moved, x, meta))))
+            step.arguments += [None, *x.shape, *x.strides]
+        elif source is not None:
+            step.addresses.append((place, source))
+            step.arguments.append(None)
+        elif base.untyped_storage().data_ptr() in storages:  # a part of what moves
+            return None
+        else:  # a table, say
+            held.append(base)
+            step.arguments.append(base.data_ptr())
+    return step
+
+
+# Kinds of calls seen: once, wherever it was, and then with how to repeat them, or None for those that cannot be.
+_once: set[tuple[Any, ...]] = set()
+_kinds: dict[tuple[Any, ...], Replay | None] = {}
+MOST_KINDS = 4096  # a model has as many as layers, passes and places of messages
+
+
+def repeated(
+    function: Callable[..., tuple[Tensor | None, ...]],
+    tensors: tuple[Tensor | None, ...],
+    *more: Any,
+    where: Hashable = None,
+) -> tuple[Tensor | None, ...]:
+    """function(*tensors, *more), which must do nothing but take memory, launch through leetdist.kernels.common.launch,
+    take steps of the host that it notes, and return tensors that it has taken. It may look at the tensors' shapes,
+    strides, dtypes and alignment only.
+
+    where: what else decides on the launches, such as the place of a message, or the stream for steps of the host.
+    """
+    inputs = [x for x in tensors if x is not None]
+    if not launch.direct(inputs[0].device):
+        return function(*tensors, *more)
+    kind = (
+        function, where, *more,
+        *[None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors],
+    )  # fmt: skip
+    replay = _kinds.get(kind)
+    if replay is not None:
+        return replay(inputs)
+    anywhere = (function, None, *kind[2:])
+    if anywhere in _once and kind not in _kinds:
+        outputs, _kinds[kind] = record(function, inputs, (*tensors, *more))
+        return outputs
+    if max(len(_once), len(_kinds)) >= MOST_KINDS:
+        _once.clear()
+        _kinds.clear()
+    _once.add(anywhere)
+    return function(*tensors, *more)

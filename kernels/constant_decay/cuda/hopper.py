@@ -1,0 +1,204 @@
+"""Launches of tile_states.cu and tile_outputs.cu: Hopper (sm_90), bf16 and fp16, head sizes of 64, 128 and 256.
+
+Shapes and meaning are those of constant_decay.pytorch.block. The order of every sum depends on the head sizes and the
+tile length alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.common import loader
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+
+THREADS = 128  # of a warpgroup
+BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
+# Beside the chunks: barriers and what rounds the first address up to 1,024; for each warpgroup, tables.
+OTHERS = {"tile_states": (1536, 256), "tile_outputs": (1536, 1280)}
+# NVRTC 12.9 ends the process (signal 11, in its ptxas) when it compiles tile_outputs.cu for 16-bit outputs.
+OLDEST = 13, 0
+MAP_BYTES, MAPS_KEPT = 128, 1024
+
+_maps: dict[tuple[Any, ...], TensorMap | None] = {}
+
+
+def serves() -> bool:
+    """As operators.methods.cuda_serves, for problems that constant_decay.triton.configs.on_hopper admits."""
+    return os.environ.get("LEETDIST_BACKEND") is None and (loader.version() or (0, 0)) >= OLDEST
+
+
+def tile_states(
+    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float, unread: int
+) -> None:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_states."""
+    heads = log_decay.shape[0]
+    programs = b.shape[0] * heads * tiles.count
+    columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
+    kept: list[Tensor] = []
+    launch = _kernel("tile_states", b.shape[3], columns, groups, b.dtype, False, reverse, b.device)
+    launch(
+        (programs * splits,), THREADS * groups,
+        *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(),
+        *_tiles(tiles, b, log_decay), splits, unread, float(scale),
+    )  # fmt: skip
+
+
+def tile_outputs(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    out: Tensor,
+    *,
+    reverse: bool,
+    scale: float,
+    state_scale: float,
+) -> None:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
+    heads = log_decay.shape[0]
+    kept: list[Tensor] = []
+    wide, target = out.dtype != a.dtype, out
+    if not wide and _map(out) is None:
+        target = torch.empty_like(out, memory_format=torch.contiguous_format)
+    programs = a.shape[0] * heads * tiles.count
+    columns, groups, splits = shares(programs, a.shape[3], c.shape[3], _multiprocessors(c.device))
+    launch = _kernel("tile_outputs", a.shape[3], columns, groups, a.dtype, wide, reverse, a.device)
+    launch(
+        (programs * splits,), THREADS * groups,
+        *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept),
+        states.data_ptr(), *states.stride(),
+        bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
+        *_tiles(tiles, b, log_decay), splits,
+        float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)),
+    )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+
+
+def shares(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Columns that a warpgroup holds, warpgroups of a block, and blocks that share a tile's columns. None of it changes
+    a bit. Where multiprocessors would have nothing to do, warpgroups hold fewer columns, or have one to themselves."""
+    if rows > 128:
+        groups = 1 if columns == 64 or programs * (columns // 64) <= multiprocessors else 2
+        return 64, groups, columns // 64 // groups
+    held = min(columns, 128)
+    if programs * (columns // held) <= multiprocessors:
+        held = 64
+    return held, 1, columns // held
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_memory(name: str, rows: int, columns: int, groups: int) -> int:
+    """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
+    if name == "tile_states":
+        chunks_b = chunks_c = 3 if rows <= 128 else 2 * groups
+        chunks_a = 0
+    elif rows <= 128:
+        chunks_a = chunks_b = chunks_c = 2
+    else:
+        chunks_a, chunks_b, chunks_c = (1, 1, 2) if groups == 1 else (2, 3, 2)
+    operands = (chunks_a + chunks_b) * rows + chunks_c * groups * columns
+    scores = 0 if name == "tile_states" else 1 if groups == 1 else chunks_b
+    block, each = OTHERS[name]
+    return (operands // 64 + scores) * BLOCK + block + groups * each
+
+
+def defines(
+    rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool
+) -> tuple[tuple[str, int], ...]:
+    """What a kernel is compiled with; `wide`: for outputs in fp32."""
+    return (
+        ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
+        ("WIDE", int(wide)), ("REVERSE", int(reverse)),
+    )  # fmt: skip
+
+
+@cache
+def _kernel(
+    name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool, device: torch.device
+) -> loader.Kernel:
+    made = defines(rows, columns, groups, dtype, wide, reverse)
+    memory = shared_memory(name, rows, columns, groups)
+    return loader.kernel(f"constant_decay/cuda/{name}.cu", name, device, made, shared_memory=memory, features="a")
+
+
+def _tiles(tiles: Tiles, b: Tensor, log_decay: Tensor) -> tuple[int, ...]:
+    table = 0 if tiles.regular else tiles.table(b.device).data_ptr()
+    return log_decay.data_ptr(), table, log_decay.shape[0], tiles.count, tiles.size, b.shape[2]
+
+
+def _operand(x: Tensor, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:
+    """The map of x, or of a copy that has one, and how many heads share one of x's. A copy joins `kept`, for its memory
+    is another's as soon as nobody holds it."""
+    found = _map(x)
+    if found is None:
+        x = x.clone(memory_format=torch.contiguous_format)
+        kept.append(x)
+        found = _map(x)
+        assert found is not None
+    return found, heads // x.shape[1]
+
+
+class TensorMap(bytes):
+    """How the copy engine knows a tensor; `address` and `kind` are what it was made from."""
+
+    address: int
+    kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def _map(x: Tensor) -> TensorMap | None:
+    """x (batch, heads, tokens, dim), 16-bit, as the copy engine knows it, in blocks of 64 tokens x 64 numbers; None
+    where x is not made of multiples of 16 bytes."""
+    return tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride()))
+
+
+def tensor_map(address: int, kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]) -> TensorMap | None:
+    """The same of a tensor by its address, dtype, shape and strides."""
+    key = address, kind
+    if key not in _maps:
+        if len(_maps) >= MAPS_KEPT:
+            _maps.clear()
+        _maps[key] = _encode(address, *kind)
+    return _maps[key]
+
+
+def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> TensorMap | None:
+    from cuda.bindings import driver
+
+    # The stride of what there is one of means nothing, but must be allowed.
+    steps = [2 * stride if size > 1 else 16 for size, stride in zip(shape[:3], strides, strict=False)]
+    if address % 16 or any(step <= 0 or step % 16 for step in steps):
+        return None
+    loader.bind()
+    kinds = driver.CUtensorMapDataType
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    result, made = driver.cuTensorMapEncodeTiled(
+        kind,
+        4,
+        address,
+        [driver.cuuint64_t(size) for size in reversed(shape)],
+        [driver.cuuint64_t(step) for step in reversed(steps)],
+        [driver.cuuint32_t(size) for size in (64, 64, 1, 1)],
+        [driver.cuuint32_t(1)] * 4,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    loader.check(result)
+    found = TensorMap(ctypes.string_at(int(made.getPtr()), MAP_BYTES))
+    found.address, found.kind = address, (dtype, shape, strides)
+    return found

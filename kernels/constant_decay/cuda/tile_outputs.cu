@@ -1,0 +1,345 @@
+// leetdist.kernels.constant_decay.pytorch.block.tile_outputs on Hopper: see hopper_tile.cuh.
+//
+//     P = (a b^T) * decay      o^T = gamma^i (S^T a^T) + c^T P^T      S^T = gamma^64 S^T + (c w)^T b
+//
+// Rounded, the state is a left operand as it lies in the registers (as FlashAttention's softmax weights are); of what
+// is computed only P passes through shared memory, and the outputs on their way out. All decays are the same in every
+// chunk, and come from tables in shared memory. -DWIDE=1: outputs in fp32.
+//
+// With 256 rows there are registers for half of the rounded state at a time: S^T a^T comes before the scores and behind
+// them, so that the second half is rounded during the scores' product, and the scores decay during the second half's.
+// Two warpgroups that share chunks take turns at the scores, which are the same for all columns.
+
+#include "hopper_tile.cuh"
+
+constexpr int STEPS = ROWS / 16;  // of a product over the state's rows
+constexpr int HALVES = LAST_FETCHES ? 2 : 1;  // in which the state is rounded
+constexpr int HELD_STEPS = STEPS / HALVES;
+constexpr int STAGE = 2 * ROWS_BYTES + COLUMNS_BYTES;
+// Chunks of a and of b in shared memory, where they are fetched one by one; of c there are two.
+constexpr int A_STAGES = GROUPS == 1 ? 1 : 2, B_STAGES = GROUPS == 1 ? 1 : 3;
+constexpr bool TURNS = GROUPS == 2;
+// Places of scores. With turns, as many as of chunks of b: who has b of step i + 3 knows that all are done with step i.
+constexpr int SEEN = TURNS ? B_STAGES : GROUPS;
+#if WIDE
+typedef float Out;
+#else
+typedef Bits Out;
+#endif
+
+// What a thread multiplies its two rows of a part of the state by to hold them in 16 bits, and the inverse: a state
+// grows with the sequence and can exceed fp16's range, so fp16 holds each row times a power of two.
+struct Units {
+    float power[2] = {1.0f, 1.0f}, unit[2] = {1.0f, 1.0f};
+
+    __device__ __forceinline__ void set(const float (&state)[HELD]) {
+#if HALF
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            float largest = 0.0f;
+#pragma unroll
+            for (int i = 2 * row; i < HELD; i += 4) largest = max(largest, max(fabsf(state[i]), fabsf(state[i + 1])));
+            largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+            largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+            // The power of two below it, but so large that its inverse is finite; and the inverse.
+            const unsigned below = max(__float_as_uint(largest) & 0x7f800000u, 0x10000000u);
+            power[row] = __uint_as_float(0x7f000000u - below) * 16384.0f;
+            unit[row] = __uint_as_float(below) * (1.0f / 16384.0f);
+        }
+#endif
+    }
+};
+
+// A part of the state, or half of it, as an operand on the left.
+__device__ __forceinline__ void hold(const float (&state)[HELD], const float (&power)[2], int half,
+                                     Word (&held)[HELD_STEPS][4]) {
+#pragma unroll
+    for (int i = 0; i < 8 * HELD_STEPS; i += 2) {
+        const int from = half * 8 * HELD_STEPS + i;
+        held[i / 8][i / 2 % 4] = pack(state[from] * power[i / 2 % 2], state[from + 1] * power[i / 2 % 2]);
+    }
+}
+
+// Tables of decays, for all chunks.
+struct Tables {
+    static constexpr int BYTES = 2 * 128 * 4 + WEIGHTS_BYTES;
+    Word decays, from_state, weights;
+
+    __device__ __forceinline__ Tables(Word base) {
+        decays = base, from_state = decays + 128 * 4, weights = from_state + 128 * 4;
+    }
+    __device__ __forceinline__ void set(float g, float scale, float state_scale, float added_scale) const {
+        // scale gamma^distance at 63 + distance, where a token sees only those that are not ahead of it.
+        const int i = thread_number(), distance = REVERSE ? 63 - i : i - 63;
+        store(decays + i * 4, distance < 0 ? 0.0f : exp2_(g * float(distance)) * scale);
+        // Reversed, chunks of fewer tokens read it from further on.
+        store(from_state + i * 4, exp2_(g * float(REVERSE ? max(63 - i, 0) : i + 1)) * state_scale);
+        write_weights(weights, g, added_scale, CHUNK);
+    }
+    // scores, decayed and rounded, to shared memory
+    __device__ __forceinline__ void decay(const float (&scores)[32], Word seen) const {
+        const int lane = threadIdx.x % 32, row = thread_number() / 32 * 16;
+        const Word from = decays + (63 + row + lane / 4 - 2 * (lane % 4)) * 4;
+        const Word to = seen + (row + (lane & 15)) * 128 + ((lane >> 4 ^ lane) & 7) * 16;
+        float table[9][2];  // by how many times 8 tokens a row lies after a column, from 1 down to -7
+#pragma unroll
+        for (int i = 0; i < 18; i++) table[i / 2][i % 2] = load(from + (8 - i / 2 * 8 - i % 2) * 4);
+#pragma unroll
+        for (int step = 0; step < 4; step++) {
+            Word x[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {  // 8 rows further for odd i, 8 columns for the second two
+                const float(&d)[2] = table[1 - i % 2 + 2 * step + i / 2];
+                x[i] = pack(scores[8 * step + 2 * i] * d[0], scores[8 * step + 2 * i + 1] * d[1]);
+            }
+            store_matrices(to ^ step * 32, x);
+        }
+    }
+    // o, transposed, times the decay from the state at the start of a chunk of `count` tokens
+    __device__ __forceinline__ void fade(float (&o)[32], const float (&unit)[2], int count) const {
+        const Word from = from_state + (2 * (threadIdx.x % 4) + (REVERSE ? CHUNK - count : 0)) * 4;
+#pragma unroll
+        for (int i = 0; i < 32; i += 4) {
+            float f[2];
+            if (REVERSE) f[0] = load(from + 2 * i * 4), f[1] = load(from + 2 * i * 4 + 4);  // aligned to one
+            else load(from + 2 * i * 4, f[0], f[1]);
+#pragma unroll
+            for (int j = 0; j < 4; j++) o[i + j] *= f[j % 2] * unit[j / 2];
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, ROWS + COLUMNS == 128 ? 3 : 2 / GROUPS)
+tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
+             Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
+             Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
+             float added_scale) {
+    const Tile tile(log_decay, table, heads, tiles, tile_size, tokens, splits);
+    const int thread = thread_number(), group = group_number(), lane = thread % 32, warp = thread / 32;
+    float state[PARTS][HELD];
+    states += tile.batch * state_batch + tile.head * state_head + tile.number * state_tile;
+    states += 2 * (lane % 4) * state_row + (tile.own + 16 * warp + lane / 4) * state_column;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            state[part][i] = states[(8 * (i / 4) + i % 2) * state_row + (64 * part + i / 2 % 2 * 8) * state_column];
+
+    // Chunks of a, b and c beside each other; or those of a, those of b, and for each warpgroup its columns of c.
+    const Word base = shared_memory(), all_b = base + A_STAGES * ROWS_BYTES;
+    const Word own_c = all_b + B_STAGES * ROWS_BYTES + group * 2 * COLUMNS_BYTES;
+    const Word all_seen = LAST_FETCHES ? all_b + B_STAGES * ROWS_BYTES + GROUPS * 2 * COLUMNS_BYTES : base + 2 * STAGE;
+    const Tables tables(all_seen + SEEN * BLOCK + group * Tables::BYTES);
+    auto place_a = [&](int step) {
+        return LAST_FETCHES ? base + step % A_STAGES * ROWS_BYTES : base + step % 2 * STAGE;
+    };
+    auto place_b = [&](int step) {
+        return LAST_FETCHES ? all_b + step % B_STAGES * ROWS_BYTES : place_a(step) + ROWS_BYTES;
+    };
+    auto place_c = [&](int step) {
+        return LAST_FETCHES ? own_c + step % 2 * COLUMNS_BYTES : place_a(step) + 2 * ROWS_BYTES;
+    };
+    // A barrier for each place of a, b, c and scores, or one for the first three, and how many warps have read a and b.
+    const Word arrivals = all_seen + SEEN * BLOCK + GROUPS * Tables::BYTES;
+    const Word arrivals_b = arrivals + A_STAGES * 8, arrivals_c = arrivals_b + B_STAGES * 8;
+    const Word arrivals_seen = arrivals_c + GROUPS * 2 * 8;
+    const Word read_a = arrivals_seen + SEEN * 8, read_b = read_a + A_STAGES * 4;
+    auto arrival_a = [&](int step) { return arrivals + step % (LAST_FETCHES ? A_STAGES : 2) * 8; };
+    auto arrival_b = [&](int step) { return LAST_FETCHES ? arrivals_b + step % B_STAGES * 8 : arrival_a(step); };
+    auto arrival_c = [&](int step) {
+        return LAST_FETCHES ? arrivals_c + group * 16 + step % 2 * 8 : arrival_a(step);
+    };
+    auto arrival_seen = [&](int step) { return arrivals_seen + step % SEEN * 8; };
+    auto fetch_a = [&](int step) {
+        if (step >= tile.chunks) return;
+        expect(arrival_a(step), LAST_FETCHES ? ROWS_BYTES : STAGE);
+        fetch<ROWS>(place_a(step), a, tile.chunk(step, a_share), arrival_a(step));
+    };
+    auto fetch_b = [&](int step) {
+        if (step >= tile.chunks) return;
+        if (LAST_FETCHES) expect(arrival_b(step), ROWS_BYTES);
+        fetch<ROWS>(place_b(step), b, tile.chunk(step, b_share), arrival_b(step));
+    };
+    auto fetch_c = [&](int step) {
+        if (step >= tile.chunks || thread > 0) return;
+        if (LAST_FETCHES) expect(arrival_c(step), COLUMNS_BYTES);
+        fetch<COLUMNS>(place_c(step), c, tile.chunk(step, c_share, tile.own), arrival_c(step));
+    };
+    if (threadIdx.x == 0) {
+        const int barriers = LAST_FETCHES ? A_STAGES + B_STAGES + GROUPS * 2 : 2;
+        for (int i = 0; i < barriers; i++) init_arrival(arrivals + i * 8);
+        if (LAST_FETCHES)
+            for (int i = 0; i < A_STAGES + B_STAGES; i++) store(read_a + i * 4, Word(0));
+        if (TURNS)
+            for (int i = 0; i < SEEN; i++) init_arrival(arrivals_seen + i * 8, WARPS);
+    }
+    publish();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int step = 0; step < (LAST_FETCHES ? A_STAGES : 1); step++) fetch_a(step);
+        for (int step = 0; step < (LAST_FETCHES ? B_STAGES : 1); step++) fetch_b(step);
+    }
+    fetch_c(0);
+    const float g = log_decay[tile.head] * LOG2E;
+    tables.set(g, scale, state_scale, added_scale);
+
+    out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.own;
+    // Outputs of a chunk, whose place in shared memory was that of its c; fp32 outputs leave from the registers.
+    auto write_chunk = [&](int step) {
+        const Word from = place_c(step);
+        if (WIDE || step < 0) return;
+        if (tile.count(step) == CHUNK) {
+            if (thread == 0) write<COLUMNS>(o, tile.chunk(step, 1, tile.own), from);
+            return;
+        }
+        for (int i = thread; i < COLUMNS / 8 * tile.count(step); i += THREADS) {
+            const int token = i / (COLUMNS / 8), vector = i % (COLUMNS / 8);
+            Word x[4];
+            const Word at = from + vector / 8 * BLOCK + token * 128 + ((vector ^ token) & 7) * 16;
+            load(at, x[0], x[1]), load(at + 8, x[2], x[3]);
+            for (int j = 0; j < 8; j++)
+                out[(tile.first(step) + token) * out_token + 8 * vector + j] = Out(Bits(x[j / 2] >> j % 2 * 16));
+        }
+    };
+
+    const int turn = TURNS ? __shfl_sync(0xffffffffu, group, 0) : 0;  // for ptxas, which does not see it to be uniform
+    for (int step = 0; step < tile.chunks; step++) {
+        const Word a_i = place_a(step), b_i = place_b(step), c_i = place_c(step);
+        const Word seen = all_seen + (TURNS ? step % SEEN : group) * BLOCK;
+        const int count = tile.count(step);
+        wait_arrival(arrival_a(step), step / (LAST_FETCHES ? A_STAGES : 2) & 1);
+        auto wait_b = [&] {
+            if (LAST_FETCHES) wait_arrival(arrival_b(step), step / B_STAGES & 1);
+        };
+        auto wait_c = [&] {
+            if (LAST_FETCHES) wait_arrival(arrival_c(step), step / 2 & 1);
+        };
+        auto wait_seen = [&] {
+            if (TURNS) wait_b(), wait_arrival(arrival_seen(step), step / SEEN & 1);
+        };
+        if (count < CHUNK) {  // both warpgroups write the same zeros to b
+            wait_b(), wait_c();
+            zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
+            publish();
+        }
+        meet();  // all have written the outputs of the chunk before, and read its scores
+        wait_products<0>();  // for ptxas, which does not see that none is under way
+
+        if (!LAST_FETCHES && thread == 0) fetch_a(step + 1), fetch_b(step + 1);
+        write_chunk(step - 1);
+        float scores[32], o_i[32];
+        Word held[HELD_STEPS][4], x[PARTS][4][4];
+        Units units;
+        auto start_scores = [&] {
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < STEPS; i++)
+                product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
+            end_products();
+        };
+        auto start_from_state = [&](int part, int half) {
+            if (half == 0) units.set(state[part]);
+            hold(state[part], units.power, half, held);
+            here(held);
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < HELD_STEPS; i++)
+                product(o_i, held[i], by_rows(a_i) + along_rows(half * HELD_STEPS + i), half * HELD_STEPS + i);
+            end_products();
+        };
+        const float faded = exp2_(g * float(count));
+        if (TURNS) {
+            if (step % 2 == turn) {
+                wait_b();
+                start_scores();
+                wait_products<0>();
+                here(scores);
+                tables.decay(scores, seen);
+                publish();
+                __syncwarp();
+                if (lane == 0) arrive(arrival_seen(step));
+            }
+            start_from_state(0, 0);
+            wait_products<0>();
+            here(o_i), here(held);
+            start_from_state(0, 1);
+        } else if (LAST_FETCHES) {
+            start_from_state(0, 0);
+            wait_b();
+            start_scores();
+            wait_products<1>();
+            here(held);
+            start_from_state(0, 1);
+        } else {
+            start_scores();
+            start_from_state(0, 0);
+        }
+        if (!TURNS) {
+            wait_products<1>();
+            here(scores);
+            tables.decay(scores, seen);
+            publish();
+        }
+        meet();  // all have written their scores, and read the outputs of the chunk before
+        if (thread == 0) wait_writes();
+        fetch_c(step + 1);
+        if (LAST_FETCHES) fade(state[0], faded);  // earlier, there are too few registers
+
+        Weighted weighted[PARTS];
+        wait_c(), wait_seen();
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            if (part > 0) start_from_state(part, 0);
+            load_left(c_i + part * BLOCK + place_transposed(), x[part]);
+            wait_products<0>();
+            here(o_i), here(held);
+            tables.fade(o_i, units.unit, count);
+            here(o_i), here(x[part]);
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < 4; i++) product(o_i, x[part][i], by_rows(seen) + along_rows(i), 1);
+            end_products();
+            if (part < PARTS - 1) {
+                wait_products<0>();
+            } else {  // the state comes last: there are no registers for the operands of both
+                weighted[0].set(x[0], tables.weights);
+                if (!LAST_FETCHES) fade(state[0], faded);
+                advance(state[0], weighted[0], b_i);
+                if (LAST_FETCHES && is_last(read_a + step % A_STAGES * 4)) fetch_a(step + A_STAGES);
+                wait_products<1>();
+            }
+            here(o_i), here(x[part]);
+#pragma unroll
+            for (int i = 0; i < 32; i += 8) {  // 16 tokens
+                if (WIDE) {
+                    const int column = 64 * part + 16 * warp + lane / 4;
+#pragma unroll
+                    for (int j = i; j < i + 8; j++) {
+                        const int token = j / 4 * 8 + 2 * (lane % 4) + j % 2;
+                        if (token < count)
+                            out[(tile.first(step) + token) * out_token + column + j / 2 % 2 * 8] = Out(o_i[j]);
+                    }
+                } else {  // a warp writes where it alone has read
+                    Word y[4];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) y[j] = pack(o_i[i + 2 * j], o_i[i + 2 * j + 1]);
+                    store_transposed(c_i + part * BLOCK + place_transposed() + i / 8 * 16 * 128, y);
+                }
+            }
+        }
+#pragma unroll
+        for (int part = 1; part < PARTS; part++) {
+            weighted[part].set(x[part], tables.weights);
+            fade(state[part], faded);
+            advance(state[part], weighted[part], b_i);
+        }
+        publish();
+        wait_products<0>();
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) here(state[part]), here(weighted[part]);
+        if (LAST_FETCHES && is_last(read_b + step % B_STAGES * 4)) fetch_b(step + B_STAGES);
+    }
+    meet();
+    write_chunk(tile.chunks - 1);
+    if (thread == 0) wait_writes();
+}

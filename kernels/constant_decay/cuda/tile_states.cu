@@ -1,0 +1,78 @@
+// leetdist.kernels.constant_decay.pytorch.block.tile_states on Hopper: see hopper_tile.cuh.
+
+#include "hopper_tile.cuh"
+
+constexpr int STAGES = !LAST_FETCHES ? 3 : GROUPS == 1 ? 2 : 4;
+constexpr int STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
+
+extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 2 / GROUPS)
+tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scale) {
+    Tile tile(log_decay, table, heads, tiles, tile_size, tokens, splits);
+    if (tile.number == unread) return;
+    const float log_gamma = log_decay[tile.head], g = log_gamma * LOG2E;
+    tile.within_reach(log_gamma);
+    const Word base = shared_memory(), all_weights = base + STAGES * STAGE;
+    const Word weights = all_weights + group_number() * WEIGHTS_BYTES;
+    const Word arrivals = all_weights + GROUPS * WEIGHTS_BYTES, counters = arrivals + STAGES * 8;
+    auto fetch_chunk = [&](int step) {
+        if (step >= tile.chunks) return;
+        const Word to = base + step % STAGES * STAGE, arrival = arrivals + step % STAGES * 8;
+        expect(arrival, STAGE);
+        fetch<ROWS>(to, b, tile.chunk(step, b_share), arrival);
+        fetch<GROUPS * COLUMNS>(to + ROWS_BYTES, c, tile.chunk(step, c_share, tile.column), arrival);
+    };
+    if (threadIdx.x == 0)
+        for (int stage = 0; stage < STAGES; stage++) {
+            init_arrival(arrivals + stage * 8);
+            if (LAST_FETCHES) store(counters + stage * 4, Word(0));
+        }
+    publish();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int step = 0; step < STAGES - !LAST_FETCHES; step++) fetch_chunk(step);
+    write_weights(weights, g, 1.0f, CHUNK);
+    if (LAST_FETCHES) meet();
+
+    float state[PARTS][HELD];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+        for (int i = 0; i < HELD; i++) state[part][i] = 0.0f;
+    for (int step = 0; step < tile.chunks; step++) {
+        const Word b_i = base + step % STAGES * STAGE, c_i = b_i + ROWS_BYTES + group_number() * COLUMNS_BYTES;
+        const int count = tile.count(step);
+        wait_arrival(arrivals + step % STAGES * 8, step / STAGES & 1);
+        if (!LAST_FETCHES || count < CHUNK) meet();  // all have read the chunk before
+        if (!LAST_FETCHES && threadIdx.x == 0) fetch_chunk(step + STAGES - 1);
+        if (count < CHUNK) {  // both warpgroups write the same zeros to b
+            zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
+            write_weights(weights, g, 1.0f, count);
+            publish();
+            meet();
+        }
+        wait_products<0>();  // for ptxas, which does not see that none is under way
+        const float faded = exp2_(g * float(count));
+        Weighted weighted[PARTS];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            Word x[4][4];
+            load_left(c_i + part * BLOCK + place_transposed(), x);
+            weighted[part].set(x, weights);
+            fade(state[part], faded);
+            advance(state[part], weighted[part], b_i);
+        }
+        wait_products<0>();
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) here(state[part]), here(weighted[part]);
+        if (LAST_FETCHES && is_last(counters + step % STAGES * 4)) fetch_chunk(step + STAGES);
+    }
+
+    const int lane = threadIdx.x % 32, warp = thread_number() / 32;
+    const int all = GROUPS * COLUMNS * int(splits);
+    out += Offset(tile.program) * ROWS * all + 2 * (lane % 4) * all + tile.own + 16 * warp + lane / 4;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            out[(8 * (i / 4) + i % 2) * all + 64 * part + i / 2 % 2 * 8] = scale * state[part][i];
+}

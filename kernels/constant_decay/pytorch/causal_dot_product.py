@@ -1,0 +1,67 @@
+"""The recurrence in plain PyTorch: all tiles in step, one token after the other.
+
+Elementwise operations only, so the bits depend on nothing but the tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.pytorch.steps import Steps
+
+
+def tile_outputs(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float,
+    state_scale: float,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
+    heads, steps = log_decay.shape[0], Steps(tiles, a.device, reverse)
+    a_i, b_i, c_i = (steps.take(x, heads, states.dtype) for x in (a, b, c))
+    decay = Decay(log_decay, states.dtype)
+    state = states * state_scale
+    if not reverse:
+        state = decay(state)
+    sums = torch.empty_like(c_i)
+    for t in range(c_i.shape[3]):
+        state = state + b_i[..., t, :, None] * (c_i[..., t, None, :] * scale)
+        sums[..., t, :] = sum_in_pairs(a_i[..., t, :, None] * state)
+        state = decay(state)
+    return steps.put(sums, a.shape[2], out_dtype, out)
+
+
+class Decay:
+    """One token's decay of a state (B, H, tiles, Dk, Dv).
+
+    gamma near 1 is rounded by up to 3e-8, the same way every time, and a thousand tokens would multiply that by a
+    thousand. So a slow decay adds `state * (gamma - 1)`, whose factor has all its digits.
+    """
+
+    def __init__(self, log_decay: Tensor, dtype: torch.dtype) -> None:
+        exact = log_decay.double()[:, None, None, None]
+        slow = exact > -0.7
+        self.kept = slow.to(dtype)
+        self.factor = torch.where(slow, torch.expm1(exact), torch.exp(exact)).to(dtype)
+
+    def __call__(self, state: Tensor) -> Tensor:
+        return state * self.kept + state * self.factor
+
+
+def sum_in_pairs(x: Tensor) -> Tensor:
+    """The sum over the second last dimension as a tree, whose order, unlike torch.sum's, is the same everywhere."""
+    while x.shape[-2] > 1:
+        half = x.shape[-2] // 2
+        pairs = x[..., :half, :] + x[..., half : 2 * half, :]
+        x = torch.cat((pairs, x[..., 2 * half :, :]), -2)
+    return x[..., 0, :]

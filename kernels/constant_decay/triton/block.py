@@ -1,0 +1,283 @@
+"""The local primitives in Triton, for NVIDIA GPUs: same steps, shapes and meaning as constant_decay.pytorch.block.
+
+Every program owns one tile of one head (and some columns of its state) and walks it chunk by chunk with the state in
+registers, so nothing but the state at each tile's start reaches memory. All offsets that grow with the sequence are
+64-bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+from leetdist.kernels.constant_decay.triton.configs import (
+    Config,
+    block_config,
+    on_hopper,
+    on_hopper_wide,
+    padded,
+    parts_of,
+)
+from leetdist.kernels.constant_decay.triton.decay import decay_gradient
+from leetdist.kernels.constant_decay.triton.fold import COUNTS, _powers, _span, _table, fold
+from leetdist.kernels.constant_decay.triton.parts import (
+    LARGE,
+    SMALLEST,
+    decays,
+    in_parts,
+    load_chunk,
+    lost,
+    product,
+    seen_from,
+    to_state,
+    unit,
+    units,
+)
+
+__all__ = ["decay_gradient", "fold", "tile_outputs", "tile_states"]
+
+# exp(-x) is 0 in fp32 for x from here on.
+FP32_RANGE = tl.constexpr(104.0)
+
+
+def tile_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    to_end: bool = True,
+    out: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_states; `precision` is that of `linear_attention`."""
+    batch, heads = b.shape[0], log_decay.shape[0]
+    rows, columns = b.shape[3], c.shape[3]
+    config = block_config(rows, columns, b.dtype, tiles.size)
+    if out is None:
+        out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
+    parts, unread = parts_of(b.dtype, precision), tiles.unread(reverse, to_end)
+    if on_hopper(rows, columns, b.dtype, parts, tiles.size, b.device):
+        from leetdist.kernels.constant_decay.triton import hopper
+
+        if out.numel():
+            hopper.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale, unread=unread)
+        return out
+    if on_hopper_wide(rows, columns, b.dtype, tiles.size, b.device):
+        from leetdist.kernels.constant_decay.triton import hopper_wide
+
+        if out.numel():
+            hopper_wide.tile_states(b, c, log_decay, tiles, out, parts, reverse=reverse, scale=scale, unread=unread)
+        return out
+    block_rows = states_block(rows, config)
+    grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
+    if out.numel():
+        launch(
+            _tile_states,
+            grid,
+            (
+                b, c, log_decay, out, _table(tiles, b.device),
+                *b.stride()[:3], *c.stride()[:3], heads, heads // b.shape[1], heads // c.shape[1],
+                b.shape[2], tiles.count, tiles.size, unread, rows, columns, scale,
+            ),
+            {
+                "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": config.chunk, "ROWS": block_rows,
+                "COLUMNS": config.columns, "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted,
+            },
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return out
+
+
+def tile_outputs(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float,
+    state_scale: float,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """See constant_decay.pytorch.block.tile_outputs. `states` may be a transposed view; `precision` as above."""
+    batch, heads = a.shape[0], log_decay.shape[0]
+    rows, columns = a.shape[3], c.shape[3]
+    config = block_config(rows, columns, a.dtype, tiles.size)
+    if out is None:
+        out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
+    parts = parts_of(a.dtype, precision)
+    scales: dict[str, Any] = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
+    if on_hopper(rows, columns, a.dtype, parts, tiles.size, a.device):
+        from leetdist.kernels.constant_decay.triton import hopper
+
+        if out.numel():
+            hopper.tile_outputs(a, b, c, states, log_decay, tiles, out, **scales)
+        return out
+    if on_hopper_wide(rows, columns, a.dtype, tiles.size, a.device):
+        from leetdist.kernels.constant_decay.triton import hopper_wide
+
+        if out.numel():
+            hopper_wide.tile_outputs(a, b, c, states, log_decay, tiles, out, parts, **scales)
+        return out
+    grid = (batch * heads * tiles.count, ceil_div(columns, config.columns))
+    if out.numel():
+        launch(
+            _tile_outputs,
+            grid,
+            (
+                a, b, c, states, log_decay, out, _table(tiles, a.device),
+                *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
+                heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+                a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale,
+                scale_of_added(scale, state_scale),
+            ),
+            {
+                "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": config.chunk, "ROWS": padded(rows),
+                "COLUMNS": config.columns, "PARTS": parts.inputs, "STATE_PARTS": parts.state,
+                "SCORE_PARTS": parts.scores, "WEIGHTED_PARTS": parts.weighted,
+            },
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return out
+
+
+def states_block(rows: int, config: Config) -> int:
+    """Rows of the state that one program of tile_states sums: 128 x 64 at most, beside the operands."""
+    return min(padded(rows), 2 * config.columns)
+
+
+def _empty_like_model(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """(B, H, N, D) laid out in memory as `like` is: a (B, N, H, D) model gets its own layout back."""
+    if like.stride(1) < like.stride(2):
+        return torch.empty(batch, tokens, heads, dim, dtype=dtype, device=like.device).transpose(1, 2)
+    return torch.empty(batch, heads, tokens, dim, dtype=dtype, device=like.device)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _tile_states(
+    b, c, log_decay, out, table,
+    b_batch, b_head, b_token, c_batch, c_head, c_token, heads, b_share, c_share,
+    tokens, tiles, tile_size, unread, rows, columns, scale,
+    REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
+):  # fmt: skip
+    UNITS: tl.constexpr = b.dtype.element_ty == tl.float32
+    dtype: tl.constexpr = tl.float16 if UNITS else b.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
+    row, column = tl.program_id(1) * ROWS, tl.program_id(2) * COLUMNS
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    b += batch * b_batch + head // b_share * b_head
+    c += batch * c_batch + head // c_share * c_head
+    g = tl.load(log_decay + head)
+
+    state = tl.zeros((ROWS, COLUMNS), tl.float32)
+    chunks = tl.where(tile == unread, 0, tl.cdiv(length, CHUNK))
+    # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
+    reach = tl.minimum(FP32_RANGE / tl.maximum(-g, 1e-9), tile_size * 1.0).to(tl.int32)
+    for step in range(tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0), chunks):
+        offset = (chunks - 1 - step if REVERSE else step) * CHUNK
+        count = tl.minimum(length - offset, CHUNK)
+        b_i = load_chunk(b, b_token, start + offset, count, row, rows, CHUNK, ROWS)
+        c_i = load_chunk(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
+        weight = to_state(g, count, REVERSE, CHUNK)
+        factor = scale
+        if UNITS:
+            b_unit, b_inverse = unit(b_i)
+            c_unit, c_inverse = unit(c_i)
+            c_i *= c_inverse
+            weight *= b_inverse
+            factor *= b_unit * c_unit
+        b_i, b_small = in_parts(tl.trans(b_i.to(tl.float32) * weight[:, None]), dtype, WEIGHTED_PARTS)
+        c_i, c_small = in_parts(c_i, dtype, PARTS)
+        state += state * lost(g, count)
+        state += product(b_i, b_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * factor
+
+    i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out + program * rows * columns + i * columns + j, state, mask=(i < rows) & (j < columns))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _tile_outputs(
+    a, b, c, states, log_decay, out, table,
+    a_batch, a_head, a_token, b_batch, b_head, b_token, c_batch, c_head, c_token,
+    out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
+    heads, a_share, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale, state_scale, added_scale,
+    REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, STATE_PARTS: tl.constexpr,
+    SCORE_PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
+):  # fmt: skip
+    UNITS: tl.constexpr = a.dtype.element_ty == tl.float32
+    dtype: tl.constexpr = tl.float16 if UNITS else a.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
+    column = tl.program_id(1) * COLUMNS
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    a += batch * a_batch + head // a_share * a_head
+    b += batch * b_batch + head // b_share * b_head
+    c += batch * c_batch + head // c_share * c_head
+    out += batch * out_batch + head * out_head
+    g = tl.load(log_decay + head)
+
+    i, j = tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
+    states += batch * state_batch + head * state_head + tile * state_tile
+    inside = (i < rows) & (j < columns)
+    state = tl.load(states + i * state_row + j * state_column, mask=inside, other=0.0)
+
+    position = tl.arange(0, CHUNK)
+    j = column + tl.arange(0, COLUMNS)
+    chunks = tl.cdiv(length, CHUNK)
+    for step in range(chunks):
+        offset = (chunks - 1 - step if REVERSE else step) * CHUNK
+        count = tl.minimum(length - offset, CHUNK)
+        a_i = load_chunk(a, a_token, start + offset, count, 0, rows, CHUNK, ROWS)
+        b_i = load_chunk(b, b_token, start + offset, count, 0, rows, CHUNK, ROWS)
+        c_i = load_chunk(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
+        decay, weight = decays(g, REVERSE, CHUNK) * scale, to_state(g, count, REVERSE, CHUNK)
+        from_state = _powers(g, count - 1 - position if REVERSE else position + 1) * state_scale
+        near_unit, s_unit, s_inverse, added_unit = 1.0, 1.0, 1.0, added_scale
+        if UNITS:
+            a_unit, inverse = units(a_i)
+            a_i *= inverse[:, None]
+            b_unit, inverse = units(b_i)
+            b_i *= inverse[:, None]
+            c_unit, inverse = units(c_i)
+            c_i *= inverse[:, None]
+            bc_unit = b_unit * c_unit
+            added_unit = tl.maximum(tl.max(bc_unit, 0), SMALLEST)
+            weight *= bc_unit / added_unit
+            # The largest that a token sees; and a score in such units is below 4 LARGE^2 ROWS.
+            largest = tl.max(tl.where(seen_from(REVERSE, CHUNK) >= 0, bc_unit[None, :], SMALLEST), 1)
+            decay *= bc_unit[None, :] / largest[:, None] / (LARGE * ROWS)
+            near_unit = (a_unit * largest * (LARGE * ROWS))[:, None]
+            from_state *= a_unit
+            added_unit *= added_scale
+        if dtype == tl.float16:  # a state can exceed fp16's range: it grows with the sequence
+            s_unit, s_inverse = unit(state)
+        a_i, a_small = in_parts(a_i, dtype, PARTS)
+        weighted, w_small = in_parts(tl.trans(b_i.to(tl.float32) * weight[:, None]), dtype, WEIGHTED_PARTS)
+        b_i, b_small = in_parts(b_i, dtype, PARTS)
+        c_i, c_small = in_parts(c_i, dtype, PARTS)
+        s_i, s_small = in_parts(state * s_inverse, dtype, STATE_PARTS)
+        o = product(a_i, a_small, s_i, s_small, PARTS, STATE_PARTS) * (from_state * s_unit)[:, None]
+        scores = product(a_i, a_small, tl.trans(b_i), tl.trans(b_small), PARTS, PARTS)
+        seen, seen_small = in_parts(scores * decay, dtype, SCORE_PARTS)
+        o += product(seen, seen_small, c_i, c_small, SCORE_PARTS, PARTS) * near_unit
+        pointers = out + (start + offset + position)[:, None] * out_token + j[None, :]
+        tl.store(pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :])
+        state += state * lost(g, count)
+        state += product(weighted, w_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * added_unit

@@ -1,0 +1,160 @@
+"""The gradient of log_decay in Triton: what each tile adds to it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded
+from leetdist.kernels.constant_decay.triton.fold import COUNTS, _powers, _span, _table
+from leetdist.kernels.constant_decay.triton.parts import decays, load_chunk, to_state
+
+
+def decay_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    states: Tensor,
+    state_grads: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    scale: float,
+) -> Tensor:
+    """See leetdist.kernels.constant_decay.pytorch.block.decay_gradient."""
+    batch, heads = q.shape[0], log_decay.shape[0]
+    rows, columns = q.shape[3], v.shape[3]
+    config = block_config(rows, columns, q.dtype, tiles.size)
+    held = slope_columns(config)
+    blocks = ceil_div(columns, held)
+    out = torch.empty(batch, heads, tiles.count, blocks, dtype=torch.float32, device=q.device)
+    if out.numel():
+        launch(
+            _decay_gradient,
+            (batch * heads * tiles.count, blocks),
+            (
+                q, k, v, do, states, state_grads, log_decay, out, _table(tiles, q.device),
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+                heads, heads // k.shape[1], heads // v.shape[1],
+                q.shape[2], tiles.count, tiles.size, rows, columns, scale,
+            ),
+            {
+                "REGULAR": tiles.regular, "CHUNK": config.chunk, "ROWS": padded(rows), "COLUMNS": held,
+                "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # terms of both signs cancel
+            },
+            num_warps=4 if padded(rows) < 64 else 8, num_stages=1,
+        )  # fmt: skip
+    total = out[..., 0]
+    for block in range(1, blocks):  # in one fixed order, which torch.sum does not promise
+        total = total + out[..., block]
+    return total
+
+
+def slope_columns(config: Config) -> int:
+    """Columns that one program of decay_gradient carries: it holds two states, so half of one."""
+    return max(16, config.columns // 2)
+
+
+@triton.jit
+def _times_state(a, state, PRECISION: tl.constexpr):
+    """a . state.
+
+    16 bits take the state as a sum of two numbers: rounding it to one would be the largest error of a head with a long
+    memory. A state can exceed fp16's range (it grows with the sequence), so beside fp16 the two are tf32 numbers, with
+    fp16's mantissa and fp32's range.
+    """
+    if a.dtype == tl.float32:
+        product = tl.dot(a, state, input_precision=PRECISION)
+    elif a.dtype == tl.float16:
+        wide, high = a.to(tl.float32), _rounded_to_tf32(state)
+        product = tl.dot(wide, state - high, acc=tl.dot(wide, high, input_precision="tf32"), input_precision="tf32")
+    else:
+        high = state.to(tl.bfloat16)
+        product = tl.dot(a, (state - high.to(tl.float32)).to(tl.bfloat16), acc=tl.dot(a, high))
+    return product
+
+
+@triton.jit
+def _weighted_sum(k, weight, v, PRECISION: tl.constexpr):
+    """sum_i weight_i k_i v_i^T.
+
+    In 16 bits, a weighted key is a sum of two numbers: the rounding of one alone would be most of the gradient's error.
+    """
+    weighted = k.to(tl.float32) * weight[:, None]
+    high = weighted.to(k.dtype)
+    total = tl.dot(tl.trans(high), v, input_precision=PRECISION)
+    if k.dtype != tl.float32:
+        total = tl.dot(tl.trans((weighted - high.to(tl.float32)).to(k.dtype)), v, acc=total)
+    return total
+
+
+@triton.jit
+def _rounded_to_tf32(x):
+    """x to the nearest tf32; the matrix units would cut the low bits off, at twice the error and always toward zero."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scores(a, b, log_decay, scale, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """scale gamma^(i-j) a_i . b_j for the tokens j that i sees, else 0; fp32."""
+    return tl.dot(a, tl.trans(b), input_precision=PRECISION) * (decays(log_decay, False, CHUNK) * scale)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _decay_gradient(
+    q, k, v, do, states, state_grads, log_decay, out, table,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    do_batch, do_head, do_token, heads, k_share, v_share, tokens, tiles, tile_size, rows, columns, scale,
+    REGULAR: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
+    column = tl.program_id(1) * COLUMNS
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    q += batch * q_batch + head * q_head
+    k += batch * k_batch + head // k_share * k_head
+    v += batch * v_batch + head // v_share * v_head
+    do += batch * do_batch + head * do_head
+    g = tl.load(log_decay + head)
+
+    i, j = tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
+    inside = (i < rows) & (j < columns)
+    element = program * rows * columns + i * columns + j
+    state = tl.load(states + element, mask=inside, other=0.0)
+    slope = tl.zeros((ROWS, COLUMNS), tl.float32)
+
+    position = tl.arange(0, CHUNK)
+    distance = position[:, None] - position[None, :]
+    total = tl.zeros((CHUNK,), tl.float32)
+    for step in range(tl.cdiv(length, CHUNK)):
+        offset = step * CHUNK
+        count = tl.minimum(length - offset, CHUNK)
+        q_i = load_chunk(q, q_token, start + offset, count, 0, rows, CHUNK, ROWS)
+        k_i = load_chunk(k, k_token, start + offset, count, 0, rows, CHUNK, ROWS)
+        v_i = load_chunk(v, v_token, start + offset, count, column, columns, CHUNK, COLUMNS)
+        do_i = load_chunk(do, do_token, start + offset, count, column, columns, CHUNK, COLUMNS)
+        scores = _scores(q_i, k_i, g, scale, CHUNK, PRECISION)
+        seen = tl.dot(do_i, tl.trans(v_i), input_precision=PRECISION)
+        near = tl.sum(scores * seen * distance.to(tl.float32), 1)
+        steps = (position + 1).to(tl.float32)
+        far = _times_state(q_i, slope, PRECISION) + _times_state(q_i, state, PRECISION) * steps[:, None]
+        far = tl.sum(far * do_i.to(tl.float32), 1) * _powers(g, position + 1) * scale
+        total += near + far
+        # One factor of gamma is left to the sum, so that 16-bit weights do not all vanish under a strong decay.
+        left = tl.maximum(count - 1 - position, 0)
+        weight = _powers(g, left - 1) * left.to(tl.float32)
+        across = _powers(g, count)
+        slope = (slope + state * count.to(tl.float32)) * across
+        slope += _weighted_sum(k_i, weight, v_i, PRECISION) * tl.exp(g)
+        state = state * across + _weighted_sum(k_i, to_state(g, count, False, CHUNK), v_i, PRECISION)
+
+    gradient = tl.load(state_grads + element, mask=inside, other=0.0)
+    # Both axes at once: Triton 3.6 fails to compile one after the other for Blackwell.
+    share = tl.sum(total) + tl.sum(slope * gradient)
+    tl.store(out + program * tl.num_programs(1) + tl.program_id(1), share)

@@ -1,0 +1,105 @@
+"""The fold over tiles in Triton, and what its kernel shares with those of constant_decay.triton.block."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.tiles import Tiles, ceil_div
+
+# Elements of the state that one program of the fold carries through all tiles.
+FOLD_BLOCK = 1024
+# Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
+COUNTS = ["tokens", "tiles", "tile_size", "unread", "left_out"]
+
+
+def fold(
+    states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool, to_end: bool = True
+) -> Tensor | None:
+    """See leetdist.kernels.constant_decay.pytorch.block.fold. One rounding rule: a fused multiply-add."""
+    batch, heads, _, dk, dv = states.shape
+    rows, final = batch * tiles.num_segments, None
+    if to_end:
+        final = torch.empty(rows, heads, dk, dv, dtype=states.dtype, device=states.device)
+    segments = tiles.segment_table(states.device)
+    grid = (rows * heads, ceil_div(dk * dv, FOLD_BLOCK))
+    if rows * heads * dk * dv:
+        launch(
+            _fold,
+            grid,
+            (
+                states, states if initial is None else initial.contiguous(), states if final is None else final,
+                log_decay, segments,
+                _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size,
+                0 if to_end else 1, dk * dv,
+            ),
+            {"REGULAR": tiles.regular, "REVERSE": reverse, "HAS_INITIAL": initial is not None, "BLOCK": FOLD_BLOCK},
+        )  # fmt: skip
+    return final
+
+
+def _table(tiles: Tiles, device: torch.device) -> Tensor | None:
+    return None if tiles.regular else tiles.table(device)
+
+
+@triton.jit
+def _span(table, tile, tokens, tile_size, REGULAR: tl.constexpr):
+    """First token and number of tokens of a tile."""
+    if REGULAR:
+        start = tile.to(tl.int64) * tile_size
+        length = tl.minimum(tokens - start, tile_size)
+    else:
+        start = tl.load(table + 2 * tile)
+        length = tl.load(table + 2 * tile + 1)
+    return start, length.to(tl.int32)
+
+
+@triton.jit
+def _powers(log_decay, exponent):
+    """gamma^exponent; exponents below zero belong to tokens that are not there, and must not overflow."""
+    return tl.exp(log_decay * tl.maximum(exponent, 0).to(tl.float32))
+
+
+@triton.jit
+def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr):
+    """What the tile that is `step` tiles into the fold adds; nothing behind the last that is read."""
+    tile = end - 1 - step if REVERSE else first + step
+    return tl.load(states + tile * size, mask=inside & (step < count), other=0.0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _fold(
+    states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, left_out, size,
+    REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    head, segment = program % heads, program // heads % num_segments
+    batch = program // heads // num_segments
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < size
+    g = tl.load(log_decay + head)
+    states += (batch * heads + head) * tiles * size + element
+    first, end = tl.load(segments + segment), tl.load(segments + segment + 1)
+
+    carry = tl.zeros((BLOCK,), tl.float32)
+    if HAS_INITIAL:
+        carry = tl.load(initial + program * size + element, mask=inside, other=0.0)
+    # The sums are a chain, the loads are not: four tiles are on their way at any time.
+    count = end - first
+    read = count - left_out
+    added_0 = _added(states, 0, read, first, end, size, inside, REVERSE)
+    added_1 = _added(states, 1, read, first, end, size, inside, REVERSE)
+    added_2 = _added(states, 2, read, first, end, size, inside, REVERSE)
+    added_3 = _added(states, 3, read, first, end, size, inside, REVERSE)
+    for step in range(count):
+        tile = end - 1 - step if REVERSE else first + step
+        _, length = _span(table, tile, tokens, tile_size, REGULAR)
+        added_4 = _added(states, step + 4, read, first, end, size, inside, REVERSE)
+        tl.store(states + tile * size, carry, mask=inside)
+        carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
+        added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
+    tl.store(final + program * size + element, carry, mask=inside & (left_out == 0))

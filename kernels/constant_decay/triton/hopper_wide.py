@@ -1,0 +1,112 @@
+"""Launches of constant_decay.triton.hopper_wide_kernels: their shapes, and the descriptors that bulk copies need."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+from leetdist.kernels.constant_decay.triton.configs import Parts, padded
+from leetdist.kernels.constant_decay.triton.hopper import _descriptor
+from leetdist.kernels.constant_decay.triton.hopper_wide_kernels import tile_outputs_kernel, tile_states_kernel
+
+CHUNK = 64
+# Chunks in shared memory in the pass for states: one in use, one about to be, the rest on their way.
+STAGES = 3
+ELEMENTS = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def block(rows: int, columns: int, parts: Parts) -> tuple[int, int, int]:
+    """Rows (all) and columns of the state that a program holds, and its warps. With two parts of 256 rows, shared
+    memory is full at 64 columns; of 64 x 64, two programs fit a multiprocessor."""
+    held = max(64, padded(rows))
+    most = 64 if held == 256 and parts.state == 2 else 128
+    held_columns = min(most, max(64, padded(columns)))
+    return held, held_columns, 4 if held == held_columns == 64 else 8
+
+
+def tile_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    out: Tensor,
+    parts: Parts,
+    *,
+    reverse: bool,
+    scale: float,
+    unread: int,
+) -> None:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_states."""
+    batch, heads = b.shape[0], log_decay.shape[0]
+    rows, columns = b.shape[3], c.shape[3]
+    held_rows, held_columns, warps = block(rows, columns, parts)
+    table = None if tiles.regular else tiles.table(b.device)
+    launch(
+        tile_states_kernel,
+        (batch * heads * tiles.count, ceil_div(columns, held_columns), 1),
+        (
+            _operand(b, held_rows), _operand(c, held_columns), log_decay, out, table, heads,
+            heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, unread, rows, columns, scale,
+        ),
+        {
+            "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
+            "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted, "STAGES": STAGES,
+            "num_warps": warps,
+        },
+    )  # fmt: skip
+
+
+def tile_outputs(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    out: Tensor,
+    parts: Parts,
+    *,
+    reverse: bool,
+    scale: float,
+    state_scale: float,
+) -> None:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
+    batch, heads = a.shape[0], log_decay.shape[0]
+    rows, columns = a.shape[3], c.shape[3]
+    held_rows, held_columns, warps = block(rows, columns, parts)
+    table = None if tiles.regular else tiles.table(a.device)
+    launch(
+        tile_outputs_kernel,
+        (batch * heads * tiles.count, ceil_div(columns, held_columns), 1),
+        (
+            _operand(a, held_rows), _operand(b, held_rows), _operand(c, held_columns), states, log_decay, out, table,
+            *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+            a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale, scale_of_added(scale, state_scale),
+        ),
+        {
+            "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
+            "PARTS": parts.inputs, "STATE_PARTS": parts.state, "SCORE_PARTS": parts.scores,
+            "WEIGHTED_PARTS": parts.weighted, "num_warps": warps,
+        },
+    )  # fmt: skip
+
+
+def _operand(x: Tensor, width: int) -> TensorDescriptor:
+    """Bulk copies of CHUNK tokens and `width` columns, zero outside."""
+    found = _descriptor(x, CHUNK)
+    found.block_shape = [1, 1, CHUNK, width]
+    found.layout = _layout(width, x.dtype)
+    found.key = (CHUNK, width, x.dtype)
+    return found
+
+
+@cache
+def _layout(width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, CHUNK, width], ELEMENTS[dtype])

@@ -1,0 +1,76 @@
+"""A few tokens of decoding for many requests in Triton: each state is read once, and written once where it changes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leetdist.kernels.common.tiles import ceil_div
+from leetdist.kernels.constant_decay.triton.configs import padded
+from leetdist.kernels.constant_decay.triton.step import COLUMNS, FUSION, WARPS
+
+
+def steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    states: Tensor,
+    log_decay: Tensor | None,
+    *,
+    scale: float,
+    index: Tensor | None,
+    lengths: Tensor | None,
+) -> Tensor:
+    """See leetdist.kernels.constant_decay.pytorch.decode.steps. A state that keeps no token is not written."""
+    batch, heads, tokens, rows = q.shape
+    columns = v.shape[3]
+    o = torch.empty(batch, heads, tokens, columns, dtype=q.dtype, device=q.device)
+    block = min(COLUMNS, padded(columns))
+    _steps[(batch * heads, ceil_div(columns, block))](
+        q, k, v, states, log_decay, o, index, lengths,
+        *q.stride(), *k.stride(), *v.stride(), *states.stride(),
+        heads, heads // k.shape[1], tokens, rows, columns, scale,
+        ROWS=padded(rows), COLUMNS=block, num_warps=WARPS, enable_fp_fusion=FUSION,
+    )  # fmt: skip
+    return o
+
+
+@triton.jit
+def _steps(
+    q, k, v, states, log_decay, o, index, lengths,
+    q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
+    state_slot, state_head, state_row, state_column, heads, share, tokens, rows, columns, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    head, batch = program % heads, program // heads
+    slot, kept = batch, tokens
+    if index is not None:
+        slot = tl.load(index + batch).to(tl.int64)
+    if lengths is not None:
+        kept = tl.load(lengths + batch).to(tl.int32)
+    i, j = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    states += slot * state_slot + head * state_head
+    pointers = states + i[:, None] * state_row + j[None, :] * state_column
+    held = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    gamma = 1.0
+    if log_decay is not None:
+        gamma = tl.exp(tl.load(log_decay + head))
+    q += batch * q_batch + head * q_head + i * q_dim
+    k += batch * k_batch + head // share * k_head + i * k_dim
+    v += batch * v_batch + head // share * v_head + j * v_dim
+    o += program * tokens * columns + j
+    for t in range(tokens):
+        q_i = tl.load(q + t * q_token, mask=i < rows, other=0.0).to(tl.float32)
+        k_i = tl.load(k + t * k_token, mask=i < rows, other=0.0).to(tl.float32)
+        v_j = tl.load(v + t * v_token, mask=j < columns, other=0.0).to(tl.float32)
+        if log_decay is not None:
+            held *= gamma
+        held = tl.fma(tl.broadcast_to(k_i[:, None], held.shape), tl.broadcast_to(v_j[None, :], held.shape), held)
+        if t + 1 == kept:
+            tl.store(pointers, held.to(states.dtype.element_ty), mask=inside)
+        total = tl.sum(q_i[:, None] * held, 0) * scale
+        tl.store(o + t * columns, total.to(o.dtype.element_ty), mask=j < columns)

@@ -1,0 +1,296 @@
+"""From a problem to who computes what: the kernels, the tiles of this rank, where the tokens lie, and which heads go
+together."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from leetdist.engine.problem import (
+    Decays,
+    Problem,
+    check_agreement,
+    check_declared,
+    describe,
+    global_layout,
+    known_decays,
+)
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.operators.methods import Kernels, kernels_for, launches_alone, part_of_tile, served_by
+from leetdist.sequence.agreement import agree
+from leetdist.sequence.cost import best_lanes
+from leetdist.sequence.grid import Layout
+from leetdist.sequence.group import declared_lengths
+
+if TYPE_CHECKING:
+    from leetdist.sequence.transport import Transport
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """Heads whose states travel together: `heads` of q, `kv` of k and v. See leetdist.engine.scan on what `forgets`
+    (of the whole lane) and mute heads are; `sent` are the others, counted from the lane's first."""
+
+    number: int
+    heads: slice
+    kv: slice
+    sent: tuple[int, ...]
+    forgets: bool = False
+
+    def __str__(self) -> str:
+        return f"heads {self.heads.start} to {self.heads.stop - 1}"
+
+    @property
+    def width(self) -> int:
+        return int(self.heads.stop - self.heads.start)
+
+    def pick(self, states: Tensor) -> Tensor:
+        """(rows, width, Dk, Dv) without the mute heads."""
+        return states if len(self.sent) == self.width else states[:, _index(self.sent, states.device)]
+
+    def spread(self, states: Tensor) -> Tensor:
+        """The inverse of `pick`, with zeros for the mute heads."""
+        if len(self.sent) == self.width:
+            return states
+        whole = states.new_zeros(states.shape[0], self.width, *states.shape[2:])
+        whole[:, _index(self.sent, states.device)] = states
+        return whole
+
+
+@cache
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(heads, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything that the two passes need beside tensors."""
+
+    problem: Problem
+    kernels: Kernels
+    layout: Layout
+    tiles: Tiles
+    lanes: tuple[Lane, ...]
+    rank: int = 0
+    transport: Transport | None = None
+    any_initial: bool = False
+    any_initial_grad: bool = False
+    # Heads that forget in one tile, and in one token (leetdist.engine.scan).
+    forgetting: frozenset[int] = frozenset()
+    mute: frozenset[int] = frozenset()
+    # Tokens on each rank as the caller has them, before they are aligned to the grid.
+    given: tuple[int, ...] = field(default=())
+
+    @cached_property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """Of the initial and the final state of the whole call."""
+        return self.layout.num_states, self.problem.heads, self.problem.dk, self.problem.dv
+
+    @cached_property
+    def repeatable(self) -> bool:
+        """Whether a pass may be nothing but launches, whose host work is done once a kind of call. Decays that are
+        learnt have a plan of their own in every call under a group."""
+        learnt = self.transport is not None and self.problem.needs_decay_grad
+        return self.problem.device.type == "cuda" and launches_alone(self.kernels) and not learnt
+
+    def to_end(self, *, reverse: bool) -> bool:
+        """Whether anybody reads what the last tile of the scan adds: the next rank, or who asked for the state at the
+        end. (If there are several sequences here, only the last could go without; it does not.)"""
+        if not self.tiles.regular:
+            return True
+        if reverse:
+            return self.layout.continues_from_left(self.rank) or self.any_initial
+        return self.layout.continues_to_right(self.rank) or self.problem.return_state
+
+    def sent_bytes(self) -> int:
+        """Bytes of states that this rank sends in the forward scan."""
+        if self.transport is None or not self.layout.continues_to_right(self.rank):
+            return 0
+        heads = sum(len(lane.sent) for lane in self.lanes)
+        size = 8 if self.problem.dtype == torch.float64 else 4
+        return self.layout.batch * heads * self.problem.dk * self.problem.dv * size
+
+    def hops(self) -> tuple[int, ...]:
+        """How many hops the longest chain of each head has: as many as there are neighbours, 1 where a full tile is
+        enough to forget, 0 for a mute head."""
+        chain = 0 if self.transport is None else self.transport.size - 1
+        return tuple(
+            0 if h in self.mute else min(chain, 1) if h in self.forgetting else chain for h in range(self.problem.heads)
+        )
+
+
+def plan_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    *,
+    transport: Transport | None,
+    captured: bool = False,
+    **options: Any,
+) -> Plan:
+    """Check the arguments of one call, agree with the group's other ranks, and plan it. Options: those of `describe`.
+
+    captured: whether a CUDA graph captures the call, and its backward will do with this plan.
+
+    Raises ValueError, under a group on every rank, if any rank's arguments are wrong or the ranks' do not fit together.
+    """
+    if transport is None:
+        kind = _kind(q, k, v, log_decay, options)
+        known = None if kind is None else _plans.get(kind)
+        if known is None:
+            problem = describe(q, k, v, log_decay, **options)
+            known = _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)), _settings())
+            if kind is not None:
+                if len(_plans) >= MOST_PLANS:
+                    _plans.clear()
+                _plans[kind] = known
+        return known
+    lengths = declared_lengths(transport)
+    mine: Problem | ValueError
+    try:
+        mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
+        mine = replace(mine, backend=served_by(mine), captured=captured)
+    except ValueError as error:
+        mine = error
+    else:
+        if lengths is not None:
+            with transport.call():  # the others rely on the promise, and will not be told
+                check_declared(mine, lengths, transport.rank)
+    decays = known_decays(log_decay) if options.get("read_values", True) else None
+    agreement = agree(
+        mine, transport, "the shapes and arguments of this call",
+        values=0 if decays is None else decays.digest, declared=lengths is not None,
+    )  # fmt: skip
+    assert isinstance(mine, Problem)
+    key = decays, kernels_for(mine, sum(p.tokens for p in agreement.everyone))
+    plan: Plan | None = agreement.memo.get(key)
+    if plan is None:
+        check_agreement(agreement.everyone)
+        given, tile = global_layout(agreement.everyone)
+        plan = make_plan(
+            mine, given.on_grid(tile), tile, transport, decays=decays, given=given.lengths,
+            any_initial=agreement.everyone[0].has_initial, any_initial_grad=agreement.everyone[0].needs_initial_grad,
+            captured=all(problem.captured for problem in agreement.everyone),
+        )  # fmt: skip
+        rows = plan.layout.batch * mine.dk * mine.dv
+        widest = max(lane.width for lane in plan.lanes)
+        with transport.call():
+            transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
+        if len(agreement.memo) >= MOST_PLANS:  # layers have decays of their own, and learnt ones change every step
+            agreement.memo.clear()
+        agreement.memo[key] = plan
+    return plan
+
+
+# Plans of local calls by all that `describe` looks at: it takes longer than a short call runs.
+_plans: dict[Hashable, Plan] = {}
+MOST_PLANS = 512
+
+
+def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: dict[str, Any]) -> Hashable | None:
+    """What tells one local call from another, None where values matter that are not known to be good."""
+    if options["cu_seqlens"] is not None or options["initial_state"] is not None:
+        return None
+    if log_decay is not None and (not isinstance(log_decay, Tensor) or known_decays(log_decay) is None):
+        return None
+    try:
+        kind = (
+            *[None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in (q, k, v, log_decay)],
+            torch.is_grad_enabled(), *options.values(), *_settings(),
+        )  # fmt: skip
+        hash(kind)
+    except (AttributeError, TypeError):  # describe says what is wrong
+        return None
+    return kind
+
+
+def _settings() -> tuple[str | None, ...]:
+    """What decides, beside the problem, on how kernels compute."""
+    return os.environ.get("LEETDIST_BACKEND"), os.environ.get("LEETDIST_HOPPER")
+
+
+@lru_cache(maxsize=512)
+def _local_plan(problem: Problem, _kernels: Hashable, _settings: Hashable) -> Plan:
+    """Layers and steps come with the same few problems. A plan is for one choice of kernels and settings: what is
+    remembered by the plan (leetdist.kernels.common.replay) is."""
+    layout, tile = global_layout([problem])
+    return make_plan(problem, layout, tile, any_initial=problem.has_initial)
+
+
+def make_plan(
+    problem: Problem,
+    layout: Layout,
+    tile: int,
+    transport: Transport | None = None,
+    *,
+    decays: Decays | None = None,
+    any_initial: bool,
+    any_initial_grad: bool = False,
+    captured: bool = False,
+    given: tuple[int, ...] = (),
+) -> Plan:
+    """The plan of one rank; `layout` has its boundaries on the grid of `tile`."""
+    rank = 0 if transport is None else transport.rank
+    kernels = kernels_for(problem, layout.offsets[-1])
+    tile = part_of_tile(kernels, tile)
+    tiles = layout.tiles(rank, tile)
+    forgetting = frozenset(() if decays is None else decays.forgetting(tile))
+    mute = frozenset(() if decays is None else decays.forgetting(1))
+    lanes = 1
+    if transport is not None and _writes_into_given(cast(Hashable, kernels)):
+        lanes = problem.lanes or best_lanes(
+            layout.batch, problem.heads, problem.kv_heads, problem.dk, problem.dv, layout.lengths, tile,
+            problem.device.type, forgetting=len(forgetting) / problem.heads,
+            captured=captured and not mute,  # their indices are copied to the GPU, which no graph may do
+        )  # fmt: skip
+    return Plan(
+        problem=problem,
+        kernels=kernels,
+        layout=layout,
+        tiles=tiles,
+        lanes=make_lanes(problem.heads, problem.kv_heads, lanes, forgetting, mute),
+        rank=rank,
+        transport=transport,
+        any_initial=any_initial,
+        any_initial_grad=any_initial_grad,
+        forgetting=forgetting,
+        mute=mute,
+        given=given or layout.lengths,
+    )
+
+
+def make_lanes(
+    heads: int, kv_heads: int, count: int, forgetting: frozenset[int] = frozenset(), mute: frozenset[int] = frozenset()
+) -> tuple[Lane, ...]:
+    """The heads in `count` lanes, those that share a head of k and v together. Those that forget go first: they
+    wait for their neighbour only, and their outputs are computed while the others' chains run through all ranks."""
+    count = min(count, kv_heads)
+    share = heads // kv_heads
+    lanes: list[Lane] = []
+    for begin, end in pairwise(lane * kv_heads // count for lane in range(count + 1)):
+        own = range(begin * share, end * share)
+        lanes.append(
+            Lane(
+                number=len(lanes),
+                heads=slice(own.start, own.stop),
+                kv=slice(begin, end),
+                sent=tuple(head - own.start for head in own if head not in mute),
+                forgets=forgetting.issuperset(own),
+            )
+        )
+    return tuple(sorted(lanes, key=lambda lane: not lane.forgets))
+
+
+@cache
+def _writes_into_given(kernels: Any) -> bool:
+    """Several lanes fill one output, so the kernels must be able to write where they are told."""
+    return all("out" in inspect.signature(f).parameters for f in (kernels.tile_states, kernels.tile_outputs))

@@ -1,0 +1,199 @@
+"""The scan over ranks: the left fold over all tiles of a sequence, in the one order that the contract fixes.
+
+A rank folds its own tiles onto the state that arrives from the rank before it (in the direction of the walk) and hands
+the result on. `S_p = gamma^L S_{p-1} + S_local` would need no fold per hop, but associates the sum differently, and so
+gives other bits than one device. What travels is one state a sequence: (B, H, Dk, Dv) fp32, whatever the length.
+
+Heads go in lanes (`engine.plan.Lane`), each with a chain of its own, so that the hops of one overlap with the work of
+another. A head's numbers never meet another head's, so the lanes change no bit.
+
+Heads that forget. Let `gamma^T`, the factor with which a full tile takes over the state before it, be exactly 0 (in the
+dtype of the states, as the fold rounds it). The fold over a tile is then `0 * S + L`, which is L for every finite S (up
+to the sign of a zero). So where the first tile that a rank walks is full:
+
+- what the rank hands on does not depend on what arrives: such a lane (`forgets`) hands on first and receives later, and
+  its chain is one hop long whatever the number of ranks;
+- only that tile's own start state is what arrives, so it is put there when it comes, without another fold.
+
+The state still has to travel that one hop, because the outputs of the tile it reaches read it with gamma^1 to gamma^T.
+Where even gamma^1 is exactly 0 (a `mute` head, log_decay below about -104), they read it with factor 0, and what comes
+from the right in the backward pass is a multiple of gamma^1, that is, 0: such heads are not sent, zeros stand for them.
+Infinities and NaN are the exception: one device would spread a NaN from `0 * inf` over all later tokens, while here it
+ends where a lane forgets. Results agree bit for bit as long as the states are finite.
+
+Beside the chain, whole states move between the ranks where sequences begin and end: initial states come from the first
+rank, final states go to every rank, and their gradients go the same ways back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from leetdist.engine import trace
+
+if TYPE_CHECKING:
+    from leetdist.engine.plan import Lane, Plan
+
+
+def scan(
+    states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, lane: Lane, *, reverse: bool
+) -> Tensor | None:
+    """Fold this rank's tile states of one lane in place, from and to its neighbours.
+
+    states: (B, lane's heads, tiles, Dk, Dv), what each tile adds; becomes the state at each tile's start (its right end
+    when reversed). initial: (rows, lane's heads, Dk, Dv) for the sequences that begin here (end here, reversed), or
+    None for zeros. Returns the states of the sequences that end here (begin here, reversed); None if nobody asked.
+    """
+    layout, transport, rank = plan.layout, plan.transport, plan.rank
+    batch, heads, tiles, dk, dv = states.shape
+    left, right = layout.continues_from_left(rank), layout.continues_to_right(rank)
+    before, after = (right, left) if reverse else (left, right)
+    previous, following = (rank + 1, rank - 1) if reverse else (rank - 1, rank + 1)
+    what = f"the {'gradient of the ' if reverse else ''}state of {lane} ({'backward' if reverse else 'forward'} scan)"
+
+    @contextmanager
+    def received() -> Iterator[Tensor]:
+        assert transport is not None
+        shape = (batch, len(lane.sent), dk, dv)
+        with ExitStack() as stack:
+            with trace.span("receive", plan.rank, lane, states):
+                if lane.sent:
+                    carried = stack.enter_context(transport.receive_state(shape, states, previous, what))
+                else:
+                    carried = states.new_empty(shape)
+            yield lane.spread(carried)
+
+    def hand_on(final: Tensor) -> None:
+        assert transport is not None
+        with trace.span("send", plan.rank, lane, states):
+            handed = lane.pick(_rows(final, batch, last=not reverse))
+            if handed.numel():
+                transport.send_state(handed, following, what)
+
+    # The tile that takes over what arrives: full, or the sequence's last and short.
+    edge = tiles - 1 if reverse else 0
+    early = before and lane.forgets and tiles > 0 and plan.tiles.spans[edge][1] == plan.tiles.size
+    carry: AbstractContextManager[Tensor | None] = nullcontext()
+    if early:
+        carry = nullcontext(states.new_zeros(batch, heads, dk, dv))
+    elif before:
+        carry = received()
+    with carry as carried:
+        if carried is not None:
+            rows = batch * (plan.tiles.num_segments - 1)
+            if rows:
+                other = states.new_zeros(rows, heads, dk, dv) if initial is None else initial
+                initial = torch.cat((other, carried) if reverse else (carried, other))
+            else:
+                initial = carried
+        with trace.span("fold", plan.rank, lane, states):
+            to_end = plan.to_end(reverse=reverse)
+            final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse, to_end=to_end)
+        if after:
+            assert final is not None
+            hand_on(final)
+            final = _rows(final, final.shape[0] - batch, last=reverse)
+    if early:
+        with received() as carried:
+            states[:, :, edge] = carried
+    return final
+
+
+def _rows(states: Tensor, count: int, *, last: bool) -> Tensor:
+    """The first or last rows; all of them as they are, because a view takes the host microseconds."""
+    if count == states.shape[0]:
+        return states
+    return states[states.shape[0] - count :] if last else states[:count]
+
+
+def states_from_first(states: Tensor | None, shape: tuple[int, ...], like: Tensor, plan: Plan) -> Tensor:
+    """Each rank's rows of the initial states, which the first rank has."""
+    transport, what = plan.transport, "the initial state"
+    if transport is None:
+        assert states is not None
+        return states
+    mine = plan.layout.beginning(plan.rank)
+    if plan.rank == 0:
+        assert states is not None
+        # An exchange is through when it returns: the tensor is the caller's, who may write into it.
+        transport.exchange([(states[plan.layout.beginning(rank)], rank) for rank in transport.others()], [], what)
+        return states[mine]
+    received = like.new_empty(mine.stop - mine.start, *shape[1:])
+    transport.exchange([], [(received, 0)], what)
+    return received
+
+
+def states_to_first(states: Tensor, shape: tuple[int, ...], plan: Plan) -> Tensor | None:
+    """All rows on the first rank, from the ranks where the sequences begin; None elsewhere."""
+    transport, what = plan.transport, "the gradient of the initial state"
+    if transport is None:
+        return states
+    if plan.rank != 0:
+        transport.send(states, 0, what)
+        return None
+    whole = states.new_empty(shape)
+    whole[plan.layout.beginning(0)] = states
+    for rank in transport.others():
+        transport.receive(whole[plan.layout.beginning(rank)], rank, what)
+    return whole
+
+
+def states_to_all(states: Tensor, shape: tuple[int, ...], plan: Plan) -> Tensor:
+    """All rows on every rank, from the ranks where the sequences end."""
+    transport = plan.transport
+    if transport is None:
+        return states
+    whole = states.new_empty(shape)
+    parts = [whole[plan.layout.ending(rank)] for rank in range(transport.size)]
+    parts[plan.rank].copy_(states)
+    transport.exchange(
+        [(parts[plan.rank], rank) for rank in transport.others()],
+        [(parts[rank], rank) for rank in transport.others()],
+        "the final state",
+    )
+    transport.flush()  # the caller may write into what it gets
+    return whole
+
+
+def states_from_all(states: Tensor, plan: Plan) -> Tensor:
+    """The rows of the sequences that end here, summed over the ranks in rank order."""
+    transport, what = plan.transport, "the gradient of the final state"
+    if transport is None:
+        return states
+    mine = states[plan.layout.ending(plan.rank)].contiguous()
+    theirs = {rank: torch.empty_like(mine) for rank in transport.others()}
+    transport.exchange(
+        [(states[plan.layout.ending(rank)], rank) for rank in transport.others()],
+        [(part, rank) for rank, part in theirs.items()],
+        what,
+    )
+    total = torch.zeros_like(mine)
+    for rank in range(transport.size):
+        total += theirs.get(rank, mine)
+    return total
+
+
+def decay_gradient_to_first(shares: Tensor, log_decay: Tensor, plan: Plan) -> Tensor:
+    """The gradient of log_decay from what each tile adds: (B, H, tiles) here, (H,) on the first rank, 0 elsewhere.
+
+    The shares of all ranks are folded in tile order, then over the batch; so the sum over ranks, in any order, is the
+    single device's gradient bit for bit.
+    """
+    transport, what = plan.transport, "the gradient of log_decay"
+    if transport is not None:
+        if plan.rank != 0:
+            transport.send(shares, 0, what)
+            return torch.zeros_like(log_decay)
+        parts = [shares]
+        for rank in transport.others():
+            count = plan.layout.tiles(rank, plan.tiles.size).count
+            parts.append(transport.receive(shares.new_empty(*shares.shape[:2], count), rank, what))
+        shares = torch.cat(parts, 2)
+    # cumsum, because a sum's order may depend on the number of threads, which launchers set.
+    in_order = shares.transpose(0, 1).flatten(1).double()
+    return in_order.cumsum(1)[:, -1].to(log_decay.dtype)

@@ -1,0 +1,1 @@
+"""What a tile does, by which method, and which kernels compute it."""

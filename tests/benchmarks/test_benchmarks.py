@@ -1,0 +1,157 @@
+"""The benchmark: a wrong result gets no time, floors are what they say, and results can be read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Its modules, which are scripts beside each other and no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = ("cases", "contestants", "measure", "report", "warm", "run", "leetdecoding", "leetdecoding_report")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield {name: __import__(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def small(benchmarks):
+    return benchmarks["cases"].Case(1, 100, heads=2, dk=16, dv=8, dtype="fp32")
+
+
+def measured(benchmarks, contestants, which="forward"):
+    return benchmarks["measure"].run_case(
+        "test", small(benchmarks), which, contestants, "cpu", 1e9, 2, lambda text: None
+    )
+
+
+@pytest.mark.parametrize("which", ["forward", "forward + backward"])
+def test_a_wrong_result_gets_no_time(benchmarks, which):
+    ours = benchmarks["contestants"].Ours
+
+    class Wrong(ours):
+        name = "wrong"
+
+        def forward(self, x):
+            return super().forward(x) * 1.01
+
+    class Unwritten(ours):
+        name = "unwritten"
+
+        def forward(self, x):
+            return super().forward(x) + 0 * torch.empty_like(x.v)
+
+    right, wrong, unwritten = measured(benchmarks, [ours(), Wrong(), Unwritten()], which)
+    assert right.milliseconds is not None
+    assert right.error < 1e-6
+    assert wrong.milliseconds is None
+    assert "wrong" in wrong.note
+    if which == "forward":
+        assert unwritten.milliseconds is None
+
+
+def test_a_failure_is_a_line_of_the_table(benchmarks):
+    class Fails(benchmarks["contestants"].Ours):
+        name = "fails"
+
+        def forward(self, x):
+            raise RuntimeError("no such kernel")
+
+    results = measured(benchmarks, [Fails()])
+    assert "no such kernel" in benchmarks["report"].table(results)
+
+
+def test_results_can_be_read_back(benchmarks, tmp_path):
+    results = measured(benchmarks, [benchmarks["contestants"].Ours()])
+    facts = benchmarks["report"].machine("cpu", 1e9)
+    files = benchmarks["report"].save(results, facts, tmp_path, "test", plots=False)
+    document = json.loads(files[0].read_text())
+    assert document["results"][0]["milliseconds"] == results[0].milliseconds
+    with files[1].open() as file:
+        assert [row["contestant"] for row in csv.DictReader(file)] == ["leetdist"]
+
+
+def test_warming_up_runs_each_kind_of_call_once(benchmarks):
+    ours, case = benchmarks["contestants"].Ours(), small(benchmarks)
+    wrong = benchmarks["contestants"].Fla("chunk")
+    calls = [(ours, case, "forward", "cpu"), (ours, case, "forward", "cpu"), (wrong, case, "forward", "cpu")]
+    assert benchmarks["warm"].warm(calls, 60).startswith("1 of 2 kinds of calls warmed up")
+
+
+def test_floors_count_every_tensor_once(benchmarks):
+    case = benchmarks["cases"].Case(2, 10, heads=3, dk=4, dv=5, dtype="bf16")
+    q = k = 2 * 10 * 3 * 4 * 2
+    v = o = 2 * 10 * 3 * 5 * 2
+    assert case.floor_bytes("forward") == q + k + v + o
+    # q, k, v and do are read, o is written, and so are dq, dk and dv; the backward reads q, k, v and do again.
+    assert case.floor_bytes("forward + backward") == (q + k + v + o) + (q + k + v + o) + (q + k + v)
+
+
+def test_every_case_has_its_own_name(benchmarks):
+    for _, cases in benchmarks["cases"].SUITES.values():
+        assert len({case.name for case in cases}) == len(cases)
+    assert "lengths" in benchmarks["run"].listing()
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 9, 10, 20])
+def test_times_are_of_one_call(benchmarks, repeats, monkeypatch):
+    """With a device whose clock moves by 3 ms a call, 7 ms for what it is kept busy with."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    def pass_time(milliseconds):
+        clock[0] += milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: pass_time(7.0))
+    times = benchmarks["leetdecoding"]._times
+    for busy in (0.0, 1.0):
+        clock[0] = 0.0
+        found = list(times(lambda: pass_time(3.0), repeats, torch.device("cuda"), busy))
+        assert found == [3.0] * len(found) != []
+        assert clock[0] == 3.0 * repeats + (7.0 if busy else 0.0)
+
+
+def test_auto_is_compared_with_the_best_by_each_clock(benchmarks):
+    cell, compare = benchmarks["leetdecoding_report"].Cell, benchmarks["leetdecoding_report"].auto_against_best
+    shape = {"dtype": "fp16", "batch": 1, "tokens": 128, "training": False, "heads": 32}
+    cells = [
+        cell("leetdist auto", **shape, milliseconds=0.060, device_milliseconds=0.020),
+        cell("leetdist block", **shape, milliseconds=0.050, device_milliseconds=0.025),
+        cell("leetdist vanilla", **shape, milliseconds=0.040, device_milliseconds=0.010),
+        cell("leetdist fleet", **shape, milliseconds=0.010, device_milliseconds=0.005, note="wrong"),
+    ]
+    found = {kind: report["worst"] for kind, report in compare(cells).items()}
+    assert found == pytest.approx(
+        {"all, in a row": 1.5, "all, on the device": 2.0, "sharded, in a row": 1.2, "sharded, on the device": 0.8}
+    )
+    without = [cell("leetdist auto", **shape, milliseconds=1.0), cell("leetdist block", **shape, milliseconds=1.0)]
+    assert set(compare(without)) == {"all, in a row", "sharded, in a row"}
+
+
+def test_a_step_of_a_batch_is_checked(benchmarks):
+    """Against its first entry."""
+    cases, measure = benchmarks["cases"], benchmarks["measure"]
+    case = cases.Case(3, 1, heads=2, dk=16, dv=8, dtype="fp32", passes=("step",))
+    inputs = measure.draw(case, "cpu", 0)
+    assert measure.check(benchmarks["contestants"].Ours(), case, "step", inputs) < 1e-6

@@ -1,0 +1,56 @@
+"""The benchmark scripts of the engine, small, on the CPU: they have to run where nobody can debug them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_scaling(tmp_path: Path) -> None:
+    sizes = "--device cpu --tokens 1024 --weak 256 --heads 2 --dim 16 --check-tokens 256 --repeat 2 --warmup 1 --fp32"
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    out = run(*launcher, "benchmarks/scaling.py", *sizes.split(), "--dtype", "float32", "--out", str(tmp_path / "s"))
+    assert "8 checks, 0 differences" in out  # --fp32
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert report["problems"] == report["red"] == []
+    assert (tmp_path / "s.png").stat().st_size > 10_000
+    assert report["hops"]["p2p"] > 0
+    ours = {(r["scaling"], r["ranks"], r["call"]): r for r in report["rows"] if r["what"] == "leetdist"}
+    assert len(ours) == 2 * 2 * 2
+    one_state = 4 * 2 * 16 * 16
+    assert ours["strong", 2, "forward"]["bytes_sent"] == one_state  # of rank 0, which only sends
+    assert ours["strong", 2, "forward"]["tokens"] == 1024
+    assert ours["weak", 2, "forward"]["tokens"] == 512
+    assert all(r["seconds"] > 0 and r["single"] > 0 for r in ours.values())
+    assert {r["what"] for r in report["rows"] if r["what"] != "leetdist"} == {
+        "all-gather, LASP-2's scheme",
+        "serial ring, LASP's scheme",
+    }
+
+
+def test_overhead(tmp_path: Path) -> None:
+    sizes = ["--tokens", "2048", "--heads", "2", "--dim", "16", "--ranks", "2", "--repeat", "1"]
+    run("benchmarks/overhead.py", *sizes, "--out", str(tmp_path / "o.json"))
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert [row["ranks"] for row in rows] == [2, 2]
+    assert all(row["ranks_s"] > 0 and row["single_s"] > 0 for row in rows)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=3", f"--master-port={free_port()}"]
+    run(*launcher, "benchmarks/overhead.py", *sizes, "--out", str(tmp_path / "p.json"))
+    report = json.loads((tmp_path / "p.json").read_text())
+    assert report["ranks are"] == "processes over gloo"
+    assert [row["ranks"] for row in report["rows"]] == [3, 3]
+    assert all(row["ranks_s"] > 0 and row["single_s"] > 0 for row in report["rows"])

@@ -1,0 +1,364 @@
+"""The engine between the ranks: lanes, hops and bytes, agreement, the cost model's counts, the trace."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import leetdist
+from leetdist.engine.plan import make_lanes, plan_call
+from leetdist.sequence.cost import Job
+from leetdist.sequence.virtual import VirtualGroup
+from leetdist.testing.equality import Case, compute, differences, make_tensors
+
+CPU = torch.device("cpu")
+
+
+def sharded_differences(case: Case, ranks: int) -> list[str]:
+    tensors = make_tensors(case, CPU, 0)
+    single = compute(case, tensors, None)
+    ours = leetdist.virtual_ranks(lambda group: compute(case, tensors, group), ranks)
+    return [str(d) for rank in range(ranks) for d in differences(case, rank, ranks, ours[rank], single)]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(600, 16, 24, decay="mixed", tile=32, initial=True, batch=2),
+        Case(600, 16, 16, heads=8, kv_heads=4, decay="fast", tile=32, uneven=True, dtype=torch.bfloat16),
+        Case(500, 16, 16, decay="gone", tile=64, documents=(0, 70, 70, 333, 500), initial=True),
+    ],
+    ids=str,
+)
+def test_lanes_change_no_bit(case: Case, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEETDIST_LANES", str(lanes))
+    for ranks in (2, 5):
+        assert sharded_differences(case, ranks) == []
+
+
+def test_many_ranks_and_empty_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 ranks, one tile each; and more ranks than tiles, so that some hold nothing."""
+    monkeypatch.setenv("LEETDIST_LANES", "2")
+    assert sharded_differences(Case(64 * 16, 8, 8, heads=2, tile=16), 64) == []
+    assert sharded_differences(Case(100, 8, 8, heads=2, decay="gone", tile=32, initial=True), 7) == []
+
+
+def test_lanes_cover_the_heads() -> None:
+    lanes = make_lanes(12, 6, 4, forgetting=frozenset({0, 1, 5, 11}), mute=frozenset({11}))
+    assert sorted(h for lane in lanes for h in range(12)[lane.heads]) == list(range(12))
+    assert [lane.forgets for lane in lanes] == [True, False, False, False]  # they wait for nobody
+    assert lanes[0].heads == slice(0, 2)
+    sent = {range(12)[lane.heads][h] for lane in lanes for h in lane.sent}
+    assert sent == set(range(11))
+    assert len(make_lanes(4, 2, 8)) == 2  # heads that share k and v stay together
+
+
+def bytes_sent(decay: list[float], lanes: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of forward and backward on each of 4 ranks, without a gradient of log_decay."""
+    monkeypatch.setenv("LEETDIST_LANES", str(lanes))
+
+    def rank(group: VirtualGroup) -> tuple[int, int]:
+        q, k, v = (torch.randn(1, 4, 128, 16, requires_grad=True) for _ in range(3))
+        o = leetdist.linear_attention(q, k, v, torch.tensor(decay), group=group, tile=64)
+        forward = group.bytes_sent
+        o.sum().backward()
+        return forward, group.bytes_sent - forward
+
+    return leetdist.virtual_ranks(rank, 4)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_bytes_are_one_state_a_pass(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(ranks=4, tokens=512, heads=4, dk=16, dv=16, tile=64)
+    assert job.state_bytes == 4 * 4 * 16 * 16
+    counted = bytes_sent([-0.1, -0.01, -1.0, 0.0], lanes, monkeypatch)
+    assert counted == list(zip(job.sent_bytes(), reversed(job.sent_bytes()), strict=True))
+
+
+def test_mute_heads_are_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(ranks=4, tokens=512, heads=4, dk=16, dv=16, tile=64)
+    for lanes in (1, 2, 4):
+        counted = bytes_sent([-200.0, -0.01, -3.0, -106.0], lanes, monkeypatch)
+        sent = job.sent_bytes(mute=2)
+        assert counted == list(zip(sent, reversed(sent), strict=True))
+        assert max(sent) == job.state_bytes // 2
+
+
+@pytest.mark.parametrize(("decay", "free"), [(-2.0, True), (-0.5, False)])
+def test_heads_that_forget_wait_for_nobody(decay: float, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rank has its state before the first has sent one, where gamma^tile is 0; else it must not."""
+    arrived = threading.Event()
+    send, receive = VirtualGroup.send, VirtualGroup.receive
+    waited = []
+
+    def slow_send(self: VirtualGroup, tensor: torch.Tensor, to: int, what: str) -> None:
+        if self.rank == 0:
+            waited.append(arrived.wait(1.0))
+        send(self, tensor, to, what)
+
+    def noted_receive(self: VirtualGroup, tensor: torch.Tensor, source: int, what: str) -> torch.Tensor:
+        result = receive(self, tensor, source, what)
+        if self.rank == 3:
+            arrived.set()
+        return result
+
+    monkeypatch.setattr(VirtualGroup, "send", slow_send)
+    monkeypatch.setattr(VirtualGroup, "receive", noted_receive)
+    x = torch.randn(1, 2, 256, 16)
+    log_decay = torch.full((2,), decay)
+
+    def rank(group: VirtualGroup) -> torch.Tensor:
+        local = leetdist.shard_sequence(x, 2, group, tile=64)
+        return leetdist.linear_attention(local, local, local, log_decay, group=group, tile=64)
+
+    shards = leetdist.virtual_ranks(rank, 4)
+    assert torch.equal(torch.cat(shards, 2), leetdist.linear_attention(x, x, x, log_decay, tile=64))
+    assert waited == [free]
+
+
+def test_hops_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(1, 3, 128, 16) for _ in range(3))
+    decay = torch.tensor([-0.01, -2.0, -200.0])
+    options: dict[str, Any] = {
+        "scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "method": "auto", "tile": 64
+    }  # fmt: skip
+    plans = leetdist.virtual_ranks(lambda group: plan_call(q, k, v, decay, transport=group, **options), 4)
+    assert {plan.hops() for plan in plans} == {(3, 1, 0)}
+    assert [plan.sent_bytes() for plan in plans] == [2 * 4 * 16 * 16] * 3 + [0]
+    text = leetdist.virtual_ranks(lambda group: leetdist.explain(q, k, v, decay, tile=64, group=group), 4)[1]
+    assert "by virtual, 2,048 bytes from this rank" in text
+    assert "3 for 1 of the heads (0); 1 for 1 of the heads (1), which forget within a tile; 0 for 1" in text
+    assert "2 of the heads with fewer wait for others in their lane" in text
+    monkeypatch.setenv("LEETDIST_LANES", "3")
+    text = leetdist.virtual_ranks(lambda group: leetdist.explain(q, k, v, decay, tile=64, group=group), 4)[1]
+    assert "wait for others" not in text
+
+
+class Count:
+    """Host messages of the virtual ranks, by kind."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: Counter[str] = Counter()
+        for name in ("gather_objects", "swap_header"):
+            monkeypatch.setattr(VirtualGroup, name, self.counting(name, getattr(VirtualGroup, name)))
+
+    def counting(self, name: str, real: Any) -> Any:
+        def counted(group: VirtualGroup, *args: Any) -> Any:
+            self.calls[name] += 1
+            return real(group, *args)
+
+        return counted
+
+    def take(self) -> tuple[int, int]:
+        calls, self.calls = self.calls, Counter()
+        return calls["gather_objects"], calls["swap_header"]
+
+
+def test_agreement_is_exchanged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First call: everything. Same again: log2 P small messages a rank. Declared lengths: none."""
+    count, ranks = Count(monkeypatch), 4
+    seen: list[tuple[int, int]] = []
+    barrier = threading.Barrier(ranks)
+
+    def rank(group: VirtualGroup) -> None:
+        x = torch.randn(1, 1, 64, 16)
+
+        def counted(call: Any) -> None:
+            call()
+            if barrier.wait() == 0:
+                seen.append(count.take())
+            barrier.wait()
+
+        def call() -> None:
+            leetdist.linear_attention(x, x, x, group=group)
+
+        counted(call)
+        counted(call)
+        with leetdist.sequence_parallel(group, lengths=[64] * ranks):
+            counted(call)
+
+    leetdist.virtual_ranks(rank, ranks)
+    assert seen == [(ranks, 2 * ranks), (0, 2 * ranks), (0, 0)]
+
+
+def test_a_change_on_one_rank_is_seen_by_all() -> None:
+    """Rank 0's shard is as ever while rank 1's shrinks, and with it the total and the tile length: no stale plan."""
+    x = torch.randn(1, 2, 512, 16)
+
+    def rank(group: VirtualGroup) -> list[torch.Tensor]:
+        results = []
+        for last in (256, 100, 256, 100):
+            local = x[:, :, :256] if group.rank == 0 else x[:, :, 256 : 256 + last]
+            results.append(leetdist.linear_attention(local, local, local, group=group))
+        return results
+
+    ours = leetdist.virtual_ranks(rank, 2)
+    for i, last in enumerate((256, 100, 256, 100)):
+        whole = x[:, :, : 256 + last]
+        assert torch.equal(torch.cat([ours[0][i], ours[1][i]], 2), leetdist.linear_attention(whole, whole, whole))
+
+
+def raised(group: VirtualGroup, *args: Any, **kwargs: Any) -> str:
+    try:
+        leetdist.linear_attention(*args, group=group, **kwargs)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_disagreement_after_agreement() -> None:
+    """One rank comes with what it has used before, another with something else: an error on both, then all is well."""
+    x = torch.randn(1, 2, 64, 16)
+    decays = [torch.tensor([-0.1, -0.2]), torch.tensor([-0.1, -0.3])]
+
+    def rank(group: VirtualGroup) -> list[str]:
+        errors = [raised(group, x, x, x, decays[0])]
+        errors.append(raised(group, x, x, x, decays[0], scale=1.0 if group.rank == 0 else 2.0))
+        errors.append(raised(group, x, x, x, decays[group.rank]))
+        errors.append(raised(group, x, x, x, decays[0]))
+        return errors
+
+    for errors in leetdist.virtual_ranks(rank, 2):
+        assert errors[0] == errors[3] == ""
+        assert "disagree on scale: rank 1 has 2.0, rank 0 has 1.0" in errors[1]
+        assert "disagree on the values of log_decay" in errors[2]
+
+
+def test_broken_promise() -> None:
+    """`lengths` that one rank does not keep: a ValueError there, a timeout, not a wrong result, elsewhere."""
+    x = torch.randn(1, 2, 128, 16)
+
+    def rank(group: VirtualGroup) -> list[str]:
+        errors = []
+        with leetdist.sequence_parallel(group, lengths=[64, 64], timeout=0.5):
+            for tokens in (64, 64, 64 if group.rank == 0 else 32):
+                local = x[:, :, :tokens]
+                errors.append(raised(group, local, local, local, return_state=True))
+        return errors
+
+    first, second = leetdist.virtual_ranks(rank, 2)
+    assert first[:2] == second[:2] == ["", ""]
+    assert "does not answer" in first[2]
+    assert "ValueError: q: sequence_parallel(lengths=[64, 64]) promises 64 tokens on rank 1, got 32" in second[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lengths": [1, 2]}, "lengths must be 1 numbers"),
+        ({"lengths": [-1]}, "lengths must be 1 numbers"),
+        ({"timeout": 0}, "timeout must be a positive"),
+        ({"transport": "pigeon"}, "transport"),
+    ],
+)
+def test_sequence_parallel_arguments(options: dict[str, Any], words: str) -> None:
+    def rank(group: VirtualGroup) -> None:
+        with pytest.raises(ValueError, match=words), leetdist.sequence_parallel(group, **options):
+            pass
+
+    leetdist.virtual_ranks(rank, 1)
+
+
+def test_no_group_is_no_sequence_parallel() -> None:
+    def rank(group: VirtualGroup) -> None:
+        nobody: Any = None
+        with (
+            leetdist.sequence_parallel(group),  # nor is the one around it meant
+            pytest.raises(ValueError, match=r"group must be .* got None"),
+            leetdist.sequence_parallel(nobody),
+        ):
+            pass
+
+    leetdist.virtual_ranks(rank, 1)
+
+
+def test_timeout_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEETDIST_TIMEOUT", "0.2")
+    x = torch.randn(1, 1, 64, 16)
+
+    def rank(group: VirtualGroup) -> None:
+        if group.rank == 0:
+            threading.Event().wait(1.0)
+            return
+        leetdist.linear_attention(x, x, x, group=group)
+
+    with pytest.raises(RuntimeError, match=r"Rank 1 waited 0.2 s"):
+        leetdist.virtual_ranks(rank, 2)
+    for bad in ("soon", "0", "-1", "nan"):
+        monkeypatch.setenv("LEETDIST_TIMEOUT", bad)
+        with pytest.raises(ValueError, match="LEETDIST_TIMEOUT must be a positive number of seconds"):
+            leetdist.virtual_ranks(rank, 1)
+
+
+def test_no_call_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that fails between two messages must not take the leftovers for the next call's."""
+    x = torch.randn(1, 2, 64, 16)
+
+    def rank(group: VirtualGroup) -> list[str]:
+        errors = []
+        with leetdist.sequence_parallel(group, timeout=0.5):
+            with pytest.MonkeyPatch.context() as patch:
+                if group.rank == 1:
+                    patch.setattr(group, "receive_state", broken)
+                errors.append(raised(group, x, x, x, return_state=True))
+            errors.append(raised(group, x, x, x, return_state=True))
+        return errors
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("planted")
+
+    first, second = leetdist.virtual_ranks(rank, 2)
+    assert second[0] == "RuntimeError: planted"
+    assert "rank 1 of 2 does not answer. Rank 0 waited" in first[0]
+    for later in (first[1], second[1]):
+        assert "an earlier call on this group failed" in later
+
+
+def test_a_rank_that_fails_is_named_with_lane_and_direction() -> None:
+    x = torch.randn(1, 2, 64, 16)
+
+    def rank(group: VirtualGroup) -> None:
+        group.seconds = 0.3
+        if group.rank == 0:
+            threading.Event().wait(1.0)  # alive, but late
+            return
+        leetdist.linear_attention(x, x, x, group=group)
+
+    with pytest.raises(RuntimeError, match=r"rank 0 of 2 does not answer. Rank 1 waited 0.3 s") as caught:
+        leetdist.virtual_ranks(rank, 2)
+    assert "the shapes and arguments" in str(caught.value)
+
+    def inside(group: VirtualGroup) -> None:
+        with leetdist.sequence_parallel(group, lengths=[64, 64], timeout=0.3):
+            leetdist.linear_attention(x, x, x)
+            if group.rank == 0:
+                threading.Event().wait(1.0)
+                return
+            leetdist.linear_attention(x, x, x)
+
+    with pytest.raises(RuntimeError, match=r"the state of heads 0 to 1 \(forward scan\)"):
+        leetdist.virtual_ranks(inside, 2)
+
+
+def test_only_the_initial_state_needs_a_gradient() -> None:
+    """Then the other ranks' outputs carry its gradient too, though none of their inputs does."""
+    x = torch.randn(1, 2, 128, 16)
+    start = torch.randn(1, 2, 16, 16)
+
+    def rank(group: Any) -> torch.Tensor | None:
+        first = group is None or group.rank == 0
+        initial = start.clone().requires_grad_() if first else None
+        local = leetdist.shard_sequence(x, 2, group)
+        leetdist.linear_attention(local, local, local, initial_state=initial, group=group).sum().backward()
+        return None if initial is None else initial.grad
+
+    ours = leetdist.virtual_ranks(rank, 3)[0]
+    expected = rank(None)
+    assert ours is not None
+    assert expected is not None
+    assert torch.equal(ours, expected)

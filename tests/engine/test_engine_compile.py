@@ -1,0 +1,159 @@
+"""The operator under torch.compile: one graph, the same bits, on one device and over a group."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, library
+from torch.utils.checkpoint import checkpoint
+
+import leetdist
+from helpers import run_ranks, values
+from leetdist.engine import ops
+from leetdist.reference import relative_error
+from leetdist.sequence.virtual import VirtualGroup
+
+pytestmark = pytest.mark.real_empty  # opcheck compares what autograd fills in
+
+
+def inputs(tokens: int, *, kv_heads: int = 2, layout: bool = False) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+
+    def rows(heads: int, dim: int) -> Tensor:
+        if layout:
+            return torch.randn(1, tokens, heads, dim, generator=generator).transpose(1, 2)
+        return torch.randn(1, heads, tokens, dim, generator=generator)
+
+    return [rows(4, 16), rows(kv_heads, 16), rows(kv_heads, 24), torch.tensor([-0.01, -0.2, -3.0, -200.0])]
+
+
+@pytest.mark.parametrize("case", ["plain", "grouped, model layout", "packed", "initial and final state", "no decay"])
+def test_opcheck(case: str) -> None:
+    q, k, v, g = inputs(100, kv_heads=2 if "grouped" in case else 4, layout="layout" in case)
+    initial, documents = None, None
+    if "state" in case:
+        initial = torch.randn(1, 4, 16, 24, requires_grad=True)
+    if case == "packed":
+        documents = torch.tensor([0, 30, 100])
+    decay = None if case == "no decay" else g.requires_grad_()
+    args = [x.detach().requires_grad_() for x in (q, k, v)]
+    args += [decay, initial, documents, 0.5, "state" in case, "auto", 16, None, ""]
+    library.opcheck(ops._forward, tuple(args))
+
+
+def network(q: Tensor, k: Tensor, v: Tensor, g: Tensor, group: object = None) -> Tensor:
+    """Two layers in flight, with something to fuse around them."""
+    o = leetdist.linear_attention(torch.sin(q), k, v, g, scale=0.3, group=group)
+    o, state = leetdist.linear_attention(torch.cos(q), k, o[:, : k.shape[1]], g, return_state=True, group=group)
+    return (o * o).sum() + state.sum()
+
+
+def gradients(function, args: list[Tensor], *more: object) -> list[Tensor]:
+    leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in args]
+    loss = function(*leaves, *more)
+    loss.backward()
+    return [loss.detach(), *(x.grad for x in leaves)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        # What the compiler fuses around the op may round otherwise; the op itself may not.
+        assert relative_error(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_one_device(backend: str) -> None:
+    compiled = torch.compile(network, fullgraph=True, backend=backend)
+    for tokens in (100, 61):
+        args = inputs(tokens)
+        same(gradients(compiled, args), gradients(network, args))
+
+
+def test_dynamic_length() -> None:
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (100, 130, 257):
+        args = inputs(tokens)
+        same(gradients(compiled, args), gradients(network, args))
+
+
+def test_the_op_alone_is_equal() -> None:
+    """Nothing around it to fuse: bit for bit."""
+    q, k, v, g = inputs(300)
+    compiled = torch.compile(leetdist.linear_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, g), leetdist.linear_attention(q, k, v, g))
+
+
+def test_saved_states_are_not_to_be_copied() -> None:
+    """The op's third output holds more memory than it shows; a copy of it is an error, never a wrong gradient."""
+    q, k, v, g = inputs(40)
+    o, final, states = ops._forward(q, k, v, g, None, None, 0.5, True, "auto", 16, None, "")
+    assert states.shape == (1,)
+    arguments = (q, k, v, g, None, None, states, o, final, 0.5, True, "auto", 16, None, "", True)
+    assert ops._backward(*arguments)[0].shape == q.shape
+    with pytest.raises(RuntimeError, match="saved for the backward was copied"):
+        ops._backward(*arguments[:6], states.clone(), *arguments[7:])
+
+
+def test_virtual_ranks() -> None:
+    """A compiled graph knows a virtual rank by name, too."""
+    args = inputs(128)
+
+    def rank(group: VirtualGroup) -> Tensor:
+        compiled = torch.compile(leetdist.linear_attention, fullgraph=True, backend="eager")
+        local = [leetdist.shard_sequence(x, 2, group) for x in args[:3]]
+        o: Tensor = compiled(*local, args[3], group=group)
+        return o
+
+    shards = leetdist.virtual_ranks(rank, 3)
+    assert torch.equal(torch.cat(shards, 2), leetdist.linear_attention(*args))
+
+
+def over_ranks(rank: int) -> None:
+    args = inputs(256)
+    group = dist.group.WORLD
+    local = [leetdist.shard_sequence(x, 2, group).clone() for x in args[:3]] + args[3:]
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    same(gradients(compiled, local, group), gradients(network, local, group))
+
+    # The surrounding group: a guard of the graph, so that leaving it compiles another one.
+    operator = partial(leetdist.linear_attention, tile=16)
+    alone = torch.compile(operator, fullgraph=True, backend="aot_eager")
+    with leetdist.sequence_parallel(group):
+        inside = alone(*local)
+        assert torch.equal(inside, operator(*local))
+    outside = alone(*local)
+    assert torch.equal(outside, operator(*local))
+    assert torch.equal(inside, outside) == (rank == 0)
+
+    # opcheck runs the op; all ranks do so together.
+    leaves = [x.clone().requires_grad_() for x in local]
+    library.opcheck(ops._forward, (*leaves, None, None, 1.0, True, "auto", None, None, group.group_name))
+
+    # Packed documents whose boundaries move tokens between the ranks.
+    documents = torch.tensor([0, 70, 201, 256])
+    packed = torch.compile(
+        lambda *x: leetdist.linear_attention(*x, cu_seqlens=documents, group=group).square().sum(),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    eager = gradients(lambda *x: leetdist.linear_attention(*x, cu_seqlens=documents, group=group).square().sum(), local)
+    same(gradients(packed, local), eager)
+
+    # Checkpointing: the recomputed forward communicates again. Autocast leaves the fp32 states alone.
+    def layer(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return network(q, k, v, g, group)
+
+    def checkpointed(*x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(layer, *x, use_reentrant=False)
+        return result
+
+    same(gradients(checkpointed, local), gradients(layer, local))
+    same(gradients(torch.compile(checkpointed, fullgraph=True, backend="aot_eager"), local), gradients(layer, local))
+
+
+def test_over_ranks() -> None:
+    values(run_ranks(over_ranks, 2, timeout_s=60))

@@ -1,0 +1,92 @@
+"""The CUDA C++ kernels for Hopper compile for it as they were designed: they fit, and ptxas serializes no product."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from helpers import NVCC, ptxas_report
+from leetdist.kernels.common import loader
+from leetdist.kernels.constant_decay.cuda import hopper
+
+# Bytes of a multiprocessor's shared memory, and what a block takes of it beside what it asks for.
+SHARED_MEMORY, OWN = 228 * 1024, 1024
+# Bytes a thread may keep in local memory.
+SPILLS = {False: 32, True: 160}
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("rows", "columns", "groups", "dtype", "wide", "reverse"),
+    [
+        (128, 128, 1, torch.bfloat16, False, False),
+        (128, 128, 1, torch.bfloat16, False, True),
+        (128, 128, 1, torch.float16, True, True),
+        (64, 64, 1, torch.bfloat16, False, False),
+        (64, 128, 1, torch.bfloat16, True, True),
+        (128, 64, 1, torch.bfloat16, False, False),
+        (256, 64, 1, torch.bfloat16, False, False),
+        (256, 64, 1, torch.float16, True, True),
+        (256, 64, 2, torch.bfloat16, False, False),
+        (256, 64, 2, torch.bfloat16, True, True),
+        (256, 64, 2, torch.float16, False, True),
+        (256, 64, 2, torch.float16, True, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["tile_states", "tile_outputs"])
+def test_compiles_and_fits(name, rows, columns, groups, dtype, wide, reverse, tmp_path):
+    said = ptxas_report(
+        f"constant_decay/cuda/{name}.cu",
+        "sm_90a",
+        hopper.defines(rows, columns, groups, dtype, wide, reverse),
+        tmp_path,
+    )
+    blocks = 2 // groups  # to a multiprocessor
+    assert blocks * (hopper.shared_memory(name, rows, columns, groups) + OWN) <= SHARED_MEMORY
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    assert spilled, said
+    assert int(spilled[1]) <= SPILLS[wide], said
+    assert "serialized" not in said, said
+
+
+@pytest.mark.parametrize("programs", [1, 33, 66, 132, 133, 4096])
+@pytest.mark.parametrize("rows", [64, 128, 256])
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_shares_cover_all_columns(columns, rows, programs):
+    held, groups, splits = hopper.shares(programs, rows, columns, multiprocessors=132)
+    assert held * groups * splits == columns
+    assert held * rows <= 128 * 128  # what the registers of a warpgroup hold
+    assert groups * splits <= max(4, columns // 64)
+
+
+@pytest.mark.parametrize(("version", "serves"), [(None, False), ((12, 9), False), ((13, 0), True), ((13, 5), True)])
+def test_compilers_that_crash_on_these_kernels_are_not_asked(version, serves, monkeypatch):
+    monkeypatch.delenv("LEETDIST_BACKEND", raising=False)
+    monkeypatch.setattr(loader, "version", lambda: version)
+    assert hopper.serves() == serves
+    # Heads of 256 are then another's, constant_decay.triton.hopper_wide's; the others have kernels in Gluon.
+    configs = pytest.importorskip("leetdist.kernels.constant_decay.triton.configs")
+    monkeypatch.setattr(configs, "_is_hopper", lambda device: True)
+    problem = torch.bfloat16, configs.parts_of(torch.bfloat16, None), 1024, torch.device("cuda", 0)
+    assert configs.on_hopper(128, 64, *problem)
+    assert configs.on_hopper(256, 128, *problem) == serves
+    assert configs.on_hopper_wide(256, 128, problem[0], *problem[2:])
+
+
+def test_a_source_holds_what_it_includes():
+    text = loader.text("constant_decay/cuda/tile_outputs.cu")
+    assert "#include" not in text
+    assert text.count("wgmma.fence") == 1
+
+
+def test_copies_of_what_the_copy_engine_cannot_read_live_until_the_launch(monkeypatch):
+    monkeypatch.setattr(hopper, "_maps", {})
+    monkeypatch.setattr(hopper, "_encode", lambda address, _, __, strides: None if strides[2] % 8 else b"%d" % address)
+    wrong = [torch.randn(1, 2, 16, 65)[..., 1:] for _ in range(3)]
+    kept: list[torch.Tensor] = []
+    maps = [hopper._operand(x, 4, kept) for x in wrong]
+    assert maps == [(b"%d" % x.data_ptr(), 2) for x in kept]
+    assert len({found for found, _ in maps}) == 3
+    assert all(torch.equal(x, y) for x, y in zip(kept, wrong, strict=True))

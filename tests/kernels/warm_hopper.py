@@ -1,0 +1,27 @@
+"""python tests/kernels/warm_hopper.py: compile the CUDA C++ kernels for Hopper into LEETDIST_CACHE, on all cores."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from leetdist.kernels.common import loader
+from leetdist.kernels.constant_decay.cuda import hopper
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def compiled(name: str, held: tuple[int, int, int], dtype: torch.dtype, wide: bool, reverse: bool) -> int:
+    return len(loader.cubin(f"constant_decay/cuda/{name}.cu", "sm_90a", hopper.defines(*held, dtype, wide, reverse)))
+
+
+if __name__ == "__main__":
+    held = [(rows, columns, 1) for rows in (128, 64) for columns in (128, 64)] + [(256, 64, 1), (256, 64, 2)]
+    shapes = list(itertools.product(held, DTYPES, (False, True), (False, True)))
+    jobs = [("tile_outputs", *shape) for shape in shapes]
+    jobs += [("tile_states", *shape) for shape in shapes if not shape[2]]
+    with ProcessPoolExecutor() as pool:
+        sizes = list(pool.map(compiled, *zip(*jobs, strict=True)))
+    print(f"{len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB in {loader.cache_folder()}")

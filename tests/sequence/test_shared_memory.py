@@ -1,0 +1,116 @@
+"""What ranks of one host share: symmetric memory with its kernels, and the hosts' mailboxes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from leetdist.sequence.mailbox import Gone, Mailbox
+from leetdist.sequence.p2p import Renumbered
+from leetdist.sequence.symmetric import SLOTS, Box, Place, _obstacle
+
+
+def test_where_symmetric_memory_can_be() -> None:
+    one, two = Place("a", "0"), Place("a", "1")
+    assert _obstacle([one, two]) is None
+    assert _obstacle([one, one]) == "ranks 0 and 1 share a GPU"
+    assert _obstacle([replace(one, may_share=True)] * 2) is None
+    assert _obstacle([one, Place("a", None)]) == "rank 1 has no GPU"
+    assert _obstacle([one, Place("b", "0")]) == "no two ranks are on one host"
+    assert _obstacle([one, two, Place("b", "0")]) is None
+    assert "rank 1 has no direct access" in str(_obstacle([one, replace(two, reaches=False)]))
+
+
+def test_symmetric_boxes() -> None:
+    """Every flag and slot of a rank's memory has a place of its own, and all of the memory is used."""
+    programs, slot = 4, 64
+    memory = torch.zeros(Box.words(slot, programs), dtype=torch.int32)
+    box = Box(memory, programs)
+    parts = [part for kind in (box.slots, box.full, box.free) for direction in kind for part in direction]
+    assert [part.numel() for part in parts] == 2 * SLOTS * [slot] + 4 * SLOTS * [programs]
+    for part in parts:
+        part += 1
+    assert torch.equal(memory, torch.ones_like(memory))
+    message = box.message(1, 2, (4, 8), torch.float64)
+    assert message.shape == (4, 8)
+    assert message.data_ptr() == box.slots[1][2].data_ptr()
+
+
+def test_exchanges_are_counted_by_group() -> None:
+    """PyTorch counts a process's exchanges over all groups: here two ranks come with different numbers."""
+    store = HashStore()
+    one, two = Renumbered(store), Renumbered(store)
+    for first, second in ((0, 4), (1, 7), (2, 8)):
+        one.set(f"CUDASymmetricMemory/{first}/0", b"\x00\xff" + bytes([first]))
+        two.set(f"CUDASymmetricMemory/{second}/1", b"other")
+        assert two.get(f"CUDASymmetricMemory/{second}/0") == b"\x00\xff" + bytes([first])
+        one.wait([f"CUDASymmetricMemory/{first}/1"])
+        assert one.check([f"CUDASymmetricMemory/{first}/1"])
+    one.set("another/key", b"1")
+    assert store.get("another/key") == b"1"
+
+
+@pytest.mark.gpu
+@pytest.mark.interpreter
+def test_hop_kernels() -> None:
+    """Two ranks' memory in one process: what is put arrives whole, and the flags are as before, ready for another."""
+    from leetdist.kernels.common import hop
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for words in (1, 999, 64 * hop.BLOCK, 65 * hop.BLOCK + 5) if device == "cuda" else (1, 999, 3 * hop.BLOCK + 5):
+        memory = torch.zeros(2, Box.words(words, hop.PROGRAMS), dtype=torch.int32, device=device)
+        sender, receiver = (Box(own, hop.PROGRAMS) for own in memory)
+        sender.free[0][2].fill_(1)
+        for _ in range(2):
+            state = torch.randn(words, device=device)
+            free, full, slot = sender.free[0][2], receiver.full[0][2], receiver.slots[0][2]
+            hop.put(state, slot.view(torch.float32), free, full, ranks=(0, 1), seconds=1.0)
+            assert int(free.sum()) == 0
+            assert int(full.sum()) == hop.PROGRAMS
+            hop.wait(full, ranks=(1, 0), seconds=1.0)
+            assert int(full.sum()) == 0
+            assert torch.equal(slot.view(torch.float32), state)
+            hop.release(free)
+            assert int(free.sum()) == hop.PROGRAMS
+        assert not receiver.slots[0][1].any()
+
+
+def boxes(ranks: int, pids: list[int] | None = None) -> list[Mailbox]:
+    file = Mailbox.create(ranks)
+    try:
+        return [Mailbox(file, rank, pids or [os.getpid()] * ranks) for rank in range(ranks)]
+    finally:
+        os.unlink(file)
+
+
+def test_letters_arrive_in_order() -> None:
+    ranks, letters = 3, 500
+
+    def rank(mailbox: Mailbox) -> list[list[list[int]]]:
+        return [mailbox.exchange([n, -n, mailbox.rank, 2**62], 30.0) for n in range(letters)]
+
+    with ThreadPoolExecutor(ranks) as pool:
+        expected = [[[n, -n, rank, 2**62] for rank in range(ranks)] for n in range(letters)]
+        assert list(pool.map(rank, boxes(ranks))) == [expected] * ranks
+
+
+def test_letters_that_do_not_come() -> None:
+    """Half a letter is none; who has ended is named at once, who is late after the time given."""
+    first, second = boxes(2)
+    second.count = 1
+    for offset, number in enumerate([1, 2, 3, 4, second._seal([1, 2, 3, 5]), 1]):
+        second.numbers[second._place(1) + offset] = number
+    with pytest.raises(Gone, match="nothing came") as error:
+        first.exchange([0] * 4, 0.2)
+    assert error.value.rank == 1
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    first, _ = boxes(2, [os.getpid(), ended.pid])
+    with pytest.raises(Gone, match="has ended"):
+        first.exchange([0] * 4, 60.0)
