@@ -243,8 +243,10 @@ def make_plan(
     kernels = kernels_for(problem, layout.offsets[-1])
     tile = part_of_tile(kernels, tile)
     tiles = layout.tiles(rank, tile)
-    forgetting = frozenset(() if decays is None else decays.forgetting(tile))
-    mute = frozenset(() if decays is None else decays.forgetting(1))
+    forgetting = frozenset(() if decays is None else decays.forgetting(tile, problem.dtype))
+    # Where the last ranks hold no tokens, the state at the end and its gradient cross them, multiplied by nothing.
+    crossed = layout.documents is None and layout.lengths[-1] == 0
+    mute = frozenset(() if decays is None or crossed else decays.forgetting(1, problem.dtype))
     lanes = 1
     if transport is not None and _writes_into_given(cast(Hashable, kernels)):
         lanes = problem.lanes or best_lanes(

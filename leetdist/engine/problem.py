@@ -216,16 +216,16 @@ class Decays:
     """The values of a log_decay, on the host."""
 
     values: tuple[float, ...]
-    double: bool
 
     @cached_property
     def digest(self) -> int:
         return digest(struct.pack(f"{len(self.values)}d", *self.values))
 
-    def forgetting(self, tokens: int) -> list[int]:
-        """Heads for which gamma^tokens is exactly 0, however it is rounded: under half of the smallest positive number
-        (e^-103.97 in fp32, e^-745.13 in fp64; kernels that flush denormals are at 0 sooner)."""
-        bound = -746.0 if self.double else -105.0
+    def forgetting(self, tokens: int, states: torch.dtype) -> list[int]:
+        """Heads for which gamma^tokens is exactly 0 in the dtype of the states, however it is rounded: under half of
+        the smallest positive number (e^-103.97 in fp32, e^-745.13 in fp64; kernels that flush denormals are at 0
+        sooner)."""
+        bound = -746.0 if states == torch.float64 else -105.0
         return [head for head, value in enumerate(self.values) if value * tokens < bound]
 
 
@@ -260,7 +260,7 @@ def check_log_decay(log_decay: Tensor, heads: int, device: torch.device, *, read
             raise ValueError(
                 f"log_decay must be <= 0 (the natural log of a decay of at most 1), got {value} for head {head}"
             )
-    _good_decays[log_decay] = (log_decay._version, Decays(values, log_decay.dtype == torch.float64))
+    _good_decays[log_decay] = (log_decay._version, Decays(values))
 
 
 def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> None:

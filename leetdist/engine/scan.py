@@ -18,6 +18,7 @@ to the sign of a zero). So where the first tile that a rank walks is full:
 The state still has to travel that one hop, because the outputs of the tile it reaches read it with gamma^1 to gamma^T.
 Where even gamma^1 is exactly 0 (a `mute` head, log_decay below about -104), they read it with factor 0, and what comes
 from the right in the backward pass is a multiple of gamma^1, that is, 0: such heads are not sent, zeros stand for them.
+(Where no token follows, what travels is the final state, or its gradient, and nothing is mute: engine.plan.make_plan.)
 Infinities and NaN are the exception: one device would spread a NaN from `0 * inf` over all later tokens, while here it
 ends where a lane forgets. Results agree bit for bit as long as the states are finite.
 

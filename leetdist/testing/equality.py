@@ -15,6 +15,7 @@ from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.transport import Transport
 
 DECAYS = {"slow": 0.9999, "fast": 0.1, "gone": 1e-30}
+EXTREMES = (-1e30, -110.0, -2.0, 0.0)
 
 
 def lightning_slopes(heads: int) -> Tensor:
@@ -29,9 +30,10 @@ def lightning_slopes(heads: int) -> Tensor:
 class Case:
     """One call to compare: shapes, dtype, decay and how the sequence is cut.
 
-    decay is one of "none", "lightning", "mixed" (lightning with a head of no decay and one that forgets at once), or a
-    key of DECAYS. With `learnt`, log_decay needs a gradient. `uneven` gives ranks growing shares of the tiles, `shards`
-    tokens by rank. Without `final` nobody asks for the final state, and what only that needs is left out.
+    decay is one of "none", "lightning", "mixed" (lightning with a head of no decay and one that forgets at once),
+    "extreme" (log-decays from EXTREMES in turn), or a key of DECAYS. With `learnt`, log_decay needs a gradient.
+    `uneven` gives ranks growing shares of the tiles, `shards` tokens by rank. Without `final` nobody asks for the final
+    state, and what only that needs is left out.
     """
 
     tokens: int
@@ -77,6 +79,8 @@ class Case:
     def log_decay(self) -> Tensor | None:
         if self.decay == "none":
             return None
+        if self.decay == "extreme":
+            return torch.tensor(EXTREMES)[torch.arange(self.heads) % len(EXTREMES)]
         if self.decay in ("lightning", "mixed"):
             slopes = lightning_slopes(self.heads)
             if self.decay == "mixed":

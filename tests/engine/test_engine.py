@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import leetdist
 from leetdist.engine.plan import make_lanes, plan_call
+from leetdist.engine.problem import Decays
 from leetdist.sequence.cost import Job
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors
@@ -46,6 +48,38 @@ def test_many_ranks_and_empty_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEETDIST_LANES", "2")
     assert sharded_differences(Case(64 * 16, 8, 8, heads=2, tile=16), 64) == []
     assert sharded_differences(Case(100, 8, 8, heads=2, decay="gone", tile=32, initial=True), 7) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "shards",
+    [(16, 0), (33, 0, 0), (0, 16, 0), (0, 0, 21), (32, 0, 16, 0), (16, 0, 0, 5), (3, 0)],
+    ids=lambda shards: "-".join(map(str, shards)),
+)
+def test_ranks_without_tokens(shards: tuple[int, ...], dtype: torch.dtype) -> None:
+    """States cross them whatever the decay. In fp64, e^-110 is not 0."""
+    case = Case(sum(shards), 8, 8, decay="extreme", tile=16, shards=shards, dtype=dtype)
+    for initial, final in ((False, True), (True, True), (True, False)):
+        assert sharded_differences(replace(case, initial=initial, final=final), len(shards)) == []
+    documents = tuple(sorted({0, *(sum(shards) * part // 3 for part in (1, 2)), sum(shards)}))
+    packed = replace(case, documents=(*documents, documents[-1]), initial=True)
+    assert sharded_differences(packed, len(shards)) == []
+
+
+def test_what_is_forgotten_follows_the_states_dtype() -> None:
+    """e^-110 is 0 in fp32 only, whatever the dtype of log_decay."""
+    q, k, v = (torch.randn(1, 1, 32, 8, dtype=torch.float64) for _ in range(3))
+    k[:, :, 15] *= 1e48
+    log_decay = torch.tensor([-110.0])
+
+    def rank(group: VirtualGroup) -> torch.Tensor:
+        mine = (x[:, :, 16 * group.rank : 16 * group.rank + 16] for x in (q, k, v))
+        return leetdist.linear_attention(*mine, log_decay, group=group, tile=16)
+
+    one = leetdist.linear_attention(q, k, v, log_decay, tile=16)
+    assert torch.equal(torch.cat(leetdist.virtual_ranks(rank, 2), 2), one)
+    assert Decays((-110.0, -746.5)).forgetting(1, torch.float64) == [1]
+    assert Decays((-110.0, -746.5)).forgetting(1, torch.bfloat16) == [0, 1]
 
 
 def test_lanes_cover_the_heads() -> None:
