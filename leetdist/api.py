@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from leetdist.engine import ops
-from leetdist.engine.passes import LinearAttention, forward_pass, row_major
+from leetdist.engine.autograd import LinearAttention
+from leetdist.engine.passes import forward_pass, row_major
 from leetdist.engine.plan import plan_call
 from leetdist.engine.problem import ONE_DEVICE, check_step, describe
 from leetdist.operators.methods import attention_on_one_device, triton_serves
