@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from leetdist.engine import ops
-from leetdist.engine.autograd import LinearAttention
-from leetdist.engine.passes import forward_pass, row_major
-from leetdist.engine.plan import plan_call
+from leetdist.engine.call import run
 from leetdist.engine.problem import ONE_DEVICE, check_step, describe
 from leetdist.operators.methods import attention_on_one_device, triton_serves
 from leetdist.sequence.group import name_of, resolve
-from leetdist.sequence.shard import redistribute
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -150,24 +147,7 @@ def linear_attention(
     if torch.compiler.is_compiling():
         o, state = ops.linear_attention(q, k, v, log_decay, **options, group=name_of(group))
         return (o, state) if return_state else o
-    transport = resolve(group)
-    captured = transport is not None and q.is_cuda and torch.cuda.is_current_stream_capturing()
-    plan = plan_call(q, k, v, log_decay, **options, transport=transport, captured=captured)
-    problem, here, there = plan.problem, plan.given, plan.layout.lengths
-    anchor = None
-    if transport is not None:
-        q, k, v = (redistribute(x, 2, here, there, transport) for x in (q, k, v))
-        if plan.any_initial_grad and not problem.needs_grad and not problem.needs_initial_grad:
-            anchor = torch.empty(0, requires_grad=True)
-    if log_decay is None:
-        log_decay = torch.zeros(problem.heads, device=problem.device)
-    if transport is None and not problem.needs_grad and not problem.needs_initial_grad:
-        results: Any = forward_pass(row_major(q), row_major(k), row_major(v), log_decay, initial_state, plan)
-    else:
-        results = LinearAttention.apply(q, k, v, log_decay, initial_state, anchor, plan)
-    o, state = results[:2]
-    if transport is not None:
-        o = redistribute(o, 2, there, here, transport)
+    o, state = run((q, k, v, log_decay), options, resolve(group))
     return (o, state) if return_state else o
 
 

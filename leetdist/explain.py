@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
     }
     if plan is not None:
         lines |= {
-            "kernels": backend_of(plan.kernels),
+            "kernels": backend_of(cast(Any, plan.operator).kernels),
             "tile": f"{plan.tiles.size:,} tokens, {plan.tiles.count:,} tiles: "
             + ("named by the caller" if problem.tile else "chosen from the length of the whole sequence"),
             "shards": _shards(plan),

@@ -7,12 +7,13 @@ stream: they are taken as they are.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, library
 
-from leetdist.engine.passes import backward_pass, empty_as, forward_pass, row_major
+from leetdist.engine.layout import empty_as, row_major
+from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan, plan_call
 from leetdist.sequence.group import by_name
 from leetdist.sequence.shard import move
@@ -59,7 +60,7 @@ def _forward(
     decay = q.new_zeros(q.shape[1], dtype=torch.float32) if log_decay is None else log_decay
     like = q
     q, k, v = (row_major(_aligned(x, plan)) for x in (q, k, v))
-    o, final, states = forward_pass(q, k, v, decay, initial_state, plan)
+    o, final, states = forward_pass((q, k, v, decay), initial_state, plan)
     o = _aligned(o, plan, back=True)
     if final is None:
         final = states.new_empty(0)
@@ -123,8 +124,8 @@ def _backward(
     states = states.as_strided((count,), (1,)) if count else states[:0]
     like_q, like_k, like_v = q, k, v
     q, k, v, do = (row_major(_aligned(x, plan)) for x in (q, k, v, do))
-    dq, dk, dv, ddecay, dinitial = backward_pass(
-        q, k, v, decay, states, do, dfinal if return_state else None, plan, needs_decay_grad=needs_decay_grad
+    dq, dk, dv, ddecay, dinitial = cast(Any, backward_pass)(
+        (q, k, v, decay), states, do, dfinal if return_state else None, plan, needs_head_grads=needs_decay_grad
     )
     return (
         _laid_out(_aligned(dq, plan, back=True), like_q),

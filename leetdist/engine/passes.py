@@ -1,174 +1,163 @@
-"""The operator's two passes: local kernels, the scan between them, and the exact backward.
+"""The two passes: what a tile does is the operator's (leetdist.operators), what travels between tiles and ranks is the
+scan's (leetdist.engine.scan); here is the order of the two, lane by lane.
 
-`leetdist.engine.autograd` makes them one differentiable function, `leetdist.engine.ops` custom ops for torch.compile.
+Inputs are in the operator's order: its `tokens`, then its `heads`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from leetdist.engine import scan, trace
-from leetdist.engine.plan import Lane, Plan
+from leetdist.engine.lanes import Lane, LaneStates, LaneTokens, in_order
+from leetdist.engine.layout import row_major
+from leetdist.engine.plan import Plan
 from leetdist.kernels.common.recording import HostStep, note, take
 
+Inputs: TypeAlias = tuple[Tensor, ...]
 
-def forward_pass(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, plan: Plan
-) -> tuple[Tensor, Tensor | None, Tensor]:
+
+def forward_pass(inputs: Inputs, initial_state: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None, Tensor]:
     """With S the state at each tile's start (L what a tile adds to it):
 
-        L = tile_states(k, v)      S = scan(L)      o = LA(q, k, v; S)
+        L = summaries      S = scan(L)      o = outputs(S)
 
     Returns o, the final state (if the problem asks for it) and S, all in one row of numbers.
     """
-    return cast(Any, _repeated(_forward_pass, (q, k, v, log_decay, initial_state), plan))
+    return cast(Any, _repeated(_forward_pass, (*inputs, initial_state), plan))
 
 
-def _forward_pass(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, plan: Plan
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    problem, kernels, tiles = plan.problem, plan.kernels, plan.tiles
+def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    inputs: Inputs
+    *inputs, initial_state, plan = given  # type: ignore[assignment]
+    operator, tiles, q, v = plan.operator, plan.tiles, inputs[0], inputs[2]
     with _together(q, plan, beside=len(plan.lanes) > 1) as side:  # one lane's outputs wait for its scan anyway
-        states = _Lanes(k.shape[0], k.shape[3], v.shape[3], q, plan)
+        of_lane = {lane: _of_lane(inputs, lane, plan) for lane in plan.lanes}
+        states = LaneStates(q, plan)
         for lane in plan.lanes:
             with trace.span("tile states", plan.rank, lane, q):
-                states.put(
-                    lane,
-                    kernels.tile_states,
-                    _part(k, lane.kv),
-                    _part(v, lane.kv),
-                    _part(log_decay, lane.heads, 0),
-                    tiles,
-                    reverse=False,
-                    to_end=plan.to_end(reverse=False),
+                added = operator.summaries(
+                    of_lane[lane], tiles, to_end=plan.to_end(reverse=False), out=states.place(lane)
                 )
+                states.put(lane, added)
             side.after(lane)
         initial = None
         if plan.any_initial:
             initial = scan.states_from_first(initial_state, plan.state_shape, states.like, plan)
-        final = side.scan(states, initial, log_decay, plan, reverse=False)
-        o = _Heads(q, v.shape[3], q.dtype, plan)
+        final = side.scan(states, initial, of_lane, plan, reverse=False)
+        o = LaneTokens(q, q.dtype, plan, heads=plan.problem.heads, dim=v.shape[3])
         for lane in plan.lanes:
             side.join(lane, plan.rank, q)
             with trace.span("outputs", plan.rank, lane, q):
-                o.put(
-                    lane, kernels.tile_outputs, _part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv),
-                    states[lane], _part(log_decay, lane.heads, 0), tiles,
-                    reverse=False, scale=problem.scale, state_scale=problem.scale, out_dtype=q.dtype,
-                )  # fmt: skip
+                o.put(lane, operator.outputs(of_lane[lane], states[lane], tiles, out=o.place(lane)))
         whole = None
-        if problem.return_state:
-            whole = scan.states_to_all(_in_order(final, plan), plan.state_shape, plan)
+        if plan.problem.return_state:
+            whole = scan.states_to_all(in_order(final, plan), plan.state_shape, plan)
     return o.whole, whole, states.flat
 
 
 def backward_pass(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
+    inputs: Inputs,
     flat_states: Tensor,
     do: Tensor | None,
     dfinal: Tensor | None,
     plan: Plan,
     *,
-    needs_decay_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """With R the gradient of the state at each tile's end:
+    needs_head_grads: bool,
+) -> tuple[Tensor | None, ...]:
+    """With R the gradient of the state at each tile's end (U what a tile's outputs add to it):
 
-        U = tile_states(q, do), reversed      R = scan(U), reversed
-        dq = LA(do, v, k; S^T)      dk = LA(v, do, q; R^T), reversed      dv = LA(k, q, do; R), reversed
+        U = state_gradients(do)      R = scan(U), reversed      gradients of the inputs from S, R and do
 
-    dq needs no R, so it is computed while R's scan is under way. Returns dq, dk, dv, d log_decay, d initial_state (the
-    last on the first rank, if the call has one).
+    Some need no R (the operator's `early` ones): they are computed while R's scan is under way. Returns the gradients
+    of the inputs (None for `heads` unless needs_head_grads), and of the initial state (on the first rank, if the call
+    has one).
     """
-    return cast(Any, _repeated(_backward_pass, (q, k, v, log_decay, flat_states, do, dfinal), plan, needs_decay_grad))
+    return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_head_grads)
 
 
-def _backward_pass(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    flat_states: Tensor,
-    do: Tensor | None,
-    dfinal: Tensor | None,
-    plan: Plan,
-    needs_decay_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    problem, kernels, tiles, scale = plan.problem, plan.kernels, plan.tiles, plan.problem.scale
+def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
+    inputs: Inputs
+    *inputs, flat_states, do, dfinal, plan, needs_head_grads = given  # type: ignore[assignment]
+    problem, operator, tiles, q = plan.problem, plan.operator, plan.tiles, inputs[0]
     if do is None:
         do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], problem.dv)
     do = row_major(do)
     with _together(q, plan, beside=True) as side:
-        states = _Lanes(k.shape[0], k.shape[3], v.shape[3], q, plan, flat_states)
-        grads = _Lanes(k.shape[0], k.shape[3], v.shape[3], q, plan)
+        of_lane = {lane: _of_lane(inputs, lane, plan) for lane in plan.lanes}
+        do_of = {lane: lane.part(do, 1) for lane in plan.lanes}
+        states, ends = LaneStates(q, plan, flat_states), LaneStates(q, plan)
         for lane in plan.lanes:
             with trace.span("tile states", plan.rank, lane, q):
-                grads.put(
-                    lane, kernels.tile_states, _part(q, lane.heads), _part(do, lane.heads),
-                    _part(log_decay, lane.heads, 0), tiles, reverse=True, scale=scale, to_end=plan.to_end(reverse=True),
+                added = operator.state_gradients(
+                    of_lane[lane], states[lane], do_of[lane], tiles,
+                    to_end=plan.to_end(reverse=True), out=ends.place(lane),
                 )  # fmt: skip
+                ends.put(lane, added)
             side.after(lane)
         if problem.return_state and (dfinal is not None or plan.transport is not None):
             if dfinal is None:
-                dfinal = grads.like.new_zeros(plan.state_shape)
+                dfinal = ends.like.new_zeros(plan.state_shape)
             dfinal = scan.states_from_all(dfinal, plan)
-        dinitial = side.scan(grads, dfinal, log_decay, plan, reverse=True)
+        dinitial = side.scan(ends, dfinal, of_lane, plan, reverse=True)
 
-        # Heads that share k and v add up, in fp32, in the order of the heads.
-        wide = grads.like.dtype if problem.kv_heads < problem.heads else q.dtype
-        dq = _Heads(q, problem.dk, q.dtype, plan)
-        for lane in plan.lanes:
-            with trace.span("dq", plan.rank, lane, q):
-                dq.put(
-                    lane, kernels.tile_outputs, _part(do, lane.heads), _part(v, lane.kv), _part(k, lane.kv),
-                    states[lane].mT, _part(log_decay, lane.heads, 0), tiles,
-                    reverse=False, scale=scale, state_scale=scale, out_dtype=q.dtype,
-                )  # fmt: skip
-        dk, dv = (_Heads(x, x.shape[3], wide, plan, shared=True) for x in (k, v))
+        # Heads that share an input add up, in fp32, in the order of the heads.
+        wide = ends.like.dtype if problem.kv_heads < problem.heads else q.dtype
+        grads = {name: LaneTokens(x, wide, plan) for name, x in zip(operator.tokens, inputs, strict=False)}
+        late = tuple(name for name in operator.tokens if name not in operator.early)
+
+        def put(names: tuple[str, ...], lane: Lane, compute: Callable[..., dict[str, Tensor]], *given: Any) -> None:
+            with trace.span(", ".join(f"d{name}" for name in names), plan.rank, lane, q):
+                places = {name: grads[name].place(lane) for name in names}
+                for name, grad in compute(
+                    of_lane[lane], states[lane], *given, do_of[lane], tiles, places, wide
+                ).items():
+                    grads[name].put(lane, grad)
+
+        if operator.early:
+            for lane in plan.lanes:
+                put(operator.early, lane, operator.early_gradients)
         for lane in plan.lanes:
             side.join(lane, plan.rank, q)
-            of_lane = (_part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv), _part(do, lane.heads))
-            with trace.span("dk, dv", plan.rank, lane, q):
-                common: dict[str, Any] = {"reverse": True, "scale": scale, "state_scale": 1.0, "out_dtype": wide}
-                q_, k_, v_, do_ = of_lane
-                dk.put(
-                    lane, kernels.tile_outputs, v_, do_, q_, grads[lane].mT, _part(log_decay, lane.heads, 0), tiles,
-                    **common,
-                )  # fmt: skip
-                dv.put(
-                    lane, kernels.tile_outputs, k_, q_, do_, grads[lane], _part(log_decay, lane.heads, 0), tiles,
-                    **common,
-                )  # fmt: skip
+            put(late, lane, operator.late_gradients, ends[lane])
 
-        dlog_decay = None
-        if needs_decay_grad:
-            shares = {}
-            for lane in plan.lanes:
-                of_lane = (_part(q, lane.heads), _part(k, lane.kv), _part(v, lane.kv), _part(do, lane.heads))
-                shares[lane] = kernels.decay_gradient(
-                    *of_lane, states[lane], grads[lane], _part(log_decay, lane.heads, 0), tiles, scale=scale
-                )
-            dlog_decay = scan.decay_gradient_to_first(_in_order(shares, plan), log_decay, plan)
+        head_grads: list[Tensor | None] = [None] * len(operator.heads)
+        if needs_head_grads and operator.heads:
+            shares = {
+                lane: operator.head_gradients(of_lane[lane], states[lane], ends[lane], do_of[lane], tiles)
+                for lane in plan.lanes
+            }
+            for place, name in enumerate(operator.heads):
+                whole = in_order({lane: share[name] for lane, share in shares.items()}, plan)
+                like = inputs[len(operator.tokens) + place]
+                head_grads[place] = scan.head_gradient_to_first(whole, like, name, plan)
         dinitial_whole = None
         if plan.any_initial:
-            dinitial_whole = scan.states_to_first(_in_order(dinitial, plan), plan.state_shape, plan)
-    return dq.whole, dk.whole, dv.whole, dlog_decay, dinitial_whole if problem.has_initial else None
+            dinitial_whole = scan.states_to_first(in_order(dinitial, plan), plan.state_shape, plan)
+    token_grads = [grads[name].whole for name in operator.tokens]
+    return *token_grads, *head_grads, dinitial_whole if problem.has_initial else None
+
+
+def _of_lane(inputs: Inputs, lane: Lane, plan: Plan) -> dict[str, Tensor]:
+    """The lane's heads of the operator's inputs, by name."""
+    operator = plan.operator
+    tokens = len(operator.tokens)
+    names = (*operator.tokens, *operator.heads)
+    return {name: lane.part(x, 1 if i < tokens else 0) for i, (name, x) in enumerate(zip(names, inputs, strict=True))}
 
 
 def _repeated(
-    function: Any, tensors: tuple[Tensor | None, ...], plan: Plan, needs_decay_grad: bool | None = None
+    function: Any, tensors: tuple[Tensor | None, ...], plan: Plan, needs_head_grads: bool | None = None
 ) -> tuple[Tensor | None, ...]:
     """One pass; where it has been seen before, and is nothing but launches, its launches again."""
-    more = (plan,) if needs_decay_grad is None else (plan, needs_decay_grad)
-    if not plan.repeatable or trace.on() or needs_decay_grad:
+    more = (plan,) if needs_head_grads is None else (plan, needs_head_grads)
+    if not plan.repeatable or trace.on() or needs_head_grads:
         return cast(Any, function(*tensors, *more))
     from leetdist.kernels.common.replay import repeated
 
@@ -180,58 +169,6 @@ def _repeated(
     stream = torch.cuda.current_stream(plan.problem.device)  # which steps of the host name, and come back to
     with plan.transport.call(), torch.cuda.stream(stream):
         return repeated(function, tensors, *more, where=(stream, place))
-
-
-class _Lanes:
-    """(B, lane's heads, tiles, rows, columns) of every lane, one lane after the other in `flat`."""
-
-    def __init__(self, batch: int, rows: int, columns: int, x: Tensor, plan: Plan, flat: Tensor | None = None) -> None:
-        self.like = x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        tiles, heads = plan.tiles.count, plan.problem.heads
-        self.one = len(plan.lanes) == 1
-        self.shape = (batch, heads, tiles, rows, columns)
-        if flat is None and not self.one:
-            flat = self.like.new_empty(batch * heads * tiles * rows * columns)
-        if flat is not None:
-            self._set(flat, plan)
-
-    def _set(self, flat: Tensor, plan: Plan) -> None:
-        batch, heads, *rest = self.shape
-        self.flat = flat
-        parts = flat.split([flat.numel() // heads * lane.width for lane in plan.lanes])
-        self.parts = {lane: part.view(batch, lane.width, *rest) for lane, part in zip(plan.lanes, parts, strict=True)}
-
-    def __getitem__(self, lane: Lane) -> Tensor:
-        return self.parts[lane]
-
-    def put(self, lane: Lane, kernel: Any, *args: Any, **kwargs: Any) -> None:
-        if self.one:
-            self.parts = {lane: kernel(*args, **kwargs)}
-            self.flat = self.parts[lane].flatten()
-        else:
-            kernel(*args, **kwargs, out=self.parts[lane])
-
-
-class _Heads:
-    """(B, H, N, D), filled lane by lane."""
-
-    def __init__(self, x: Tensor, dim: int, dtype: torch.dtype, plan: Plan, *, shared: bool = False) -> None:
-        self.one = len(plan.lanes) == 1
-        self.shared = shared and plan.problem.kv_heads < plan.problem.heads
-        self.kv_heads, self.kv = plan.problem.kv_heads, shared
-        self.dtype = x.dtype
-        if not self.one:
-            self.whole = empty_as(x, x.shape[1], dim, x.dtype)
-
-    def put(self, lane: Lane, kernel: Any, *args: Any, **kwargs: Any) -> None:
-        if self.one:
-            out = kernel(*args, **kwargs)
-            self.whole = _sum_shared(out, self.kv_heads).to(self.dtype) if self.shared else out
-        elif self.shared:
-            kv = int(lane.kv.stop - lane.kv.start)
-            self.whole[:, lane.kv] = _sum_shared(kernel(*args, **kwargs), kv).to(self.dtype)
-        else:
-            kernel(*args, **kwargs, out=self.whole[:, lane.kv if self.kv else lane.heads])
 
 
 class _Side:
@@ -250,7 +187,13 @@ class _Side:
             self.begin[lane] = _mark(self.main)
 
     def scan(
-        self, states: _Lanes, initial: Tensor | None, log_decay: Tensor, plan: Plan, *, reverse: bool
+        self,
+        states: LaneStates,
+        initial: Tensor | None,
+        of_lane: dict[Lane, dict[str, Tensor]],
+        plan: Plan,
+        *,
+        reverse: bool,
     ) -> dict[Lane, Tensor]:
         """Launch the scans of all lanes; `join` waits for one. Returns the states at the end, where somebody asked."""
         final = {}
@@ -262,7 +205,8 @@ class _Side:
                 if self.stream is not None:
                     take(partial(self.stream.wait_event, self.begin[lane]))
                 own = None if initial is None else initial[:, lane.heads].contiguous()
-                end = scan.scan(states[lane], own, _part(log_decay, lane.heads, 0), plan, lane, reverse=reverse)
+                keep = plan.operator.transitions(of_lane[lane], plan.tiles)
+                end = scan.scan(states[lane], own, keep, plan, lane, reverse=reverse)
                 if end is not None:
                     final[lane] = end
                 if self.stream is not None and self.main is not None:
@@ -316,39 +260,3 @@ def _together(x: Tensor, plan: Plan, *, beside: bool) -> Iterator[_Side]:
             with plan.transport.call():
                 yield _Side(stream)
                 plan.transport.flush()
-
-
-def _part(x: Tensor, heads: slice, dim: int = 1) -> Tensor:
-    """x's `heads`; x itself where they are all, because a view takes a few microseconds too."""
-    return x if heads.stop - heads.start == x.shape[dim] else x.narrow(dim, heads.start, heads.stop - heads.start)
-
-
-def _in_order(lanes: dict[Lane, Tensor], plan: Plan) -> Tensor:
-    """The lanes' parts along dimension 1, in the order of the heads."""
-    if len(lanes) == 1:
-        return lanes[plan.lanes[0]]
-    return torch.cat([lanes[lane] for lane in sorted(plan.lanes, key=lambda lane: lane.heads.start)], 1)
-
-
-def empty_as(x: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """(B, heads, N, dim), laid out in memory as x is: a (B, N, H, D) model gets its own layout back."""
-    batch, _, tokens, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
-    return x.new_empty(batch, heads, tokens, dim, dtype=dtype)
-
-
-def row_major(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension; any other strides are served as they are."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _sum_shared(x: Tensor, kv_heads: int) -> Tensor:
-    """(B, H, N, D) summed over the heads that share one head of k and v: (B, kv_heads, N, D)."""
-    if x.shape[1] == kv_heads:
-        return x
-    shared = x.unflatten(1, (kv_heads, -1)).unbind(2)
-    total = shared[0]
-    for x in shared[1:]:
-        total = total + x
-    return total

@@ -1,19 +1,18 @@
-"""From a problem to who computes what: the kernels, the tiles of this rank, where the tokens lie, and which heads go
+"""From a problem to who computes what: the operator, the tiles of this rank, where the tokens lie, and which heads go
 together."""
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from leetdist.engine.lanes import Lane, make_lanes
 from leetdist.engine.problem import (
     Decays,
     Problem,
@@ -24,7 +23,9 @@ from leetdist.engine.problem import (
     known_decays,
 )
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.operators.methods import Kernels, kernels_for, launches_alone, part_of_tile, served_by
+from leetdist.operators.base import Operator
+from leetdist.operators.methods import served_by
+from leetdist.operators.registry import operator_named
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.cost import best_lanes
 from leetdist.sequence.grid import Layout
@@ -35,47 +36,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Lane:
-    """Heads whose states travel together: `heads` of q, `kv` of k and v. See leetdist.engine.scan on what `forgets`
-    (of the whole lane) and mute heads are; `sent` are the others, counted from the lane's first."""
-
-    number: int
-    heads: slice
-    kv: slice
-    sent: tuple[int, ...]
-    forgets: bool = False
-
-    def __str__(self) -> str:
-        return f"heads {self.heads.start} to {self.heads.stop - 1}"
-
-    @property
-    def width(self) -> int:
-        return int(self.heads.stop - self.heads.start)
-
-    def pick(self, states: Tensor) -> Tensor:
-        """(rows, width, Dk, Dv) without the mute heads."""
-        return states if len(self.sent) == self.width else states[:, _index(self.sent, states.device)]
-
-    def spread(self, states: Tensor) -> Tensor:
-        """The inverse of `pick`, with zeros for the mute heads."""
-        if len(self.sent) == self.width:
-            return states
-        whole = states.new_zeros(states.shape[0], self.width, *states.shape[2:])
-        whole[:, _index(self.sent, states.device)] = states
-        return whole
-
-
-@cache
-def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(heads, dtype=torch.int64, device=device)
-
-
-@dataclass(frozen=True, eq=False)
 class Plan:
     """Everything that the two passes need beside tensors."""
 
     problem: Problem
-    kernels: Kernels
+    operator: Operator
     layout: Layout
     tiles: Tiles
     lanes: tuple[Lane, ...]
@@ -99,7 +64,7 @@ class Plan:
         """Whether a pass may be nothing but launches, whose host work is done once a kind of call. Decays that are
         learnt have a plan of their own in every call under a group."""
         learnt = self.transport is not None and self.problem.needs_decay_grad
-        return self.problem.device.type == "cuda" and launches_alone(self.kernels) and not learnt
+        return self.problem.device.type == "cuda" and self.operator.launches_alone and not learnt
 
     def to_end(self, *, reverse: bool) -> bool:
         """Whether anybody reads what the last tile of the scan adds: the next rank, or who asked for the state at the
@@ -135,20 +100,23 @@ def plan_call(
     *,
     transport: Transport | None,
     captured: bool = False,
+    operator: str = "constant_decay",
+    gates: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Plan:
     """Check the arguments of one call, agree with the group's other ranks, and plan it. Options: those of `describe`.
 
     captured: whether a CUDA graph captures the call, and its backward will do with this plan.
+    gates: the inputs beside q, k and v, of another operator than the constant decay.
 
     Raises ValueError, under a group on every rank, if any rank's arguments are wrong or the ranks' do not fit together.
     """
     if transport is None:
-        kind = _kind(q, k, v, log_decay, options)
+        kind = _kind(q, k, v, log_decay, options) if gates is None else None
         known = None if kind is None else _plans.get(kind)
         if known is None:
-            problem = describe(q, k, v, log_decay, **options)
-            known = _local_plan(problem, cast(Hashable, kernels_for(problem, problem.tokens)), _settings())
+            problem = _of_operator(describe(q, k, v, log_decay, **options), operator, gates)
+            known = _local_plan(problem, operator_named(problem.operator).chosen(problem, problem.tokens), _settings())
             if kind is not None:
                 if len(_plans) >= MOST_PLANS:
                     _plans.clear()
@@ -158,7 +126,7 @@ def plan_call(
     mine: Problem | ValueError
     try:
         mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
-        mine = replace(mine, backend=served_by(mine), captured=captured)
+        mine = replace(_of_operator(mine, operator, gates), backend=served_by(mine), captured=captured)
     except ValueError as error:
         mine = error
     else:
@@ -171,7 +139,7 @@ def plan_call(
         values=0 if decays is None else decays.digest, declared=lengths is not None,
     )  # fmt: skip
     assert isinstance(mine, Problem)
-    key = decays, kernels_for(mine, sum(p.tokens for p in agreement.everyone))
+    key = decays, operator_named(mine.operator).chosen(mine, sum(p.tokens for p in agreement.everyone))
     plan: Plan | None = agreement.memo.get(key)
     if plan is None:
         check_agreement(agreement.everyone)
@@ -189,6 +157,25 @@ def plan_call(
             agreement.memo.clear()
         agreement.memo[key] = plan
     return plan
+
+
+def _of_operator(problem: Problem, operator: str, gates: Mapping[str, Tensor] | None) -> Problem:
+    """The problem of an operator that has inputs beside q, k and v."""
+    if gates is None:
+        return problem
+    kind = operator_named(operator)
+    shapes = []
+    for name, x in gates.items():
+        kind.check_gate(name, x, problem)
+        shapes.append(tuple(x.shape[3:] if name in kind.tokens else x.shape[1:]))
+    learnt = {name for name, x in gates.items() if problem.grad_mode and x.requires_grad}
+    return replace(
+        problem,
+        operator=operator,
+        gates=tuple(shapes),
+        needs_grad=problem.needs_grad or bool(learnt),
+        needs_decay_grad=not learnt.isdisjoint(kind.heads),
+    )
 
 
 # Plans of local calls by all that `describe` looks at: it takes longer than a short call runs.
@@ -219,7 +206,7 @@ def _settings() -> tuple[str | None, ...]:
 
 
 @lru_cache(maxsize=512)
-def _local_plan(problem: Problem, _kernels: Hashable, _settings: Hashable) -> Plan:
+def _local_plan(problem: Problem, _chosen: Hashable, _settings: Hashable) -> Plan:
     """Layers and steps come with the same few problems. A plan is for one choice of kernels and settings: what is
     remembered by the plan (leetdist.kernels.common.replay) is."""
     layout, tile = global_layout([problem])
@@ -240,15 +227,15 @@ def make_plan(
 ) -> Plan:
     """The plan of one rank; `layout` has its boundaries on the grid of `tile`."""
     rank = 0 if transport is None else transport.rank
-    kernels = kernels_for(problem, layout.offsets[-1])
-    tile = part_of_tile(kernels, tile)
+    operator = operator_named(problem.operator)(problem, layout.offsets[-1])
+    tile = operator.part_of_tile(tile)
     tiles = layout.tiles(rank, tile)
     forgetting = frozenset(() if decays is None else decays.forgetting(tile, problem.dtype))
     # Where the last ranks hold no tokens, the state at the end and its gradient cross them, multiplied by nothing.
     crossed = layout.documents is None and layout.lengths[-1] == 0
     mute = frozenset(() if decays is None or crossed else decays.forgetting(1, problem.dtype))
     lanes = 1
-    if transport is not None and _writes_into_given(cast(Hashable, kernels)):
+    if transport is not None and operator.writes_into_places:
         lanes = problem.lanes or best_lanes(
             layout.batch, problem.heads, problem.kv_heads, problem.dk, problem.dv, layout.lengths, tile,
             problem.device.type, forgetting=len(forgetting) / problem.heads,
@@ -256,7 +243,7 @@ def make_plan(
         )  # fmt: skip
     return Plan(
         problem=problem,
-        kernels=kernels,
+        operator=operator,
         layout=layout,
         tiles=tiles,
         lanes=make_lanes(problem.heads, problem.kv_heads, lanes, forgetting, mute),
@@ -268,31 +255,3 @@ def make_plan(
         mute=mute,
         given=given or layout.lengths,
     )
-
-
-def make_lanes(
-    heads: int, kv_heads: int, count: int, forgetting: frozenset[int] = frozenset(), mute: frozenset[int] = frozenset()
-) -> tuple[Lane, ...]:
-    """The heads in `count` lanes, those that share a head of k and v together. Those that forget go first: they
-    wait for their neighbour only, and their outputs are computed while the others' chains run through all ranks."""
-    count = min(count, kv_heads)
-    share = heads // kv_heads
-    lanes: list[Lane] = []
-    for begin, end in pairwise(lane * kv_heads // count for lane in range(count + 1)):
-        own = range(begin * share, end * share)
-        lanes.append(
-            Lane(
-                number=len(lanes),
-                heads=slice(own.start, own.stop),
-                kv=slice(begin, end),
-                sent=tuple(head - own.start for head in own if head not in mute),
-                forgets=forgetting.issuperset(own),
-            )
-        )
-    return tuple(sorted(lanes, key=lambda lane: not lane.forgets))
-
-
-@cache
-def _writes_into_given(kernels: Any) -> bool:
-    """Several lanes fill one output, so the kernels must be able to write where they are told."""
-    return all("out" in inspect.signature(f).parameters for f in (kernels.tile_states, kernels.tile_outputs))

@@ -51,6 +51,8 @@ class Problem:
     lanes: int | None = None
     backend: str = ""  # under a group: ranks with other kernels would have other bits
     captured: bool = False  # by a CUDA graph, which no host launches
+    operator: str = "constant_decay"
+    gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
 
     @property
     def num_documents(self) -> int:

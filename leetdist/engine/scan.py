@@ -4,7 +4,7 @@ A rank folds its own tiles onto the state that arrives from the rank before it (
 the result on. `S_p = gamma^L S_{p-1} + S_local` would need no fold per hop, but associates the sum differently, and so
 gives other bits than one device. What travels is one state a sequence: (B, H, Dk, Dv) fp32, whatever the length.
 
-Heads go in lanes (`engine.plan.Lane`), each with a chain of its own, so that the hops of one overlap with the work of
+Heads go in lanes (`engine.lanes.Lane`), each with a chain of its own, so that the hops of one overlap with the work of
 another. A head's numbers never meet another head's, so the lanes change no bit.
 
 Heads that forget. Let `gamma^T`, the factor with which a full tile takes over the state before it, be exactly 0 (in the
@@ -38,17 +38,19 @@ from torch import Tensor
 from leetdist.engine import trace
 
 if TYPE_CHECKING:
-    from leetdist.engine.plan import Lane, Plan
+    from leetdist.engine.lanes import Lane
+    from leetdist.engine.plan import Plan
 
 
 def scan(
-    states: Tensor, initial: Tensor | None, log_decay: Tensor, plan: Plan, lane: Lane, *, reverse: bool
+    states: Tensor, initial: Tensor | None, keep: Tensor, plan: Plan, lane: Lane, *, reverse: bool
 ) -> Tensor | None:
     """Fold this rank's tile states of one lane in place, from and to its neighbours.
 
     states: (B, lane's heads, tiles, Dk, Dv), what each tile adds; becomes the state at each tile's start (its right end
     when reversed). initial: (rows, lane's heads, Dk, Dv) for the sequences that begin here (end here, reversed), or
-    None for zeros. Returns the states of the sequences that end here (begin here, reversed); None if nobody asked.
+    None for zeros. keep: the operator's transitions.
+    Returns the states of the sequences that end here (begin here, reversed); None if nobody asked.
     """
     layout, transport, rank = plan.layout, plan.transport, plan.rank
     batch, heads, tiles, dk, dv = states.shape
@@ -94,7 +96,7 @@ def scan(
                 initial = carried
         with trace.span("fold", plan.rank, lane, states):
             to_end = plan.to_end(reverse=reverse)
-            final = plan.kernels.fold(states, initial, log_decay, plan.tiles, reverse=reverse, to_end=to_end)
+            final = plan.operator.fold(keep, states, initial, plan.tiles, reverse=reverse, to_end=to_end)
         if after:
             assert final is not None
             hand_on(final)
@@ -179,22 +181,24 @@ def states_from_all(states: Tensor, plan: Plan) -> Tensor:
     return total
 
 
-def decay_gradient_to_first(shares: Tensor, log_decay: Tensor, plan: Plan) -> Tensor:
-    """The gradient of log_decay from what each tile adds: (B, H, tiles) here, (H,) on the first rank, 0 elsewhere.
+def head_gradient_to_first(shares: Tensor, like: Tensor, name: str, plan: Plan) -> Tensor:
+    """The gradient of an input a head from what each tile adds: (B, H, tiles, ...) here, (H, ...) as `like` on the
+    first rank, 0 elsewhere.
 
     The shares of all ranks are folded in tile order, then over the batch; so the sum over ranks, in any order, is the
     single device's gradient bit for bit.
     """
-    transport, what = plan.transport, "the gradient of log_decay"
+    transport, what = plan.transport, f"the gradient of {name}"
     if transport is not None:
         if plan.rank != 0:
             transport.send(shares, 0, what)
-            return torch.zeros_like(log_decay)
+            return torch.zeros_like(like)
         parts = [shares]
         for rank in transport.others():
             count = plan.layout.tiles(rank, plan.tiles.size).count
-            parts.append(transport.receive(shares.new_empty(*shares.shape[:2], count), rank, what))
+            there = shares.new_empty(*shares.shape[:2], count, *shares.shape[3:])
+            parts.append(transport.receive(there, rank, what))
         shares = torch.cat(parts, 2)
     # cumsum, because a sum's order may depend on the number of threads, which launchers set.
-    in_order = shares.transpose(0, 1).flatten(1).double()
-    return in_order.cumsum(1)[:, -1].to(log_decay.dtype)
+    ordered = shares.transpose(0, 1).flatten(1, 2).double()
+    return ordered.cumsum(1)[:, -1].to(like.dtype)

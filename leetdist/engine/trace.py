@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from leetdist.engine.plan import Lane
+    from leetdist.engine.lanes import Lane
 
 _file: str | None = os.environ.get("LEETDIST_TRACE")
 _spans: list[tuple[str, int, int, Any, Any]] = []

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import leetdist
-from leetdist.engine.plan import make_lanes, plan_call
+from leetdist.engine.lanes import make_lanes
+from leetdist.engine.plan import plan_call
 from leetdist.engine.problem import Decays
 from leetdist.sequence.cost import Job
 from leetdist.sequence.virtual import VirtualGroup

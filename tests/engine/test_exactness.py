@@ -19,13 +19,9 @@ from leetdist.engine import scan as scan_module
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch import block
 from leetdist.testing.equality import Case, check, compute, differences, make_tensors, standard_cases
+from oracle import differing
 
 CPU = torch.device("cpu")
-
-
-def differing(case: Case, ranks: int, device: torch.device, seed: int = 0) -> list[str]:
-    results = leetdist.virtual_ranks(lambda group: check(case, group, device, seed), ranks)
-    return [str(difference) for result in results for difference in result]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])

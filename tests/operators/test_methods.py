@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_exactness import differing
-from test_operator import BOUNDS, assert_matches_oracle
 
 import leetdist
 from leetdist import reference
@@ -21,6 +19,7 @@ from leetdist.kernels.constant_decay.pytorch.fleet import decayed_cumsum
 from leetdist.operators.methods import compose, cost, launches_alone, lightning, part_of_tile
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.testing.equality import Case, check
+from oracle import BOUNDS, assert_matches_oracle, differing
 
 CPU = torch.device("cpu")
 SHARDED = [method for method in METHODS if method not in ("auto", *ONE_DEVICE)]

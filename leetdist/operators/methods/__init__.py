@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import itertools
 import os
 from collections.abc import Callable
@@ -153,6 +154,12 @@ def backend_of(kernels: Kernels) -> str:
     """The modules that the kernels are from, those of outputs first."""
     functions = (kernels.tile_outputs, kernels.tile_states, kernels.fold)
     return ", ".join(dict.fromkeys(function.__module__ for function in functions))
+
+
+@cache
+def writes_into_places(kernels: Kernels) -> bool:
+    """Whether the kernels can write where they are told: several lanes fill one output."""
+    return all("out" in inspect.signature(f).parameters for f in (kernels.tile_states, kernels.tile_outputs))
 
 
 def launches_alone(kernels: Kernels) -> bool:

@@ -1,0 +1,118 @@
+"""One call of an operator: planned, its tokens moved onto the tile grid where documents are packed, computed, and its
+outputs moved back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from leetdist.engine.autograd import LinearAttention
+from leetdist.engine.layout import row_major
+from leetdist.engine.passes import forward_pass
+from leetdist.engine.plan import plan_call
+from leetdist.operators.registry import operator_named
+from leetdist.sequence.group import resolve
+from leetdist.sequence.shard import redistribute
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+    from leetdist.sequence.transport import Transport
+
+
+def apply_operator(
+    operator: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    group: Group | None = None,
+    tile: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A registered operator (leetdist.operators.registry), on one device or over a sequence sharded across ranks.
+
+    Args:
+        operator: its name.
+        q, k, v: as `leetdist.linear_attention` takes them, and all that follows `gates` too.
+        gates: the operator's other inputs by name: (B, heads, N, ...) each for its `tokens`, (H, ...) for its `heads`.
+
+    Returns:
+        o, (B, H, N, Dv) in q's dtype; or (o, state) with `return_state`.
+
+    Raises:
+        ValueError: an argument is wrong or missing, or the ranks disagree; every rank of the group raises.
+        RuntimeError: a rank does not answer.
+
+    Source: chunkwise linear attention with a state that travels, as in LASP, arXiv 2404.02882.
+
+    >>> import torch
+    >>> q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    >>> apply_operator("constant_decay", q, k, v, {"log_decay": torch.tensor([-0.01, -0.5])}).shape
+    torch.Size([1, 2, 100, 16])
+    """
+    kind = operator_named(operator)
+    names = (*kind.tokens[3:], *kind.heads)
+    if set(gates) != set(names):
+        raise ValueError(f"gates of operator {operator!r} must be {', '.join(names) or 'none'}, got {', '.join(gates)}")
+    options: dict[str, Any] = {
+        "scale": scale,
+        "initial_state": initial_state,
+        "return_state": return_state,
+        "cu_seqlens": cu_seqlens,
+        "method": "auto",
+        "tile": tile,
+        "precision": None,
+    }
+    if operator == "constant_decay":
+        results = run((q, k, v, gates["log_decay"]), options, resolve(group))
+    else:
+        ordered = {name: gates[name] for name in names}
+        results = run((q, k, v, None), options, resolve(group), operator=operator, gates=ordered)
+    return results if return_state else results[0]
+
+
+def run(
+    given: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    options: dict[str, Any],
+    transport: Transport | None,
+    *,
+    operator: str = "constant_decay",
+    gates: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Any]:
+    """o and the final state, None where it is not asked for. given: q, k, v, log_decay; options: as `describe`'s."""
+    q, _, _, log_decay = given
+    initial_state = options["initial_state"]
+    captured = transport is not None and q.is_cuda and torch.cuda.is_current_stream_capturing()
+    plan = plan_call(*given, **options, transport=transport, captured=captured, operator=operator, gates=gates)
+    problem, here, there = plan.problem, plan.given, plan.layout.lengths
+    if gates is not None:
+        inputs = (*given[:3], *gates.values())
+    else:
+        if log_decay is None:
+            log_decay = torch.zeros(problem.heads, dtype=torch.float32, device=problem.device)
+        inputs = (*given[:3], log_decay)
+    anchor = None
+    if transport is not None:
+        tokens = len(plan.operator.tokens)
+        moved = (redistribute(x, 2, here, there, transport) for x in inputs[:tokens])
+        inputs = (*moved, *inputs[tokens:])
+        if plan.any_initial_grad and not problem.needs_grad and not problem.needs_initial_grad:
+            anchor = torch.empty(0, dtype=torch.float32, requires_grad=True)
+    if transport is None and not problem.needs_grad and not problem.needs_initial_grad:
+        results: Any = forward_pass(tuple(row_major(x) for x in inputs), initial_state, plan)
+    else:
+        results = LinearAttention.apply(initial_state, anchor, plan, *inputs)
+    o, state = results[:2]
+    if transport is not None:
+        o = redistribute(o, 2, there, here, transport)
+    return o, state
+
+
+__all__ = ["apply_operator", "run"]

@@ -1,0 +1,30 @@
+"""How (B, heads, N, D) tensors lie in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty_as(x: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """(B, heads, N, dim), laid out in memory as x is: a (B, N, H, D) model gets its own layout back."""
+    batch, _, tokens, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+    return x.new_empty(batch, heads, tokens, dim, dtype=dtype)
+
+
+def row_major(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension; any other strides are served as they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def sum_shared(x: Tensor, heads: int) -> Tensor:
+    """(B, H, N, ...) summed over the heads that share one of `heads`, in their order: (B, heads, N, ...)."""
+    if x.shape[1] == heads:
+        return x
+    shared = x.unflatten(1, (heads, -1)).unbind(2)
+    total = shared[0]
+    for x in shared[1:]:
+        total = total + x
+    return total
