@@ -75,8 +75,11 @@ def quadratic(
     tokens = torch.arange(q.shape[2], device=q.device)
     rows = tokens if rows is None else rows
     distance = rows[:, None] - tokens
-    mask = torch.exp(log_decay[:, None, None] * distance.clamp_min(0)) * (distance >= 0)
-    out = ((q[:, :, rows] @ k.mT) * mask) @ v
+    # gamma^0 is 1 for gamma = 0 too, and what is masked is left out, not multiplied by 0: it may be a NaN.
+    mask = torch.exp(torch.where(distance > 0, log_decay[:, None, None] * distance, 0.0))
+    scores = torch.where(distance >= 0, (q[:, :, rows] @ k.mT) * mask, 0.0)
+    seen_bad = (~v.isfinite()).cumsum(2)[:, :, rows] > 0
+    out = torch.where(seen_bad, torch.nan, scores @ torch.where(v.isfinite(), v, 0.0))
     if initial_state is not None:
         decay = torch.exp(log_decay[:, None] * (rows + 1))[..., None]
         out = out + decay * (q[:, :, rows] @ initial_state.double())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,7 +16,7 @@ from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.transport import Transport
 
 DECAYS = {"slow": 0.9999, "fast": 0.1, "gone": 1e-30}
-EXTREMES = (-1e30, -110.0, -2.0, 0.0)
+EXTREMES = (-math.inf, -110.0, -1e-30, -1e30, -2.0, -0.0)
 
 
 def lightning_slopes(heads: int) -> Tensor:

@@ -59,7 +59,7 @@ def test_many_ranks_and_empty_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_ranks_without_tokens(shards: tuple[int, ...], dtype: torch.dtype) -> None:
     """States cross them whatever the decay. In fp64, e^-110 is not 0."""
-    case = Case(sum(shards), 8, 8, decay="extreme", tile=16, shards=shards, dtype=dtype)
+    case = Case(sum(shards), 8, 8, heads=6, decay="extreme", tile=16, shards=shards, dtype=dtype)
     for initial, final in ((False, True), (True, True), (True, False)):
         assert sharded_differences(replace(case, initial=initial, final=final), len(shards)) == []
     documents = tuple(sorted({0, *(sum(shards) * part // 3 for part in (1, 2)), sum(shards)}))

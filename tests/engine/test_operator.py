@@ -25,6 +25,7 @@ CASES = [
     Case(300, 16, 16, tile=32, heads=2),
     Case(96, 256, 200, heads=1, decay="slow"),
     Case(700, 32, 16, heads=2, decay="slow", tile=512, scale=0.2, initial=True),  # several chunks a tile
+    Case(300, 16, 24, heads=6, decay="extreme", tile=256, initial=True),
 ]
 INTERPRETED_CASES = [
     Case(1, 16, 16, heads=1),
@@ -32,6 +33,7 @@ INTERPRETED_CASES = [
     Case(70, 32, 16, heads=1, decay="mixed", model_layout=True, tile=32),
     Case(60, 16, 16, heads=1, documents=(0, 20, 20, 60), initial=True, tile=16),
     Case(150, 16, 16, heads=1, decay="slow", tile=128, scale=0.2, initial=True),  # several chunks a tile
+    Case(70, 16, 16, heads=6, decay="extreme", tile=64, initial=True),
 ]
 
 

@@ -30,6 +30,7 @@ TABLE = [
     Case(77, 24, 8, heads=4, kv_heads=2, decay="mixed", batch=2, scale=0.5, initial=True, tile=32),
     Case(131, 16, 40, heads=2, decay="none", model_layout=True),
     Case(129, 12, 12, heads=2, decay="slow", documents=(0, 1, 1, 65, 129), initial=True, scale=2.0),
+    Case(100, 8, 12, heads=6, decay="extreme", initial=True, tile=32),
 ]
 LONG = [
     Case(601, 8, 12, heads=2, decay="slow", tile=512, scale=0.3, initial=True),
@@ -82,6 +83,7 @@ def test_interpreted(method: str, seed: int, monkeypatch: pytest.MonkeyPatch) ->
     for case in (
         Case(37, 17, 24, heads=2, kv_heads=1, decay="mixed", initial=True, tile=16, scale=0.5),
         Case(30, 16, 16, heads=1, decay="slow", documents=(0, 9, 9, 30), tile=16),
+        Case(20, 16, 16, heads=6, decay="extreme", initial=True, tile=16),
     ):
         assert_matches_oracle(replace(case, method=method), CPU, seed)
 
@@ -99,6 +101,7 @@ def test_on_a_gpu(method: str, backend: str | None, seed: int, monkeypatch: pyte
         Case(1300, 128, 128, heads=2, decay="none", model_layout=True),
         Case(700, 128, 128, heads=4, kv_heads=2, decay="slow", documents=(0, 1, 1, 65, 700), tile=512),
         Case(260, 256, 200, heads=2),
+        Case(300, 128, 128, heads=6, decay="extreme", initial=True),
     ]
     for case, dtype in itertools.product(cases, (torch.float32, torch.float16, torch.bfloat16)):
         assert_matches_oracle(replace(case, method=method, dtype=dtype), device, seed)

@@ -21,8 +21,10 @@ too; tests/engine/test_exactness.py watches that they go on doing so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,8 @@ from leetdist.kernels.common.tiles import Tiles, ceil_div
 
 # Tokens a matrix product works on. 128 was the fastest of 32, 64, 128 and 256 for D = 64 and 128 on two CPU cores.
 CHUNK = 128
+# From here on gamma is 0 in fp64 too; but gamma^0 is 1, where that of a log-decay of -inf would be NaN.
+LEAST = -1e4
 
 
 def tile_states(
@@ -118,18 +122,62 @@ def tile_outputs(
 
     a, b: (B, Ha or Hb, N, Da), c: (B, Hc, N, Dc), head counts dividing H; states: (B, H, tiles.count, Da, Dc).
     Returns (B, H, N, Dc) in `out_dtype`, in `out` (last dimension contiguous) if given.
+
+    No output depends on a token that it does not see, not even on a NaN or an infinity there, which a score of 0 would
+    pass on. Whatever is not finite shows in the outputs or in the last state, and then all is computed again.
     """
-    walk = _Walk(tiles, log_decay, a.dtype, reverse)
     if out is None:
-        out = torch.empty(a.shape[0], walk.heads, a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
+        out = torch.empty(a.shape[0], log_decay.shape[0], a.shape[2], c.shape[3], dtype=out_dtype, device=a.device)
+    scales: dict[str, Any] = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
+    if not _outputs(a, b, c, states, log_decay, tiles, out, **scales):
+        _outputs_past_lost(a, b, c, states, log_decay, tiles, out, **scales)
+    return out
+
+
+def _outputs(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    out: Tensor,
+    *,
+    reverse: bool,
+    scale: float,
+    state_scale: float,
+    select: bool = False,
+) -> bool:
+    """`tile_outputs`, and whether all was finite. select: a score that is masked is 0 even if it is not finite."""
+    walk = _Walk(tiles, log_decay, a.dtype, reverse)
     state, added_scale = padded(states), scale_of_added(scale, state_scale)
     for chunk in walk:
         a_i, b_i, c_i = chunk.take(a), chunk.take(b), chunk.take(c)
-        scores = (a_i @ b_i.mT).mul_(walk.mask * scale)
+        scores = a_i @ b_i.mT
+        if select:
+            scores = scores.triu_() if reverse else scores.tril_()
+        scores = scores.mul_(walk.mask * scale)
         from_state = (a_i @ chunk.of(state)).mul_(chunk.from_state() * state_scale)
         chunk.put(out, (scores @ c_i).add_(from_state))
         chunk.advance(state, (b_i * (chunk.to_state() * added_scale)).mT @ c_i)
-    return out
+    return math.isfinite(out.sum(dtype=walk.dtype) + state.sum())
+
+
+def _outputs_past_lost(
+    a: Tensor, b: Tensor, c: Tensor, states: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, **scales: Any
+) -> None:
+    """`tile_outputs` with zeros in the place of what is not finite in b and c, and NaN for who sees it: of a row of b
+    in all columns, of c in its own."""
+    lost_b, lost_c = ~torch.isfinite(b), ~torch.isfinite(c)
+    clean = b.masked_fill(lost_b, 0), c.masked_fill(lost_c, 0)
+    _outputs(a, *clean, states, log_decay, tiles, out, **scales, select=True)
+    one, undecayed = torch.ones_like(a[:, :1, :, :1], dtype=torch.float32), torch.zeros_like(log_decay)
+    scales |= {"scale": 1.0, "state_scale": 1.0}
+    for lost in (lost_b.any(-1, keepdim=True), lost_c):
+        start = states.new_zeros(*states.shape[:3], 1, lost.shape[3], dtype=torch.float32)
+        seen = start.new_empty(*out.shape[:3], lost.shape[3])
+        _outputs(one, one, lost.float(), start, undecayed, tiles, seen, **scales)
+        out.masked_fill_(seen > 0, math.nan)
 
 
 def scale_of_added(scale: float, state_scale: float) -> float:
@@ -167,7 +215,8 @@ def decay_gradient(
     for chunk in walk:
         q_i, k_i, v_i, do_i = (chunk.take(x) for x in (q, k, v, do))
         distance = walk.position[:, None] - walk.position
-        near = ((q_i @ k_i.mT) * (do_i @ v_i.mT) * (walk.mask * distance)).sum((-1, -2))
+        pairs = ((q_i @ k_i.mT) * (do_i @ v_i.mT)).tril_(-1)
+        near = (pairs * (walk.mask * distance)).sum((-1, -2))
         position = chunk.exponent_from_state[..., None]
         far = (q_i @ chunk.of(slope)) + (q_i @ chunk.of(state)) * position
         far = (far * chunk.from_state() * do_i).sum((-1, -2))
@@ -193,7 +242,7 @@ def padded(states: Tensor) -> Tensor:
 def decay_powers(log_decay: Tensor, highest: int, dtype: torch.dtype) -> Tensor:
     """`gamma^0 ... gamma^highest`: (H, highest + 1) in `dtype`, each rounded once from fp64."""
     exponents = torch.arange(highest + 1, device=log_decay.device, dtype=torch.float64)
-    return torch.exp(log_decay.double()[:, None] * exponents).to(dtype)
+    return torch.exp(log_decay.double().clamp_min(LEAST)[:, None] * exponents).to(dtype)
 
 
 class _Walk:
@@ -263,7 +312,7 @@ class _Chunk:
             x = F.pad(x, (0, missing(x.shape[3])))
         x = x.unflatten(2, self.inside.shape)
         if not self.full:
-            x = x * self.inside[..., None]
+            x = x.masked_fill(~self.inside[..., None], 0)
         return x if x.shape[1] == self.walk.heads else x.repeat_interleave(self.walk.heads // x.shape[1], 1)
 
     def put(self, out: Tensor, x: Tensor) -> None:

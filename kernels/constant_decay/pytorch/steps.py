@@ -22,7 +22,7 @@ class Steps:
     def take(self, x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
         """(B, Hx, N, D) as (B, heads, tiles, steps, D) in the walk's order; zero where a tile has no more tokens."""
         taken = x.index_select(2, self.rows.flatten()).to(dtype).unflatten(2, self.inside.shape)
-        taken = taken * self.inside[..., None]
+        taken = taken.masked_fill(~self.inside[..., None], 0)
         return taken.repeat_interleave(heads // x.shape[1], 1)
 
     def put(self, x: Tensor, tokens: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:

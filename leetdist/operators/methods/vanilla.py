@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leetdist.kernels.constant_decay.pytorch.block import LEAST
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None
@@ -37,14 +39,19 @@ def with_state(
 
 
 def masked_product(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """`((Q K^T) . M) V` over the last two dimensions of (B, H, ..., N, D)."""
+    """`((Q K^T) . M) V` over the last two dimensions of (B, H, ..., N, D).
+
+    What M masks is left out, not only multiplied by 0, which would pass on a NaN or an infinity of a later token: in v
+    it counts as 0, and its column is NaN from there on. (Gradients are PyTorch's: one NaN may be all over its head.)
+    """
     tokens = torch.arange(q.shape[-2], device=q.device)
     distance = tokens[:, None] - tokens
-    g = log_decay.to(q.dtype).view(-1, *[1] * (q.ndim - 2))
+    g = log_decay.clamp_min(LEAST).view(-1, *[1] * (q.ndim - 2))
     mask = torch.exp(g * distance.clamp_min(0)) * (distance >= 0)
-    return ((q @ k.mT) * mask) @ v
+    o = ((q @ k.mT).tril_() * mask) @ v.nan_to_num(0.0, 0.0, 0.0)
+    return o * (1 + (v.detach() * 0).cumsum(-2))
 
 
 def powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
     """gamma^exponents: (H, exponents, 1)."""
-    return torch.exp(log_decay[:, None] * exponents)[..., None]
+    return torch.exp(log_decay.clamp_min(LEAST)[:, None] * exponents)[..., None]

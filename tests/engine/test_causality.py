@@ -1,0 +1,133 @@
+"""No output depends on a later token, not even through a NaN; and nothing hides one from those after it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+import leetdist
+from leetdist.engine.problem import METHODS, ONE_DEVICE
+from leetdist.sequence.virtual import VirtualGroup
+
+CPU = torch.device("cpu")
+BAD = (math.nan, math.inf, -math.inf)
+# What a bad token of each operand reaches: nothing, its own row, or also those behind or before it.
+REACH = {
+    "q": {"o": "own", "dk": "before", "dv": "before"},
+    "k": {"o": "behind", "state": "all", "dq": "behind", "dv": "own"},
+    "v": {"o": "behind", "state": "all", "dq": "behind", "dk": "own"},
+    "do": {"dq": "own", "dk": "before", "dv": "before"},
+}
+LOG_DECAY = (-0.1, -1e-3, -1.0, 0.0)
+
+
+def computed(inputs: dict[str, Tensor], gradients: bool, **options: object) -> dict[str, Tensor]:
+    """Outputs and gradients of one call."""
+    leaves = [inputs[name].clone().requires_grad_(gradients) for name in "qkv"]
+    o, state = leetdist.linear_attention(*leaves, inputs["log_decay"], return_state=True, scale=0.5, **options)
+    results = {"o": o, "state": state}
+    if gradients:
+        grads = torch.autograd.grad([o, state], leaves, [inputs["do"], torch.ones_like(state)])
+        results |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    return {name: x.detach() for name, x in results.items()}
+
+
+def assert_causal(
+    tokens: list[int],
+    *,
+    bounds: tuple[int, ...],
+    dims: tuple[int, int] = (16, 24),
+    heads: tuple[int, int] = (4, 2),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    gradients: bool = True,
+    **options: object,
+) -> None:
+    """One bad element after the other at each of `tokens`: all that it does not reach has the bits it has without it,
+    and all that it reaches shows it. bounds: of packed documents, or (0, N) for two batch entries."""
+    packed, (most, fewer) = len(bounds) > 2, heads
+    batch = 1 if packed else 2
+    if packed:
+        options["cu_seqlens"] = torch.tensor(bounds)
+    shapes = {"q": (most, dims[0]), "k": (fewer, dims[0]), "v": (fewer, dims[1]), "do": (most, dims[1])}
+    inputs = {
+        name: torch.randn(batch, count, bounds[-1], dim).to(device, dtype) for name, (count, dim) in shapes.items()
+    }
+    inputs["log_decay"] = torch.tensor(LOG_DECAY[:most], device=device)
+    without = computed(inputs, gradients, **options)
+    for token, (operand, reached) in itertools.product(tokens, REACH.items()):
+        if operand == "do" and not gradients:
+            continue
+        entry, head = random.randrange(batch), random.randrange(shapes[operand][0])
+        document, begin, end = next((d, b, e) for d, (b, e) in enumerate(itertools.pairwise(bounds)) if b <= token < e)
+        document = document if packed else entry
+        spans = {"own": (token, token + 1), "behind": (token, end), "before": (begin, token + 1)}
+        value, bad = random.choice(BAD), inputs[operand].clone()
+        bad[entry, head, token, random.randrange(bad.shape[3])] = value
+        found = computed({**inputs, operand: bad}, gradients, **options)
+        for name, x in found.items():
+            place = f"{value} in {operand} of token {token}, head {head}: {name}"
+            if x.shape[1] == bad.shape[1]:
+                of_head = [head]
+            else:  # those that share the head, or the head that is shared
+                share = most // fewer
+                of_head = [head // share] if x.shape[1] == fewer else list(range(head * share, head * share + share))
+            untouched = torch.ones_like(x, dtype=torch.bool)
+            if name in reached:
+                rows = (document, of_head) if name == "state" else (entry, of_head, slice(*spans[reached[name]]))
+                untouched[rows] = False
+                lost = (~x[rows].isfinite()).any(-1)
+                assert bool((lost.any(-1) if name == "state" else lost).all()), place
+            assert torch.equal(x[untouched], without[name][untouched]), place
+
+
+def positions(*edges: int) -> list[int]:
+    """Both sides of each edge, and a token between each two."""
+    between = {random.randrange(a, b) for a, b in itertools.pairwise(edges)}
+    return sorted({token for edge in edges for token in (edge - 1, edge)} | between)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_the_cpu(method: str) -> None:
+    gradients = method not in ONE_DEVICE
+    # Lightning's blocks are 256 tokens, block's chunks 128, recursion's leaves 64.
+    tile = {"block": 256, "lightning": 512}.get(method, 32)
+    options = {"method": method, "gradients": gradients} | ({"tile": tile} if gradients else {})
+    length = 2 * tile + tile // 4 if tile > 32 else 150
+    assert_causal([0, *positions(tile // 2, tile), length - 1], bounds=(0, length), **options)
+    assert_causal([39, 40, random.randrange(40, 99), 99, 149], bounds=(0, 40, 40, 100, 150), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits(dtype: torch.dtype) -> None:
+    assert_causal(positions(16, 128), bounds=(0, 140), dtype=dtype, tile=128)
+
+
+@pytest.mark.parametrize("method", ["block", "causal_dot_product"])
+def test_on_ranks(method: str) -> None:
+    """As on one device, where no head forgets a whole tile (leetdist.engine.scan says what is then)."""
+    q, k, v = (torch.randn(1, 3, 100, 8) for _ in range(3))
+    log_decay = torch.tensor([-0.1, -1e-3, -0.5])
+
+    def sharded() -> Tensor:
+        def rank(group: VirtualGroup) -> Tensor:
+            mine = (leetdist.shard_sequence(x, 2, group, tile=16) for x in (q, k, v))
+            return leetdist.linear_attention(*mine, log_decay, group=group, tile=16, method=method)
+
+        return torch.cat(leetdist.virtual_ranks(rank, 3), 2)
+
+    without = sharded()
+    for x, token in itertools.product((k, v), (31, 32, 50)):
+        kept, x[:, 1, token] = x[:, 1, token].clone(), math.nan
+        o = sharded()
+        one = leetdist.linear_attention(q, k, v, log_decay, tile=16, method=method)
+        assert torch.equal(o.nan_to_num(nan=1e9), one.nan_to_num(nan=1e9))
+        assert torch.equal(o[:, :, :token], without[:, :, :token])
+        assert torch.equal(o[:, ::2], without[:, ::2])
+        assert bool(o[:, 1, token:].isnan().all())
+        x[:, 1, token] = kept
