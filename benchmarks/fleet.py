@@ -4,7 +4,7 @@
 
 The floor: 3 fp32 operations a token, rank index and column on the CUDA cores (operators/methods/fleet.py), at the clock
 that the GPU reports as its highest; one operation a lane and clock, 128 lanes a multiprocessor. Beside it the rate of
-fused multiply-adds that a kernel of nothing else (benchmarks/fma.cu) reaches in the same run.
+fused multiply-adds that a kernel of nothing else (suites/fleet/fma.cu) reaches in the same run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from leetdecoding_contestants import theirs
-from leetdecoding_report import about
+from suites.leetdecoding.contestants import theirs
+from suites.leetdecoding.report import about
 
 import leetdist
 from leetdist.engine.problem import describe
@@ -65,7 +65,7 @@ def fma_rate() -> float:
     """Fused multiply-adds a second, of a kernel that does nothing else."""
     blocks, threads, each = 8 * torch.cuda.get_device_properties(0).multi_processor_count, 256, 16 * 8192
     out = torch.empty(blocks * threads, device="cuda")
-    source = str(Path(__file__).resolve().parent / "fma.cu")
+    source = str(Path(__file__).resolve().parent / "suites/fleet/fma.cu")
     launch = kernel(source, "fma_rate", torch.device("cuda", 0), ())
     return blocks * threads * each / (milliseconds(lambda: launch((blocks,), threads, out.data_ptr(), 0.5)) * 1e-3)
 

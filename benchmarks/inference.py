@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--warm", action="store_true", help="the full run's kernels on small sizes, to compile them")
     parser.add_argument("--only", nargs="*", default=[], help="names of sections; default: all")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/inference", help="folder of the results")
     options = parser.parse_args()
     bench = Bench(options.device, options.quick, options.warm)
     results: Row = {
@@ -375,7 +375,7 @@ def main() -> None:
     print(f"\n{path}")
     if results.get("contexts") and results.get("operator_decode"):
         try:
-            from inference_plot import plot  # needs matplotlib
+            from suites.inference.plot import plot  # needs matplotlib
 
             plot(path)
         except ImportError as error:

@@ -3,7 +3,7 @@
     python benchmarks/leetdecoding.py --leetdecoding path/to/leetDecoding-0.0.3 --out benchmarks/results
     python benchmarks/leetdecoding.py --training --batches 1 --lengths 2048 8192
     python benchmarks/leetdecoding.py --show benchmarks/results/leetdecoding*.json --out benchmarks/results
-    python benchmarks/leetdecoding.py --fit benchmarks/results/leetdecoding.json    # writes costs.json
+    python benchmarks/leetdecoding.py --fit benchmarks/results/leetdecoding/leetdecoding.json    # writes costs.json
 
 Latency (medians of calls in a row: the larger of what the host and the device take; and of the device alone, where
 that differs) and peak memory beyond the inputs, for 32 heads, rank 128, dimension 128, with decay.
@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from leetdecoding_contestants import THEIRS, Attention, ours, theirs
-from leetdecoding_report import DIM, Cell, about, auto_against_best, console, figure, fit, tables
-from quiet import no_collection
+from common.quiet import no_collection
+from suites.leetdecoding.contestants import THEIRS, Attention, ours, theirs
+from suites.leetdecoding.report import DIM, Cell, about, auto_against_best, console, figure, fit, tables
 
 from leetdist.reference import quadratic, relative_error
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from scaling import captured
-from scaling_report import provenance
+from suites.scaling.report import provenance
 
 import leetdist
 from leetdist.sequence.grid import default_tile

@@ -16,11 +16,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from cases import SUITES, Case
-from contestants import Contestant, contestants
-from measure import Result, copy_bandwidth, run_case
-from report import machine, save, table
-from warm import warm
+from common.cases import SUITES, Case
+from common.contestants import Contestant, contestants
+from common.measure import Result, copy_bandwidth, run_case
+from common.report import machine, save, table
+from common.warm import warm
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm", type=float, metavar="S", help="first compile and tune in parallel, S seconds at most")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds a contestant (20)")
     parser.add_argument("--seconds", type=float, help="start no further case after this long")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results/SUITE)")
     parser.add_argument("--name", help="name of the result files, of one suite (its name)")
     arguments = parser.parse_args()
     if arguments.name and len(arguments.suites) > 1:
@@ -145,7 +145,7 @@ def keep(
 ) -> list[Path]:
     """The files of one suite."""
     own = [result for result in results if result.suite == suite]
-    return save(own, facts, arguments.out, arguments.name or suite, plots=plots)
+    return save(own, facts, arguments.out or RESULTS / suite, arguments.name or suite, plots=plots)
 
 
 if __name__ == "__main__":

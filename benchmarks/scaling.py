@@ -30,10 +30,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import schemes
 import torch
 import torch.distributed as dist
-from scaling_report import Report, Row, cells, draw, show
+from suites.scaling import schemes
+from suites.scaling.report import Report, Row, cells, draw, show
 from torch import Tensor
 
 import leetdist

@@ -1,6 +1,6 @@
 """Ten million tokens through one process: the memory of a stream does not grow with what it has seen.
 
-python benchmarks/stream_memory.py --out benchmarks/results/stream_memory_cpu.json
+python benchmarks/stream_memory.py --out benchmarks/results/inference/stream_memory_cpu.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trains the 100M-parameter model on real text at long sequence lengths: tokens/s, memory, and the loss of each step.
 
-    python benchmarks/train_long.py --out benchmarks/results/train_100m.json
+    python benchmarks/train_long.py --out benchmarks/results/training/train_100m.json
 
 Each `--length TOKENS:STEPS:SECONDS` is a run of `python -m leetdist.launch train` on one GPU (Python's own library as
 text, bf16), stopped after its time; what it logged until then counts. Activations are recomputed in the backward; with
@@ -77,7 +77,7 @@ def plot(runs: list[dict[str, Any]], device: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_100m.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training/train_100m.json"))
     parser.add_argument("--length", action="append", help="TOKENS:STEPS:SECONDS, or with :keep behind; may be repeated")
     options, more = parser.parse_known_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

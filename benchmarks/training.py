@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling_report import provenance
+from suites.scaling.report import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "launch" / "configs"

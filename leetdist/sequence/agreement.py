@@ -6,7 +6,7 @@ do the ranks send each other everything. Looking at one's own arguments alone wo
 long as ever must still learn that another's has changed, because the tile length may change with the total.
 
 To check, compare and plan takes 4 ranks on the host of 4 H200s 95 us, 1,015 the first time, 55 where lengths are
-declared, and 33 without a group (benchmarks/agreement.py; benchmarks/results/agreement_h200_host.json). It is host
+declared, and 33 without a group (benchmarks/agreement.py; results/scaling/agreement_h200_host.json). It is host
 time: a GPU that has work queued does not wait for it.
 """
 

@@ -17,7 +17,7 @@ from leetdist.sequence.grid import default_tile, shard_lengths
 @dataclass(frozen=True)
 class Machine:
     """Rates in bytes/s, times in s. The defaults are H200s and their NVLink, measured with bf16, H = 32, D = 128 and
-    Lightning's slopes (benchmarks/results/scaling_h200x4.json): `states` and `outputs` as bytes of tokens read and
+    Lightning's slopes (results/scaling/scaling_h200x4.json): `states` and `outputs` as bytes of tokens read and
     written (heads that forget skip tokens, and count as if they did not); `launch` what a kernel costs on top; `slots`
     how many programs run at once; a hop takes `hop` + bytes / `link`; `host` is what the host takes to launch one lane
     of a forward, twice as much for a backward."""

@@ -12,11 +12,11 @@ from leetdist.kernels.common.tiles import Tiles, ceil_div
 SMALLEST_TILE, LARGEST_TILE = 16, 8192
 # A few ranks want a tile each; but rather four than eight that are shorter than 2,048 tokens, as each has a state that
 # is moved four times: 2,048 tokens in four tiles take 0.78 of the time in eight (forward, 32 heads), 8,192 tokens 0.90
-# (H100, as CUDA graphs; benchmarks/NOTES.md). Who spreads so few over more ranks can name a shorter tile.
+# (H100, as CUDA graphs; benchmarks/notes/README.md). Who spreads so few over more ranks can name a shorter tile.
 TILES_WANTED, LEAST_TILES, TOKENS_OF_FEW = 8, 4, 2048
 # Beyond that, a tile is as long as it can be while tiles fill a GPU: each costs a state in memory, as much as 85 tokens
 # of q, k and v (bf16, D = 128). With 32 heads, 32,768 tokens in tiles of 4,096 take 0.91 of the time in tiles of 2,048
-# (benchmarks/NOTES.md).
+# (benchmarks/notes/README.md).
 TOKENS_ENOUGH = 4096
 # Longer sequences want longer tiles, and more of them, to fill the GPUs of more ranks; so both grow as the square root:
 # 4,096 tokens at 131,072, 8,192 at 524,288.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,10 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def benchmarks(monkeypatch):
     """Its modules, which are scripts beside each other and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = ("cases", "contestants", "measure", "report", "warm", "run", "leetdecoding", "leetdecoding_report")
+    names = [f"common.{name}" for name in ("cases", "contestants", "measure", "report", "warm")]
+    names += ["run", "leetdecoding", "suites.leetdecoding.report"]
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    yield {name: __import__(name) for name in names}
+    yield {name.removeprefix("common."): importlib.import_module(name) for name in names}
     for name in names:
         sys.modules.pop(name, None)
 
@@ -133,7 +135,10 @@ def test_times_are_of_one_call(benchmarks, repeats, monkeypatch):
 
 
 def test_auto_is_compared_with_the_best_by_each_clock(benchmarks):
-    cell, compare = benchmarks["leetdecoding_report"].Cell, benchmarks["leetdecoding_report"].auto_against_best
+    cell, compare = (
+        benchmarks["suites.leetdecoding.report"].Cell,
+        benchmarks["suites.leetdecoding.report"].auto_against_best,
+    )
     shape = {"dtype": "fp16", "batch": 1, "tokens": 128, "training": False, "heads": 32}
     cells = [
         cell("leetdist auto", **shape, milliseconds=0.060, device_milliseconds=0.020),

@@ -186,7 +186,7 @@ def test_nvrtc_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(not loader.available(), reason="needs cuda-core and NVRTC")
 def test_the_benchmarks_kernel_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path))
-    assert loader.cubin(str(HERE.parents[1] / "benchmarks" / "fma.cu"), "sm_90", ())[:4] == b"\x7fELF"
+    assert loader.cubin(str(HERE.parents[1] / "benchmarks/suites/fleet/fma.cu"), "sm_90", ())[:4] == b"\x7fELF"
 
 
 @pytest.mark.skipif(not loader.available(), reason="needs cuda-core and NVRTC")

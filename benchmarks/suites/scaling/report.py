@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from revision import commit
+from common.revision import commit
 
 
 def provenance() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Draws what benchmarks/inference.py measured.
 
-python benchmarks/inference_plot.py benchmarks/results/inference-h200.json
+python benchmarks/suites/inference/plot.py benchmarks/results/inference/inference-h200.json
 """
 
 from __future__ import annotations

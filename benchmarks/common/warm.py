@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # leetdist
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks
 
 import torch
-from cases import Case
-from contestants import Contestant, Ours, contestants
-from measure import call_of, draw
+from common.cases import Case
+from common.contestants import Contestant, Ours, contestants
+from common.measure import call_of, draw
 
 # Tokens. No peer compiles a kernel for a length; ours has others where a GPU has more multiprocessors than tiles.
 SHORT, ENOUGH = 2048, 16384

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Result
-from revision import commit
+from common.measure import Result
+from common.revision import commit
 
 COLUMNS = ("case", "pass", "contestant", "ms", "x floor", "vs peer", "TFLOP/s", "GB/s", "peak MiB", "error")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from revision import commit
+from common.revision import commit
 from torch import Tensor
 
 from leetdist.engine.problem import METHODS

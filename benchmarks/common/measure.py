@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from cases import DTYPES, Case, checked_rows
-from contestants import Contestant, Inputs, Ours
-from quiet import no_collection
+from common.cases import DTYPES, Case, checked_rows
+from common.contestants import Contestant, Inputs, Ours
+from common.quiet import no_collection
 from torch import Tensor
 
-from leetdist.reference import quadratic, recurrence, relative_error
+from leetdist.reference import recurrence, relative_error
 
 # A result further than this from fp64 is wrong, and gets no time. bf16's rounding alone is 1.7e-3.
 WRONG = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 4e-3}
@@ -124,10 +124,6 @@ def _step_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     q, k, v = (x[:1].transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
     o, state = recurrence(q, k, v, inputs.log_decay, scale=inputs.scale, initial_state=inputs.state[:1])
     return o.transpose(1, 2), state
-
-
-def linear_reference(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, rows: Tensor) -> Tensor:
-    return quadratic(q, k, v, log_decay, scale=scale, rows=rows)
 
 
 def _milliseconds(function: Callable[[], object], device: str) -> float:
