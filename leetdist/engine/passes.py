@@ -37,7 +37,8 @@ def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     inputs: Inputs
     *inputs, initial_state, plan = given  # type: ignore[assignment]
     operator, tiles, q, v = plan.operator, plan.tiles, inputs[0], inputs[2]
-    with _together(q, plan, beside=len(plan.lanes) > 1) as side:  # one lane's outputs wait for its scan anyway
+    beside = len(plan.lanes) > 1  # one lane's outputs wait for its scan anyway
+    with _together(q, plan, "forward pass", beside=beside) as side:
         of_lane = {lane: _of_lane(inputs, lane, plan) for lane in plan.lanes}
         states = LaneStates(q, plan)
         for lane in plan.lanes:
@@ -89,7 +90,7 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
     if do is None:
         do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], problem.dv)
     do = row_major(do)
-    with _together(q, plan, beside=True) as side:
+    with _together(q, plan, "backward pass", beside=True) as side:
         of_lane = {lane: _of_lane(inputs, lane, plan) for lane in plan.lanes}
         do_of = {lane: lane.part(do, 1) for lane in plan.lanes}
         states, ends = LaneStates(q, plan, flat_states), LaneStates(q, plan)
@@ -167,7 +168,8 @@ def _repeated(
     if place is None:
         return cast(Any, function(*tensors, *more))
     stream = torch.cuda.current_stream(plan.problem.device)  # which steps of the host name, and come back to
-    with plan.transport.call(), torch.cuda.stream(stream):
+    phase = "forward pass" if needs_head_grads is None else "backward pass"
+    with plan.transport.call(phase), torch.cuda.stream(stream):
         return repeated(function, tensors, *more, where=(stream, place))
 
 
@@ -240,7 +242,7 @@ def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 @contextmanager
-def _together(x: Tensor, plan: Plan, *, beside: bool) -> Iterator[_Side]:
+def _together(x: Tensor, plan: Plan, phase: str, *, beside: bool) -> Iterator[_Side]:
     """One pass over a group (or on this device alone): fp32 sums stay fp32 under autocast, and what was sent has left
     at the end. beside: the scan has a stream of its own."""
     if plan.transport is None and not torch.is_autocast_enabled(x.device.type):
@@ -257,6 +259,6 @@ def _together(x: Tensor, plan: Plan, *, beside: bool) -> Iterator[_Side]:
         if plan.transport is None:
             yield _Side(None)
         else:
-            with plan.transport.call():
+            with plan.transport.call(phase):
                 yield _Side(stream)
                 plan.transport.flush()

@@ -131,7 +131,7 @@ def plan_call(
         mine = error
     else:
         if lengths is not None:
-            with transport.call():  # the others rely on the promise, and will not be told
+            with transport.call("agreement"):  # the others rely on the promise, and will not be told
                 check_declared(mine, lengths, transport.rank)
     decays = known_decays(log_decay) if options.get("read_values", True) else None
     agreement = agree(
@@ -151,7 +151,7 @@ def plan_call(
         )  # fmt: skip
         rows = plan.layout.batch * mine.dk * mine.dv
         widest = max(lane.width for lane in plan.lanes)
-        with transport.call():
+        with transport.call("agreement"):
             transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
         if len(agreement.memo) >= MOST_PLANS:  # layers have decays of their own, and learnt ones change every step
             agreement.memo.clear()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from leetdist.sequence.agreement import digest
+from leetdist.sequence.encoding import plain
 from leetdist.sequence.grid import Layout, default_tile
 
 METHODS = ("auto", "vanilla", "recursion", "block", "causal_dot_product", "lightning", "fleet")
@@ -24,6 +25,7 @@ PRECISIONS = (None, "tf32", "high")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@plain
 @dataclass(frozen=True)
 class Problem:
     """One call, without its data: what every rank must agree on, and this rank's number of tokens."""

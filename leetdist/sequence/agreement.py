@@ -49,7 +49,7 @@ def agree(
         known = transport.agreements.get((what, mine))
     if known is not None and (declared or transport.size == 1):
         return known
-    with transport.call():
+    with transport.call("agreement"):
         if known is not None and not _differ(known.fingerprint, values, transport, what):
             return known
         if known is None:

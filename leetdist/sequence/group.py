@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import atexit
-import gc
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from weakref import WeakKeyDictionary, WeakSet, finalize
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from leetdist.sequence.p2p import PointToPoint
+from leetdist.sequence.symmetric import connect
 from leetdist.sequence.transport import Transport
 from leetdist.sequence.virtual import by_name as virtual_by_name
 
@@ -32,16 +34,31 @@ class _Scope(threading.local):
 
 _scope = _Scope()
 # What serves a process group lives as long as the group; a compiled graph knows it by name.
-_of_group: dict[str, tuple[dist.ProcessGroup, Transport]] = {}
+_of_group: WeakKeyDictionary[dist.ProcessGroup, Transport] = WeakKeyDictionary()
+_making: WeakKeyDictionary[dist.ProcessGroup, threading.Lock] = WeakKeyDictionary()
+_lock = threading.Lock()
+# Groups that this process has from its parent, by a fork: their connections are the parent's.
+_inherited: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+def _forked() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent's may have held it
+    if dist.is_available():
+        _inherited.update(c10d._world.pg_map)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @atexit.register
 def _let_go() -> None:
-    """Nothing of ours keeps a destroyed group past Python's end: a thread of gloo's that then lets go of a message ends
-    the process with signal 6 (one exit in 20 of three ranks on two cores), where the group's own end waits for it."""
-    if _of_group:
-        _of_group.clear()
-        gc.collect()  # plans and transports hold each other
+    """Nothing of ours keeps a group past Python's end: a thread of gloo's that then lets go of a message ends the
+    process with signal 6 (one exit in 20 of three ranks on two cores), where the group's own end waits for it."""
+    for transport in list(_of_group.values()):
+        transport.close()
+    _of_group.clear()
 
 
 @contextmanager
@@ -119,12 +136,29 @@ def resolve(group: Group | None, transport: str | None = None) -> Transport | No
     if isinstance(group, Transport):
         return _served_by(group, transport)
     process_group = _process_group(group)
-    known = _of_group.get(process_group.group_name)
-    if known is None or known[0] is not process_group:  # a name may be used again after its group was destroyed
-        for name in [name for name, (old, _) in _of_group.items() if old not in c10d._world.pg_map]:
-            del _of_group[name]
-        known = _of_group[process_group.group_name] = (process_group, PointToPoint(process_group, transport))
-    return _served_by(known[1], transport)
+    known = _of_group.get(process_group)
+    if known is None:
+        with _lock:
+            making = _making.setdefault(process_group, threading.Lock())
+        with making:  # two threads that use a group first at the same time
+            known = _of_group.get(process_group) or _make(process_group, transport)
+    return _served_by(known, transport)
+
+
+def _make(group: dist.ProcessGroup, wanted: str | None) -> Transport:
+    """The transport of a group that has none yet; what served groups that have been destroyed is let go of."""
+    if group in _inherited:
+        raise RuntimeError(
+            "leetdist: the group was made by the process that this one was forked from, and its connections are its "
+            "parent's: set up a process group of the children's own, or start them by spawn"
+        )
+    for old, transport in list(_of_group.items()):
+        if old not in c10d._world.pg_map:  # somebody still holds it
+            transport.close()
+            del _of_group[old]
+    made = _of_group[group] = connect(PointToPoint(group), wanted)
+    finalize(group, made.close).atexit = False
+    return made
 
 
 def _served_by(served: Transport, wanted: str | None) -> Transport:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
+import os
 import time
-from collections.abc import Hashable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from leetdist.sequence.mailbox import Gone, Mailbox, open_mailbox
-from leetdist.sequence.symmetric import Inboxes, connect
-from leetdist.sequence.transport import Message, Transport, timeout_seconds
+from leetdist.sequence import memory
+from leetdist.sequence.blame import ByStore, OnBoard, Verdict, judge
+from leetdist.sequence.board import Board
+from leetdist.sequence.encoding import decode, encode
+from leetdist.sequence.mailbox import Gone, Mailbox
+from leetdist.sequence.transport import Message, Transport, Unanswered, timeout_seconds
 
-# Seconds a failing rank waits for its neighbours to say whether they live, before it names the one it waited for.
-ROLL_CALL_SECONDS = 2.0
 # What hosts tell each other must not be taken for a tensor, nor the other way round, where ranks have lost step.
 TENSORS, OBJECTS, HEADERS = 0, 1, 2
 # Sends that a rank may be ahead of its neighbour by.
@@ -34,52 +36,61 @@ Sent: TypeAlias = "tuple[dist.Work, Tensor, int, str]"
 class PointToPoint(Transport):
     """Sends and receives of a process group."""
 
-    def __init__(self, group: dist.ProcessGroup, wanted: str | None = None) -> None:
-        """wanted: "auto", "p2p" or "symmetric"; see leetdist.sequence.symmetric.connect."""
+    kind = "p2p"
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.kind = "p2p"
-        self.group, self.name = group, group.group_name
+        self.name = group.group_name
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        # A group that is destroyed ends, with its threads and sockets: nothing here keeps it.
+        self._group = weakref.ref(group)
         backends = dist.get_backend_config(group)
-        self.host_group: Any = group if "gloo" in backends else _companion(group)
+        self.companion = None if "gloo" in backends else _companion(group)
         self.default_seconds = c10d.default_pg_timeout.total_seconds()
         with contextlib.suppress(AttributeError, RuntimeError):
-            options: Any = getattr(self.host_group, "options", None)  # of gloo itself, or of a group that has it
-            options = options or self.host_group._get_backend(torch.device("cpu")).options
+            host: Any = self.host_group
+            options: Any = getattr(host, "options", None)  # of gloo itself, or of a group that has it
+            options = options or host._get_backend(torch.device("cpu")).options
             self.default_seconds = options._timeout.total_seconds()
         # gloo reads and writes host memory only.
         self.staged = "nccl" not in backends
         self.pending: list[Sent] = []
         self.captured: list[Sent] = []  # by a CUDA graph in the making, which may wait for nothing else
-        if not self.staged:
-            # NCCL connects a group in its first collective call, which every rank has to take part in.
-            dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
         self.mailbox: Mailbox | None = None
-        if self.size > 1:
-            self.mailbox = open_mailbox(partial(self.gather_objects, what="where its host is"), self.rank, self.size)
-        self.part_store: Store | None = None
-        self.inboxes: Inboxes | None = None
-        connect(self, wanted)
+        self.processes: list[memory.Process] = []
+        with self.call("set-up"):
+            if not self.staged:
+                # NCCL connects a group in its first collective call, which every rank has to take part in.
+                dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
+            if self.size > 1:
+                self._share_memory()
 
-    def store(self, purpose: str) -> Store:
-        return store_of(self.group, purpose)
+    def _share_memory(self) -> None:
+        """A mailbox, and a board that all ranks see, where they are on one host."""
+        letters, boards = Mailbox.bytes(self.size), Board.bytes(self.size)
+        gather = partial(self.gather_objects, what="where its host is")
+        shared, processes = memory.shared(gather, self.rank, letters + boards)
+        if shared is not None:
+            self.processes = processes
+            self.mailbox = Mailbox(shared[:letters], self.rank, processes)
+            self.board = Board(shared[letters:], self.rank)
+            self.board.begin("set-up")
 
-    def part(self, ranks: list[int]) -> dist.ProcessGroup:
-        """A process group of some of the ranks, made by them alone: a name, numbers and a store, by which PyTorch's
-        symmetric memory finds them."""
-        from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
-
-        rank, size = ranks.index(self.rank), len(ranks)
-        name: Any = f"leetdist/{self.name}/{ranks[0]}"
-        store = self.part_store = Renumbered(self.store(f"part/{ranks[0]}"))  # C++ alone would not keep it alive
-        group, kind = c10d.ProcessGroup(store, rank, size), c10d.ProcessGroup.BackendType.GLOO
-        group._register_backend(torch.device("cpu"), kind, _gloo(self.group, store, rank, size))
-        group._set_default_backend(kind)
-        group._set_group_name(name)
-        _register_process_group(name, group)
-        with contextlib.suppress(RuntimeError):  # some versions of PyTorch look here
-            _SymmetricMemory.set_group_info(name, rank, size, store)
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RuntimeError(f"leetdist: the process group that served this call ({self.name!r}) has been destroyed")
         return group
+
+    @property
+    def host_group(self) -> Any:
+        return self.companion or self.group
+
+    def close(self) -> None:
+        super().close()
+        self.companion = self.mailbox = None
+        self.pending, self.captured = [], []
 
     def send(self, tensor: Tensor, to: int, what: str) -> None:
         if tensor.numel():
@@ -114,26 +125,6 @@ class PointToPoint(Transport):
             if buffer is not tensor:
                 tensor.copy_(buffer)
 
-    def reserve(self, size: int, device: torch.device) -> None:
-        if self.inboxes is not None and device.type == "cuda":
-            self.inboxes.reserve(size, device)
-
-    def send_state(self, tensor: Tensor, to: int, what: str) -> None:
-        if self.inboxes is None or not self.inboxes.serves(tensor, to):
-            return self.send(tensor, to, what)
-        self.inboxes.put(tensor, to)
-
-    @contextlib.contextmanager
-    def receive_state(self, shape: tuple[int, ...], like: Tensor, source: int, what: str) -> Iterator[Tensor]:
-        if self.inboxes is None or not self.inboxes.serves(like, source):
-            yield self.receive(like.new_empty(shape), source, what)
-        else:
-            with self.inboxes.taken(shape, like.dtype, source) as state:
-                yield state
-
-    def place(self) -> Hashable | None:
-        return None if self.inboxes is None else self.inboxes.place()
-
     def flush(self) -> None:
         # A graph ends only when all that it began has ended.
         if self._capturing():
@@ -152,7 +143,7 @@ class PointToPoint(Transport):
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         # Lengths first, then bytes: two small messages to each rank, no collective, so that a rank that does not answer
         # is known by its number.
-        data = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(encode(mine)), dtype=torch.uint8)
         length = torch.tensor([data.numel()])
         sent = [
             self._send(self.host_group, message, rank, what, OBJECTS)
@@ -164,18 +155,15 @@ class PointToPoint(Transport):
             size = self._receive(self.host_group, torch.zeros_like(length), rank, what, OBJECTS)
             theirs = bytearray(int(size))  # and no numpy, which PyTorch does without
             self._receive(self.host_group, torch.frombuffer(theirs, dtype=torch.uint8), rank, what, OBJECTS)
-            everyone[rank] = pickle.loads(theirs)
+            everyone[rank] = decode(theirs)
         self._taken(sent)
         return everyone
 
     def largest(self, numbers: list[int], what: str) -> list[int]:
         if self.mailbox is None:
             return super().largest(numbers, what)
-        try:
-            everyone = self.mailbox.exchange(numbers, self.patience())
-        except Gone as error:
-            with self._blame(error.rank, f"for {what}"):
-                raise
+        with self._blame(lambda gone: gone.rank, f"for {what}"):
+            everyone = self.mailbox.exchange(numbers, self.patience(), self.board, f"for {what}")
         return [max(each) for each in zip(*everyone, strict=True)]
 
     def patience(self) -> float:
@@ -225,39 +213,57 @@ class PointToPoint(Transport):
             work.wait(timedelta(seconds=self.seconds))
 
     @contextlib.contextmanager
-    def _blame(self, other: int, what: str) -> Iterator[None]:
-        """Turn a backend's error into one that names the rank that is gone."""
+    def _blame(self, other: int | Callable[[Gone], int], what: str) -> Iterator[None]:
+        """Turn a backend's error, or the mailbox's, into one that names the rank at fault. other: whom this rank waits
+        for, or, where it waits for all, whom an error tells."""
         begin = time.monotonic()
+        if isinstance(other, int):
+            self.board.wait(other, what)
         try:
             yield
+        except Unanswered:
+            raise
         except RuntimeError as error:
             waited = time.monotonic() - begin
-            gone = self._roll_call(other)
-            via = "" if gone == other else f" (which waits for rank {gone})"
-            raise RuntimeError(
-                f"leetdist: rank {gone} of {self.size} does not answer. Rank {self.rank} waited {waited:.1f} s "
-                f"on rank {other}{via} {what}; it may have died or failed: see its own error. A slow rank can be "
-                f"given more time with LEETDIST_TIMEOUT (seconds). Backend: {error}"
-            ) from error
+            if not isinstance(other, int):
+                if not isinstance(error, Gone):
+                    raise
+                other = other(error)
+            raise self._unanswered(other, what, waited, error) from error
+        self.board.go_on()
 
-    def _roll_call(self, other: int) -> int:
-        """The rank at the end of the chain of those who wait for each other.
+    def _unanswered(self, other: int, what: str, waited: float, error: RuntimeError) -> Unanswered:
+        total = max(waited, time.monotonic() - self.began)
+        verdict = self._verdict(other, closed=waited < 0.9 * self.patience())
+        via = f" (which waits for rank {verdict.chain[2]})" if len(verdict.chain) > 2 else ""
+        if len(verdict.chain) == 2 and verdict.rank != other:
+            via = f" (which waits for rank {verdict.rank})"
+        fault = f"rank {verdict.rank} of {self.size} does not answer"
+        if verdict.rank == self.rank:
+            fault = f"rank {self.rank} of {self.size}, this one, has lost step with the others"
+        return Unanswered(
+            f"leetdist: {fault}: {verdict.known}. Rank {self.rank} waited {waited:.1f} s on rank {other}{via} {what}, "
+            f"{total:.1f} s since its call began. A slow rank can be given more time with LEETDIST_TIMEOUT (seconds). "
+            f"Backend: {error}",
+            verdict.rank,
+        )
 
-        Every failing rank leaves a note of whom it waited for; whoever left none is the one that is gone.
-        """
-        with contextlib.suppress(RuntimeError, ValueError):  # the store may have gone with its rank
-            store = PrefixStore(f"leetdist/{self.name}", _get_default_store())
-            store.set(str(self.rank), str(other))
-            seen = {self.rank}
-            while other not in seen:
-                seen.add(other)
-                deadline = time.monotonic() + ROLL_CALL_SECONDS
-                while not store.check([str(other)]):
-                    if time.monotonic() > deadline:
-                        return other
-                    time.sleep(0.05)
-                other = int(store.get(str(other)))
-        return other
+    def _verdict(self, other: int, *, closed: bool) -> Verdict:
+        if self.processes:
+            return judge(self.rank, other, self.size, OnBoard(self.board, self.processes), closed=closed)
+        look = ByStore(store_of(self.group, "roll call"), self.board, self.rank, other)
+        verdict = judge(self.rank, other, self.size, look, closed=closed)
+        host = self._store_host()
+        if not look.answered and host is not None:
+            return Verdict(host, "it keeps the store of the job, which does not answer either", (self.rank, other))
+        return verdict
+
+    def _store_host(self) -> int | None:
+        """The rank whose process keeps the store through which ranks find each other, if one of the group does."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return None
+        ranks = dist.get_process_group_ranks(self.group)
+        return ranks.index(0) if 0 in ranks else None
 
 
 def store_of(group: dist.ProcessGroup, purpose: str) -> Store:
@@ -271,10 +277,10 @@ def _companion(group: dist.ProcessGroup) -> Any:
     Not by dist.new_group: its names count the groups that a rank knows, and ranks that are in different numbers of
     groups would wait for each other under different names for ever.
     """
-    return _gloo(group, store_of(group, "host"), dist.get_rank(group), dist.get_world_size(group))
+    return gloo(group, store_of(group, "host"), dist.get_rank(group), dist.get_world_size(group))
 
 
-def _gloo(like: dist.ProcessGroup, store: Store, rank: int, size: int) -> Any:
+def gloo(like: dist.ProcessGroup, store: Store, rank: int, size: int) -> Any:
     """With the timeout of `like`."""
     seconds = timeout_seconds()
     timeout = c10d.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
@@ -282,37 +288,3 @@ def _gloo(like: dist.ProcessGroup, store: Store, rank: int, size: int) -> Any:
         options: Any = like._get_backend(torch.device("cuda")).options
         timeout = options._timeout if seconds is None else timeout
     return c10d.ProcessGroupGloo(store, rank, size, timeout)
-
-
-class Renumbered(Store):
-    """A store for PyTorch's symmetric memory, whose keys end in "/exchange/rank".
-
-    It counts the exchanges of a process over all groups, so ranks that are in different numbers of groups would wait
-    for each other under different numbers for ever (seen with PyTorch 2.11). Here every store counts its own.
-    """
-
-    def __init__(self, store: Store) -> None:
-        super().__init__()
-        self.store = store
-        self.numbers: dict[str, int] = {}
-
-    def _key(self, key: str) -> str:
-        exchange, _, rank = key.rpartition("/")
-        if not (rank.isdigit() and exchange.rpartition("/")[2].isdigit()):
-            return key
-        return f"exchange/{self.numbers.setdefault(exchange, len(self.numbers))}/{rank}"
-
-    def set(self, key: str, value: Any) -> None:
-        self.store.set(self._key(key), value)
-
-    def get(self, key: str) -> bytes:
-        return self.store.get(self._key(key))
-
-    def wait(self, keys: list[str], *timeout: Any) -> None:
-        self.store.wait([self._key(key) for key in keys], *timeout)
-
-    def check(self, keys: list[str]) -> bool:
-        return self.store.check([self._key(key) for key in keys])
-
-    def add(self, key: str, amount: int) -> int:
-        return self.store.add(key, amount)

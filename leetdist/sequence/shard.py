@@ -195,7 +195,7 @@ def move(x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transp
 
 def _swap(outgoing: list[Message], incoming: list[Message], transport: Transport, what: str) -> None:
     """One exchange; the tensors without elements take no message."""
-    with transport.call():
+    with transport.call("exchange"):
         transport.exchange(
             [(x, rank) for x, rank in outgoing if x.numel()], [(x, rank) for x, rank in incoming if x.numel()], what
         )

@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.distributed_c10d import Store
 
 from leetdist.kernels.common import recording
-
-if TYPE_CHECKING:
-    from leetdist.sequence.p2p import PointToPoint
+from leetdist.sequence.encoding import plain
+from leetdist.sequence.p2p import PointToPoint, gloo, store_of
+from leetdist.sequence.transport import Message, Transport
 
 SLOTS = 4
 
@@ -67,12 +70,21 @@ class Inboxes:
         self.hop = hop
         self.transport, self.rank = transport, transport.rank
         self.local = {rank: number for number, rank in enumerate(node)}
-        self.group = transport.part(node)
+        self.store = Renumbered(store_of(transport.group, f"part/{node[0]}"))  # C++ alone would not keep it alive
+        self.group = _part(transport, node, self.store)
         self.slot_words = 0
         self.boxes: dict[int, Box] = {}
         self.kept: list[Any] = []  # a graph may hold the address of inboxes that have been outgrown
         self.sent: dict[int, int] = {}
         self.received: dict[int, int] = {}
+
+    def close(self) -> None:
+        """Let go of the memory, and of the group by which PyTorch knows it."""
+        from torch._C._distributed_c10d import _unregister_process_group
+
+        with suppress(RuntimeError, ValueError):
+            _unregister_process_group(self.group.group_name)
+        self.boxes, self.kept = {}, []
 
     def serves(self, tensor: Tensor, rank: int) -> bool:
         return tensor.is_cuda and rank in self.local
@@ -134,36 +146,120 @@ class Inboxes:
         self.hop.release(theirs.free[direction][slot])
 
 
-def connect(transport: PointToPoint, wanted: str | None) -> None:
-    """Give the transport inboxes if `wanted` (None: LEETDIST_TRANSPORT, or "auto") and the machine allow it.
+class Symmetric(Transport):
+    """Another transport, but the scan's states, which go through inboxes where two neighbours share a node."""
 
-    All ranks of the group call this together and come to the same end. "auto" takes symmetric memory where the ranks'
-    GPUs have it, and p2p elsewhere.
+    kind = "symmetric"
+
+    def __init__(self, under: PointToPoint, inboxes: Inboxes | None) -> None:
+        """inboxes: None on a rank that is alone on its node."""
+        self.under, self.inboxes = under, inboxes
+        super().__init__()
+        self.name, self.rank, self.size = under.name, under.rank, under.size
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.under.group
+
+    @property
+    def seconds(self) -> float | None:
+        return self.under.seconds
+
+    @seconds.setter
+    def seconds(self, seconds: float | None) -> None:
+        self.under.seconds = seconds
+
+    @property
+    def bytes_sent(self) -> int:
+        return self.under.bytes_sent
+
+    @bytes_sent.setter
+    def bytes_sent(self, count: int) -> None:
+        self.under.bytes_sent = count
+
+    def call(self, phase: str) -> AbstractContextManager[None]:
+        return self.under.call(phase)
+
+    def send(self, tensor: Tensor, to: int, what: str) -> None:
+        self.under.send(tensor, to, what)
+
+    def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
+        return self.under.receive(tensor, source, what)
+
+    def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], what: str) -> None:
+        self.under.exchange(outgoing, incoming, what)
+
+    def flush(self) -> None:
+        self.under.flush()
+
+    def gather_objects(self, mine: Any, what: str) -> list[Any]:
+        return self.under.gather_objects(mine, what)
+
+    def largest(self, numbers: list[int], what: str) -> list[int]:
+        return self.under.largest(numbers, what)
+
+    def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
+        return self.under.swap_header(header, to, source, what)
+
+    def reserve(self, size: int, device: torch.device) -> None:
+        if self.inboxes is not None and device.type == "cuda":
+            self.inboxes.reserve(size, device)
+
+    def send_state(self, tensor: Tensor, to: int, what: str) -> None:
+        if self.inboxes is None or not self.inboxes.serves(tensor, to):
+            return self.send(tensor, to, what)
+        self.inboxes.put(tensor, to)
+
+    @contextmanager
+    def receive_state(self, shape: tuple[int, ...], like: Tensor, source: int, what: str) -> Iterator[Tensor]:
+        if self.inboxes is None or not self.inboxes.serves(like, source):
+            yield self.receive(like.new_empty(shape), source, what)
+        else:
+            with self.inboxes.taken(shape, like.dtype, source) as state:
+                yield state
+
+    def place(self) -> Hashable | None:
+        return None if self.inboxes is None else self.inboxes.place()
+
+    def close(self) -> None:
+        super().close()
+        if self.inboxes is not None:
+            self.inboxes.close()
+        self.under.close()
+
+
+def connect(under: PointToPoint, wanted: str | None) -> Transport:
+    """The transport that `wanted` ("auto", "p2p" or "symmetric"; None: LEETDIST_TRANSPORT, or "auto") and the machine
+    allow. All ranks of the group call this together and come to the same end. "auto" takes symmetric memory where the
+    ranks' GPUs have it, and p2p elsewhere.
     """
     wanted = wanted or os.environ.get("LEETDIST_TRANSPORT", "auto")
     if wanted not in ("auto", "p2p", "symmetric"):
         raise ValueError(f"transport (or LEETDIST_TRANSPORT) must be auto, p2p or symmetric, got {wanted!r}")
-    if wanted == "p2p" or (wanted == "auto" and transport.staged) or transport.size == 1:
-        return
-    everyone = transport.gather_objects(Place.mine(), "where its GPU is")
-    hosts = [place.host for place in everyone]
-    node = [rank for rank in range(transport.size) if hosts[rank] == hosts[transport.rank]]
-    problem = _obstacle(everyone)
-    if problem is None and len(node) > 1:
-        try:
-            transport.inboxes = Inboxes(transport, node)
-            transport.inboxes.reserve(1, torch.device("cuda", torch.cuda.current_device()))
-        except (RuntimeError, ImportError, AttributeError) as error:
-            problem = f"symmetric memory fails on rank {transport.rank}: {error}"
-    problems = [p for p in transport.gather_objects(problem, "whether it has symmetric memory") if p]
-    if problems:
-        transport.inboxes = None
-        if wanted == "symmetric":
-            raise ValueError(f"transport 'symmetric' cannot serve this group: {problems[0]}")
-    else:
-        transport.kind = "symmetric"  # also on a rank that is alone on its node
+    if wanted == "p2p" or (wanted == "auto" and under.staged) or under.size == 1:
+        return under
+    with under.call("set-up"):
+        everyone = under.gather_objects(Place.mine(), "where its GPU is")
+        hosts = [place.host for place in everyone]
+        node = [rank for rank in range(under.size) if hosts[rank] == hosts[under.rank]]
+        problem, inboxes = _obstacle(everyone), None
+        if problem is None and len(node) > 1:
+            try:
+                inboxes = Inboxes(under, node)
+                inboxes.reserve(1, torch.device("cuda", torch.cuda.current_device()))
+            except (RuntimeError, ImportError, AttributeError) as error:
+                problem = f"symmetric memory fails on rank {under.rank}: {error}"
+        problems = [p for p in under.gather_objects(problem, "whether it has symmetric memory") if p]
+    if not problems:
+        return Symmetric(under, inboxes)
+    if inboxes is not None:
+        inboxes.close()
+    if wanted == "symmetric":
+        raise ValueError(f"transport 'symmetric' cannot serve this group: {problems[0]}")
+    return under
 
 
+@plain
 @dataclass(frozen=True)
 class Place:
     """A rank's host, its GPU, whether that reaches all other GPUs it can see, and whether ranks may share one."""
@@ -200,3 +296,54 @@ def _obstacle(places: list[Place]) -> str | None:
             if (places[other].host, places[other].gpu) == (place.host, place.gpu) and not place.may_share:
                 return f"ranks {other} and {rank} share a GPU"
     return None
+
+
+def _part(transport: PointToPoint, ranks: list[int], store: Store) -> dist.ProcessGroup:
+    """A process group of some of the ranks, made by them alone: a name, numbers and a store, by which PyTorch's
+    symmetric memory finds them."""
+    from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
+
+    rank, size = ranks.index(transport.rank), len(ranks)
+    name: Any = f"leetdist/{transport.name}/{ranks[0]}"
+    group, kind = c10d.ProcessGroup(store, rank, size), c10d.ProcessGroup.BackendType.GLOO
+    group._register_backend(torch.device("cpu"), kind, gloo(transport.group, store, rank, size))
+    group._set_default_backend(kind)
+    group._set_group_name(name)
+    _register_process_group(name, group)
+    with suppress(RuntimeError):  # some versions of PyTorch look here
+        _SymmetricMemory.set_group_info(name, rank, size, store)
+    return group
+
+
+class Renumbered(Store):
+    """A store for PyTorch's symmetric memory, whose keys end in "/exchange/rank".
+
+    It counts the exchanges of a process over all groups, so ranks that are in different numbers of groups would wait
+    for each other under different numbers for ever (seen with PyTorch 2.11). Here every store counts its own.
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+        self.numbers: dict[str, int] = {}
+
+    def _key(self, key: str) -> str:
+        exchange, _, rank = key.rpartition("/")
+        if not (rank.isdigit() and exchange.rpartition("/")[2].isdigit()):
+            return key
+        return f"exchange/{self.numbers.setdefault(exchange, len(self.numbers))}/{rank}"
+
+    def set(self, key: str, value: Any) -> None:
+        self.store.set(self._key(key), value)
+
+    def get(self, key: str) -> bytes:
+        return self.store.get(self._key(key))
+
+    def wait(self, keys: list[str], *timeout: Any) -> None:
+        self.store.wait([self._key(key) for key in keys], *timeout)
+
+    def check(self, keys: list[str]) -> bool:
+        return self.store.check([self._key(key) for key in keys])
+
+    def add(self, key: str, amount: int) -> int:
+        return self.store.add(key, amount)

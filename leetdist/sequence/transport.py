@@ -7,15 +7,27 @@ names the rank that did not answer.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from leetdist.sequence.board import LEFT, Board
+
 Message: TypeAlias = "tuple[Tensor, int]"  # a tensor, and the rank it goes to or comes from
+
+
+class Unanswered(RuntimeError):
+    """A wait that ended in vain; `rank` is at fault."""
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class Transport(ABC):
@@ -32,6 +44,11 @@ class Transport(ABC):
         self.agreements: dict[Any, Any] = {}
         self.streams: dict[torch.device, torch.cuda.Stream] = {}  # where this rank's scans run
         self.bytes_sent = 0  # of tensors, not of what the hosts agree on
+        self.board = Board.alone()
+        self.began = 0.0  # the call under way
+        self.depth = 0
+        self.process = os.getpid()
+        self.lock = threading.RLock()
 
     @abstractmethod
     def send(self, tensor: Tensor, to: int, what: str) -> None:
@@ -93,20 +110,60 @@ class Transport(ABC):
     def others(self) -> Iterator[int]:
         return (rank for rank in range(self.size) if rank != self.rank)
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Around every use of the group. A call that fails in the middle leaves messages that the next call would take
-        for its own: no later call may use the group."""
+    def close(self) -> None:
+        """Let go of everything: the group ends. The other ranks see that this one has left."""
+        if self.failure is None:
+            self.failure = "the group was destroyed"
+            self.board.end(LEFT)
+        self.board = Board.alone()
+        self.agreements.clear()  # what is remembered with them holds this transport
+        self.streams.clear()
+
+    def call(self, phase: str) -> AbstractContextManager[None]:
+        """Around every use of the group, of one of leetdist.sequence.board.PHASES. A call that fails in the middle
+        leaves messages that the next call would take for its own: no later call may use the group."""
+        return _call(self, phase)
+
+    def enter(self, phase: str) -> None:
+        """What `call` begins with."""
+        if os.getpid() != self.process:
+            raise RuntimeError(
+                f"leetdist: this process was forked from rank {self.rank} of the group, whose connections are its "
+                f"parent's: set up a process group of the children's own, or start them by spawn"
+            )
         if self.failure is not None:
             raise RuntimeError(
                 f"leetdist: an earlier call on this group failed on rank {self.rank} ({self.failure}), and messages of "
                 f"it may still be under way. Make a new group"
             )
-        try:
-            yield
-        except BaseException as error:
-            self.failure = f"{type(error).__name__}: {error}"[:500]
-            raise
+        if not self.lock.acquire(blocking=False):
+            # The other ranks may take the two calls in another order, and then for each other.
+            self.failure = "RuntimeError: two threads called it at the same time"
+            raise RuntimeError(
+                f"leetdist: two threads of rank {self.rank} use one group at the same time; its calls must come in the "
+                f"same order on every rank: give each thread a group of its own, or make the calls in one thread"
+            )
+        self.depth += 1
+        if self.depth == 1:
+            self.began = time.monotonic()
+            self.board.begin(phase)
+
+
+@contextmanager
+def _call(transport: Transport, phase: str) -> Iterator[None]:
+    transport.enter(phase)
+    try:
+        yield
+    except BaseException as error:
+        transport.failure = f"{type(error).__name__}: {error}"[:500]
+        transport.board.fail(error.rank if isinstance(error, Unanswered) else -1, transport.failure)
+        raise
+    else:
+        if transport.depth == 1:
+            transport.board.end()
+    finally:
+        transport.depth -= 1
+        transport.lock.release()
 
 
 def timeout_seconds() -> float | None:

@@ -7,12 +7,10 @@ messages are tensors handed over in memory.
 from __future__ import annotations
 
 import itertools
-import queue
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -23,6 +21,7 @@ from leetdist.sequence.transport import Transport
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT_SECONDS = 300.0
+GRACE_SECONDS = 0.5  # for ranks to end in, after Ctrl-C
 
 
 def virtual_ranks(function: Callable[[VirtualGroup], T], ranks: int) -> list[T]:
@@ -37,7 +36,9 @@ def virtual_ranks(function: Callable[[VirtualGroup], T], ranks: int) -> list[T]:
 
     Raises:
         ValueError: `ranks` is less than 1.
-        Exception: whatever a rank raised first; the other ranks are stopped.
+        Exception: whatever a rank raised first; the other ranks are stopped where they next use the group.
+        RuntimeError: a rank has returned while another waits for it.
+        KeyboardInterrupt: on Ctrl-C, at once; a rank that does something else than use the group goes on until it does.
 
     Source: DESIGN of this library; the operator is LeetDecoding's, arXiv 2501.02573. Shapes: none of its own; tensors
     keep the (B, H, N, D) of `linear_attention`, any of its dtypes.
@@ -57,25 +58,31 @@ def virtual_ranks(function: Callable[[VirtualGroup], T], ranks: int) -> list[T]:
     grad = torch.is_grad_enabled()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     stream = torch.cuda.current_stream() if device is not None else None
+    results: dict[int, T] = {}
 
-    def run(rank: int) -> T:
+    def run(rank: int) -> None:
         try:
             if stream is not None:
                 torch.cuda.set_stream(stream)
             # All CUDA backwards would share one worker thread, where a waiting rank would block the one it waits for.
             with torch.set_grad_enabled(grad), torch.autograd.set_multithreading_enabled(False):
-                return function(VirtualGroup(hub, rank))
+                results[rank] = function(VirtualGroup(hub, rank))
         except BaseException as error:
             hub.fail(rank, error)
-            raise
+        finally:
+            hub.end(rank)
 
-    with ThreadPoolExecutor(ranks, thread_name_prefix="leetdist-rank") as pool:
-        futures = [pool.submit(run, rank) for rank in range(ranks)]
-        for future in futures:
-            future.exception()
+    for rank in range(ranks):
+        threading.Thread(target=run, args=(rank,), name=f"leetdist-rank-{rank}", daemon=True).start()
+    try:
+        hub.join()
+    except BaseException as error:  # Ctrl-C
+        hub.fail(None, error)
+        hub.join(GRACE_SECONDS)  # a thread that is in torch's code when Python ends, ends the process with signal 6
+        raise
     if hub.failure is not None:
         raise hub.failure[1]
-    return [future.result() for future in futures]
+    return [results[rank] for rank in range(ranks)]
 
 
 class VirtualGroup(Transport):
@@ -135,46 +142,68 @@ def by_name(name: str) -> VirtualGroup | None:
     return _names.get(name)
 
 
-@dataclass
 class _Hub:
-    """The mailboxes between all pairs of virtual ranks, for each kind of message."""
+    """The mailboxes between all pairs of virtual ranks, for each kind of message, and who has ended how."""
 
-    size: int
-    failure: tuple[int, BaseException] | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        ranks = range(self.size)
-        self.number = next(_numbers)
-        self.boxes: dict[tuple[int, int, str], queue.SimpleQueue[Any]] = {
-            (source, to, kind): queue.SimpleQueue()
-            for source in ranks
-            for to in ranks
-            for kind in ("tensor", "object", "header")
-        }
+    def __init__(self, size: int) -> None:
+        self.size, self.number = size, next(_numbers)
+        self.failure: tuple[int | None, BaseException] | None = None  # the first; of no rank: the caller's
+        self.ended: set[int] = set()
+        self.boxes: defaultdict[tuple[int, int, str], deque[Any]] = defaultdict(deque)
+        self.lock = threading.Lock()
+        self.changed = [threading.Condition(self.lock) for _ in range(size)]  # for each rank that may wait
+        self.all_ended = threading.Condition(self.lock)
 
     def put(self, source: int, to: int, message: Any, kind: str) -> None:
-        self.boxes[source, to, kind].put(message)
+        with self.lock:
+            self._check(source)
+            self.boxes[source, to, kind].append(message)
+            self.changed[to].notify()
 
     def take(self, source: int, to: int, what: str, kind: str, seconds: float) -> Any:
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return self.boxes[source, to, kind].get(timeout=0.1)
-            except queue.Empty:
-                if self.failure is not None:
-                    rank, error = self.failure
+        box = self.boxes[source, to, kind]
+        with self.lock:
+            begin = time.monotonic()
+            while not box:
+                self._check(to, f"waited on rank {source} for {what}, and ")
+                if source in self.ended:
                     raise RuntimeError(
-                        f"leetdist: rank {to} waited on rank {source} for {what}, and rank {rank} of {self.size} "
-                        f"failed: {error}"
-                    ) from error
-                if time.monotonic() > deadline:
+                        f"leetdist: rank {source} of {self.size} has returned, and rank {to} still waits for {what} "
+                        f"of it: it made fewer calls of the group"
+                    )
+                left = begin + seconds - time.monotonic()
+                if left <= 0:
                     raise RuntimeError(
                         f"leetdist: rank {source} of {self.size} does not answer. Rank {to} waited {seconds:.1f} s "
                         f"for {what}"
-                    ) from None
+                    )
+                self.changed[to].wait(left)
+            return box.popleft()
 
-    def fail(self, rank: int, error: BaseException) -> None:
+    def _check(self, rank: int, doing: str = "") -> None:
+        if self.failure is None:
+            return
+        other, error = self.failure
+        failed = "the caller was interrupted" if other is None else f"rank {other} of {self.size} failed"
+        raise RuntimeError(f"leetdist: rank {rank} {doing}{failed}: {error or type(error).__name__}") from error
+
+    def fail(self, rank: int | None, error: BaseException) -> None:
         with self.lock:
             if self.failure is None:
                 self.failure = (rank, error)
+            self._wake()
+
+    def end(self, rank: int) -> None:
+        with self.lock:
+            self.ended.add(rank)
+            self._wake()
+            self.all_ended.notify()
+
+    def _wake(self) -> None:
+        for waiting in self.changed:
+            waiting.notify_all()
+
+    def join(self, seconds: float | None = None) -> None:
+        """Until all ranks have ended, or so long."""
+        with self.lock:
+            self.all_ended.wait_for(lambda: len(self.ended) == self.size, seconds)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import leetdist
 from helpers import Outcome, run_ranks, values
 from leetdist.kernels.constant_decay.pytorch import block
-from leetdist.sequence import p2p
+from leetdist.sequence import blame, p2p
 from leetdist.sequence.group import resolve
 from leetdist.testing.equality import Case, check
 
@@ -58,7 +58,7 @@ def planted() -> None:
 
 def raise_everywhere(rank: int) -> dict[str, str]:
     """Every stage on a group of its own; the victim raises, stays alive, and the others must not wait for ever."""
-    p2p.ROLL_CALL_SECONDS = 0.5
+    blame.ROLL_CALL_SECONDS = 0.5
     errors = {}
     for stage, direction in PLACES:
         group = dist.new_group([0, 1, 2], timeout=timedelta(seconds=1))
@@ -100,7 +100,7 @@ def test_a_rank_that_raises() -> None:
 
 
 def die(rank: int, stage: str, direction: str) -> None:
-    p2p.ROLL_CALL_SECONDS = 0.5
+    blame.ROLL_CALL_SECONDS = 0.5
     group = dist.group.WORLD
     call(group)
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +150,7 @@ def companions(rank: int) -> list[list[int]]:
         group = dist.new_group(ranks)
         if rank in ranks:
             transport = p2p.PointToPoint(group)
-            transport.host_group = p2p._companion(group)
+            transport.companion = p2p._companion(group)
             heard.append(transport.gather_objects(rank, "a number"))
     return heard
 

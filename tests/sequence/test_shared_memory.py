@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
+from leetdist.sequence.board import Board
 from leetdist.sequence.mailbox import Gone, Mailbox
-from leetdist.sequence.p2p import Renumbered
-from leetdist.sequence.symmetric import SLOTS, Box, Place, _obstacle
+from leetdist.sequence.memory import Process, attach, create
+from leetdist.sequence.symmetric import SLOTS, Box, Place, Renumbered, _obstacle
 
 
 def test_where_symmetric_memory_can_be() -> None:
@@ -81,36 +85,90 @@ def test_hop_kernels() -> None:
         assert not receiver.slots[0][1].any()
 
 
-def boxes(ranks: int, pids: list[int] | None = None) -> list[Mailbox]:
-    file = Mailbox.create(ranks)
+def boxes(ranks: int, processes: list[Process] | None = None) -> tuple[list[Mailbox], list[Board]]:
+    letters = Mailbox.bytes(ranks)
+    size = letters + Board.bytes(ranks)
+    handle, address = create(size)
     try:
-        return [Mailbox(file, rank, pids or [os.getpid()] * ranks) for rank in range(ranks)]
+        memories = [attach(address, size) for _ in range(ranks)]
     finally:
-        os.unlink(file)
+        os.close(handle)
+    processes = processes or [Process.mine()] * ranks
+    return (
+        [Mailbox(memory[:letters], rank, processes) for rank, memory in enumerate(memories)],
+        [Board(memory[letters:], rank) for rank, memory in enumerate(memories)],
+    )
 
 
 def test_letters_arrive_in_order() -> None:
     ranks, letters = 3, 500
 
-    def rank(mailbox: Mailbox) -> list[list[list[int]]]:
-        return [mailbox.exchange([n, -n, mailbox.rank, 2**62], 30.0) for n in range(letters)]
+    def rank(mailbox: Mailbox, board: Board) -> list[list[list[int]]]:
+        return [mailbox.exchange([n, -n, mailbox.rank, 2**62], 30.0, board, "for it") for n in range(letters)]
 
     with ThreadPoolExecutor(ranks) as pool:
         expected = [[[n, -n, rank, 2**62] for rank in range(ranks)] for n in range(letters)]
-        assert list(pool.map(rank, boxes(ranks))) == [expected] * ranks
+        assert list(pool.map(rank, *boxes(ranks))) == [expected] * ranks
 
 
 def test_letters_that_do_not_come() -> None:
-    """Half a letter is none; who has ended is named at once, who is late after the time given."""
-    first, second = boxes(2)
+    """Half a letter is none; who has ended or given up is named at once, who is late after the time given."""
+    (first, second), (board, other) = boxes(2)
     second.count = 1
     for offset, number in enumerate([1, 2, 3, 4, second._seal([1, 2, 3, 5]), 1]):
         second.numbers[second._place(1) + offset] = number
     with pytest.raises(Gone, match="nothing came") as error:
-        first.exchange([0] * 4, 0.2)
+        first.exchange([0] * 4, 0.2, board, "for a letter")
     assert error.value.rank == 1
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    first, _ = boxes(2, [os.getpid(), ended.pid])
+    seen = other.read(0)
+    assert (seen.other, seen.what) == (1, "for a letter")
+    assert 0.2 <= seen.seconds < 10
+    other.fail(-1, "an error of its own")
+    with pytest.raises(Gone, match="given up"):
+        first.exchange([0] * 4, 60.0, board, "for a letter")
+    assert str(board.read(1)) == "failed (forward pass 0, backward pass 0): an error of its own"
+
+    running = subprocess.Popen(["sleep", "60"])
+    process = Process(running.pid, Process._stat(running.pid)[1])
+    assert process.state() == "runs"
+    os.kill(running.pid, signal.SIGSTOP)
+    while process.state() == "runs":
+        time.sleep(0.01)
+    assert process.state() == "is stopped"
+    running.kill()
+    running.wait()
+    assert process.state() == "has ended"
+    assert Process(os.getpid(), 1).state() == "has ended"  # another process, of the same number
+    (first, _), (board, _) = boxes(2, [Process.mine(), process])
     with pytest.raises(Gone, match="has ended"):
-        first.exchange([0] * 4, 60.0)
+        first.exchange([0] * 4, 60.0, board, "for a letter")
+
+
+def test_shared_memory_is_ours_and_leaves_nothing(tmp_path: Path) -> None:
+    """No name to guess or to be left behind; what is not the memory that was meant is refused."""
+    before = set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
+    handle, address = create(64)
+    path, _, secret = address.rpartition(":")
+    memory = attach(address, 64)
+    memory[0] = 7
+    assert attach(address, 64)[0] == 7
+    for wrong in (f"{path}:{'0' * 32}", f"{path}:no hex", f"{tmp_path}/none:{secret}"):
+        with pytest.raises((OSError, ValueError)):
+            attach(wrong, 64)
+    with pytest.raises(ValueError, match="another size"):
+        attach(address, 63)
+    with pytest.raises(OSError, match="not permitted"):
+        os.ftruncate(handle, 8)
+    os.close(handle)
+    assert attach_fails(address)
+    assert memory[0] == 7
+    if before:
+        assert not {name for name in set(os.listdir("/dev/shm")) - before if "leetdist" in name}
+
+
+def attach_fails(address: str) -> bool:
+    try:
+        attach(address, 64)
+    except (OSError, ValueError):
+        return True
+    return False
