@@ -185,7 +185,7 @@ class _Hub:
             return
         other, error = self.failure
         failed = "the caller was interrupted" if other is None else f"rank {other} of {self.size} failed"
-        raise RuntimeError(f"leetdist: rank {rank} {doing}{failed}: {error or type(error).__name__}") from error
+        raise RuntimeError(f"leetdist: rank {rank} {doing}{failed}: {str(error) or type(error).__name__}") from error
 
     def fail(self, rank: int | None, error: BaseException) -> None:
         with self.lock:
