@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from compiling import SPILLS, assembled, spilled  # noqa: E402
 from leetdist.kernels.constant_decay.triton import hopper  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024
-# Bytes a thread may keep in local memory: a few addresses, beside 255 registers.
-SPILLS = 128
 STRIDES = ("_batch", "_head", "_token", "_tile", "_row")
 
 
@@ -53,25 +51,17 @@ def compiled(kernel, rows: int, columns: int, *, stages: int, reverse: bool, reg
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
-def report(ptx: str, folder: Path) -> str:
-    """What ptxas says of registers, spills and serialized products."""
-    (folder / "kernel.ptx").write_text(ptx)
-    command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.mark.parametrize(("rows", "columns"), [(128, 128), (64, 64), (64, 128)])
 @pytest.mark.parametrize(("reverse", "regular"), [(False, True), (True, False)])
 @pytest.mark.parametrize("kernel", ["tile_states_kernel", "tile_outputs_kernel"])
-def test_compiles_and_fits(kernel, rows, columns, reverse, regular, tmp_path):
+def test_compiles_and_fits(kernel, rows, columns, reverse, regular, tmp_path: Path, monkeypatch, capsys):
     stages = hopper.STAGES[kernel.split("_")[1], rows]
-    result = compiled(getattr(hopper, kernel), rows, columns, stages=stages, reverse=reverse, regular=regular)
+    options = {"stages": stages, "reverse": reverse, "regular": regular}
+    result, said = assembled(
+        lambda: compiled(getattr(hopper, kernel), rows, columns, **options), tmp_path, monkeypatch, capsys
+    )
     assert result.metadata.shared <= SHARED_MEMORY
-    said = report(result.asm["ptx"], tmp_path)
     assert "wgmma" in result.asm["ptx"]
     assert "serialized" not in said, said
     assert "injected" not in said, said  # a wait
-    spilled = int(said.split("bytes stack frame,")[1].split("bytes spill stores")[0])
-    assert spilled <= SPILLS, said
+    assert spilled(said) <= SPILLS, said

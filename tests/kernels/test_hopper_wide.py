@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from compiling import SPILLS, assembled, spilled  # noqa: E402
 from leetdist.kernels.constant_decay.triton import hopper_wide as wide  # noqa: E402
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHARED_MEMORY = 227 * 1024
-# Bytes a thread may keep in local memory: a few addresses, beside 255 registers.
-SPILLS = 128
 POINTERS = {"states": "*fp32", "log_decay": "*fp32", "table": "*i64"}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -77,20 +75,25 @@ def compiled(
     ],
 )
 def test_compiles_and_fits(
-    dtype: torch.dtype, precision: str | None, rows: int, columns: int, reverse: bool, tmp_path: Path
+    dtype: torch.dtype,
+    precision: str | None,
+    rows: int,
+    columns: int,
+    reverse: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for kernel in (wide.tile_states_kernel, wide.tile_outputs_kernel):
-        result = compiled(kernel, dtype, precision, rows, columns, reverse=reverse, regular=not reverse)
+
+        def build(kernel: Any = kernel) -> Any:
+            return compiled(kernel, dtype, precision, rows, columns, reverse=reverse, regular=not reverse)
+
+        result, said = assembled(build, tmp_path, monkeypatch, capsys)
         assert result.metadata.shared <= SHARED_MEMORY
-        (tmp_path / "kernel.ptx").write_text(result.asm["ptx"])
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        said = done.stdout + done.stderr
-        assert done.returncode == 0, said
         assert "wgmma" in result.asm["ptx"]
         assert "serialized" not in said, said
-        spilled = int(said.split("bytes stack frame,")[1].split("bytes spill stores")[0])
-        assert spilled <= SPILLS, said
+        assert spilled(said) <= SPILLS, said
 
 
 @pytest.mark.gpu

@@ -7,10 +7,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from leetdist.kernels.common.gluon import async_load, barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 # exp(-x) is 0 in fp32 for x from here on.
@@ -57,7 +58,7 @@ def _hold(held, state):
 
 @gluon.jit
 def _fetch(desc, batch, head, token, ready, shared, more):
-    tma.async_copy_global_to_shared(desc, [batch, head, token, 0], ready, shared, pred=more)
+    async_load(desc, [batch, head, token, 0], ready, shared, pred=more)
 
 
 @gluon.jit
@@ -74,7 +75,7 @@ def _zero_chunk(a, b, c, count, layout: gl.constexpr):
     _zero_rows(b, count, layout)
     _zero_rows(c, count, layout)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
@@ -175,7 +176,7 @@ def tile_states_kernel(
             _zero_rows(b_i, length - offset, FLAT)
             _zero_rows(c_i, length - offset, FLAT)
             fence_async_shared()
-            gl.thread_barrier()
+            barrier()
         token = offset + gl.arange(0, CHUNK, gl.SliceLayout(0, LEFT))
         exponent = token + 1 if REVERSE else gl.maximum(length - 1 - token, 0)
         high_0, low_0 = _weighted(b_i.slice(0, 64, dim=1), g, exponent, scale, LEFT)
@@ -192,7 +193,7 @@ def tile_states_kernel(
         else:
             state_0, high_0, low_0 = warpgroup_mma_wait(0, [state_0, high_0, low_0])
         offset += stride
-        gl.thread_barrier()  # all have read the chunk: it makes room for another
+        barrier()  # all have read the chunk: it makes room for another
         where, more = origin + (step + STAGES) * stride, step + STAGES < chunks
         mbarrier.expect(ready.index(stage), BYTES, pred=more)
         _fetch(b, batch, b_head, where, ready.index(stage), b_ring.index(stage), more)
@@ -269,7 +270,7 @@ def tile_outputs_kernel(
         c_i = c_ring.index(stage).reshape([CHUNK, COLUMNS])
         # All that touches the state comes before products start: ptxas serializes them otherwise.
         state = state * _exp2(g * count.to(gl.float32))
-        gl.thread_barrier()  # all have read the chunk before, and written its outputs and `held`
+        barrier()  # all have read the chunk before, and written its outputs and `held`
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if count < CHUNK:
             _zero_chunk(a_i, b_i, c_i, count, FLAT)
@@ -283,7 +284,7 @@ def tile_outputs_kernel(
                 # The outputs of the chunk before lie where its `a` was.
                 x = a_ring.index(free).reshape([CHUNK, ROWS]).load(STORE)
                 _write(x, out, before, out_token, count_before, STORE)
-                gl.thread_barrier()
+                barrier()
             token = first + (chunks - step - STAGES if REVERSE else step - 1 + STAGES) * CHUNK
             more = step - 1 + STAGES < chunks
             mbarrier.expect(ready.index(free), BYTES, pred=more)
@@ -306,7 +307,7 @@ def tile_outputs_kernel(
         o = warpgroup_mma_wait(0, [o])
         o = o * from_state
         o = warpgroup_mma(seen, c_i, o, is_async=True)
-        gl.thread_barrier()  # all have read `held`
+        barrier()  # all have read `held`
         unit = _hold(held, state)
         before, count_before = start + offset, count
         o, seen = warpgroup_mma_wait(0, [o, seen])
@@ -317,6 +318,6 @@ def tile_outputs_kernel(
         fence_async_shared()
 
     if BY_ROWS:
-        gl.thread_barrier()
+        barrier()
         x = a_ring.index((chunks - 1) % STAGES).reshape([CHUNK, ROWS]).load(STORE)
         _write(x, out, before, out_token, count_before, STORE)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
+from leetdist.kernels.common.gluon import async_load
 from leetdist.kernels.constant_decay.triton.hopper_kernels import LOG2E, _exp2
 
 # As in leetdist.kernels.constant_decay.triton.parts, which says what units are.
@@ -143,4 +144,4 @@ def _hold(held, state, PARTS: gl.constexpr, zero):
 
 @gluon.jit
 def _fetch(desc, batch, head, token, column, ready, shared, more):
-    tma.async_copy_global_to_shared(desc, [batch, head, token, column], ready, shared, pred=more)
+    async_load(desc, [batch, head, token, column], ready, shared, pred=more)

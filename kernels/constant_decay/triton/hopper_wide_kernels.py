@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
+from leetdist.kernels.common.gluon import barrier, reinterpret
 from leetdist.kernels.constant_decay.triton.hopper_kernels import COUNTS, FP32_RANGE, _span, _zero_rows
 from leetdist.kernels.constant_decay.triton.hopper_parts import (
     LARGE,
@@ -35,8 +36,10 @@ from leetdist.kernels.constant_decay.triton.hopper_parts import (
 
 @gluon.jit
 def _raw(shared, desc, CHUNK: gl.constexpr):
-    """Where a bulk copy puts a chunk: at the beginning of `shared`, (_, columns)."""
-    return shared._reinterpret(desc.dtype, [1, 1, CHUNK, shared.shape[1]], desc.layout)
+    """Where a bulk copy puts a chunk: at the beginning of `shared`, (rows, columns)."""
+    if shared.dtype == desc.dtype and shared.shape[0] == 2 * CHUNK:  # of which it takes half
+        shared = reinterpret(shared, shared.dtype, [2, CHUNK, shared.shape[1]], shared.layout).index(0)
+    return reinterpret(shared, desc.dtype, [1, 1, CHUNK, shared.shape[1]], desc.layout)
 
 
 @gluon.jit
@@ -51,23 +54,23 @@ def _weigh(
     LONG: gl.constexpr = _by_rows(b_shared.shape[1], BITS, num_warps)
     SHORT: gl.constexpr = _by_rows(c_shared.shape[1], BITS, num_warps)
     b_i, c_i = _matrix(_raw(b_shared, b, CHUNK)), _matrix(_raw(c_shared, c, CHUNK))
-    weighted = c_shared._reinterpret(c_shared.dtype, [2, CHUNK, c_shared.shape[1]], c_shared.layout)
+    weighted = reinterpret(c_shared, c_shared.dtype, [2, CHUNK, c_shared.shape[1]], c_shared.layout)
     if count < CHUNK:
         _zero_rows(b_i, count, LONG)
         _zero_rows(c_i, count, SHORT)
-        gl.thread_barrier()
+        barrier()
     c_values = c_i.load(SHORT).to(gl.float32) * _to_state(g, count, zero, CHUNK, REVERSE, SHORT)
     if UNITS:
         b_values = b_i.load(LONG)
         b_unit, b_inverse = _unit(b_values)
         c_unit, c_inverse = _unit(c_values)
-        gl.thread_barrier()  # all have read what the parts take the place of
-        b_held = b_shared._reinterpret(b_shared.dtype, [2, CHUNK, b_shared.shape[1]], b_shared.layout)
+        barrier()  # all have read what the parts take the place of
+        b_held = reinterpret(b_shared, b_shared.dtype, [2, CHUNK, b_shared.shape[1]], b_shared.layout)
         _put(b_held, b_values * b_inverse, PARTS, zero)
         _put(weighted, c_values * c_inverse, WEIGHTED_PARTS, zero)
         unit = b_unit * c_unit * scale
     else:
-        gl.thread_barrier()
+        barrier()
         _put(weighted, c_values * scale, WEIGHTED_PARTS, zero)
         unit = scale
     return unit
@@ -123,11 +126,11 @@ def tile_states_kernel(
         b_ring.index(0), c_ring.index(0), b, c, g, count, scale, zero, PARTS, WEIGHTED_PARTS, REVERSE, num_warps
     )
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     for step in range(chunks):
         stage, following = step % STAGES, (step + 1) % STAGES
-        b_held = b_ring.index(stage)._reinterpret(dtype, [SIZE, CHUNK, ROWS], B_SHARED)
-        weighted = c_ring.index(stage)._reinterpret(dtype, [2, CHUNK, COLUMNS], C_SHARED)
+        b_held = reinterpret(b_ring.index(stage), dtype, [SIZE, CHUNK, ROWS], B_SHARED)
+        weighted = reinterpret(c_ring.index(stage), dtype, [2, CHUNK, COLUMNS], C_SHARED)
         if UNITS:
             # Apart from the state: the matrix units cut each sum off toward zero, which would add up.
             added = gl.zeros([ROWS, COLUMNS], gl.float32, STATE)
@@ -153,7 +156,7 @@ def tile_states_kernel(
             state = added
         state += state * lost
         unit = next_unit
-        gl.thread_barrier()  # all have read this chunk and written the next
+        barrier()  # all have read this chunk and written the next
         where, more, bar = origin + (step + STAGES) * stride, step + STAGES < chunks, ready.index(stage)
         mbarrier.expect(bar, BYTES, pred=more)
         _fetch(b, row, b_head, where, 0, bar, _raw(b_ring.index(stage), b, CHUNK), more)
@@ -200,8 +203,8 @@ def tile_outputs_kernel(
         units = gl.allocate_shared_memory(gl.float32, [2, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     else:
         weighted = gl.allocate_shared_memory(dtype, [WEIGHTED_PARTS, CHUNK, COLUMNS], C_SHARED)
-    a_raw = a_held._reinterpret(a.dtype, [1, 1, CHUNK, ROWS], a.layout)
-    b_raw = b_held._reinterpret(a.dtype, [1, 1, CHUNK, ROWS], b.layout)
+    a_raw = reinterpret(a_held, a.dtype, [1, 1, CHUNK, ROWS], a.layout)
+    b_raw = reinterpret(b_held, a.dtype, [1, 1, CHUNK, ROWS], b.layout)
     BYTES: gl.constexpr = (2 * ROWS + COLUMNS) * CHUNK * a.dtype.primitive_bitwidth // 8
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
@@ -212,7 +215,7 @@ def tile_outputs_kernel(
     mbarrier.expect(ready, BYTES, pred=more)
     _fetch(a, row, a_head, where, 0, ready, a_raw, more)
     _fetch(b, row, b_head, where, 0, ready, b_raw, more)
-    c_raw = c_ring.index(0)._reinterpret(a.dtype, [1, 1, CHUNK, COLUMNS], c.layout)
+    c_raw = reinterpret(c_ring.index(0), a.dtype, [1, 1, CHUNK, COLUMNS], c.layout)
     _fetch(c, row, c_head, where, column, ready, c_raw, more)
 
     states += batch * state_batch + head * state_head + tile * state_tile
@@ -224,21 +227,21 @@ def tile_outputs_kernel(
 
     for step in range(chunks):
         g, zero = _reread(log_decay, head)
-        c_held = c_ring.index(step % 2 + zero)._reinterpret(dtype, [SIZE, CHUNK, COLUMNS], C_SHARED)
+        c_held = reinterpret(c_ring.index(step % 2 + zero), dtype, [SIZE, CHUNK, COLUMNS], C_SHARED)
         if UNITS:
-            weighted = c_ring.index((step + 1) % 2 + zero)._reinterpret(dtype, [SIZE, CHUNK, COLUMNS], C_SHARED)
+            weighted = reinterpret(c_ring.index((step + 1) % 2 + zero), dtype, [SIZE, CHUNK, COLUMNS], C_SHARED)
         count = gl.minimum(length - offset, CHUNK)
         weight = _to_state(g, count, zero, CHUNK, REVERSE, SHORT)
         lost = _lost(g, count)
         state += state * lost
         mbarrier.wait(ready, step & 1)
         a_i, b_i = _matrix(a_raw), _matrix(b_raw)
-        c_i = _matrix(c_held._reinterpret(a.dtype, [1, 1, CHUNK, COLUMNS], c.layout))
+        c_i = _matrix(reinterpret(c_held, a.dtype, [1, 1, CHUNK, COLUMNS], c.layout))
         if count < CHUNK:
             _zero_rows(a_i, count, LONG)
             _zero_rows(b_i, count, LONG)
             _zero_rows(c_i, count, SHORT)
-            gl.thread_barrier()
+            barrier()
         c_values = c_i.load(SHORT).to(gl.float32)
         if UNITS:
             a_values, b_values = a_i.load(LONG), b_i.load(LONG)
@@ -247,7 +250,7 @@ def tile_outputs_kernel(
             c_unit, c_inverse = _units(c_values)
             bc_unit = gl.convert_layout(b_unit, gl.SliceLayout(1, SHORT)) * c_unit
             added_unit = gl.maximum(gl.max(bc_unit, 0), SMALLEST)
-            gl.thread_barrier()  # all have read what the parts take the place of
+            barrier()  # all have read what the parts take the place of
             units.index(0).store(a_unit)
             units.index(1).store(bc_unit)
             c_values *= c_inverse[:, None]
@@ -259,7 +262,7 @@ def tile_outputs_kernel(
             weight *= added_scale
         _put(weighted, c_values * weight, WEIGHTED_PARTS, zero)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
 
         scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
         scores = _product(a_held, PARTS, b_held, PARTS, scores, zero, False, B=True)
@@ -287,7 +290,7 @@ def tile_outputs_kernel(
         _put(seen, scores * decay, SCORE_PARTS, zero)
         fence_async_shared()
         o, added = warpgroup_mma_wait(0, [o, added])
-        gl.thread_barrier()  # all have read a and b, and written `seen`
+        barrier()  # all have read a and b, and written `seen`
 
         before, inside = start + offset, count
         offset += -CHUNK if REVERSE else CHUNK
@@ -295,7 +298,7 @@ def tile_outputs_kernel(
         mbarrier.expect(ready, BYTES, pred=more)
         _fetch(a, row, a_head, where, 0, ready, a_raw, more)
         _fetch(b, row, b_head, where, 0, ready, b_raw, more)
-        c_raw = c_ring.index((step + 1) % 2 + zero)._reinterpret(a.dtype, [1, 1, CHUNK, COLUMNS], c.layout)
+        c_raw = reinterpret(c_ring.index((step + 1) % 2 + zero), a.dtype, [1, 1, CHUNK, COLUMNS], c.layout)
         _fetch(c, row, c_head, where, column, ready, c_raw, more)
         if UNITS:
             near = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
