@@ -13,10 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from leetdist.kernels.common import recording
+from leetdist.kernels.common import recording, release
+from leetdist.kernels.common.launcher import why_not_repeated
 
-# The versions of Triton whose compiled kernels take the arguments that `launch` gives; others launch the usual way.
-DIRECT = triton.__version__.startswith(("3.6.",)) and not triton.knobs.runtime.interpret
+if (_missing := release.why_not_triton()) is not None:
+    raise ImportError(f"leetdist's Triton kernels: {_missing}")
+
+# Whether compiled kernels are launched without asking Triton; else in the usual way, always.
+DIRECT = why_not_repeated() is None
 # Kept kernels; integers are in the key, so a stream of ever new lengths would fill the memory.
 MOST = 4096
 
@@ -25,9 +29,9 @@ _thread = threading.local()
 
 
 def direct(device: torch.device) -> bool:
-    """Whether compiled kernels can be launched here and now without asking Triton or binding the device first."""
+    """Whether kernels can be launched here and now without binding the device first, and nobody watches launches."""
     return (
-        DIRECT
+        device.type == "cuda"
         and device.index == torch._C._cuda_getDevice()
         and device.index in _thread.__dict__.get("devices", ())
         and not triton.knobs.runtime.launch_enter_hook.calls
@@ -35,22 +39,32 @@ def direct(device: torch.device) -> bool:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], **options: int
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    *,
+    enable_fp_fusion: bool = True,
+    **options: int,
 ) -> None:
     """`kernel[grid](*arguments, **constants, **options)`; the kernel's constexpr parameters come last, in this order.
 
-    Arguments are tensors, None, integers, floats, or (tensor descriptor) objects with a `key`.
+    Arguments are tensors, None, integers, floats, or (tensor descriptor) objects with a `key`. Whether products and
+    sums are fused is always said, for bits depend on it: the default is the environment's, and changes in Triton 3.10.
     """
+    options["enable_fp_fusion"] = enable_fp_fusion
     device = next(x for x in arguments if isinstance(x, Tensor)).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, grid, arguments, constants, **options)
+            return launch(kernel, grid, arguments, constants, **options)  # type: ignore[arg-type]
     if device.type == "cuda" and device.index not in _thread.__dict__.setdefault("devices", set()):
         # A tensor map is made in the thread's current context, and a thread (of autograd, say) that has done nothing on
         # the device yet has none: PyTorch's own kernels bind it.
         torch.zeros(1, device=device)
         _thread.devices.add(device.index)
     if not DIRECT or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler wants to know
+        if recording.noting():
+            recording.note(recording.TritonLaunch(None, grid, arguments))
         kernel[grid](*arguments, **constants, **options)
         return None
     key = (kernel, device.index, *options.values(), *constants.values(), *map(_kind, arguments))

@@ -13,7 +13,7 @@ _thread = threading.local()
 
 @dataclass(frozen=True, eq=False)
 class TritonLaunch:
-    """The compiled kernel, the grid (of three numbers), all arguments with the constants."""
+    """The compiled kernel (None: only Triton knows), the grid of three numbers, all arguments with the constants."""
 
     compiled: Any
     grid: tuple[int, ...]

@@ -11,19 +11,16 @@ that it does: any other operation seen while it is recorded (a copy, a sum) refu
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.nvidia.driver import make_tensordesc_arg
 
-from leetdist.kernels.common import launch, recording
+from leetdist.kernels.common import launch, launcher, recording
 from leetdist.kernels.common.loader import Arguments, Kernel
 from leetdist.kernels.constant_decay.cuda.hopper import TensorMap, tensor_map
 
@@ -79,12 +76,6 @@ class Map:
         return found
 
 
-def _moved(descriptor: Any, meta: dict[str, Any], address: int) -> Any:
-    """The map of a Triton descriptor's tensor, at another address."""
-    moved = SimpleNamespace(**vars(descriptor) | {"base": SimpleNamespace(data_ptr=lambda: address)})
-    return make_tensordesc_arg(moved, meta)[0]
-
-
 @dataclass(eq=False)
 class CudaStep:
     """One launch of a kernel in CUDA C++, and where addresses and maps go among its arguments, in words of 64 bits."""
@@ -108,22 +99,24 @@ class CudaStep:
 
 @dataclass(eq=False)
 class TritonStep:
-    """One launch: Triton's launcher, the arguments before and after the stream, and where addresses go among them."""
+    """One launch, as Triton hands it to the driver, and where addresses and maps go among the kernel's arguments."""
 
-    launcher: Callable[..., None]
-    grid: tuple[int, ...]
-    fixed: tuple[Any, ...]
-    arguments: list[Any]
+    compiled: Any  # lives as long as it is launched: newer Tritons unload a kernel that nobody holds
+    handed: launcher.Handed
     addresses: list[tuple[int, int]]
     maps: list[tuple[int, int, Map]]
 
     def __call__(self, stream: int, sources: list[int]) -> None:
-        arguments = self.arguments.copy()
+        handed = self.handed
+        arguments = handed.arguments.copy()
         for place, source in self.addresses:
             arguments[place] = sources[source]
         for place, source, moved in self.maps:
             arguments[place] = moved.at(sources[source])
-        self.launcher(*self.grid, stream, *self.fixed, *arguments)
+        if handed.together:
+            handed.function(*handed.before, stream, *handed.after, arguments)
+        else:
+            handed.function(*handed.before, stream, *handed.after, *arguments)
 
 
 @dataclass(eq=False)
@@ -230,39 +223,30 @@ def _words(address: int, kind: Any) -> memoryview:
 def _triton_step(
     launched: recording.TritonLaunch, sources: dict[int, int], storages: dict[int, int], held: list[Tensor]
 ) -> TritonStep | None:
-    run, compiled = launched.compiled.run, launched.compiled
-    if run.global_scratch_size or run.profile_scratch_size:
+    if launched.compiled is None:
         return None
-    launcher, metas = run.launch, cast("Iterator[Any]", iter(()))
-    if inspect.isfunction(launcher):  # it makes tensor maps, and calls the one that launches
-        inner = inspect.getclosurevars(launcher).nonlocals
-        launcher, metas = inner["launcher"], iter(inner["tensordesc_meta"])
-    step = TritonStep(
-        launcher, launched.grid,
-        (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
-         None, None, None),
-        [], [], [],
-    )  # fmt: skip
-    for x in launched.arguments:
+    handed = launcher.handed(launched.compiled, launched.grid, launched.arguments)
+    if handed is None:
+        return None
+    step = TritonStep(launched.compiled, handed, [], [])
+    for number, (place, x) in enumerate(zip(handed.places, launched.arguments, strict=True)):
         base = x if isinstance(x, Tensor) else getattr(x, "base", None)
         if base is None:
-            step.arguments.append(x)
             continue
-        source, place = sources.get(base.data_ptr()), len(step.arguments)
+        source = sources.get(base.data_ptr())
         if base is not x:
-            meta = next(metas, None)
-            if source is None or meta is None:
+            if source is None:
                 return None
-            step.maps.append((place, source, Map(partial(_moved, x, meta))))
-            step.arguments += [None, *x.shape, *x.strides]
+            step.maps.append((place, source, Map(partial(handed.move, x, number))))
+            handed.arguments[place] = None
         elif source is not None:
             step.addresses.append((place, source))
-            step.arguments.append(None)
+            handed.arguments[place] = None
         elif base.untyped_storage().data_ptr() in storages:  # a part of what moves
             return None
         else:  # a table, say
             held.append(base)
-            step.arguments.append(base.data_ptr())
+            handed.arguments[place] = base.data_ptr()
     return step
 
 

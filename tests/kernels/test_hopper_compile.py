@@ -11,11 +11,11 @@ pytest.importorskip("triton.experimental.gluon")
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
+from compiling import SPILLS, assembled, spilled  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from compiling import SPILLS, assembled, spilled  # noqa: E402
 from leetdist.kernels.constant_decay.triton import hopper  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024

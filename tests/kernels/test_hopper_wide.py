@@ -18,11 +18,11 @@ triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 triton_block = pytest.importorskip("leetdist.kernels.constant_decay.triton.block")
 
+from compiling import SPILLS, assembled, spilled  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from compiling import SPILLS, assembled, spilled  # noqa: E402
 from leetdist.kernels.constant_decay.triton import hopper_wide as wide  # noqa: E402
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

@@ -23,14 +23,15 @@ TABLE = torch.arange(4)
 
 
 class Kernel:
-    """Stands for a compiled kernel: keeps what its launcher is called with."""
+    """Stands for a compiled kernel: keeps what it is launched with. (How Triton does it is test_launcher's.)"""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.function, self.packed_metadata = 11, (4, 1, 0)
-        self.run = SimpleNamespace(
-            global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=False,
-            launch=self.launch,
+
+    def handed(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Any:
+        return SimpleNamespace(
+            function=self.launch, before=grid, after=(11, False), together=False,
+            arguments=list(arguments), places=range(len(arguments)),
         )  # fmt: skip
 
     def launch(self, *arguments: Any) -> None:
@@ -40,6 +41,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(launch, "direct", lambda device: True)
+    monkeypatch.setattr(replay.launcher, "handed", Kernel.handed)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(replay, "_once", set())
     monkeypatch.setattr(replay, "_kinds", {})
@@ -73,11 +75,22 @@ def test_repeats_launches_with_new_addresses(kernel: Kernel) -> None:
     assert none is None
     assert (out.shape, out.stride()) == ((4, 3), (1, 4))
     assert between.shape == (12,)
-    head = (5, 1, 1, 7, 11, False, False, None, None, (4, 1, 0), None, None, None)
+    head = (5, 1, 1, 7, 11, False)
     assert kernel.calls == [
         (*head, a.data_ptr(), 2, between.data_ptr(), TABLE.data_ptr()),
         (*head, between.data_ptr(), None, out.data_ptr(), 0.5),
     ]
+
+
+@pytest.mark.real_empty
+def test_what_triton_alone_can_launch_is_not_repeated(kernel: Kernel) -> None:
+    def outputs(a: Tensor) -> tuple[Tensor, ...]:
+        recording.note(recording.TritonLaunch(None, (5, 1, 1), (a,)))
+        return (torch.empty(3),)
+
+    for _ in range(3):
+        replay.repeated(outputs, (torch.randn(4),))
+    assert list(replay._kinds.values()) == [None]
 
 
 @pytest.mark.real_empty

@@ -6,13 +6,13 @@ dtype and chip alone: never on the number of tokens a rank happens to hold, the 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from leetdist.kernels.common.release import why_not_gluon
 from leetdist.kernels.constant_decay.cuda import hopper as cuda
 
 
@@ -79,7 +79,7 @@ def _is_hopper(device: torch.device) -> bool:
     """sm_90, and a Triton that has the dialect the kernels are written in."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    return importlib.util.find_spec("triton.experimental.gluon") is not None
+    return why_not_gluon() is None
 
 
 def next_power_of_2(n: int) -> int:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.block import _empty_like_model
 from leetdist.kernels.constant_decay.triton.configs import padded
@@ -41,12 +42,16 @@ def tile_outputs(
     slow = exact > -0.7
     decays = torch.stack((torch.where(slow, torch.expm1(exact), torch.exp(exact)), slow.double()), 1)
     if out.numel():
-        _fleet_outputs[(batch * heads * tiles.count, ceil_div(columns, held))](
-            a, b, c, states, decays.float(), out, _table(tiles, a.device),
-            *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
-            heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-            a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale,
-            REGULAR=tiles.regular, REVERSE=reverse, ROWS=padded(rows), COLUMNS=held,
+        launch(
+            _fleet_outputs,
+            (batch * heads * tiles.count, ceil_div(columns, held)),
+            (
+                a, b, c, states, decays.float(), out, _table(tiles, a.device),
+                *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
+                heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+                a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale,
+            ),
+            {"REGULAR": tiles.regular, "REVERSE": reverse, "ROWS": padded(rows), "COLUMNS": held},
             num_warps=1, num_stages=1,
         )  # fmt: skip
     return out

@@ -250,7 +250,9 @@ def triton_serves(problem: Problem) -> bool:
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    from leetdist.kernels.common.release import why_not_triton
+
+    return why_not_triton() is None
 
 
 @cache
