@@ -14,6 +14,7 @@ from leetdist.integrations.loss import reduce_loss
 from leetdist.integrations.models import softmax
 from leetdist.integrations.models.minimax import LightningAttention
 from leetdist.integrations.registry import Handler
+from leetdist.mesh import all_sum, all_transports
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import gather_sequence, shard_sequence
@@ -40,14 +41,16 @@ class Calls:
     from a prompt that was cut.
     """
 
-    def __init__(self, model: Any, group: Group | None, handlers: dict[nn.Module, Handler], hears: bool) -> None:
+    def __init__(
+        self, model: Any, stack: Any, group: Group | None, handlers: dict[nn.Module, Handler], hears: bool
+    ) -> None:
         self.hears = hears  # whether what a call says of documents and padding reaches the layers
-        self.base: Any = model.base_model
+        self.base = stack
         self.group, self.handlers = group, handlers
         transport = resolve(group) if group is not None else None
         self.rank, self.ranks = (0, 1) if transport is None else (transport.rank, transport.size)
         self.softmax: list[Any] = [x for x, handler in handlers.items() if handler is softmax.give_group]
-        self.cuts_prompts = self.base is not model and all(
+        self.cuts_prompts = (stack is not model or model.base_model is model) and all(
             isinstance(x, LightningAttention) or x in set(self.softmax) for x in handlers
         )
         places = [getattr(layer, "layer_idx", None) for layer in self.softmax]
@@ -219,6 +222,13 @@ class ModelLoss:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
         total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
         counted = (target != ignore_index).sum()
+        if num_items_in_batch is not None:
+            everyone = int(all_sum(counted, all_transports(self.mesh)))
+            if int(num_items_in_batch) < everyone:
+                raise ValueError(
+                    f"num_items_in_batch must be the labels that count over all ranks and micro-batches of a step, got "
+                    f"{int(num_items_in_batch)} where these ranks have {everyone}: sum it over the ranks"
+                )
         self.last = reduce_loss(total, counted, self.mesh, total_tokens=num_items_in_batch)
         return self.last
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ def take_documents(batch: dict[str, Any]) -> Tensor | None:
     Also told by `seq_idx` (B, N), and by `position_ids` that start anew (where `attention_mask`, if there, keeps).
     """
     tokens = batch["input_ids"]
-    told = {name: batch.pop(name) for name in OFFSETS if batch.get(name) is not None}
+    told: dict[str, Tensor] = {name: batch.pop(name) for name in OFFSETS if batch.get(name) is not None}
     for name in (*OFFSETS, *LENGTHS):
         batch.pop(name, None)
     for name, offsets in told.items():
@@ -40,7 +41,9 @@ def take_documents(batch: dict[str, Any]) -> Tensor | None:
         starts = starts_of(positions, batch.get("attention_mask"))
         if told or bool(starts.any()):
             told["position_ids"] = _one_row(starts, len(tokens), "position_ids")
-    (first, offsets), *others = told.items() or {"": None}.items()
+    if not told:
+        return None
+    (first, offsets), *others = told.items()
     for name, other in others:
         # Empty documents, and the padding that some put behind the last one, begin nowhere.
         if name != "position_ids" and _distinct(offsets) != _distinct(other):
@@ -74,12 +77,16 @@ def shared_documents(position_ids: Tensor, kept: Tensor | None, group: Group) ->
     transport = resolve(group)
     assert transport is not None
     kept = None if kept is None else kept.bool()
-    edges = [[None if kept is not None and not kept[row, at] else int(position_ids[min(row, len(position_ids) - 1), at])
-              for row in range(len(position_ids if kept is None else kept))] for at in (0, -1)]  # fmt: skip
-    mine = (bool(starts_of(position_ids, kept).any()), *edges)
+    rows = max(len(position_ids), 1 if kept is None else len(kept))
+    positions = position_ids.expand(rows, -1)
+
+    def edge(at: int) -> list[int | None]:
+        return [int(positions[row, at]) if kept is None or kept[row, at] else None for row in range(rows)]
+
+    mine = (bool(starts_of(positions, kept).any()), edge(0), edge(-1))
     everyone = transport.gather_objects(mine, "where positions start anew")
     broken = any(inside for inside, _, _ in everyone)
-    for (_, _, last), (_, first, _) in zip(everyone, everyone[1:], strict=False):
+    for (_, _, last), (_, first, _) in pairwise(everyone):
         broken |= any(a is not None and b is not None and b != a + 1 for a, b in zip(last, first, strict=True))
     if not broken:
         return None

@@ -85,14 +85,15 @@ class ShardedLoader:
         self.source: Iterable[Mapping[str, Any]] = loader
         self.given = loader
         self._rows: _Rows | None = None
+        whole: Any = loader
         by_index = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
-        if by_index and loader.batch_sampler is not None:
+        if by_index and whole.batch_sampler is not None:
             # Deal indices, not rows: nobody reads what it does not use.
-            self._rows = _Rows(loader.batch_sampler, self.rank, self.ranks)
-            options = {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
+            self._rows = _Rows(whole.batch_sampler, self.rank, self.ranks)
+            options = {name: getattr(whole, name) for name in _OPTIONS if hasattr(whole, name)}
             if not options["num_workers"]:
                 options.pop("prefetch_factor", None)
-            self.source = DataLoader(loader.dataset, batch_sampler=self._rows, **options)
+            self.source = DataLoader(whole.dataset, batch_sampler=self._rows, **options)
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
@@ -138,7 +139,7 @@ class ShardedLoader:
         rows = _deal(count, self.rank, self.ranks)
         ours: dict[str, Any] = {}
         for name, value in batch.items():
-            by_row = isinstance(value, Tensor | list | tuple) and getattr(value, "ndim", 1) and len(value) == count
+            by_row = isinstance(value, Tensor | list | tuple) and getattr(value, "ndim", 1) > 0 and len(value) == count
             ours[name] = value[rows] if by_row and not name.startswith("cu_seq") else value
         return ours
 
@@ -219,8 +220,8 @@ def _dealer(loader: Any) -> str | None:
     """The class of what gives each rank a share of the rows already, if anything in the loader does."""
     for part in _parts(loader):
         for total, mine in _DEALERS:
-            count = getattr(part, total, None)
-            if isinstance(count, int) and count > 1 and isinstance(getattr(part, mine, None), int):
+            count, own = getattr(part, total, None), getattr(part, mine, None)
+            if isinstance(count, int) and count > 1 and isinstance(own, int):
                 return type(part).__name__
     return None
 

@@ -51,7 +51,7 @@ def mixing(
     Raises:
         Untried: `call` fails.
     """
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         names = {name for name, child in module.named_modules() if child in set(known)}
         try:
             tried = _copy(module)
@@ -155,8 +155,8 @@ def _is_group(value: Any) -> bool:
 
 def _shorten(model: Any) -> None:
     """Drop the layers of a transformers model that are like earlier ones."""
-    config = getattr(model, "config", None)
-    for config in {id(c): c for c in (config, getattr(config, "text_config", None)) if c is not None}.values():
+    outer = getattr(model, "config", None)
+    for config in {id(c): c for c in (outer, getattr(outer, "text_config", None)) if c is not None}.values():
         count = getattr(config, "num_hidden_layers", None)
         stacks = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x) == count]
         if len(stacks) != 1 or not isinstance(count, int) or count <= 4:

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ class Integration:
 
     def __init__(self, root: nn.Module, model: Any, mesh: Mesh | None, group: Group | None) -> None:
         self.root, self.model, self.mesh, self.group = root, model, mesh, group
+        self.stack: Any = model  # the innermost module through which every call of the layers goes
         self.hears = True  # whether a call's word on documents and padding reaches every layer
         if hasattr(model, "_leetdist_mesh"):
             raise ValueError(f"{type(model).__name__} is parallelized already: build or load it anew for another mesh")
@@ -68,19 +70,30 @@ class Integration:
         parameters = inspect.signature(type(model).forward).parameters
         copies: list[Any] = []
 
-        def call(tried: Any, part: slice) -> Any:
+        takes_more = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values())
+
+        def call(tried: Any, part: slice, *, packed: bool, own: bool) -> Any:
             inputs: dict[str, Any] = {
                 "input_ids": probe.token_ids(getattr(embedding, "num_embeddings", 2))[:, part],
                 "position_ids": torch.arange(probe.TOKENS)[None, part],
                 "use_cache": False,
             }
+            if own and part.stop - part.start == probe.TOKENS:  # the model's own positions must be those
+                del inputs["position_ids"]
             inputs = {name: value for name, value in inputs.items() if name in parameters}
-            if any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values()):
+            if packed:
                 inputs["cu_seqlens"] = torch.tensor([0, part.stop - part.start])
             return tried(**inputs)
 
+        calls: dict[str, int] = {}
+
         def prepare(tried: Any) -> None:
             copies.append(tried)
+            calls.clear()
+            for name in self._stacks(apart):
+                tried.get_submodule(name).register_forward_pre_hook(
+                    lambda *_, n=name: calls.update({n: calls.get(n, 0) + 1})
+                )
             for config in (tried.config, tried.config.get_text_config()):
                 if getattr(config, "output_router_logits", False):
                     config.output_router_logits = False  # of all tokens; asked for, they are refused at the call
@@ -88,12 +101,32 @@ class Integration:
             if hasattr(tried, "set_experts_implementation"):
                 tried.set_experts_implementation("eager")
 
-        try:
-            found = probe.mixing(model, apart, call=call, prepare=prepare)
-        except probe.Untried as reason:
-            return {"": f"{type(model).__name__}, which could not be tried: {reason}"}
-        self.hears = all(getattr(x, "hears_of_documents", True) for x in copies[0].modules())
+        def tried(*, packed: bool, own: bool) -> dict[str, str]:
+            return probe.mixing(model, apart, call=functools.partial(call, packed=packed, own=own), prepare=prepare)
+
+        name = type(model).__name__
+        found: dict[str, str] = {}
+        for packed in (True, False) if takes_more else (False,):
+            try:
+                found = tried(packed=packed, own=True)
+                if found and not tried(packed=packed, own=False):
+                    found = {"": f"{name}, whose positions are not 0, 1, 2, ... where a call gives none"}
+                break
+            except probe.Untried as reason:
+                found = {"": f"{name}, which could not be tried: {reason}"}
+        self.stack = model.get_submodule(max((x for x in calls if calls[x] == calls[""]), key=len, default=""))
+        self.hears = packed and all(getattr(x, "hears_of_documents", True) for x in copies[-1].modules())
         return found
+
+    def _stacks(self, layers: list[nn.Module]) -> list[str]:
+        """Names of the modules that take tokens, and hold all of the layers."""
+        names = [name for name, module in self.model.named_modules() if module in set(layers)]
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if {"input_ids", "inputs_embeds"} & inspect.signature(type(module).forward).parameters.keys()
+            and all(not name or layer.startswith(name + ".") for layer in names)
+        ]
 
     def install(self, handlers: dict[nn.Module, Handler]) -> None:
         """What is to be done to the model once its layers have their group."""
@@ -109,7 +142,7 @@ class Integration:
             Outputs(model, sharded=group is not None).install()
         ours = any(isinstance(x, LightningAttention) for x in handlers)
         if group is not None or ours:
-            Calls(model, group, handlers, self.hears).install()
+            Calls(model, self.stack, group, handlers, self.hears).install()
         if group is not None and any(handler is softmax.give_group for handler in handlers.values()):
             softmax.install(model)
         if ours and hasattr(model, "generate"):

@@ -70,7 +70,7 @@ def check_options(module: nn.Module, mask: Tensor | None, options: dict[str, Any
     kind = type(module).__name__
     if not getattr(module, "is_causal", False):
         raise ValueError(f"{kind} attends to later tokens too (is_causal is not set)")
-    refused = {} if mask is None else {"a mask of the model's own": mask}
+    refused: dict[str, Any] = {} if mask is None else {"a mask of the model's own": mask}
     for name, value in options.items():
         harmless = value is None or name in _SERVED or name in _MEANINGLESS
         harmless |= name == "dropout" and not value
