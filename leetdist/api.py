@@ -140,7 +140,7 @@ def linear_attention(
         "tile": tile,
         "precision": precision,
     }
-    if method in ONE_DEVICE and resolve(group) is None:
+    if isinstance(method, str) and method in ONE_DEVICE and resolve(group) is None:
         problem = describe(q, k, v, log_decay, **options, read_values=not torch.compiler.is_compiling())
         o, state = attention_on_one_device(problem, q, k, v, log_decay, initial_state)
         return (o, state) if return_state else o

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from leetdist.api import linear_attention
+from leetdist.engine.inputs import state_dtype
 from leetdist.engine.problem import check_gamma, check_qkv
+from leetdist.engine.values import remember, values_of
 
 # LeetDecoding's names. Those that differ in the backend alone are one method here, which chooses its backend itself.
 METHOD_OF = {
@@ -65,30 +68,33 @@ def causal_linear_decoder(
     >>> torch.equal(o, leetdist.linear_attention(q, k, v, -gamma))
     True
     """
-    if attn_method is not None and attn_method not in METHOD_OF:
+    if attn_method is not None and (not isinstance(attn_method, str) or attn_method not in METHOD_OF):
         raise ValueError(f"attn_method must be one of {', '.join(METHOD_OF)}, or None, got {attn_method!r}")
-    log_decay = None
-    if gamma is not None or is_mask_weight:
-        check_qkv(q, k, v)
-        log_decay = _log_decay(gamma, is_mask_weight, is_need_exp, q)
+    check_qkv(q, k, v)
+    check_gamma(gamma, is_mask_weight, is_need_exp, q)
+    log_decay = None if gamma is None else _log_decay(gamma, is_need_exp, q)
     method = "auto" if attn_method is None else METHOD_OF[attn_method]
     return linear_attention(q, k, v, log_decay, method=method)
 
 
-# What a gamma became, and under which circumstances: checking its values stops the stream.
-_known = WeakTensorKeyDictionary()
-
-
-def _log_decay(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, q: Tensor) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if isinstance(gamma, Tensor) and gamma in _known and is_mask_weight:
-        seen, log_decay = _known[gamma]
-        if seen == (gamma._version, is_need_exp, dtype, q.shape[1]):
-            return log_decay
-    check_gamma(gamma, is_mask_weight, is_need_exp, q.shape[1])
-    assert gamma is not None
+def _log_decay(gamma: Tensor, is_need_exp: bool, q: Tensor) -> Tensor:
+    """The natural log of the decay: computed in every call, for a gamma may have changed."""
+    dtype = state_dtype(q.dtype)
     log_decay = -gamma.to(dtype) if is_need_exp else torch.log(gamma.to(dtype))
     log_decay = log_decay.clamp(min=LOWEST_LOG_DECAY)
-    if not log_decay.requires_grad:
-        _known[gamma] = (gamma._version, is_need_exp, dtype, q.shape[1]), log_decay
+    if torch.compiler.is_compiling():
+        return log_decay
+    values = values_of(gamma)
+    if values is not None:
+        _check_values(values, is_need_exp)
+        if gamma.device.type != "cpu":  # so that the GPU's stream is not stopped once more
+            logs = [-x if is_need_exp else math.log(x) if x else LOWEST_LOG_DECAY for x in values]
+            remember(log_decay, tuple(max(x, LOWEST_LOG_DECAY) for x in logs))
     return log_decay
+
+
+def _check_values(values: tuple[float, ...], is_need_exp: bool) -> None:
+    for value in values:
+        if not value >= 0 or (value > 1 and not is_need_exp):
+            wanted = "at least 0, so that exp(-gamma) decays" if is_need_exp else "from 0 to 1"
+            raise ValueError(f"gamma must be {wanted} (is_need_exp={is_need_exp}), got {value}")

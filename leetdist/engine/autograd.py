@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leetdist.engine.layout import row_major
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan
 
@@ -16,15 +15,14 @@ from leetdist.engine.plan import Plan
 class LinearAttention(torch.autograd.Function):
     """`o, final_state = LinearAttention.apply(initial_state, anchor, plan, *inputs)`, inputs in the operator's order.
 
-    Saved between the passes: the inputs and S, one Dk x Dv state a tile. anchor: anything that requires grad where
-    another rank's tensors do, so that this rank's backward runs too.
+    Tensors are canonical (leetdist.engine.inputs). Saved between the passes: they, and S, one Dk x Dv state a tile.
+    anchor: anything that requires grad where another rank's tensors do, so that this rank's backward runs too.
     """
 
     @staticmethod
     def forward(
         ctx: Any, initial_state: Tensor | None, anchor: Tensor | None, plan: Plan, *inputs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        inputs = tuple(row_major(x) for x in inputs)
         o, final, states = forward_pass(inputs, initial_state, plan)
         ctx.plan = plan
         ctx.save_for_backward(*inputs, states)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leetdist.engine.autograd import LinearAttention
+from leetdist.engine.inputs import canonical_tensors
 from leetdist.engine.layout import row_major
 from leetdist.engine.passes import forward_pass
 from leetdist.engine.plan import plan_call
@@ -87,26 +88,24 @@ def run(
     gates: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Any]:
     """o and the final state, None where it is not asked for. given: q, k, v, log_decay; options: as `describe`'s."""
-    q, _, _, log_decay = given
-    initial_state = options["initial_state"]
-    captured = transport is not None and q.is_cuda and torch.cuda.is_current_stream_capturing()
+    q = given[0]
+    captured = (
+        transport is not None and isinstance(q, Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
     plan = plan_call(*given, **options, transport=transport, captured=captured, operator=operator, gates=gates)
     problem, here, there = plan.problem, plan.given, plan.layout.lengths
+    *inputs, initial_state = canonical_tensors(*given, options["initial_state"], options["cu_seqlens"], plan)
     if gates is not None:
-        inputs = (*given[:3], *gates.values())
-    else:
-        if log_decay is None:
-            log_decay = torch.zeros(problem.heads, dtype=torch.float32, device=problem.device)
-        inputs = (*given[:3], log_decay)
+        inputs[3:] = [row_major(x) for x in gates.values()]
     anchor = None
     if transport is not None:
         tokens = len(plan.operator.tokens)
         moved = (redistribute(x, 2, here, there, transport) for x in inputs[:tokens])
-        inputs = (*moved, *inputs[tokens:])
+        inputs[:tokens] = moved
         if plan.any_initial_grad and not problem.needs_grad and not problem.needs_initial_grad:
-            anchor = torch.empty(0, dtype=torch.float32, requires_grad=True)
+            anchor = torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
     if transport is None and not problem.needs_grad and not problem.needs_initial_grad:
-        results: Any = forward_pass(tuple(row_major(x) for x in inputs), initial_state, plan)
+        results: Any = forward_pass(tuple(inputs), initial_state, plan)
     else:
         results = LinearAttention.apply(initial_state, anchor, plan, *inputs)
     o, state = results[:2]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leetdist.arguments import is_memory
+
 
 def empty_as(x: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
     """(B, heads, N, dim), laid out in memory as x is: a (B, N, H, D) model gets its own layout back."""
@@ -15,8 +17,19 @@ def empty_as(x: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def row_major(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension; any other strides are served as they are."""
+    """x with its values in memory as they are (a view can stand for their negatives) and a contiguous last dimension;
+    any other strides are served as they are."""
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter and is_memory(x):
+        x = x.as_subclass(Tensor)
+    if x.is_neg():
+        x = x.resolve_neg()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, one number after the other."""
+    x = row_major(x)
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def sum_shared(x: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, library
 
+from leetdist.engine.inputs import canonical_tensors, state_dtype
 from leetdist.engine.layout import empty_as, row_major
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan, plan_call
@@ -57,14 +58,14 @@ def _forward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, precision, group)
-    decay = q.new_zeros(q.shape[1], dtype=torch.float32) if log_decay is None else log_decay
-    like = q
-    q, k, v = (row_major(_aligned(x, plan)) for x in (q, k, v))
+    like, given = q, initial_state
+    q, k, v, decay, initial_state = canonical_tensors(q, k, v, log_decay, initial_state, cu_seqlens, plan)
+    q, k, v = (_aligned(x, plan) for x in (q, k, v))
     o, final, states = forward_pass((q, k, v, decay), initial_state, plan)
     o = _aligned(o, plan, back=True)
     if final is None:
         final = states.new_empty(0)
-    elif initial_state is not None and final.untyped_storage().data_ptr() == initial_state.untyped_storage().data_ptr():
+    elif given is not None and final.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
         final = final.clone()
     # The number of tiles is not known when a graph is traced: it depends on the other ranks' tokens. A view of one
     # element has a size that is, and holds all the memory; the backward op takes the whole again.
@@ -88,7 +89,7 @@ def _(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, _, dk = q.shape
-    dv, dtype = v.shape[3], _state_dtype(q)
+    dv, dtype = v.shape[3], state_dtype(q.dtype)
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = q.new_empty((rows, heads, dk, dv) if return_state else (0,), dtype=dtype)
     return empty_as(q, heads, dv, q.dtype), final, q.new_empty(1, dtype=dtype)
@@ -114,7 +115,6 @@ def _backward(
     needs_decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, precision, group)
-    decay = q.new_zeros(q.shape[1], dtype=torch.float32) if log_decay is None else log_decay
     count = q.shape[0] * q.shape[1] * plan.tiles.count * q.shape[3] * v.shape[3]
     if states.untyped_storage().nbytes() < count * states.element_size():
         raise RuntimeError(
@@ -122,8 +122,9 @@ def _backward(
             "along: hooks that move saved tensors (torch.autograd.graph.save_on_cpu) do not work on compiled calls"
         )
     states = states.as_strided((count,), (1,)) if count else states[:0]
-    like_q, like_k, like_v = q, k, v
-    q, k, v, do = (row_major(_aligned(x, plan)) for x in (q, k, v, do))
+    like_q, like_k, like_v, of_decay = q, k, v, _decay_dtype(log_decay)
+    q, k, v, decay, _ = canonical_tensors(q, k, v, log_decay, None, cu_seqlens, plan)
+    q, k, v, do = (_aligned(x, plan) for x in (q, k, v, row_major(do)))
     dq, dk, dv, ddecay, dinitial = cast(Any, backward_pass)(
         (q, k, v, decay), states, do, dfinal if return_state else None, plan, needs_head_grads=needs_decay_grad
     )
@@ -131,7 +132,7 @@ def _backward(
         _laid_out(_aligned(dq, plan, back=True), like_q),
         _laid_out(_aligned(dk, plan, back=True), like_k),
         _laid_out(_aligned(dv, plan, back=True), like_v),
-        decay.new_empty(0) if ddecay is None else ddecay,
+        states.new_empty(0, dtype=of_decay) if ddecay is None else ddecay.to(of_decay),
         states.new_empty(0) if dinitial is None else dinitial,
     )
 
@@ -155,13 +156,14 @@ def _(
     group: str,
     needs_decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    decay_dtype = torch.float32 if log_decay is None else log_decay.dtype
     return (
         empty_as(q, q.shape[1], q.shape[3], q.dtype),
         empty_as(k, k.shape[1], k.shape[3], k.dtype),
         empty_as(v, v.shape[1], v.shape[3], v.dtype),
-        q.new_empty(q.shape[1] if needs_decay_grad else 0, dtype=decay_dtype),
-        q.new_empty(0, dtype=_state_dtype(q)) if initial_state is None else torch.empty_like(initial_state),
+        q.new_empty(q.shape[1] if needs_decay_grad else 0, dtype=_decay_dtype(log_decay)),
+        q.new_empty(0, dtype=state_dtype(q.dtype))
+        if initial_state is None
+        else initial_state.new_empty(initial_state.shape),
     )
 
 
@@ -203,8 +205,8 @@ def _plan(
     )  # fmt: skip
 
 
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def _decay_dtype(log_decay: Tensor | None) -> torch.dtype:
+    return torch.float32 if log_decay is None else log_decay.dtype
 
 
 def _aligned(x: Tensor, plan: Plan, *, back: bool = False) -> Tensor:

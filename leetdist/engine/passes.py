@@ -16,7 +16,7 @@ from torch import Tensor
 
 from leetdist.engine import scan, trace
 from leetdist.engine.lanes import Lane, LaneStates, LaneTokens, in_order
-from leetdist.engine.layout import row_major
+from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.plan import Plan
 from leetdist.kernels.common.recording import HostStep, note, take
 
@@ -90,6 +90,8 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
     if do is None:
         do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], problem.dv)
     do = row_major(do)
+    if dfinal is not None:
+        dfinal = contiguous(dfinal, dfinal.dtype)
     with _together(q, plan, "backward pass", beside=True) as side:
         of_lane = {lane: _of_lane(inputs, lane, plan) for lane in plan.lanes}
         do_of = {lane: lane.part(do, 1) for lane in plan.lanes}

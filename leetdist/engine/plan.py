@@ -12,16 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
-from leetdist.engine.problem import (
-    Decays,
-    Problem,
-    check_agreement,
-    check_declared,
-    describe,
-    global_layout,
-    known_decays,
-)
+from leetdist.engine.problem import Problem, check_agreement, check_declared, describe, global_layout
+from leetdist.engine.values import Decays, decays_of, forgetting_bound
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Operator
 from leetdist.operators.methods import served_by
@@ -75,6 +69,18 @@ class Plan:
             return self.layout.continues_from_left(self.rank) or self.any_initial
         return self.layout.continues_to_right(self.rank) or self.problem.return_state
 
+    @cached_property
+    def highest(self) -> tuple[float, ...] | None:
+        """The largest log-decay of each head for which the plan is right; None where it is for all. (Half a unit over
+        the bound: exp of that is 0 too.)"""
+        if not self.forgetting:
+            return None
+        bound = forgetting_bound(self.problem.dtype) + 0.5
+        return tuple(
+            bound if head in self.mute else bound / self.tiles.size if head in self.forgetting else 0.0
+            for head in range(self.problem.heads)
+        )
+
     def sent_bytes(self) -> int:
         """Bytes of states that this rank sends in the forward scan."""
         if self.transport is None or not self.layout.continues_to_right(self.rank):
@@ -112,6 +118,7 @@ def plan_call(
     Raises ValueError, under a group on every rank, if any rank's arguments are wrong or the ranks' do not fit together.
     """
     if transport is None:
+        options = canonical_options(**options)
         kind = _kind(q, k, v, log_decay, options) if gates is None else None
         known = None if kind is None else _plans.get(kind)
         if known is None:
@@ -126,14 +133,21 @@ def plan_call(
     mine: Problem | ValueError
     try:
         mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
-        mine = replace(_of_operator(mine, operator, gates), backend=served_by(mine), captured=captured)
+        mine = replace(
+            _of_operator(mine, operator, gates),
+            backend=served_by(mine),
+            captured=captured,
+            sharded_from=transport.cut_from(mine.tokens),
+        )
     except ValueError as error:
         mine = error
     else:
         if lengths is not None:
             with transport.call("agreement"):  # the others rely on the promise, and will not be told
                 check_declared(mine, lengths, transport.rank)
-    decays = known_decays(log_decay) if options.get("read_values", True) else None
+    decays = None
+    if isinstance(mine, Problem) and log_decay is not None:
+        decays = decays_of(log_decay, read=options.get("read_values", True))
     agreement = agree(
         mine, transport, "the shapes and arguments of this call",
         values=0 if decays is None else decays.digest, declared=lengths is not None,
@@ -187,15 +201,20 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: di
     """What tells one local call from another, None where values matter that are not known to be good."""
     if options["cu_seqlens"] is not None or options["initial_state"] is not None:
         return None
-    if log_decay is not None and (not isinstance(log_decay, Tensor) or known_decays(log_decay) is None):
-        return None
     try:
+        if log_decay is not None:
+            decays = decays_of(log_decay)
+            if decays is None or decays.bad is not None:
+                return None
         kind = (
-            *[None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in (q, k, v, log_decay)],
+            *[
+                None if x is None else (type(x), x.layout, x.shape, x.dtype, x.device, x.requires_grad)
+                for x in (q, k, v, log_decay)
+            ],
             torch.is_grad_enabled(), *options.values(), *_settings(),
         )  # fmt: skip
         hash(kind)
-    except (AttributeError, TypeError):  # describe says what is wrong
+    except (AttributeError, TypeError, RuntimeError):  # describe says what is wrong
         return None
     return kind
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from leetdist.sequence.agreement import digest
+from leetdist.arguments import as_bool, check_plain
+from leetdist.engine.inputs import LARGEST_TILE, canonical_options, state_dtype
+from leetdist.engine.values import boundaries_of, decays_of
 from leetdist.sequence.encoding import plain
 from leetdist.sequence.grid import Layout, default_tile
+from leetdist.sequence.shard import check_cut
 
 METHODS = ("auto", "vanilla", "recursion", "block", "causal_dot_product", "lightning", "fleet")
 ONE_DEVICE = ("vanilla", "recursion")
@@ -55,6 +53,7 @@ class Problem:
     captured: bool = False  # by a CUDA graph, which no host launches
     operator: str = "constant_decay"
     gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
+    sharded_from: int | None = None  # tokens that shard_sequence was given for a shard as long as this one
 
     @property
     def num_documents(self) -> int:
@@ -87,21 +86,10 @@ def describe(
     batch, heads, tokens, dk = q.shape
     if tokens == 0 and ranks == 1:
         raise ValueError("q: N is 0; a sequence needs at least one token")
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if sharded and method in ONE_DEVICE:
-        able = ", ".join(name for name in METHODS if name not in ONE_DEVICE)
-        raise ValueError(f"method {method!r} works on one device only; under a group use one of {able}")
-    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 16 or tile & (tile - 1)):
-        raise ValueError(f"tile must be a power of two of at least 16 tokens, or None, got {tile!r}")
-    if precision not in PRECISIONS:
-        raise ValueError(f'precision must be None, "tf32" or "high", got {precision!r}')
-    if precision == "tf32" and q.dtype != torch.float32:
-        raise ValueError(f'precision "tf32" is for float32 inputs, got {q.dtype}')
+    options = canonical_options(scale=scale, return_state=return_state, method=method, tile=tile, precision=precision)
+    check_options(**options, dtype=q.dtype, sharded=sharded)
     if log_decay is not None:
-        check_log_decay(log_decay, heads, q.device, read_values=read_values)
+        check_log_decay(log_decay, q, read_values=read_values)
     documents = None
     if cu_seqlens is not None:
         documents = check_documents(cu_seqlens, batch, tokens if ranks == 1 else None)
@@ -120,27 +108,54 @@ def describe(
         dv=v.shape[3],
         dtype=q.dtype,
         device=q.device,
-        scale=float(scale),
-        method=method,
-        tile=tile,
         documents=documents,
         has_decay=log_decay is not None,
-        return_state=bool(return_state),
         grad_mode=grad,
         needs_grad=grad and any(x is not None and x.requires_grad for x in tensors),
         needs_initial_grad=grad and initial_state is not None and initial_state.requires_grad,
         needs_decay_grad=grad and log_decay is not None and log_decay.requires_grad,
         has_initial=initial_state is not None,
         tokens=tokens,
-        precision=precision,
         lanes=_wanted_lanes(),
+        **options,
     )
+
+
+def check_options(
+    *,
+    scale: float,
+    return_state: bool,
+    method: str,
+    tile: int | None,
+    precision: str | None,
+    dtype: torch.dtype,
+    sharded: bool,
+) -> None:
+    """The values of canonical options."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    if dtype != torch.float64 and abs(scale) > torch.finfo(torch.float32).max:
+        raise ValueError(f"scale must be a number that fp32 holds beside {dtype} inputs, got {scale!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if sharded and method in ONE_DEVICE:
+        able = ", ".join(name for name in METHODS if name not in ONE_DEVICE)
+        raise ValueError(f"method {method!r} works on one device only; under a group use one of {able}")
+    if tile is not None and (tile < 16 or tile & (tile - 1)):
+        raise ValueError(f"tile must be a power of two of at least 16 tokens, or None, got {tile!r}")
+    if tile is not None and tile > LARGEST_TILE:
+        raise ValueError(f"tile must be a power of two of at most {LARGEST_TILE:,} tokens, or None, got {tile!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be None, "tf32" or "high", got {precision!r}')
+    if precision == "tf32" and dtype != torch.float32:
+        raise ValueError(f'precision "tf32" is for float32 inputs, got {dtype}')
 
 
 def check_agreement(everyone: Sequence[Problem]) -> None:
     """ValueError, the same on every rank, that says who differs in what."""
     first = everyone[0]
-    only_here = {"tokens", "has_initial", "needs_initial_grad", "grad_mode", "captured"}
+    check_cut([problem.sharded_from for problem in everyone])
+    only_here = {"tokens", "has_initial", "needs_initial_grad", "grad_mode", "captured", "sharded_from"}
     if first.needs_initial_grad:  # then every rank has a backward pass
         only_here.remove("grad_mode")
     for rank, theirs in enumerate(everyone):
@@ -189,14 +204,13 @@ def global_layout(everyone: Sequence[Problem]) -> tuple[Layout, int]:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_plain(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape (B, H, N, D), got {tuple(x.shape)}")
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's dtype, {q.dtype}, got {x.dtype}")
+            raise ValueError(f"{name} must have q's dtype, {q.dtype}, got {x.dtype}{_autocast_hint(q.device)}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}")
         if 0 in (x.shape[0], x.shape[1], x.shape[3]):
@@ -215,65 +229,39 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
 
 
-@dataclass(frozen=True)
-class Decays:
-    """The values of a log_decay, on the host."""
-
-    values: tuple[float, ...]
-
-    @cached_property
-    def digest(self) -> int:
-        return digest(struct.pack(f"{len(self.values)}d", *self.values))
-
-    def forgetting(self, tokens: int, states: torch.dtype) -> list[int]:
-        """Heads for which gamma^tokens is exactly 0 in the dtype of the states, however it is rounded: under half of
-        the smallest positive number (e^-103.97 in fp32, e^-745.13 in fp64; kernels that flush denormals are at 0
-        sooner)."""
-        bound = -746.0 if states == torch.float64 else -105.0
-        return [head for head, value in enumerate(self.values) if value * tokens < bound]
+def _autocast_hint(device: torch.device) -> str:
+    if not torch.is_autocast_enabled(device.type):
+        return ""
+    return "; autocast leaves some operations in fp32: cast q, k and v to one dtype before the call"
 
 
-# A decay seen good is not read again: reading a GPU tensor's values stops the stream.
-# By identity: an ordinary weak dictionary compares keys with ==, which a tensor does elementwise.
-_good_decays: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def known_decays(log_decay: Tensor | None) -> Decays | None:
-    """The values that `check_log_decay` has read; None where there are none, or it could not read them."""
-    version, decays = (None, None) if log_decay is None else _good_decays.get(log_decay, (None, None))
-    return decays if log_decay is not None and version == log_decay._version else None
-
-
-def check_log_decay(log_decay: Tensor, heads: int, device: torch.device, *, read_values: bool = True) -> None:
+def check_log_decay(log_decay: Tensor, q: Tensor, *, read_values: bool = True) -> None:
     """Shape, dtype, device, and that no value is positive or NaN."""
-    if not isinstance(log_decay, Tensor):
-        raise ValueError(f"log_decay must be a tensor or None, got {type(log_decay).__name__}")
+    check_plain("log_decay", log_decay, "a tensor or None")
+    heads, tokens = q.shape[1:3]
     if log_decay.shape != (heads,):
-        raise ValueError(f"log_decay must have shape (H,) = ({heads},), got {tuple(log_decay.shape)}")
+        hint = ""
+        if log_decay.shape == (tokens,):
+            hint = f"; q looks like (B, N, H, D), {tuple(q.shape)}, and must be (B, H, N, D): pass q.transpose(1, 2)"
+        raise ValueError(f"log_decay must have shape (H,) = ({heads},), got {tuple(log_decay.shape)}{hint}")
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
-    if log_decay.device != device:
-        raise ValueError(f"log_decay must be on q's device, {device}, got {log_decay.device}")
-    if known_decays(log_decay) is not None or not read_values:
-        return
-    if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    values = tuple(log_decay.tolist())
-    for head, value in enumerate(values):
-        if not value <= 0:
-            raise ValueError(
-                f"log_decay must be <= 0 (the natural log of a decay of at most 1), got {value} for head {head}"
-            )
-    _good_decays[log_decay] = (log_decay._version, Decays(values))
+    if log_decay.device != q.device:
+        raise ValueError(f"log_decay must be on q's device, {q.device}, got {log_decay.device}")
+    decays = decays_of(log_decay, read=read_values)
+    if decays is not None and decays.bad is not None:
+        raise ValueError(
+            f"log_decay must be <= 0 (the natural log of a decay of at most 1), got {decays.values[decays.bad]} for "
+            f"head {decays.bad}"
+        )
 
 
 def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     """Shape, dtype and device of a state."""
-    if not isinstance(state, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(state).__name__}")
+    check_plain(name, state)
     if tuple(state.shape) != shape:
         raise ValueError(f"{name} must have shape (B or documents, H, Dk, Dv) = {shape}, got {tuple(state.shape)}")
-    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wanted = state_dtype(q.dtype)
     if state.dtype != wanted:
         raise ValueError(f"{name} must be {wanted}, got {state.dtype}")
     if state.device != q.device:
@@ -289,53 +277,40 @@ def check_step(problem: Problem, q: Tensor, state: Tensor, *, inplace: bool) -> 
         raise ValueError("inplace must be False where gradients are recorded: the old state is needed for them")
 
 
-def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, heads: int) -> None:
-    """The decay arguments of `causal_linear_decoder`."""
+def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, q: Tensor) -> None:
+    """The decay arguments of `causal_linear_decoder`, but for gamma's values."""
+    as_bool("is_mask_weight", is_mask_weight)
+    as_bool("is_need_exp", is_need_exp)
     if not is_mask_weight:
         if gamma is not None:
             raise ValueError("gamma is given, so is_mask_weight must be True, got False")
         return
-    if not isinstance(gamma, Tensor) or not gamma.is_floating_point() or gamma.shape != (heads,):
-        got = repr(gamma)
-        if isinstance(gamma, Tensor):
-            got = f"{gamma.dtype} of shape {tuple(gamma.shape)}"
-        raise ValueError(
-            f"gamma must be a floating tensor of shape (H,) = ({heads},) where is_mask_weight is True, got {got}"
-        )
-    values = gamma.detach()
-    good = values >= 0 if is_need_exp else (values >= 0) & (values <= 1)
-    if not bool(good.all()):
-        wanted = "at least 0, so that exp(-gamma) decays" if is_need_exp else "from 0 to 1"
-        raise ValueError(f"gamma must be {wanted} (is_need_exp={is_need_exp}), got {values[~good][0].item()}")
-
-
-_documents: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    heads = q.shape[1]
+    wanted = f"a floating tensor of shape (H,) = ({heads},) where is_mask_weight is True"
+    check_plain("gamma", gamma, wanted)
+    assert gamma is not None
+    if not gamma.is_floating_point() or gamma.shape != (heads,):
+        raise ValueError(f"gamma must be {wanted}, got {gamma.dtype} of shape {tuple(gamma.shape)}")
+    if gamma.device != q.device:
+        raise ValueError(f"gamma must be on q's device, {q.device}, got {gamma.device}")
 
 
 def check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
-    """The boundaries as numbers (read from the device once a tensor)."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens must be a tensor or None, got {type(cu_seqlens).__name__}")
+    """The boundaries as numbers."""
+    check_plain("cu_seqlens", cu_seqlens, "a tensor or None")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens must be int32 or int64 of shape (documents + 1,), got {cu_seqlens.dtype} of shape "
             f"{tuple(cu_seqlens.shape)}"
         )
+    if cu_seqlens.device.type == "meta":
+        raise ValueError("cu_seqlens must have values, got a tensor on the meta device")
     if batch != 1:
         raise ValueError(f"cu_seqlens: packed documents lie in one row, so B must be 1, got {batch}")
-    version, known = _documents.get(cu_seqlens, (-1, ()))
-    if version != cu_seqlens._version:
-        known = tuple(cu_seqlens.tolist())
-        _documents[cu_seqlens] = (cu_seqlens._version, known)
-    if known[0] != 0 or any(a > b for a, b in pairwise(known)):
-        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shown(known)}")
-    if tokens is not None and known[-1] != tokens:
-        raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {known[-1]}")
-    return known
-
-
-def _shown(values: tuple[Any, ...]) -> str:
-    return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
+    boundaries = boundaries_of(cu_seqlens)
+    if tokens is not None and boundaries[-1] != tokens:
+        raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {boundaries[-1]}")
+    return boundaries
 
 
 def _wanted_lanes() -> int | None:
@@ -343,6 +318,6 @@ def _wanted_lanes() -> int | None:
     value = os.environ.get("LEETDIST_LANES")
     if value is None:
         return None
-    if not value.isdigit() or int(value) < 1:
+    if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"LEETDIST_LANES must be a positive number, got {value!r}")
     return int(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leetdist.arguments import as_int, check_plain
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
@@ -36,7 +38,8 @@ def shard_sequence(x: Tensor, dim: int, group: Group | None, *, tile: int | None
         (..., N_local, ...), a view of `x`.
 
     Raises:
-        ValueError: `dim` is out of range, `tile` is not positive, or `group` is no group of this rank.
+        ValueError: `x` is no dense tensor, `dim` is out of range, `tile` is not positive, or `group` is no group of
+            this rank. That the ranks' `x` are equally long is checked by the next call that sends messages.
 
     Source: the contiguous sharding of LASP, arXiv 2404.02882, section 3, with uneven shards.
 
@@ -46,13 +49,16 @@ def shard_sequence(x: Tensor, dim: int, group: Group | None, *, tile: int | None
     [256, 384, 360]
     """
     transport = resolve(group)
-    dim = _dimension(x, dim)
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile must be a positive number of tokens, got {tile}")
+    dim = _dimension("x", x, dim)
+    if tile is not None:
+        tile = as_int("tile", tile, "a positive number of tokens, or None")
+        if tile < 1:
+            raise ValueError(f"tile must be a positive number of tokens, or None, got {tile}")
     if transport is None:
         return x
     tokens = x.shape[dim]
     lengths = shard_lengths(tokens, transport.size, tile or default_tile(tokens))
+    transport.note_cut(lengths[transport.rank], tokens)
     return x.narrow(dim, sum(lengths[: transport.rank]), lengths[transport.rank])
 
 
@@ -71,7 +77,8 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
         (..., N, ...) with the dtype and device of `x_local`.
 
     Raises:
-        ValueError: `dim` is out of range, or the ranks disagree on the other dimensions or the dtype.
+        ValueError: `x_local` is no dense tensor, `dim` is out of range, or the ranks disagree on the other dimensions,
+            the dtype, or the length of the sequence that shard_sequence cut.
         RuntimeError: a rank does not answer.
 
     Source: as `shard_sequence`.
@@ -84,14 +91,22 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
     True
     """
     transport = resolve(group)
-    dim = _dimension(x_local, dim)
+    mine: Any
+    try:
+        dim = _dimension("x_local", x_local, dim)
+        shape = list(x_local.shape)
+        tokens = shape.pop(dim)
+        mine = (tokens, tuple(shape), str(x_local.dtype), None if transport is None else transport.cut_from(tokens))
+    except ValueError as error:
+        if transport is None:
+            raise
+        mine = error  # the others must not wait for this rank
     if transport is None:
         return x_local
-    shape = list(x_local.shape)
-    mine = (shape.pop(dim), tuple(shape), str(x_local.dtype))
     everyone = agree(mine, transport, "the shapes to gather").everyone
+    check_cut([theirs[3] for theirs in everyone])
     for rank, theirs in enumerate(everyone):
-        if theirs[1:] != everyone[0][1:]:
+        if theirs[1:3] != everyone[0][1:3]:
             raise ValueError(
                 f"gather_sequence: rank {rank} has {theirs[2]} of shape {theirs[1]} beside dim {dim}, "
                 f"rank 0 has {everyone[0][2]} of shape {everyone[0][1]}"
@@ -107,10 +122,22 @@ def redistribute(x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...]
     return moved
 
 
-def _dimension(x: Tensor, dim: int) -> int:
+def check_cut(lengths: Sequence[int | None]) -> None:
+    """Shards are of one sequence: `lengths` of those that shard_sequence cut on each rank, None where it did not."""
+    known = sorted({length for length in lengths if length is not None})
+    if len(known) > 1:
+        raise ValueError(
+            f"x: shard_sequence takes the same x on every rank, got {' and '.join(map(str, known))} tokens on ranks of "
+            f"one group"
+        )
+
+
+def _dimension(name: str, x: Tensor, dim: int) -> int:
+    check_plain(name, x)
+    dim = as_int("dim", dim)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim must be in [{-x.ndim}, {x.ndim}) for a tensor of shape {tuple(x.shape)}, got {dim}")
-    return dim % x.ndim
+    return int(dim % x.ndim)
 
 
 def _resized(x: Tensor, dim: int, tokens: int) -> Tensor:

@@ -42,6 +42,7 @@ class Transport(ABC):
         self.seconds = timeout_seconds()
         self.failure: str | None = None
         self.agreements: dict[Any, Any] = {}
+        self.cut: tuple[int, int] | None = None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}  # where this rank's scans run
         self.bytes_sent = 0  # of tensors, not of what the hosts agree on
         self.board = Board.alone()
@@ -106,6 +107,15 @@ class Transport(ABC):
     def place(self) -> Hashable | None:
         """What decides where a scan's next states go and come, if launches alone move them; None if hosts take part."""
         return None
+
+    def note_cut(self, local: int, whole: int) -> None:
+        """shard_sequence made a shard of `local` tokens from `whole`."""
+        self.cut = local, whole
+
+    def cut_from(self, local: int) -> int | None:
+        """How long the sequence was that the last shard, if it has `local` tokens, was cut from. Ranks compare that
+        where they agree on a call, because shards of different sequences may fit together by their lengths."""
+        return self.cut[1] if self.cut is not None and self.cut[0] == local else None
 
     def others(self) -> Iterator[int]:
         return (rank for rank in range(self.size) if rank != self.rank)

@@ -13,7 +13,7 @@ import torch
 import leetdist
 from leetdist.engine.lanes import make_lanes
 from leetdist.engine.plan import plan_call
-from leetdist.engine.problem import Decays
+from leetdist.engine.values import Decays
 from leetdist.sequence.cost import Job
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors

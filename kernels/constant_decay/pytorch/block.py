@@ -36,6 +36,8 @@ from leetdist.kernels.common.tiles import Tiles, ceil_div
 CHUNK = 128
 # From here on gamma is 0 in fp64 too; but gamma^0 is 1, where that of a log-decay of -inf would be NaN.
 LEAST = -1e4
+# A tile may be named far longer than the sequence; no table of gamma's powers is longer than this for that alone.
+MANY_POWERS = 8192
 
 
 def tile_states(
@@ -82,7 +84,8 @@ def fold(
     Returns (B * num_segments, H, Dk, Dv), or None where the last tile was left out.
     """
     batch, heads, _, dk, dv = states.shape
-    powers = decay_powers(log_decay, tiles.size, states.dtype)
+    longest = max((tokens for _, tokens in tiles.spans), default=0)
+    powers = decay_powers(log_decay, min(tiles.size, max(longest, MANY_POWERS)), states.dtype)
     final = states.new_zeros(batch, tiles.num_segments, heads, dk, dv)
     unread = tiles.unread(reverse, to_end)
     if initial is not None:

@@ -1,0 +1,75 @@
+"""One argument as one plain value of Python's, or a ValueError that names it."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_float(name: str, value: Any) -> Any:
+    """A Python float for any real number but a bool; NumPy's too. (While torch.compile traces, a symbol of one.)"""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        hint = "; a tensor's value is its .item()" if isinstance(value, Tensor) else ""
+        raise ValueError(f"{name} must be a finite number, got {value!r}{hint}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number, got {value!r}") from None
+
+
+def as_int(name: str, value: Any, wanted: str = "a whole number") -> Any:
+    """A Python int for any whole number but a bool; NumPy's too."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return int(value)
+
+
+def as_str(name: str, value: Any, wanted: str = "a string") -> str:
+    """A plain string."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return str.__str__(value)
+
+
+def as_bool(name: str, value: Any) -> bool:
+    """A Python bool; NumPy's is one too."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_plain(name: str, x: Any, wanted: str = "a tensor") -> None:
+    """A tensor that holds its values in memory, one after the other at its strides."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be {wanted}, got {type(x).__name__}")
+    if not is_plain(x):
+        hint = "; pass its .to_local()" if hasattr(x, "to_local") else ""
+        raise ValueError(f"{name} must be a plain tensor, got a {type(x).__name__}{hint}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ValueError(f"{name} must be a dense tensor with strides, got a {kind.removeprefix('_')} one")
+    if x.is_quantized:
+        raise ValueError(f"{name} must be a floating tensor, got a quantized one, {x.dtype}")
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor of numbers in memory, or of a subclass that only adds to one; torch's fakes, which stand
+    for one while a graph is traced, pass."""
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
+        return True
+    fake = type(x).__module__ in ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
+    return fake or (is_memory(x) and not torch.nn.parameter.is_lazy(x))
+
+
+def is_memory(x: Tensor) -> bool:
+    """Whether x's operations are those of ordinary tensors."""
+    return bool(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__)

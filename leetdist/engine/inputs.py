@@ -1,0 +1,65 @@
+"""One canonical form of every argument: what the engine and its kernels may assume.
+
+Options are plain Python values (`canonical_options`); q, k, v and incoming gradients have a contiguous last dimension,
+and any other strides (`row_major`); log_decay and states are contiguous, in the states' dtype (`canonical_tensors`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from leetdist.arguments import as_bool, as_float, as_int, as_str
+from leetdist.engine.layout import contiguous, row_major
+from leetdist.engine.values import still
+
+if TYPE_CHECKING:
+    from leetdist.engine.plan import Plan
+
+LARGEST_TILE = 1 << 30  # tokens in a tile are counted in 32 bits
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of states and log-decays beside inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def canonical_options(
+    *, scale: Any, return_state: Any, method: Any, tile: Any, precision: Any, **others: Any
+) -> dict[str, Any]:
+    """The options of a call by name, each of the one type that stands for its value, so that equal options are the
+    same options; ValueError where one has none."""
+    if type(scale) is not float:
+        scale = as_float("scale", scale)
+    if type(return_state) is not bool:
+        return_state = as_bool("return_state", return_state)
+    if type(method) is not str:
+        method = as_str("method", method)
+    if tile is not None and type(tile) is not int:
+        tile = as_int("tile", tile, "a power of two of at least 16 tokens, or None")
+    if precision is not None and type(precision) is not str:
+        precision = as_str("precision", precision, 'None, "tf32" or "high"')
+    return {
+        "scale": scale, "return_state": return_state, "method": method, "tile": tile, "precision": precision, **others
+    }  # fmt: skip
+
+
+def canonical_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v, log_decay and initial_state as kernels take them; differentiable. No decay is a log_decay of zeros."""
+    dtype = state_dtype(q.dtype)
+    if log_decay is None:
+        log_decay = torch.zeros(plan.problem.heads, dtype=dtype, device=q.device)
+    log_decay = still(contiguous(log_decay, dtype), cu_seqlens, plan.highest)
+    if initial_state is not None:
+        initial_state = contiguous(initial_state, dtype)
+    return row_major(q), row_major(k), row_major(v), log_decay, initial_state

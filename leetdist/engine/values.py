@@ -1,0 +1,131 @@
+"""What the host has to know of small tensors: the values of log_decay, and the boundaries of packed documents.
+
+On the CPU they are read in every call, so that whoever changes them behind PyTorch's back (`.data`, NumPy's view of the
+same memory) is served what they are now. Reading a GPU's would stop its stream, so a tensor there is read once, until
+its version, memory, shape or strides change; what a result depends on is then compared on the GPU (`still`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from leetdist.sequence.agreement import digest
+
+
+@dataclass(frozen=True)
+class Decays:
+    """The values of a log_decay."""
+
+    values: tuple[float, ...]
+
+    @cached_property
+    def digest(self) -> int:
+        return digest(struct.pack(f"{len(self.values)}d", *self.values))
+
+    @cached_property
+    def bad(self) -> int | None:
+        """The first head whose value is no log-decay: NaN, or positive."""
+        return next((head for head, value in enumerate(self.values) if not value <= 0), None)
+
+    def forgetting(self, tokens: int, states: torch.dtype) -> list[int]:
+        """Heads for which gamma^tokens is exactly 0 in the dtype of the states, however it is rounded: under half of
+        the smallest positive number (e^-103.97 in fp32, e^-745.13 in fp64; kernels that flush denormals are at 0
+        sooner)."""
+        bound = forgetting_bound(states)
+        return [head for head, value in enumerate(self.values) if value * tokens < bound]
+
+
+def forgetting_bound(states: torch.dtype) -> float:
+    """`exp` of anything less is 0 in the dtype of the states."""
+    return -746.0 if states == torch.float64 else -105.0
+
+
+@lru_cache(maxsize=512)
+def _decays(values: tuple[float, ...]) -> Decays:
+    return Decays(values)
+
+
+# By identity: an ordinary weak dictionary compares keys with ==, which a tensor does elementwise.
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_NOTHING: Any = (None, (), None)
+
+
+def values_of(x: Tensor, *, read: bool = True) -> tuple[float, ...] | None:
+    """The values of a small tensor; None where they are not known, and may not be read: `read` is False, or a CUDA
+    graph is being captured."""
+    if x.device.type == "cpu":
+        return tuple(x.tolist()) if read else None
+    known, values, _ = _read.get(x, _NOTHING)
+    if known == mark_of(x):
+        return values
+    if not read or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    values = tuple(x.tolist())
+    remember(x, values)
+    return values
+
+
+def remember(x: Tensor, values: tuple[float, ...], copy: Tensor | None = None) -> None:
+    """These are x's values, as it is now."""
+    _read[x] = mark_of(x), values, copy
+
+
+def decays_of(log_decay: Tensor, *, read: bool = True) -> Decays | None:
+    """The values of a log_decay, as `values_of`."""
+    values = values_of(log_decay, read=read)
+    return None if values is None else _decays(values)
+
+
+def boundaries_of(cu_seqlens: Tensor) -> tuple[int, ...]:
+    """The boundaries of packed documents as numbers; ValueError if they do not start at 0, or decrease."""
+    known, boundaries, copy = _read.get(cu_seqlens, _NOTHING)
+    if known == mark_of(cu_seqlens) and (cu_seqlens.device.type != "cpu" or torch.equal(cu_seqlens, copy)):
+        return boundaries
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("cu_seqlens is read from the GPU, which no captured graph can: call once before with the same")
+    boundaries = tuple(cu_seqlens.tolist())
+    if boundaries[0] != 0 or any(a > b for a, b in pairwise(boundaries)):
+        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shown(boundaries)}")
+    remember(cu_seqlens, boundaries, cu_seqlens.clone())
+    return boundaries
+
+
+def still(log_decay: Tensor, cu_seqlens: Tensor | None, highest: tuple[float, ...] | None) -> Tensor:
+    """log_decay, with NaN where the tensors on a GPU are no longer what the call's plan took them for: better than
+    numbers that are wrong. A CUDA graph that has captured the call compares as well.
+
+    highest: the largest value of each head for which the plan holds; None where it holds for all.
+    """
+    if cu_seqlens is not None and cu_seqlens.is_cuda:
+        _, _, copy = _read[cu_seqlens]
+        same = (cu_seqlens == copy).all().to(log_decay.device)
+        log_decay = torch.where(same, log_decay, torch.nan)
+    if highest is not None and log_decay.is_cuda:
+        limits = _on_device(highest, log_decay.dtype, log_decay.device)
+        log_decay = torch.where(log_decay <= limits, log_decay, torch.nan)
+    return log_decay
+
+
+@lru_cache(maxsize=512)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may be needed for training later
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def mark_of(x: Tensor) -> Hashable:
+    """Another one where the tensor may have other values; those of an inference tensor change unseen."""
+    version = None if x.is_inference() else x._version
+    return version, x.data_ptr(), x.shape, x.stride(), x.dtype
+
+
+def _shown(values: tuple[Any, ...]) -> str:
+    return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
