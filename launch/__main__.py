@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -17,7 +18,8 @@ COMMANDS = {
 def main(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
-        print("\n".join(["usage: python -m leetdist.launch COMMAND [--help]", *lines]))
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("\n".join(["usage: python -m leetdist.launch COMMAND [--help]", *lines]))
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     result: int = importlib.import_module(f"leetdist.launch.{argv[0]}").main(argv[1:])
     return result

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import leetdist
 from leetdist.launch.model import Config, LanguageModel
-from leetdist.launch.runtime import Rank, joined
+from leetdist.launch.runtime import Arguments, Rank, joined, one_message
 from leetdist.launch.text import load_tokens
 from leetdist.sequence.group import alone
 
@@ -44,7 +44,7 @@ class Report:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments("demo", __doc__)
     parser.add_argument("--tokens", type=int, default=131_072, help="bytes of text, over all ranks (131072)")
     parser.add_argument("--text", default=sysconfig.get_path("stdlib"), help="file or folder (Python's own library)")
     parser.add_argument("--steps", type=int, default=8, help="optimiser steps, all on the one text (8)")
@@ -61,9 +61,10 @@ def main(argv: list[str]) -> int:
 
 
 def run(options: argparse.Namespace, rank: Rank) -> Report:
-    text, vocabulary = load_tokens(options.text, limit=options.tokens + 1)
-    if len(text) <= options.tokens:
-        raise SystemExit(f"--tokens {options.tokens}: {options.text} has {len(text)} bytes, one more is wanted")
+    with one_message():
+        text, vocabulary = load_tokens(options.text, limit=options.tokens + 1)
+        if len(text) <= options.tokens:
+            raise SystemExit(f"--tokens {options.tokens}: {options.text} has {len(text)} bytes, one more is wanted")
     text = text.long().to(rank.device)[None]
     rank.print(
         f"{options.tokens:,} bytes of {options.text} over {rank.size} ranks ({rank.device.type}, {rank.backend})"
@@ -79,9 +80,7 @@ def run(options: argparse.Namespace, rank: Rank) -> Report:
         rank.print("is the sharded attention equal to one device? ...")
         compare(model, inputs, options, rank, report)
         generate(model, text, options, rank, report)
-    everyone: list[float] = [0.0] * rank.size
-    dist.all_gather_object(everyone, memory_gib(rank.device))
-    report.memory_gib = everyone
+    report.memory_gib = rank.gather(memory_gib(rank.device), "its memory")
     return report
 
 
@@ -134,9 +133,7 @@ def compare(model: LanguageModel, inputs: Tensor, options: argparse.Namespace, r
         single = operator(q, k, v, layer.log_decay(q.device), do, sharded=False)
         report.unequal = [name for name, y in single.items() if not torch.equal(y, gathered[name])]
         report.compared = tuple(single)
-    verdict = [report.unequal]
-    dist.broadcast_object_list(verdict)
-    report.unequal = verdict[0]
+    report.unequal = rank.gather(report.unequal, "what differs")[0]
 
 
 def operator(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, do: Tensor, *, sharded: bool) -> dict[str, Tensor]:

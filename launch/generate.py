@@ -26,7 +26,7 @@ from torch import Tensor
 from leetdist.inference.files import load_states, save_states
 from leetdist.inference.session import Session, fingerprint
 from leetdist.launch.loading import Text, load_hugging_face, load_language_model
-from leetdist.launch.runtime import Rank, joined
+from leetdist.launch.runtime import Arguments, Rank, joined, one_message, positive
 
 HOUR = 3600.0
 
@@ -65,11 +65,14 @@ def main(argv: list[str]) -> int:
 
 def run(options: argparse.Namespace, rank: Rank) -> int:
     begin = time.perf_counter()
-    session, text = _load(options, rank)
-    prompt = Path(options.prompt_file).read_bytes().decode(errors="replace") if options.prompt_file else options.prompt
-    tokens = torch.tensor([text.encode(prompt)], dtype=torch.long, device=rank.device)
-    if not tokens.numel():
-        raise SystemExit("the prompt is empty: a text to continue has at least one token")
+    with one_message():
+        session, text = _load(options, rank)
+        prompt = options.prompt
+        if options.prompt_file:
+            prompt = Path(options.prompt_file).read_bytes().decode(errors="replace")
+        tokens = torch.tensor([text.encode(prompt)], dtype=torch.long, device=rank.device)
+        if not tokens.numel():
+            raise SystemExit("the prompt is empty: a text to continue has at least one token")
     rank.print(f"{options.model}: {text.name}, loaded in {time.perf_counter() - begin:.1f} s")
     rank.print(f"prompt: {tokens.shape[1]:,} tokens over {rank.size} ranks ({rank.device.type}, {rank.backend})\n")
 
@@ -90,9 +93,7 @@ def run(options: argparse.Namespace, rank: Rank) -> int:
     decode_s = time.perf_counter() - begin
 
     if options.everywhere and rank.size > 1:
-        everyone: list[list[int]] = [[]] * rank.size
-        dist.all_gather_object(everyone, produced)
-        for other, theirs in enumerate(everyone[1:], 1):
+        for other, theirs in enumerate(rank.gather(produced, "what it produced")[1:], 1):
             rank.print(f"\n\n[rank {other}] {''.join(text.spoken(iter(theirs)))}")
     rank.print(
         f"\n\ntime to first token {first_s:.3f} s ({tokens.shape[1] / first_s:,.0f} tokens/s of prompt); "
@@ -110,7 +111,7 @@ def _load(options: argparse.Namespace, rank: Rank) -> tuple[Continues, Text]:
             raise SystemExit("--load-state and --save-state are for checkpoints of leetdist.launch train")
         model, text = load_hugging_face(folder, rank.device, dtype, group)
         return HuggingFace(model), text
-    language_model, text = load_language_model(folder, rank.device, dtype, options.tokenizer)
+    language_model, text = load_language_model(folder, rank.device, dtype, options.tokenizer, options.trust)
     session = Session(language_model, group, piece=options.piece)
     if options.load_state:
         session.resume(load_states(options.load_state, model=_identity(session), device=rank.device))
@@ -160,23 +161,22 @@ def _memory(rank: Rank) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "leetdist.launch generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("leetdist.launch generate", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="folder: a checkpoint of leetdist.launch train, or of Hugging Face")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="\n", help="the text to continue (default: a line break)")
     prompt.add_argument("--prompt-file", help="a file with the text to continue")
-    add("--tokens", type=int, default=200, help="how many to produce (default: 200)")
+    add("--tokens", type=positive, default=200, help="how many to produce (default: 200)")
     add("--temperature", type=float, default=0.0, help="of the draw; 0 takes the likeliest token (default: 0)")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all (default: 0)")
     add("--seed", type=int, default=0, help="of the draw (default: 0)")
     add("--everywhere", action="store_true", help="every rank goes on from the prompt, with a draw of its own")
     add("--save-state", help="keep the state after the prompt in this file")
     add("--load-state", help="go on from a state kept with --save-state, before the prompt")
-    add("--piece", type=int, default=65_536, help="tokens a rank takes in at a time (default: 65536)")
+    add("--piece", type=positive, default=65_536, help="tokens a rank takes in at a time (default: 65536)")
     add("--tokenizer", help="of a checkpoint that was trained with one (default: bytes)")
+    add("--trust", nargs="+", default=[], metavar="NAME", help="let the checkpoint unpickle this: module.name ...")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--timeout-hours", type=float, default=24.0, help="how long ranks wait for each other (default: 24)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.integrations.checkpoint import latest
+from leetdist.integrations.checkpoint import MANIFEST, damage, latest
+from leetdist.integrations.pickles import check_pickles
 from leetdist.launch.model import Config, LanguageModel
 
 if TYPE_CHECKING:
@@ -74,18 +75,23 @@ class Tokenizer:
 
 
 def load_language_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, tokenizer: str | None = None
+    folder: Path, device: torch.device, dtype: torch.dtype, tokenizer: str | None = None, trust: Collection[str] = ()
 ) -> tuple[LanguageModel, Text]:
-    """A model that `leetdist.launch train` saved: in the folder, or in the newest of its checkpoints."""
+    """A model that `leetdist.launch train` saved: in the folder, or in the newest of its whole checkpoints. trust: what
+    it may unpickle beside data, as "module.name"."""
+    if not folder.is_dir():
+        raise SystemExit(f"--model {folder}: there is no such folder")
     newest = latest(folder)
-    weights = _weights(folder if newest is None else newest[1])
+    if newest is None and (problem := damage(folder) if (folder / MANIFEST).exists() else None):
+        raise SystemExit(problem)
+    weights = _weights(folder if newest is None else newest[1], trust)
     model = LanguageModel(_config(weights, folder))
     model.load_state_dict(weights)
     text: Text = Bytes() if tokenizer is None else Tokenizer(tokenizer)
     return model.to(device, dtype).eval(), text
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights(folder: Path, trust: Collection[str]) -> dict[str, Tensor]:
     """The whole model's, from what accelerate saved under DDP, FSDP2 or DeepSpeed."""
     if (folder / "model.safetensors").is_file():
         from safetensors.torch import load_file
@@ -94,6 +100,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     if (sharded := folder / "pytorch_model_fsdp_0").is_dir():
         from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+        check_pickles(sharded, trust)
         with tempfile.TemporaryDirectory() as temporary:
             dcp_to_torch_save(sharded, Path(temporary, "model"))
             state: dict[str, Any] = torch.load(Path(temporary, "model"), weights_only=True)
@@ -101,6 +108,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     if (folder / "pytorch_model").is_dir():
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+        check_pickles(folder / "pytorch_model", trust)
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="pytorch_model"))
     raise SystemExit(
         f"{folder} holds neither a Hugging Face model (config.json) nor a checkpoint of leetdist.launch train "

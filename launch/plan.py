@@ -17,6 +17,7 @@ import torch
 
 from leetdist.engine.problem import describe
 from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.launch.runtime import Arguments
 from leetdist.operators.methods import kernels_for
 from leetdist.sequence import cost
 from leetdist.sequence.cost import Job, Machine
@@ -30,9 +31,7 @@ HEAD = (
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="leetdist.launch plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("leetdist.launch plan", __doc__)
     parser.add_argument("--ranks", type=int, required=True, help="the largest number of ranks")
     parser.add_argument("--tokens", type=int, required=True, help="of the whole sequence")
     parser.add_argument("--heads", type=int, default=32)

@@ -37,10 +37,18 @@ class Progress:
         if self.first:
             print(headline, flush=True)
             self.options.out.mkdir(parents=True, exist_ok=True)
-            old = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+            old = self.file.read_text(errors="replace").splitlines() if self.file.exists() else []
+            steps = [_step_of(line) for line in old]
+            if None in steps:
+                print(
+                    f"{self.file}: {steps.count(None)} of its lines are cut short or damaged, and left out", flush=True
+                )
             # A resumed run writes again what came after its checkpoint.
+            kept = [
+                line + "\n" for line, step in zip(old, steps, strict=True) if step is not None and step <= self.step
+            ]
             new = self.file.with_suffix(".part")
-            new.write_text("".join(line for line in old if json.loads(line)["step"] <= self.step))
+            new.write_text("".join(kept))
             os.replace(new, self.file)
             if sys.stdout.isatty():
                 self.bar = _bar(self.options.steps, self.step)
@@ -78,6 +86,15 @@ class Progress:
             self.bar.stop()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def _step_of(line: str) -> int | None:
+    """The step that a line is of; None for one that is cut short, as by a full disk or a kill."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def memory_gib(device: torch.device) -> float:

@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+from leetdist.integrations.checkpoint import CheckpointError
+from leetdist.sequence.group import resolve
+
+# How long a host's other ranks leave it to the first to say what is wrong; its launcher then ends them.
+LATER_SECONDS = 3.0
+
+
+def after_the_first() -> None:
+    """What is wrong with the arguments is wrong on all ranks; one message is enough."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(LATER_SECONDS)
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Wrong paths and arguments end the program in words, from one rank of a host, without a traceback."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, CheckpointError) as error:
+        after_the_first()
+        raise SystemExit(str(error)) from error
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            after_the_first()
+        raise
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser whose complaints, and help, come from one rank of a host; with the text above them as it is."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        after_the_first()
+        super().error(message)
+
+    def print_help(self, file: Any = None) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            super().print_help(file)
+
+
+def positive(text: str) -> int:
+    """An argument's type: an integer that is at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -29,6 +81,14 @@ class Rank:
         if self.first:
             print(text, flush=True)
 
+    def gather(self, mine: Any, what: str) -> list[Any]:
+        """Every rank's plain value, on every rank."""
+        dist.barrier()  # for as long as the job allows, which may be longer than a call does
+        transport = resolve(dist.group.WORLD)
+        assert transport is not None
+        with transport.call("exchange"):
+            return transport.gather_objects(mine, what)
+
 
 def choose_device(wanted: str) -> torch.device:
     """ "auto" takes a GPU where there is one, else the CPU."""
@@ -47,7 +107,8 @@ def joined(device: str = "auto", timeout_s: float = 300.0) -> Iterator[Rank]:
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
-    chosen = choose_device(device)
+    with one_message():
+        chosen = choose_device(device)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "gloo"
     if chosen.type == "cuda":

@@ -18,6 +18,7 @@ import os
 import sys
 import sysconfig
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,29 @@ import leetdist
 from leetdist.integrations import checkpoint
 from leetdist.launch.model import Config, LanguageModel
 from leetdist.launch.progress import Progress
+from leetdist.launch.resume import described, differences
+from leetdist.launch.runtime import Arguments, one_message, positive
 from leetdist.launch.text import Windows, load_tokens
 
 PRESETS = ("tiny", "10m", "100m")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments("train", __doc__)
     add = parser.add_argument
     add("--text", default=sysconfig.get_path("stdlib"), help="file, folder or data set (default: Python's own library)")
     add("--tokenizer", help="name or folder of a transformers tokenizer (default: bytes)")
     add("--model", default="tiny", help=f"{', '.join(PRESETS)}, or a transformers model's name or folder")
-    add("--tokens", type=int, default=8192, help="tokens in a sequence, over all its ranks")
-    add("--batch", type=int, help="sequences a step, over all ranks (default: one for each data-parallel rank)")
-    add("--micro-batch", type=int, default=1, help="sequences at once on a data-parallel rank; the rest accumulates")
+    add("--tokens", type=positive, default=8192, help="tokens in a sequence, over all its ranks")
+    add("--batch", type=positive, help="sequences a step, over all ranks (default: one for each data-parallel rank)")
+    add(
+        "--micro-batch",
+        type=positive,
+        default=1,
+        help="sequences at once on a data-parallel rank (1); others add up",
+    )
     add("--sequence-parallel", type=int, default=0, help="ranks that share a sequence (default: all)")
-    add("--steps", type=int, default=200)
+    add("--steps", type=positive, default=200)
     add("--seconds", type=float, help="stop, and save, after the first step that ends later than this")
     add("--lr", type=float, default=3e-4)
     add("--warmup", type=int, default=20, help="steps")
@@ -59,7 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--deepspeed-config", "--deepspeed_config", help="JSON file; DeepSpeed instead of DDP or FSDP2")
     add("--out", type=Path, default=Path("runs/train"), help="checkpoints, metrics.jsonl and TensorBoard logs")
     add("--save-every", type=int, default=100, help="steps; 0 saves at the end only, -1 never")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, if there is one")
+    add("--changed", nargs="+", default=[], metavar="OPTION", help="resume although these options are others: text ...")
+    add("--trust", nargs="+", default=[], metavar="NAME", help="let the checkpoint unpickle this: module.name ...")
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # of the deepspeed launcher
     return parser.parse_args(argv)
@@ -131,56 +141,73 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
 def main(argv: list[str] | None = None) -> int:
     begin, options = time.monotonic(), parse(argv)
     joined_before = dist.is_initialized()
-    mesh = leetdist.device_mesh(options.sequence_parallel or None)  # (1) data parallel x sequence parallel
-    accelerator = make_accelerator(options)
-    set_seed(options.seed)
-    data_ranks = mesh["dp"].size()
-    options.batch = options.batch or data_ranks * options.micro_batch
-    micro_batches, left = divmod(options.batch, data_ranks * options.micro_batch)
-    if left or not micro_batches:
-        raise SystemExit(f"--batch {options.batch} must be a multiple of {data_ranks} x --micro-batch")
-    accelerator.gradient_accumulation_steps = micro_batches
+    with one_message():
+        mesh = leetdist.device_mesh(options.sequence_parallel or None)  # (1) data parallel x sequence parallel
+        accelerator = make_accelerator(options)
+        set_seed(options.seed)
+        data_ranks = mesh["dp"].size()
+        options.batch = options.batch or data_ranks * options.micro_batch
+        micro_batches, left = divmod(options.batch, data_ranks * options.micro_batch)
+        if left or not micro_batches:
+            raise SystemExit(f"--batch {options.batch} must be a multiple of {data_ranks} x --micro-batch")
+        accelerator.gradient_accumulation_steps = micro_batches
 
-    tokens, vocabulary = load_tokens(options.text, options.tokenizer)
-    windows = Windows(tokens, options.tokens)
-    rows = DataLoader(windows, batch_size=options.batch, shuffle=True, drop_last=True)
-    loader = leetdist.ShardedLoader(rows, mesh, seed=options.seed, device=accelerator.device)  # (2) batches
-    if not len(loader):
-        raise SystemExit(f"the text has {len(windows)} sequences of {options.tokens} tokens: fewer than a batch")
+        tokens, vocabulary = load_tokens(options.text, options.tokenizer)
+        windows = Windows(tokens, options.tokens)
+        rows = DataLoader(windows, batch_size=options.batch, shuffle=True, drop_last=True)
+        loader = leetdist.ShardedLoader(rows, mesh, seed=options.seed, device=accelerator.device)  # (2) batches
+        if not len(loader):
+            raise SystemExit(f"the text has {len(windows)} sequences of {options.tokens} tokens: fewer than a batch")
+        model = leetdist.parallelize(make_model(options, vocabulary), mesh)  # (3) before DDP, FSDP2 or DeepSpeed
 
-    model = leetdist.parallelize(make_model(options, vocabulary), mesh)  # (3) before DDP, FSDP2 or DeepSpeed
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
-
     progress = Progress(options, accelerator)
     accelerator.register_for_checkpointing(loader, progress)
-    newest = checkpoint.latest(options.out) if options.resume else None
-    if newest is not None:
-        accelerator.load_state(str(newest[1]))
-    progress.begin(
-        f"{parameters / 1e6:.1f}M parameters, {len(tokens):,} tokens of text, {options.batch} x {options.tokens:,} a "
-        f"step; {mesh.size()} ranks, {mesh['sp'].size()} a sequence, {accelerator.distributed_type.value}, "
-        f"{accelerator.device}{f', from step {progress.step}' if newest else ''}"
-    )
-    while progress.step < options.steps:
-        for batch in loader:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(progress.step, options)
-            loss, norm = train_step(accelerator, model, optimizer, batch, mesh, micro_batches, options)
-            progress.advance(loss, norm)
-            last = progress.step == options.steps or out_of_time(begin, options.seconds, accelerator.device)
-            if options.save_every >= 0 and (last or (options.save_every and not progress.step % options.save_every)):
-                checkpoint.write_atomically(options.out, progress.step, accelerator.save_state)
-            if last:
-                options.steps = progress.step
-                break
-    progress.end()
+
+    with ExitStack() as running:
+        with one_message():
+            running.enter_context(checkpoint.sole_user(options.out))
+            about = described(options, tokens)
+            resumed = resume(accelerator, about, options) if options.resume else ""
+        progress.begin(
+            f"{parameters / 1e6:.1f}M parameters, {len(tokens):,} tokens of text, {options.batch} x "
+            f"{options.tokens:,} a step; {mesh.size()} ranks, {mesh['sp'].size()} a sequence, "
+            f"{accelerator.distributed_type.value}, {accelerator.device}{resumed}"
+        )
+        while progress.step < options.steps:
+            for batch in loader:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(progress.step, options)
+                loss, norm = train_step(accelerator, model, optimizer, batch, mesh, micro_batches, options)
+                progress.advance(loss, norm)
+                last = progress.step == options.steps or out_of_time(begin, options.seconds, accelerator.device)
+                now = options.save_every and not progress.step % options.save_every
+                if options.save_every >= 0 and (last or now):
+                    checkpoint.write_atomically(options.out, progress.step, accelerator.save_state, about=about)
+                if last:
+                    options.steps = progress.step
+                    break
+        progress.end()
     if not joined_before:
         if mesh.size() > 1:
             dist.barrier()  # without it, 5 of 160 runs aborted when the first rank left
         dist.destroy_process_group()
     return 0
+
+
+def resume(accelerator: Accelerator, about: dict[str, Any], options: argparse.Namespace) -> str:
+    """Load the newest whole checkpoint, if there is one, and say what goes on otherwise than before."""
+    newest = checkpoint.latest(options.out, together=True)
+    if newest is None:
+        return ""
+    step, path = newest
+    checkpoint.check(path, options.trust)
+    for words in differences(checkpoint.about(path), about, options.changed, path):
+        accelerator.print(f"not as before: {words}", flush=True)
+    accelerator.load_state(str(path))
+    return f", from step {step}"
 
 
 def out_of_time(begin: float, seconds: float | None, device: torch.device) -> bool:

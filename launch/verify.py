@@ -17,16 +17,14 @@ import torch
 import torch.distributed as dist
 
 import leetdist
-from leetdist.launch.runtime import choose_device, joined
+from leetdist.launch.runtime import Arguments, choose_device, joined
 from leetdist.sequence.group import resolve
 from leetdist.sequence.transport import Transport
 from leetdist.testing.equality import Case, check, standard_cases
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "leetdist.launch verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments("leetdist.launch verify", __doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--virtual", type=int, default=0, help="use this many virtual ranks in one process instead")
     parser.add_argument("--long", type=int, help="add a case of this many tokens, 8 heads, 128 x 128, bf16")

@@ -11,10 +11,13 @@ import hashlib
 import importlib
 import os
 import re
+import stat
 import struct
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -54,8 +57,9 @@ def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) 
     code = text(source)
     described = (code, architecture, defines, nvrtc.nvrtcVersion())
     path = cache_folder() / f"{hashlib.sha256(repr(described).encode()).hexdigest()[:32]}.cubin"
-    if path.is_file():
-        return path.read_bytes()
+    kept = _kept(path)
+    if kept is not None:
+        return kept
     macros = [(name, str(value)) for name, value in defines]
     options = ProgramOptions(std="c++17", arch=architecture, define_macro=macros or None)
     made = bytes(Program(code, "c++", options).compile("cubin").code)
@@ -78,16 +82,42 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leetdist"
 
 
+MAGIC = b"leetdist cubin 1\n"  # then the SHA-256 of what follows, and that
+
+
+def _kept(path: Path) -> bytes | None:
+    """What `_keep` wrote, if it can be trusted to run: whole, and written by this user (or the system's), whom alone
+    its folder lets write."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            if not (_own(os.stat(path.parent)) and _own(os.fstat(handle))):
+                warnings.warn(
+                    f"leetdist: {path.parent} can be written by other users, so compiled kernels in it are not used; "
+                    f"chmod go-w it, or name another folder with LEETDIST_CACHE",
+                    stacklevel=2,
+                )
+                return None
+            content = file.read()
+    except OSError:
+        return None
+    body = content[len(MAGIC) + 32 :]
+    return body if body and content == MAGIC + hashlib.sha256(body).digest() + body else None
+
+
+def _own(about: os.stat_result) -> bool:
+    """Whether nobody else can have written it."""
+    return about.st_uid in (os.geteuid(), 0) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 def _keep(path: Path, content: bytes) -> None:
     """Written beside and renamed: several processes may compile the same thing. A full or read-only disk costs no more
     than the next compilation."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:  # a name nobody guesses, mode 600
+            file.write(MAGIC + hashlib.sha256(content).digest() + content)
         os.replace(file.name, path)
-    except OSError:
-        pass
 
 
 @cache

@@ -13,7 +13,7 @@ OUTSIDE, FAILED, LEFT = "outside", "failed", "left"
 PHASES = (OUTSIDE, "set-up", "agreement", "forward pass", "backward pass", "exchange", FAILED, LEFT)
 COUNTED = {"forward pass": 1, "backward pass": 2}  # where a record counts them
 OTHER, SINCE, LENGTH, NUMBERS = 3, 4, 5, 8
-TEXT = 192  # bytes
+TEXT = 448  # bytes
 RECORD = NUMBERS * 8 + TEXT
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import random
 import shutil
 import signal
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +181,146 @@ def test_what_is_not_whole_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoint.write_atomically(tmp_path, 25, write)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step-00000015", "step-00000025"]
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_costs_one(tmp_path: Path) -> None:
+    """Every file of it, cut anywhere or with a bit flipped anywhere, is noticed, and the one before is taken."""
+
+    def write(path: Path) -> None:
+        (path / "part").mkdir()
+        (path / "part" / "weights").write_bytes(bytes(range(64)))
+        (path / "optimizer").write_bytes(b"moments")
+
+    checkpoint.write_atomically(tmp_path, 1, write, about={"lr": 0.5})
+    newest = checkpoint.write_atomically(tmp_path, 2, write)
+    assert checkpoint.latest(tmp_path) == (2, newest)
+    assert checkpoint.about(tmp_path / "step-00000001") == {"lr": 0.5}
+    for name in ("part/weights", "optimizer", checkpoint.MANIFEST):
+        path, whole = newest / name, (newest / name).read_bytes()
+        for damaged in [
+            *(whole[:length] for length in range(len(whole))),
+            *(whole[:at] + bytes([whole[at] ^ 1 << random.randrange(8)]) + whole[at + 1 :] for at in range(len(whole))),
+        ]:
+            path.write_bytes(damaged)
+            with pytest.warns(UserWarning, match="step-00000002 is damaged.*passed over"):
+                assert checkpoint.latest(tmp_path) == (1, tmp_path / "step-00000001"), (name, damaged)
+        path.write_bytes(whole)
+    (newest / "optimizer").unlink()
+    with pytest.raises(ValueError, match="optimizer cannot be read"):
+        checkpoint.check(newest)
+
+
+def resumed(rank: int, out: Path, *more: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(rank, out, 2, *more)
+    except SystemExit as error:
+        return str(error)
+    return ""
+
+
+def test_resuming_what_is_damaged_or_another_training(tmp_path: Path) -> None:
+    """A flipped bit and a cut line cost one checkpoint; another text or batch is refused by name."""
+    run(2, tmp_path, 2)
+    expected = losses(tmp_path)
+    flip(tmp_path / "step-00000009" / "model.safetensors", -5, 3)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+    assert values(run_ranks(resumed, 2, tmp_path, frameworks=True)) == ["", ""]
+    assert losses(tmp_path) == expected
+    assert checkpoint.latest(tmp_path) == (9, tmp_path / "step-00000009")
+    for more, words in (
+        (("--batch", "4"), "--batch: 4; in step-00000009: 2"),
+        (("--text", os.__file__), "is of another training. --text: "),
+        (("--seed", "1", "--changed", "batch"), "--seed: 1; in step-00000009: 0"),
+        (("--changed", "bach"), "--changed takes text, "),
+    ):
+        for said in values(run_ranks(resumed, 2, tmp_path, *more, frameworks=True)):
+            assert words in said
+    assert values(run_ranks(resumed, 2, tmp_path, "--batch", "4", "--changed", "batch", frameworks=True)) == ["", ""]
+
+
+def test_one_run_a_folder(tmp_path: Path) -> None:
+    """Another process is refused while this one has the folder; the lock ends with the process, not its children."""
+    holder = (
+        "import os, sys, time\nfrom leetdist.integrations.checkpoint import sole_user\n"
+        "with sole_user(sys.argv[1]):\n    if os.fork():\n        print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(checkpoint.CheckpointError, match=f"another run uses .*: process {other.pid} on"):
+            checkpoint.write_atomically(tmp_path, 1, lambda path: None)
+        other.kill()
+        other.wait()
+        with checkpoint.sole_user(tmp_path), checkpoint.sole_user(tmp_path):
+            checkpoint.write_atomically(tmp_path, 1, lambda path: None)
+            assert (tmp_path / ".lock").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+class Harm:
+    """What a pickle can call: here it only leaves a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_nothing_strange_is_unpickled(tmp_path: Path) -> None:
+    from leetdist.integrations.pickles import check_pickles, names_in
+    from leetdist.launch.loading import load_language_model
+
+    mark = tmp_path / "harm"
+    harm = {"weights": torch.zeros(2), "more": Harm(mark)}
+    for name in ("new.bin", "old.pt", "two.pkl", "plain"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        if name in ("new.bin", "old.pt"):
+            torch.save(harm, folder / name, _use_new_zipfile_serialization=name == "new.bin")
+        else:
+            (folder / name).write_bytes((pickle.dumps(1) if name == "two.pkl" else b"") + pickle.dumps(harm["more"]))
+        assert f"{os.mkdir.__module__}.mkdir" in set(names_in(folder / name))
+        with pytest.raises(ValueError, match=r"would call posix\.mkdir .*--trust posix\.mkdir"):
+            check_pickles(folder)
+        check_pickles(folder, ["posix.mkdir"])
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    path = checkpoint.save(tmp_path / "run", 1, model, optimizer, note="data")
+    assert checkpoint.load(path, model, optimizer)["note"] == "data"
+    (path / checkpoint.MANIFEST).unlink()  # somebody else's may have another, or none
+    (path / ".metadata").write_bytes(pickle.dumps(Harm(mark)))
+    with pytest.warns(UserWarning, match="no checksums"), pytest.raises(ValueError, match=r"would call posix\.mkdir"):
+        checkpoint.load(path, model, optimizer)
+    (tmp_path / "shown" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    shutil.copy(path / ".metadata", tmp_path / "shown" / "pytorch_model_fsdp_0")
+    with pytest.raises(ValueError, match=r"would call posix\.mkdir"):
+        load_language_model(tmp_path / "shown", torch.device("cpu"), torch.float32)
+    assert not mark.exists()
+
+
+def write_fails(rank: int, folder: Path) -> str:
+    def write(path: Path) -> None:
+        if rank == 1:
+            raise OSError("disk full")
+
+    try:
+        checkpoint.write_atomically(folder, 1, write)
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "written"
+
+
+def test_one_rank_that_cannot_write_is_an_error_on_all(tmp_path: Path) -> None:
+    told = "CheckpointError: rank 1 failed in writing a checkpoint: OSError: disk full"
+    assert values(run_ranks(write_fails, 3, tmp_path)) == [told, "OSError: disk full", told]
