@@ -217,3 +217,24 @@ def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SystemExit, match="must be a multiple of 1 x --micro-batch"):
         main(["--text", __file__, "--batch", "3", "--micro-batch", "2", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--model", "no/such/folder"], "--model no/such/folder: there is no such folder"),
+        (["generate", "--model", "here", "--tokens", "0"], "argument --tokens: must be at least 1, got 0"),
+        (["train", "--text", "no/such/text"], "--text no/such/text: no such file or folder"),
+    ],
+)
+def test_what_is_wrong_is_said_once(arguments: list[str], words: str, tmp_path: Path) -> None:
+    """By the first of a host's ranks, without a traceback of ours."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [*command, "-m", "leetdist.launch", *arguments],
+        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent)}, cwd=tmp_path,
+        timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stdout.count(words) == 1, done.stdout
+    assert "leetdist/launch" not in done.stdout, done.stdout
