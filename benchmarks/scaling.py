@@ -145,8 +145,7 @@ def verify(bench: Bench, dtype: torch.dtype, groups: list[tuple[str, int]]) -> N
             with bench.survive(f"check of {case} on {ranks} ranks"):
                 if transport is not None:
                     found = [str(difference) for difference in check(case, transport, bench.me.device, seed)]
-            everyone: list[Any] = [None] * bench.me.size
-            dist.all_gather_object(everyone, found)
+            everyone = bench.me.gather(found, "what differs")
             bench.report.red += [f"{case}, {ranks} ranks, {kind}: {line}" for lines in everyone for line in lines]
             bench.report.checks += 1
             words = "differs" if any(everyone) else "equal"

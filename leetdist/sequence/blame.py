@@ -55,17 +55,18 @@ class ByStore:
         self.store, self.until = store, time.monotonic() + ROLL_CALL_SECONDS
         note = asdict(board.mine()) | {"other": other}
         self.answered = False
-        self._ask(lambda: self.store.set(str(rank), json.dumps(note)))
+        self._ask(lambda: self.store.set(str(rank), json.dumps(note)) or self.store.get(str(rank)))
+        self.reached = self.answered  # later it may have gone with a rank that has given up, too
 
     def __call__(self, rank: int) -> Activity | str:
         while self.answered:
             told = self._ask(lambda: self.store.get(str(rank)) if self.store.check([str(rank)]) else b"")
             if told:
                 return Activity(**json.loads(told))
-            if time.monotonic() > self.until:
+            if self.answered and time.monotonic() > self.until:
                 return "it has not said what it does"
             time.sleep(0.05)
-        return "the store of the job does not answer either"
+        return "it has not said what it does, and the store of the job is gone"
 
     def _ask(self, question: Callable[[], bytes | None]) -> bytes | None:
         """In a thread: a store whose host is stopped keeps whoever asks."""

@@ -254,7 +254,7 @@ class PointToPoint(Transport):
         look = ByStore(store_of(self.group, "roll call"), self.board, self.rank, other)
         verdict = judge(self.rank, other, self.size, look, closed=closed)
         host = self._store_host()
-        if not look.answered and host is not None:
+        if not look.reached and host is not None:
             return Verdict(host, "it keeps the store of the job, which does not answer either", (self.rank, other))
         return verdict
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from leetdist.kernels.constant_decay.pytorch import block
 from leetdist.sequence import agreement, memory, p2p
 
 RANKS, TIMEOUT, GRACE = 3, 5.0, 5.0
+JOBS = 3  # at once: they mostly wait
 # Stage -> the object and the function that is about to run on the victim; None: between two calls.
 STAGES: dict[str, tuple[Any, str] | None] = {
     "set-up": (memory, "shared"),
@@ -149,15 +151,19 @@ def free_port() -> int:
 
 
 def main() -> int:
+    table = [
+        (victim, stage, how)
+        for how in ("killed", "stopped", "raises and lives", "leaves")
+        for stage in STAGES
+        for victim in (0, 1)
+    ]
     faults = []
-    for how in ("killed", "stopped", "raises and lives", "leaves"):
-        for stage in STAGES:
-            for victim in (0, 1):
-                one = fault(victim, stage, how)
-                faults.append(one)
-                last = max((each["seconds"] or 99.0) for each in one["survivors"])
-                verdict = "" if one["in time"] and one["named"] else "   <- wrong"
-                print(f"rank {victim} {how:<17} {stage:<25} last survivor after {last:4.1f} s{verdict}", flush=True)
+    with ThreadPoolExecutor(JOBS) as pool:
+        for one in pool.map(fault, *zip(*table, strict=True)):
+            faults.append(one)
+            last = max((each["seconds"] or 99.0) for each in one["survivors"])
+            verdict = "" if one["in time"] and one["named"] else "   <- wrong"
+            print(f"rank {one['victim']} {one['how']:<17} {one['stage']:<25} {last:4.1f} s{verdict}", flush=True)
     about = {
         "command": "python tests/sequence/faults.py", "torch": torch.__version__, "python": platform.python_version(),
         "ranks": RANKS, "timeout": TIMEOUT, "bound": TIMEOUT + GRACE,
