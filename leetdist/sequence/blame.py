@@ -55,7 +55,12 @@ class ByStore:
         self.store, self.until = store, time.monotonic() + ROLL_CALL_SECONDS
         note = asdict(board.mine()) | {"other": other}
         self.answered = False
-        self._ask(lambda: self.store.set(str(rank), json.dumps(note)) or self.store.get(str(rank)))
+
+        def leave() -> bytes:
+            self.store.set(str(rank), json.dumps(note))
+            return self.store.get(str(rank))
+
+        self._ask(leave)
         self.reached = self.answered  # later it may have gone with a rank that has given up, too
 
     def __call__(self, rank: int) -> Activity | str:
