@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 OUTSIDE, FAILED, LEFT = "outside", "failed", "left"
 PHASES = (OUTSIDE, "set-up", "agreement", "forward pass", "backward pass", "exchange", FAILED, LEFT)
+NUMBER = {phase: number for number, phase in enumerate(PHASES)}
 COUNTED = {"forward pass": 1, "backward pass": 2}  # where a record counts them
 OTHER, SINCE, LENGTH, NUMBERS = 3, 4, 5, 8
 TEXT = 448  # bytes
@@ -74,12 +75,12 @@ class Board:
         return Board(memoryview(bytearray(RECORD)), 0)
 
     def begin(self, phase: str) -> None:
-        self.numbers[self.at] = PHASES.index(phase)
+        self.numbers[self.at] = NUMBER[phase]
         if (count := COUNTED.get(phase)) is not None:
             self.numbers[self.at + count] += 1
 
     def end(self, phase: str = OUTSIDE) -> None:
-        self.numbers[self.at] = PHASES.index(phase)
+        self.numbers[self.at] = NUMBER[phase]
 
     def wait(self, other: int, what: str) -> None:
         """This rank waits for another. what: "for ..." or "to take ..."."""
@@ -93,7 +94,7 @@ class Board:
     def fail(self, other: int, error: str) -> None:
         self._write(error)
         self.numbers[self.at + OTHER] = other
-        self.numbers[self.at] = PHASES.index(FAILED)
+        self.numbers[self.at] = NUMBER[FAILED]
 
     def _write(self, text: str) -> None:
         data = text.encode()[:TEXT]

@@ -124,7 +124,8 @@ class Transport(ABC):
         """Let go of everything: the group ends. The other ranks see that this one has left."""
         if self.failure is None:
             self.failure = "the group was destroyed"
-            self.board.end(LEFT)
+            if os.getpid() == self.process:  # a child that ends has no say on its parent's board
+                self.board.end(LEFT)
         self.board = Board.alone()
         self.agreements.clear()  # what is remembered with them holds this transport
         self.streams.clear()
@@ -132,7 +133,7 @@ class Transport(ABC):
     def call(self, phase: str) -> AbstractContextManager[None]:
         """Around every use of the group, of one of leetdist.sequence.board.PHASES. A call that fails in the middle
         leaves messages that the next call would take for its own: no later call may use the group."""
-        return _call(self, phase)
+        return _Call(self, phase)
 
     def enter(self, phase: str) -> None:
         """What `call` begins with."""
@@ -159,19 +160,24 @@ class Transport(ABC):
             self.board.begin(phase)
 
 
-@contextmanager
-def _call(transport: Transport, phase: str) -> Iterator[None]:
-    transport.enter(phase)
-    try:
-        yield
-    except BaseException as error:
-        transport.failure = f"{type(error).__name__}: {error}"[:500]
-        transport.board.fail(error.rank if isinstance(error, Unanswered) else -1, transport.failure)
-        raise
-    else:
-        if transport.depth == 1:
+class _Call:
+    """`Transport.call`; a class, because a generator takes the host another microsecond."""
+
+    __slots__ = ("phase", "transport")
+
+    def __init__(self, transport: Transport, phase: str) -> None:
+        self.transport, self.phase = transport, phase
+
+    def __enter__(self) -> None:
+        self.transport.enter(self.phase)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        transport = self.transport
+        if error is not None:
+            transport.failure = f"{type(error).__name__}: {error}"[:500]
+            transport.board.fail(error.rank if isinstance(error, Unanswered) else -1, transport.failure)
+        elif transport.depth == 1:
             transport.board.end()
-    finally:
         transport.depth -= 1
         transport.lock.release()
 

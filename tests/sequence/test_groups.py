@@ -78,16 +78,22 @@ def in_forks(rank: int) -> list[str]:
                 os.write(writing, b"nothing")
             except RuntimeError as error:
                 os.write(writing, str(error).encode())
+            if group is used:
+                resolve(used).close()  # as where the child ends; the parent stays as it was
             os._exit(0)
         os.waitpid(child, 0)
         told.append(os.read(reading, 1000).decode())
     call(used)
+    dist.barrier()
+    told += [str(resolve(used).board.read(other)) for other in range(2)]
     return told
 
 
 def test_a_forked_child_is_told() -> None:
-    for told in values(run_ranks(in_forks, 2)):
+    for *told, one, other in values(run_ranks(in_forks, 2)):
         assert all("forked" in words and "process group of the children's own" in words for words in told), told
+        assert "is in no call" in one
+        assert "is in no call" in other
 
 
 def two_threads(rank: int) -> str:
