@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "verify": "is the operator on these ranks equal to one device, bit for bit?",
     "plan": "what will a sharded call cost on P ranks: time, bytes, memory; with a plot",
+    "doctor": "what has this machine, what will run on it, and what to install for the faster",
     "train": "train on long sharded sequences, under torchrun, accelerate or deepspeed",
     "generate": "continue a text: prompt over all ranks, then token by token",
     "demo": "train and run a small language model over one long sharded text",

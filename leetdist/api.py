@@ -10,7 +10,8 @@ from torch import Tensor
 from leetdist.engine import ops
 from leetdist.engine.call import run
 from leetdist.engine.problem import ONE_DEVICE, check_step, describe
-from leetdist.operators.methods import attention_on_one_device, triton_serves
+from leetdist.operators.dispatch import decoder
+from leetdist.operators.methods import attention_on_one_device
 from leetdist.sequence.group import name_of, resolve
 
 if TYPE_CHECKING:
@@ -193,9 +194,10 @@ def linear_attention_step(
         scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
     )  # fmt: skip
     check_step(problem, q, state, inplace=inplace)
-    if not (problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)) and triton_serves(problem):
-        from leetdist.kernels.constant_decay.triton.step import step
-
+    differentiable = problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)
+    choice = decoder("step", problem)
+    if not differentiable and choice.implementation.compiler:
+        step = choice.function()
         return step(q, k, v, state, log_decay, scale=problem.scale, out=state if inplace else None)
     with torch.autocast(q.device.type, enabled=False):
         share = problem.heads // problem.kv_heads

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from leetdist.engine.plan import plan_call
 from leetdist.engine.problem import ONE_DEVICE, describe
-from leetdist.operators.methods import backend_of, choice_for
+from leetdist.kernels.common.settings import settings
+from leetdist.operators.dispatch import Kernels, in_words, refusals
+from leetdist.operators.implementations import machine_of
+from leetdist.operators.methods import choice_for, kernels_for
 from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
@@ -34,6 +37,9 @@ def explain(
 ) -> str:
     """How `linear_attention` with the same arguments would be computed: method, kernels, tile, shards, and why.
 
+    Kernels have a name, a version and a configuration; for each that was asked before them, why not. On a GPU they are
+    compiled, as by the call, for one that cannot be is not what would run.
+
     Args:
         All as `linear_attention` takes them: (B, H, N, D) tensors, fp32, bf16, fp16 or fp64. Nothing is computed; under
         a group all ranks call, and each gets its own text.
@@ -48,10 +54,18 @@ def explain(
 
     >>> import torch, leetdist
     >>> q, k, v = (torch.randn(1, 2, 1000, 64) for _ in range(3))
-    >>> print(leetdist.explain(q, k, v, method="fleet"))
+    >>> print(leetdist.explain(q, k, v, method="fleet"))  # doctest: +ELLIPSIS
     problem  B 1, H 2, N 1,000, Dk 64, Dv 64, torch.float32 on cpu, forward, no decay
     method   fleet: named by the caller
-    kernels  leetdist.kernels.constant_decay.pytorch.fleet, leetdist.kernels.constant_decay.pytorch.block
+    kernels  outputs by PyTorch ... (pytorch.fleet)
+             states, fold by PyTorch ... (pytorch.block): chunks of 128 tokens
+    not      CUDA C++ (cuda.token_scan): needs a GPU, this is a CPU
+             Triton (triton.fleet): needs a GPU, this is a CPU
+             CUDA C++ (cuda.hopper): needs a GPU, this is a CPU
+             Gluon (triton.hopper): needs a GPU, this is a CPU
+             Gluon wide (triton.hopper_wide): needs a GPU, this is a CPU
+             Triton (triton.block): needs a GPU, this is a CPU
+    launches not repeated: a CPU has none
     tile     128 tokens, 8 tiles: chosen from the length of the whole sequence
     shards   one device
     """
@@ -82,9 +96,15 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
         + precision,
         "method": _method(problem, tokens),
     }
-    if plan is not None:
+    if plan is None:
+        version = machine_of(problem.device, settings()).torch
+        lines["kernels"] = f"PyTorch {version} (operators.methods.{problem.method})"
+    else:
+        kernels = kernels_for(problem, tokens)
         lines |= {
-            "kernels": backend_of(cast(Any, plan.operator).kernels),
+            "kernels": _kernels(kernels, problem),
+            "not": _refused(kernels, problem),
+            "launches": _launches(plan, kernels),
             "tile": f"{plan.tiles.size:,} tokens, {plan.tiles.count:,} tiles: "
             + ("named by the caller" if problem.tile else "chosen from the length of the whole sequence"),
             "shards": _shards(plan),
@@ -95,7 +115,42 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
                 f"{len(plan.lanes)} lane{'s' if len(plan.lanes) > 1 else ''}"
             )
             lines["hops"] = _hops(plan)
-    return "\n".join(f"{name:8} {text}" for name, text in lines.items())
+    indented = {name: text.replace("\n", "\n" + 9 * " ") for name, text in lines.items() if text}
+    return "\n".join(f"{name:8} {text}" for name, text in indented.items())
+
+
+def _kernels(kernels: Kernels, problem: Problem) -> str:
+    """Who computes which steps, and in what configuration."""
+    return "\n".join(
+        f"{row['steps']} by {row['name']} ({row['module']})"
+        + (f": {row['configuration']}" * bool(row["configuration"]))
+        for row in in_words(kernels.used(problem))
+    )
+
+
+def _refused(kernels: Kernels, problem: Problem) -> str:
+    """Who was asked before them, and why not."""
+    return "\n".join(f"{row['name']} ({row['module']}): {row['reason']}" for row in refusals(kernels.used(problem)))
+
+
+def _launches(plan: Plan, kernels: Kernels) -> str:
+    """Whether the host repeats a call's launches (leetdist.kernels.common.replay)."""
+    if plan.problem.device.type != "cuda":
+        return "not repeated: a CPU has none"
+    if not kernels.recordable:
+        alone = dict.fromkeys(c.implementation.module for c in kernels.choices if not c.implementation.recordable)
+        return f"not repeated: {', '.join(alone)} has some that are not seen"
+    if not plan.repeatable:
+        return "not repeated: under a group, decays that are learnt make every call another"
+    if plan.transport is not None and plan.transport.place() is None:
+        return f"not repeated: by {plan.transport.kind}, hosts take part in passing states on"
+    from leetdist.kernels.common.launcher import why_not_repeated
+
+    missing = why_not_repeated()
+    if missing is not None:
+        return f"not repeated: {missing}"
+    learnt = ", but those of the backward pass, which needs the gradient of log_decay"
+    return "repeated, from the third call of a kind on" + (learnt if plan.problem.needs_decay_grad else "")
 
 
 def _method(problem: Problem, tokens: int) -> str:

@@ -1,6 +1,6 @@
 """CUDA C++ without a compiler on the user's machine: NVRTC, through cuda-core, at first use.
 
-What is compiled is kept on disk (LEETDIST_CACHE, or leetdist/ in the user's cache folder), under the hash of all that
+What is compiled is kept on disk (leetdist.kernels.common.settings says where), under the hash of all that
 decides it: source, options, architecture and NVRTC's version.
 """
 
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from leetdist.kernels.common import recording
+from leetdist.kernels.common.settings import cache_folder
 
 SOURCES = Path(__file__).parents[1]  # kernels/
 
@@ -42,11 +43,6 @@ def version() -> tuple[int, int] | None:
     except (ImportError, RuntimeError):
         return None
     return int(major), int(minor)
-
-
-def available() -> bool:
-    """Whether CUDA C++ can be compiled."""
-    return version() is not None
 
 
 def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) -> bytes:
@@ -73,13 +69,6 @@ def text(source: str) -> str:
     return re.sub(
         r'^#include "(.*)"$', lambda found: text(str(path.with_name(found[1]))), path.read_text(), flags=re.MULTILINE
     )
-
-
-def cache_folder() -> Path:
-    wanted = os.environ.get("LEETDIST_CACHE")
-    if wanted:
-        return Path(wanted)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leetdist"
 
 
 MAGIC = b"leetdist cubin 1\n"  # then the SHA-256 of what follows, and that

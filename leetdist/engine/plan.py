@@ -3,7 +3,6 @@ together."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -16,11 +15,12 @@ from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
 from leetdist.engine.problem import Problem, check_agreement, check_declared, describe, global_layout
 from leetdist.engine.values import Decays, decays_of, forgetting_bound
+from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Operator
-from leetdist.operators.methods import served_by
+from leetdist.operators.dispatch import backend_of
 from leetdist.operators.registry import operator_named
-from leetdist.sequence.agreement import agree
+from leetdist.sequence.agreement import Agreement, agree
 from leetdist.sequence.cost import best_lanes
 from leetdist.sequence.grid import Layout
 from leetdist.sequence.group import declared_lengths
@@ -123,7 +123,9 @@ def plan_call(
         known = None if kind is None else _plans.get(kind)
         if known is None:
             problem = _of_operator(describe(q, k, v, log_decay, **options), operator, gates)
-            known = _local_plan(problem, operator_named(problem.operator).chosen(problem, problem.tokens), _settings())
+            known = _local_plan(
+                problem, operator_named(problem.operator).chosen(problem, problem.tokens), raw_settings()
+            )
             if kind is not None:
                 if len(_plans) >= MOST_PLANS:
                     _plans.clear()
@@ -135,7 +137,7 @@ def plan_call(
         mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
         mine = replace(
             _of_operator(mine, operator, gates),
-            backend=served_by(mine),
+            backend=backend_of(mine),
             captured=captured,
             sharded_from=transport.cut_from(mine.tokens),
         )
@@ -153,10 +155,14 @@ def plan_call(
         values=0 if decays is None else decays.digest, declared=lengths is not None,
     )  # fmt: skip
     assert isinstance(mine, Problem)
-    key = decays, operator_named(mine.operator).chosen(mine, sum(p.tokens for p in agreement.everyone))
+    if not agreement.confirmed:
+        check_agreement(agreement.everyone)
+    kernels = operator_named(mine.operator).chosen(mine, sum(p.tokens for p in agreement.everyone))
+    if not agreement.confirmed:
+        _confirm(str(kernels), agreement, transport)
+    key = decays, kernels
     plan: Plan | None = agreement.memo.get(key)
     if plan is None:
-        check_agreement(agreement.everyone)
         given, tile = global_layout(agreement.everyone)
         plan = make_plan(
             mine, given.on_grid(tile), tile, transport, decays=decays, given=given.lengths,
@@ -171,6 +177,20 @@ def plan_call(
             agreement.memo.clear()
         agreement.memo[key] = plan
     return plan
+
+
+def _confirm(kernels: str, agreement: Agreement, transport: Transport) -> None:
+    """Once a kind of call, ranks compare what they will compute with: what was to be had and could not be compiled,
+    only now each knows. (All make a new agreement together.) ValueError, on every rank, where their kernels differ."""
+    with transport.call():
+        everyone = transport.gather_objects(kernels, "the kernels of this call")
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise ValueError(
+                f"the ranks of the group disagree on the kernels of this call: rank {rank} has {theirs}, rank 0 has "
+                f"{everyone[0]}"
+            )
+    agreement.confirmed = True
 
 
 def _of_operator(problem: Problem, operator: str, gates: Mapping[str, Tensor] | None) -> Problem:
@@ -211,17 +231,12 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: di
                 None if x is None else (type(x), x.layout, x.shape, x.dtype, x.device, x.requires_grad)
                 for x in (q, k, v, log_decay)
             ],
-            torch.is_grad_enabled(), *options.values(), *_settings(),
+            torch.is_grad_enabled(), *options.values(), *raw_settings(),
         )  # fmt: skip
         hash(kind)
     except (AttributeError, TypeError, RuntimeError):  # describe says what is wrong
         return None
     return kind
-
-
-def _settings() -> tuple[str | None, ...]:
-    """What decides, beside the problem, on how kernels compute."""
-    return os.environ.get("LEETDIST_BACKEND"), os.environ.get("LEETDIST_HOPPER")
 
 
 @lru_cache(maxsize=512)

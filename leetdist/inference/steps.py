@@ -7,7 +7,7 @@ from torch import Tensor
 
 from leetdist.engine.problem import describe
 from leetdist.inference.problem import check_steps
-from leetdist.operators.methods import triton_serves
+from leetdist.operators.dispatch import decoder
 
 
 @torch.no_grad()
@@ -65,12 +65,10 @@ def linear_attention_steps(
         scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
     )  # fmt: skip
     check_steps(q, k, v, states, index, lengths)
-    if triton_serves(problem):
-        from leetdist.kernels.constant_decay.triton.steps import steps
-    else:
-        from leetdist.kernels.constant_decay.pytorch.decode import steps
+    steps = decoder("steps", problem).function()
     with torch.autocast(q.device.type, enabled=False):
-        return steps(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths).to(q.dtype)
+        o: Tensor = steps(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths)
+        return o.to(q.dtype)
 
 
 __all__ = ["linear_attention_steps"]

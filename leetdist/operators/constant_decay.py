@@ -20,7 +20,8 @@ from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Inputs, Operator, Places
-from leetdist.operators.methods import kernels_for, launches_alone, part_of_tile, writes_into_places
+from leetdist.operators.dispatch import part_of_tile
+from leetdist.operators.methods import kernels_for
 
 if TYPE_CHECKING:
     from leetdist.engine.problem import Problem
@@ -34,16 +35,16 @@ class ConstantDecay(Operator):
 
     def __init__(self, problem: Problem, tokens: int) -> None:
         self.kernels = kernels_for(problem, tokens)
-        self.launches_alone = launches_alone(self.kernels)
+        self.launches_alone = self.kernels.recordable
         self.scale, self.dtype = problem.scale, problem.dtype
-        self.writes_into_places = writes_into_places(self.kernels)
+        self.writes_into_places = self.kernels.writes_into_places
 
     @classmethod
     def chosen(cls, problem: Problem, tokens: int) -> Hashable:
         return kernels_for(problem, tokens)
 
     def part_of_tile(self, tile: int) -> int:
-        return part_of_tile(self.kernels, tile)
+        return part_of_tile(self.kernels.longest_tile, tile)
 
     def transitions(self, x: Inputs, tiles: Tiles) -> Tensor:
         return x["log_decay"]  # gamma^n, for n tokens of a tile, is the fold's to round

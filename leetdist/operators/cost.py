@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 CANDIDATES = ("block", "lightning", "fleet", "causal_dot_product")
 # Tokens; lightning is block, kernel by kernel, in tiles that are no longer.
 LIGHTNING_BLOCK = 256
-# Tokens; in shorter tiles the kernels for Hopper do not serve, and "general" holds.
-SHORTEST_ON_HOPPER = 64
+BY_TOKEN = ("fleet", "causal_dot_product")  # measured with the kernels of CUDA C++, or on a CPU
 NOISE = 1.03
 HEADS = (32, 128, 512)  # of 1, 4 and 16 batch entries
 FILE = Path(__file__).with_name("costs.json")
@@ -75,11 +74,10 @@ KINDS = {True: "16 bit", False: "fp32"}
 COSTS = load()
 
 
-def choose(problem: Problem, tile: int, *, cuda: bool, hopper: bool) -> Choice:
-    """The method for `problem` on tiles of `tile` tokens; `cuda`: whether the CUDA C++ kernels can run, which fleet and
-    causal_dot_product were measured with; `hopper`: whether those written for Hopper can, which block was."""
-    where = "cpu" if problem.device.type == "cpu" else "sm_90" if hopper else "general"
-    served = [m for m in CANDIDATES if cuda or where == "cpu" or m not in ("fleet", "causal_dot_product")]
+def choose(problem: Problem, tile: int, *, where: str, token_scan: bool) -> Choice:
+    """The method for `problem` on tiles of `tile` tokens. where: the constants measured with the kernels that block
+    will run; token_scan: whether those can run that the methods of BY_TOKEN were measured with."""
+    served = [m for m in CANDIDATES if token_scan or m not in BY_TOKEN]
     if tile <= LIGHTNING_BLOCK:
         served.remove("lightning")
     costs = COSTS[where][problem.dtype.itemsize == 2]

@@ -24,11 +24,13 @@ KEPT = 512  # agreements a group remembers; forgetting one costs an exchange, ne
 
 @dataclass
 class Agreement:
-    """What every rank brought, in rank order; `memo` holds what callers derive from it (plans)."""
+    """What every rank brought, in rank order; `memo` holds what callers derive from it (plans). confirmed: what this
+    led to on each rank has been compared too."""
 
     everyone: tuple[Any, ...]
     fingerprint: int
     memo: dict[Any, Any] = field(default_factory=dict)
+    confirmed: bool = False
 
 
 class Disagreement(ValueError):

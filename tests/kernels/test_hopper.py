@@ -1,17 +1,16 @@
-"""The Hopper kernels on a Hopper GPU: against PyTorch in fp64, and which problems they serve."""
+"""The Hopper kernels on a Hopper GPU: against PyTorch in fp64."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers import assert_leaves_out_the_last
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper as cuda
 from leetdist.kernels.constant_decay.pytorch import block as exact
-from leetdist.kernels.constant_decay.triton.configs import on_hopper, on_hopper_wide, parts_of
 from leetdist.reference import relative_error
 
 triton_block = pytest.importorskip("leetdist.kernels.constant_decay.triton.block")
@@ -32,25 +31,10 @@ SHAPES = [
 ]
 
 
-def test_every_backend_has_every_primitive():
-    for backend in (exact, triton_block):
-        for name in ("tile_states", "fold", "tile_outputs", "decay_gradient"):
-            assert callable(getattr(backend, name))
-
-
-def test_serves_by_the_problem_alone():
-    cpu = torch.device("cpu")
-    assert not on_hopper(128, 128, torch.bfloat16, parts_of(torch.bfloat16, None), 1024, cpu)
-    assert not on_hopper_wide(128, 128, torch.float32, 1024, cpu)
-
-
-def take(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels_of(backend: str) -> SimpleNamespace:
     """The kernels in CUDA C++, or those in Gluon that serve where cuda-core is missing."""
-    if backend == "gluon":
-        monkeypatch.setenv("LEETDIST_BACKEND", "triton")
-    else:
-        monkeypatch.delenv("LEETDIST_BACKEND", raising=False)
-        assert cuda.serves()
+    module = pytest.importorskip(f"leetdist.kernels.constant_decay.{'cuda' if backend == 'cuda' else 'triton'}.hopper")
+    return SimpleNamespace(tile_states=module.tile_states, tile_outputs=module.tile_outputs, fold=triton_block.fold)
 
 
 @pytest.mark.gpu
@@ -59,9 +43,8 @@ def take(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("order", ["BHND", "BNHD"])
 @pytest.mark.parametrize(("backend", "dtype", "rows", "columns"), SHAPES)
-def test_against_fp64(backend, order, dtype, rows, columns, reverse, tiles, monkeypatch):
-    take(backend, monkeypatch)
-    assert on_hopper(rows, columns, dtype, parts_of(dtype, None), tiles.size, torch.device("cuda", 0))
+def test_against_fp64(backend, order, dtype, rows, columns, reverse, tiles):
+    kernels = kernels_of(backend)
 
     def draw(heads, dim):
         if order == "BHND":
@@ -74,15 +57,15 @@ def test_against_fp64(backend, order, dtype, rows, columns, reverse, tiles, monk
     states = 1e6 * torch.randn(2, 4, tiles.count, rows, columns, device="cuda")
     options = {"reverse": reverse, "scale": 1e-6, "state_scale": 1e-6}
     out = torch.full((2, 4, tiles.num_tokens, columns), math.nan, dtype=dtype, device="cuda")
-    triton_block.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=dtype, out=out, **options)
-    wide = triton_block.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=torch.float32, **options)
+    kernels.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=dtype, out=out, **options)
+    wide = kernels.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=torch.float32, **options)
     expected = exact.tile_outputs(
         a.double(), b.double(), c.double(), states.double(), log_decay, tiles,
         out_dtype=torch.float64, **options,
     )  # fmt: skip
-    added = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse, scale=0.3)
+    added = kernels.tile_states(b, c, log_decay, tiles, reverse=reverse, scale=0.3)
     expected_added = exact.tile_states(b.double(), c.double(), log_decay, tiles, reverse=reverse, scale=0.3)
-    assert_leaves_out_the_last(triton_block, b, c, log_decay, tiles, reverse=reverse)
+    assert_leaves_out_the_last(kernels, b, c, log_decay, tiles, reverse=reverse)
     for head in range(4):
         assert relative_error(out[:, head], expected[:, head]) < ERROR[dtype]
         assert torch.equal(wide[:, head].to(dtype), out[:, head])
@@ -93,32 +76,32 @@ def test_against_fp64(backend, order, dtype, rows, columns, reverse, tiles, monk
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("backend", "dim"), [("cuda", 128), ("cuda", 256), ("gluon", 128)])
-def test_neighbours_and_strides_change_no_bit(backend, dim, reverse, monkeypatch):
+def test_neighbours_and_strides_change_no_bit(backend, dim, reverse):
     """Not: other documents (also of NaN), a tile's place in the row, operands and outputs off 16 bytes, repetition."""
-    take(backend, monkeypatch)
+    kernels = kernels_of(backend)
     tiles, dtype = Tiles(256, (0, 200, 701, 1000)), torch.bfloat16
     a, b, c = (torch.randn(1, 2, 1000, dim, device="cuda").to(dtype) for _ in range(3))
     log_decay = torch.tensor([-0.004, -0.3], device="cuda")
     states = torch.randn(1, 2, tiles.count, dim, dim, device="cuda")
     options = {"reverse": reverse, "scale": 0.5, "state_scale": 1.0, "out_dtype": dtype}
-    out = triton_block.tile_outputs(a, b, c, states, log_decay, tiles, **options)
-    added = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse)
+    out = kernels.tile_outputs(a, b, c, states, log_decay, tiles, **options)
+    added = kernels.tile_states(b, c, log_decay, tiles, reverse=reverse)
     alone = Tiles(256, (0, 501))
     for x in (a, b, c):
         x[:, :, :200], x[:, :, 701:] = math.nan, math.nan
-    again = triton_block.tile_outputs(a, b, c, states, log_decay, tiles, **options)
-    added_again = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse)
+    again = kernels.tile_outputs(a, b, c, states, log_decay, tiles, **options)
+    added_again = kernels.tile_states(b, c, log_decay, tiles, reverse=reverse)
     assert torch.equal(again[:, :, 200:701], out[:, :, 200:701])
     assert torch.equal(added_again[:, :, 1:3], added[:, :, 1:3])
     many = [x.expand(80, -1, -1, -1) for x in (a, b, c)]  # more tiles than multiprocessors
-    in_batch = triton_block.tile_outputs(*many, states.expand(80, -1, -1, -1, -1), log_decay, tiles, **options)
+    in_batch = kernels.tile_outputs(*many, states.expand(80, -1, -1, -1, -1), log_decay, tiles, **options)
     assert torch.equal(in_batch[79, :, 200:701], out[0, :, 200:701])
-    added_in_batch = triton_block.tile_states(*many[1:], log_decay, tiles, reverse=reverse)
+    added_in_batch = kernels.tile_states(*many[1:], log_decay, tiles, reverse=reverse)
     assert torch.equal(added_in_batch[79, :, 1:3], added[0, :, 1:3])
     odd = [torch.empty(1, 501, 2, dim + 1, dtype=dtype, device="cuda")[..., 1:].transpose(1, 2) for _ in range(4)]
     for x, y in zip(odd, (a, b, c), strict=False):
         x.copy_(y[:, :, 200:701])
     odd[3].fill_(math.nan)
-    triton_block.tile_outputs(*odd[:3], states[:, :, 1:3], log_decay, alone, out=odd[3], **options)
+    kernels.tile_outputs(*odd[:3], states[:, :, 1:3], log_decay, alone, out=odd[3], **options)
     assert torch.equal(odd[3], out[:, :, 200:701])
-    assert torch.equal(triton_block.tile_states(odd[1], odd[2], log_decay, alone, reverse=reverse), added[:, :, 1:3])
+    assert torch.equal(kernels.tile_states(odd[1], odd[2], log_decay, alone, reverse=reverse), added[:, :, 1:3])

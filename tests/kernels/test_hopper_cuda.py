@@ -61,20 +61,6 @@ def test_shares_cover_all_columns(columns, rows, programs):
     assert groups * splits <= max(4, columns // 64)
 
 
-@pytest.mark.parametrize(("version", "serves"), [(None, False), ((12, 9), False), ((13, 0), True), ((13, 5), True)])
-def test_compilers_that_crash_on_these_kernels_are_not_asked(version, serves, monkeypatch):
-    monkeypatch.delenv("LEETDIST_BACKEND", raising=False)
-    monkeypatch.setattr(loader, "version", lambda: version)
-    assert hopper.serves() == serves
-    # Heads of 256 are then another's, constant_decay.triton.hopper_wide's; the others have kernels in Gluon.
-    configs = pytest.importorskip("leetdist.kernels.constant_decay.triton.configs")
-    monkeypatch.setattr(configs, "_is_hopper", lambda device: True)
-    problem = torch.bfloat16, configs.parts_of(torch.bfloat16, None), 1024, torch.device("cuda", 0)
-    assert configs.on_hopper(128, 64, *problem)
-    assert configs.on_hopper(256, 128, *problem) == serves
-    assert configs.on_hopper_wide(256, 128, problem[0], *problem[2:])
-
-
 def test_a_source_holds_what_it_includes():
     text = loader.text("constant_decay/cuda/tile_outputs.cu")
     assert "#include" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from helpers import assert_leaves_out_the_last
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch import block as exact
-from leetdist.kernels.constant_decay.triton.configs import on_hopper_wide, parts_of
+from leetdist.kernels.constant_decay.triton.configs import parts_of
 from leetdist.reference import relative_error
 
 triton = pytest.importorskip("triton")
@@ -123,10 +124,8 @@ def test_against_fp64(
     bound: float,
     reverse: bool,
     tiles: Tiles,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("LEETDIST_BACKEND", "triton")  # or CUDA C++ serves 16-bit heads of 256
-    assert on_hopper_wide(rows, columns, dtype, tiles.size, torch.device("cuda", 0))
+    kernels = SimpleNamespace(tile_states=wide.tile_states, tile_outputs=wide.tile_outputs, fold=triton_block.fold)
 
     def draw(heads: int, dim: int) -> torch.Tensor:
         return torch.randn(2, tiles.num_tokens, heads, dim, device="cuda").to(dtype).transpose(1, 2)
@@ -136,13 +135,13 @@ def test_against_fp64(
     # A state beyond fp16's range, which the kernels must hold all the same.
     states = 1e6 * torch.randn(2, 4, tiles.count, rows, columns, device="cuda")
     options: dict[str, Any] = {"reverse": reverse, "scale": 1e-6, "state_scale": 1e-6}
-    out = triton_block.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=dtype, precision=precision, **options)
+    out = kernels.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=dtype, precision=precision, **options)
     expected = exact.tile_outputs(
         a.double(), b.double(), c.double(), states.double(), log_decay, tiles, out_dtype=torch.float64, **options
     )
-    added = triton_block.tile_states(b, c, log_decay, tiles, reverse=reverse, scale=0.3, precision=precision)
+    added = kernels.tile_states(b, c, log_decay, tiles, reverse=reverse, scale=0.3, precision=precision)
     expected_added = exact.tile_states(b.double(), c.double(), log_decay, tiles, reverse=reverse, scale=0.3)
-    assert_leaves_out_the_last(triton_block, b, c, log_decay, tiles, reverse=reverse, precision=precision)
+    assert_leaves_out_the_last(kernels, b, c, log_decay, tiles, reverse=reverse, precision=precision)
     for head in range(4):
         assert relative_error(out[:, head], expected[:, head]) < bound
         assert relative_error(added[:, head], expected_added[:, head]) < bound

@@ -163,7 +163,7 @@ def test_refuses_a_rank_that_does_not_fit() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.skipif(not loader.available(), reason="needs cuda-core and NVRTC")
+@pytest.mark.skipif(loader.version() is None, reason="needs cuda-core and NVRTC")
 def test_nvrtc_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import cuda.core
 
@@ -183,13 +183,13 @@ def test_nvrtc_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         loader.cubin(NAME, "sm_80", defines)
 
 
-@pytest.mark.skipif(not loader.available(), reason="needs cuda-core and NVRTC")
+@pytest.mark.skipif(loader.version() is None, reason="needs cuda-core and NVRTC")
 def test_the_benchmarks_kernel_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path))
     assert loader.cubin(str(HERE.parents[1] / "benchmarks/suites/fleet/fma.cu"), "sm_90", ())[:4] == b"\x7fELF"
 
 
-@pytest.mark.skipif(not loader.available(), reason="needs cuda-core and NVRTC")
+@pytest.mark.skipif(loader.version() is None, reason="needs cuda-core and NVRTC")
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path / "file" / "below"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 from dataclasses import replace
@@ -14,10 +13,9 @@ import leetdist
 from leetdist import reference
 from leetdist.decoder import METHOD_OF
 from leetdist.engine.problem import METHODS, ONE_DEVICE, describe
-from leetdist.kernels.constant_decay.pytorch import block, causal_dot_product
 from leetdist.kernels.constant_decay.pytorch.fleet import decayed_cumsum
-from leetdist.operators.methods import compose, cost, launches_alone, lightning, part_of_tile
-from leetdist.sequence.grid import default_tile, shard_lengths
+from leetdist.operators import cost
+from leetdist.operators.dispatch import part_of_tile
 from leetdist.testing.equality import Case, check
 from oracle import BOUNDS, assert_matches_oracle, differing
 
@@ -125,9 +123,8 @@ def test_fleet_is_accurate_over_131072_tokens() -> None:
 def test_sums_one_by_one_are_short(seed: int) -> None:
     """In fp32, a sum of 8,192 terms one after the other is off by 2e-6: a tile is computed in parts, on its grid."""
     for tile, part in ((8192, 512), (512, 512), (96, 96), (1536, 512), (1000, 500), (1009, 1009)):
-        kernels = compose(block, causal_dot_product.tile_outputs, longest_tile=512)
-        assert part_of_tile(kernels, tile) == part
-        assert part_of_tile(block, tile) == tile
+        assert part_of_tile(512, tile) == part
+        assert part_of_tile(None, tile) == tile
     q, k, v = (torch.randn(1, 1, 8192, 8) for _ in range(3))
     o = leetdist.linear_attention(q, k, v, method="causal_dot_product", tile=8192)
     rows = torch.arange(8000, 8192)
@@ -253,8 +250,8 @@ def test_auto_takes_the_least_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = describe(x, x, x, None, method="auto", **options)
     table = {name: cost.Cost(5.0, 0.0, 1.0) for name in cost.CANDIDATES} | {"fleet": cost.Cost(1.0, 0.0, 2.0)}
     monkeypatch.setitem(cost.COSTS["cpu"], False, table)
-    assert cost.choose(problem, 16, cuda=True, hopper=True).method == "fleet"
-    assert cost.choose(problem, 4096, cuda=True, hopper=True).method == "block"
+    assert cost.choose(problem, 16, where="cpu", token_scan=True).method == "fleet"
+    assert cost.choose(problem, 4096, where="cpu", token_scan=True).method == "block"
 
 
 def test_auto_on_a_gpu_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,10 +260,10 @@ def test_auto_on_a_gpu_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = replace(describe(x, x, x, None, method="auto", **options), device=torch.device("cuda", 0))
     table = {name: cost.Cost(5.0, 0.0, 3.0) for name in cost.CANDIDATES} | {"fleet": cost.Cost(5.0, 0.0, 2.0)}
     monkeypatch.setitem(cost.COSTS["sm_90"], False, table)
-    assert cost.choose(problem, 4096, cuda=True, hopper=True).method == "fleet"
-    assert cost.choose(problem, 4096, cuda=False, hopper=True).method == "block"
+    assert cost.choose(problem, 4096, where="sm_90", token_scan=True).method == "fleet"
+    assert cost.choose(problem, 4096, where="sm_90", token_scan=False).method == "block"
     # Without the kernels for Hopper, fp32 products of matrices are slower than the CUDA cores.
-    assert cost.choose(problem, 4096, cuda=True, hopper=False).method == "fleet"
+    assert cost.choose(problem, 4096, where="general", token_scan=True).method == "fleet"
 
 
 def test_auto_is_never_far_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,40 +273,10 @@ def test_auto_is_never_far_from_the_best(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = describe(x, x, x, None, method="auto", **options)
     table = {name: cost.Cost(100.0, 0.0, 100.0) for name in cost.CANDIDATES}
     monkeypatch.setitem(cost.COSTS["cpu"], False, table | {"fleet": cost.Cost(110.0, 0.0, 50.0)})
-    choice = cost.choose(problem, 16, cuda=True, hopper=True)
+    choice = cost.choose(problem, 16, where="cpu", token_scan=True)
     assert choice.method == "fleet"
     assert choice.ratios["fleet"] == pytest.approx(1.1)
     assert choice.ratios["block"] > 1.5
     # In tiles that are no longer than its blocks, lightning is block, whatever was measured.
     assert "lightning" not in choice.ratios
-    assert "lightning" in cost.choose(problem, 2 * cost.LIGHTNING_BLOCK, cuda=True, hopper=True).ratios
-
-
-def test_calls_are_repeated_where_every_launch_is_seen() -> None:
-    """replay repeats what recording saw, and would lose anything else."""
-    names = ("triton.block", "cuda.token_scan", "triton.fleet")
-    triton, scan, fleet = (importlib.import_module(f"leetdist.kernels.constant_decay.{name}") for name in names)
-    assert launches_alone(triton)
-    assert launches_alone(compose(triton, scan.tile_outputs))
-    assert launches_alone(compose(triton, lightning.outputs_of(triton)))
-    assert not launches_alone(compose(triton, fleet.tile_outputs))  # launches by itself
-    assert not launches_alone(compose(block, lightning.outputs_of(block)))
-
-
-def test_explain() -> None:
-    x = torch.randn(1, 2, 640, 16, requires_grad=True)
-    text = leetdist.explain(x, x, x, torch.tensor([-0.1, -0.2]))
-    assert "forward and backward" in text
-    tile = default_tile(640)
-    assert f"{tile} tokens, {640 // tile} tiles: chosen from the length" in text
-    assert "block" in text
-    assert "64 tokens, 10 tiles: named by the caller" in leetdist.explain(x, x, x, tile=64)
-    assert "one device, no tiles" in leetdist.explain(x, x, x, method="vanilla")
-
-    def rank(group: leetdist.sequence.virtual.VirtualGroup) -> str:
-        return leetdist.explain(*[leetdist.shard_sequence(x, 2, group)] * 3, group=group, method="fleet")
-
-    lengths = ", ".join(map(str, shard_lengths(640, 3, tile)))
-    assert f"rank 1 of 3, tokens a rank: {lengths}" in leetdist.virtual_ranks(rank, 3)[1]
-    with pytest.raises(ValueError, match="method must be one of"):
-        leetdist.explain(x, x, x, method="flash")
+    assert "lightning" in cost.choose(problem, 2 * cost.LIGHTNING_BLOCK, where="cpu", token_scan=True).ratios

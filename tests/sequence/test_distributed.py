@@ -128,7 +128,7 @@ DISAGREEMENTS = {
     "needs_grad": "disagree on needs_grad",
     "log_decay": "log_decay must be <= 0",
     "tile": "disagree on tile",
-    "backend": "disagree on backend: rank 1 has Triton, rank 0 has PyTorch",
+    "backend": "disagree on backend: rank 1 has Triton interpreted by Triton",
     "boundaries": "rank 0 ends at token 63",
     "initial_state": "initial_state is given on the first rank",
 }

@@ -7,7 +7,6 @@ tile length alone.
 from __future__ import annotations
 
 import ctypes
-import os
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
+from leetdist.kernels.common.memory import empty_outputs, empty_states
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
@@ -22,22 +22,27 @@ THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
 # Beside the chunks: barriers and what rounds the first address up to 1,024; for each warpgroup, tables.
 OTHERS = {"tile_states": (1536, 256), "tile_outputs": (1536, 1280)}
-# NVRTC 12.9 ends the process (signal 11, in its ptxas) when it compiles tile_outputs.cu for 16-bit outputs.
-OLDEST = 13, 0
 MAP_BYTES, MAPS_KEPT = 128, 1024
 
 _maps: dict[tuple[Any, ...], TensorMap | None] = {}
 
 
-def serves() -> bool:
-    """As operators.methods.cuda_serves, for problems that constant_decay.triton.configs.on_hopper admits."""
-    return os.environ.get("LEETDIST_BACKEND") is None and (loader.version() or (0, 0)) >= OLDEST
-
-
 def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float, unread: int
-) -> None:
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    to_end: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_states."""
+    if out is None:
+        out = empty_states(b, c, log_decay, tiles)
+    if not out.numel():
+        return out
     heads = log_decay.shape[0]
     programs = b.shape[0] * heads * tiles.count
     columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
@@ -46,8 +51,9 @@ def tile_states(
     launch(
         (programs * splits,), THREADS * groups,
         *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(),
-        *_tiles(tiles, b, log_decay), splits, unread, float(scale),
+        *_tiles(tiles, b, log_decay), splits, tiles.unread(reverse, to_end), float(scale),
     )  # fmt: skip
+    return out
 
 
 def tile_outputs(
@@ -57,13 +63,18 @@ def tile_outputs(
     states: Tensor,
     log_decay: Tensor,
     tiles: Tiles,
-    out: Tensor,
     *,
     reverse: bool,
     scale: float,
     state_scale: float,
-) -> None:
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
+    if out is None:
+        out = empty_outputs(a, c, log_decay, out_dtype)
+    if not out.numel():
+        return out
     heads = log_decay.shape[0]
     kept: list[Tensor] = []
     wide, target = out.dtype != a.dtype, out
@@ -82,6 +93,27 @@ def tile_outputs(
     )  # fmt: skip
     if target is not out:
         out.copy_(target)
+    return out
+
+
+def compile_for(
+    step: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    wide: bool,
+    reverse: bool,
+    programs: int,
+    device: torch.device,
+) -> None:
+    """Compile the kernel that `step` ("tile_states" or "tile_outputs") will launch for so many tiles of all heads."""
+    held, groups, _ = shares(programs, rows, columns, _multiprocessors(device))
+    _kernel(step, rows, held, groups, dtype, wide and step == "tile_outputs", reverse, device)
+
+
+def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
+    """What `explain` says of these kernels."""
+    return f"chunks of 64 tokens, {rows} rows of the state a warpgroup, copied by bulk"
 
 
 def shares(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.loader import kernel
+from leetdist.kernels.common.memory import empty_outputs
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 
 WIDEST_RANK = 256
@@ -39,9 +40,7 @@ def tile_outputs(
     batch, heads = a.shape[0], log_decay.shape[0]
     ranks, columns = a.shape[3], c.shape[3]
     if out is None:
-        out = torch.empty(batch, heads, a.shape[2], columns, dtype=out_dtype, device=a.device)
-        if a.stride(1) < a.stride(2):  # a (B, N, H, D) model gets its own layout back
-            out = torch.empty(batch, a.shape[2], heads, columns, dtype=out_dtype, device=a.device).transpose(1, 2)
+        out = empty_outputs(a, c, log_decay, out_dtype)
     if out.numel():
         width, threads, held = _shape(ranks)
         table = None if tiles.regular else tiles.table(a.device)
@@ -69,6 +68,12 @@ def tile_outputs(
 def tile_outputs_by_token(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
     """`tile_outputs` with a decay at every token."""
     return tile_outputs(*args, out=out, by_token=True, **kwargs)
+
+
+def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
+    """What `explain` says of this kernel."""
+    width, threads, held = _shape(rows)
+    return f"token by token in fp32, {width} rows x {held} columns and {threads} threads a block"
 
 
 @cache

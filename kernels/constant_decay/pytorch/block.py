@@ -40,6 +40,11 @@ LEAST = -1e4
 MANY_POWERS = 8192
 
 
+def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
+    """What `explain` says of these kernels."""
+    return f"chunks of {min(CHUNK, tile)} tokens"
+
+
 def tile_states(
     b: Tensor,
     c: Tensor,

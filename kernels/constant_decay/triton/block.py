@@ -7,24 +7,16 @@ registers, so nothing but the state at each tile's start reaches memory. All off
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.memory import empty_outputs, empty_states
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
-from leetdist.kernels.constant_decay.triton.configs import (
-    Config,
-    block_config,
-    on_hopper,
-    on_hopper_wide,
-    padded,
-    parts_of,
-)
+from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded, parts_of
 from leetdist.kernels.constant_decay.triton.decay import decay_gradient
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _powers, _span, _table, fold
 from leetdist.kernels.constant_decay.triton.parts import (
@@ -64,20 +56,8 @@ def tile_states(
     rows, columns = b.shape[3], c.shape[3]
     config = block_config(rows, columns, b.dtype, tiles.size)
     if out is None:
-        out = torch.empty(batch, heads, tiles.count, rows, columns, dtype=torch.float32, device=b.device)
+        out = empty_states(b, c, log_decay, tiles)
     parts, unread = parts_of(b.dtype, precision), tiles.unread(reverse, to_end)
-    if on_hopper(rows, columns, b.dtype, parts, tiles.size, b.device):
-        from leetdist.kernels.constant_decay.triton import hopper
-
-        if out.numel():
-            hopper.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale, unread=unread)
-        return out
-    if on_hopper_wide(rows, columns, b.dtype, tiles.size, b.device):
-        from leetdist.kernels.constant_decay.triton import hopper_wide
-
-        if out.numel():
-            hopper_wide.tile_states(b, c, log_decay, tiles, out, parts, reverse=reverse, scale=scale, unread=unread)
-        return out
     block_rows = states_block(rows, config)
     grid = (batch * heads * tiles.count, ceil_div(rows, block_rows), ceil_div(columns, config.columns))
     if out.numel():
@@ -118,21 +98,8 @@ def tile_outputs(
     rows, columns = a.shape[3], c.shape[3]
     config = block_config(rows, columns, a.dtype, tiles.size)
     if out is None:
-        out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
+        out = empty_outputs(a, c, log_decay, out_dtype)
     parts = parts_of(a.dtype, precision)
-    scales: dict[str, Any] = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
-    if on_hopper(rows, columns, a.dtype, parts, tiles.size, a.device):
-        from leetdist.kernels.constant_decay.triton import hopper
-
-        if out.numel():
-            hopper.tile_outputs(a, b, c, states, log_decay, tiles, out, **scales)
-        return out
-    if on_hopper_wide(rows, columns, a.dtype, tiles.size, a.device):
-        from leetdist.kernels.constant_decay.triton import hopper_wide
-
-        if out.numel():
-            hopper_wide.tile_outputs(a, b, c, states, log_decay, tiles, out, parts, **scales)
-        return out
     grid = (batch * heads * tiles.count, ceil_div(columns, config.columns))
     if out.numel():
         launch(
@@ -160,11 +127,11 @@ def states_block(rows: int, config: Config) -> int:
     return min(padded(rows), 2 * config.columns)
 
 
-def _empty_like_model(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """(B, H, N, D) laid out in memory as `like` is: a (B, N, H, D) model gets its own layout back."""
-    if like.stride(1) < like.stride(2):
-        return torch.empty(batch, tokens, heads, dim, dtype=dtype, device=like.device).transpose(1, 2)
-    return torch.empty(batch, heads, tokens, dim, dtype=dtype, device=like.device)
+def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
+    """What `explain` says of these kernels."""
+    config, parts = block_config(rows, columns, dtype, tile), parts_of(dtype, precision)
+    split = "" if parts.inputs == parts.state == 1 else f", operands in up to {max(parts.inputs, parts.state)} parts"
+    return f"chunks of {config.chunk} tokens, {config.columns} columns and {config.warps} warps a program{split}"
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -6,14 +6,9 @@ dtype and chip alone: never on the number of tokens a rank happens to hold, the 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from functools import cache
 
 import torch
-
-from leetdist.kernels.common.release import why_not_gluon
-from leetdist.kernels.constant_decay.cuda import hopper as cuda
 
 
 @dataclass(frozen=True)
@@ -42,44 +37,6 @@ def parts_of(dtype: torch.dtype, precision: str | None) -> Parts:
     if dtype == torch.float32:
         return Parts(1, 1, 1, 1) if precision == "tf32" else Parts(2, 2, 2, 2)
     return Parts(1, 2, 2, 2) if precision == "high" else Parts(1, 1, 1, 2)
-
-
-def on_hopper(rows: int, columns: int, dtype: torch.dtype, parts: Parts, tile: int, device: torch.device) -> bool:
-    """Whether constant_decay.triton.hopper serves a problem: as for all configurations, the problem alone decides.
-    Heads of 256 are served in CUDA C++ alone, for which something must be installed.
-
-    LEETDIST_HOPPER=0 takes the general kernels instead, which have other roundings.
-    """
-    return (
-        dtype in (torch.bfloat16, torch.float16)
-        and parts == parts_of(dtype, None)
-        and {rows, columns} <= ({64, 128, 256} if cuda.serves() else {64, 128})
-        and tile >= 128
-        and device.type == "cuda"
-        and _is_hopper(device)
-        and os.environ.get("LEETDIST_HOPPER", "1") != "0"
-    )
-
-
-def on_hopper_wide(rows: int, columns: int, dtype: torch.dtype, tile: int, device: torch.device) -> bool:
-    """Whether constant_decay.triton.hopper_wide serves a problem that constant_decay.triton.hopper does not."""
-    return (
-        max(rows, columns) <= 256
-        and (dtype != torch.float32 or rows <= 128)
-        and rows * dtype.itemsize % 16 == columns * dtype.itemsize % 16 == 0  # what bulk copies ask for
-        and tile >= 64
-        and device.type == "cuda"
-        and _is_hopper(device)
-        and os.environ.get("LEETDIST_HOPPER", "1") != "0"
-    )
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    """sm_90, and a Triton that has the dialect the kernels are written in."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    return why_not_gluon() is None
 
 
 def next_power_of_2(n: int) -> int:

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.memory import empty_outputs
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.kernels.constant_decay.triton.block import _empty_like_model
 from leetdist.kernels.constant_decay.triton.configs import padded
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
 
@@ -36,7 +36,7 @@ def tile_outputs(
     rows, columns = a.shape[3], c.shape[3]
     held = min(max(HELD // padded(rows), 16), padded(columns))
     if out is None:
-        out = _empty_like_model(batch, heads, a.shape[2], columns, out_dtype, a)
+        out = empty_outputs(a, c, log_decay, out_dtype)
     # A slow decay adds state * (gamma - 1): see leetdist.kernels.constant_decay.pytorch.causal_dot_product.Decay.
     exact = log_decay.double()
     slow = exact > -0.7

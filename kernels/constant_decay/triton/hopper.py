@@ -1,7 +1,5 @@
-"""Hopper (sm_90): the CUDA C++ kernels where cuda-core is installed, and where it is not, launches of those in Gluon.
-
-Their roundings differ, so the ranks of a group agree on which of them computes (leetdist.operators.methods.served_by).
-"""
+"""Hopper (sm_90) in Gluon: launches of hopper_kernels, bf16 and fp16, head sizes of 64 and 128. What CUDA C++ serves
+where cuda-core is installed (constant_decay.cuda.hopper), with other roundings."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.memory import empty_outputs, empty_states
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper as cuda
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.constant_decay.triton.hopper_kernels import tile_outputs_kernel, tile_states_kernel
 
@@ -28,11 +26,21 @@ def chunk_and_warps(kernel: str, rows: int) -> tuple[int, int]:
 
 
 def tile_states(
-    b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, out: Tensor, *, reverse: bool, scale: float, unread: int
-) -> None:
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float = 1.0,
+    to_end: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_states."""
-    if cuda.serves():
-        return cuda.tile_states(b, c, log_decay, tiles, out, reverse=reverse, scale=scale, unread=unread)
+    if out is None:
+        out = empty_states(b, c, log_decay, tiles)
+    if not out.numel():
+        return out
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
     chunk, warps = chunk_and_warps("states", rows)
@@ -42,14 +50,14 @@ def tile_states(
         (batch * heads * tiles.count, 1, 1),
         (
             _descriptor(b, chunk), _descriptor(c, chunk), log_decay, out, table, heads, heads // b.shape[1],
-            heads // c.shape[1], b.shape[2], tiles.count, tiles.size, unread, scale,
+            heads // c.shape[1], b.shape[2], tiles.count, tiles.size, tiles.unread(reverse, to_end), scale,
         ),
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
             "STAGES": STAGES["states", rows], "num_warps": warps,
         },
     )  # fmt: skip
-    return None
+    return out
 
 
 def tile_outputs(
@@ -59,16 +67,18 @@ def tile_outputs(
     states: Tensor,
     log_decay: Tensor,
     tiles: Tiles,
-    out: Tensor,
     *,
     reverse: bool,
     scale: float,
     state_scale: float,
-) -> None:
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
-    if cuda.serves():
-        scales = {"scale": scale, "state_scale": state_scale}
-        return cuda.tile_outputs(a, b, c, states, log_decay, tiles, out, reverse=reverse, **scales)
+    if out is None:
+        out = empty_outputs(a, c, log_decay, out_dtype)
+    if not out.numel():
+        return out
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
     chunk, warps = chunk_and_warps("outputs", rows)
@@ -86,7 +96,13 @@ def tile_outputs(
             "STAGES": STAGES["outputs", rows], "num_warps": warps,
         },
     )  # fmt: skip
-    return None
+    return out
+
+
+def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
+    """What `explain` says of these kernels."""
+    chunk, warps = chunk_and_warps("outputs", rows)
+    return f"chunks of {chunk} tokens, {STAGES['outputs', rows]} under way, {warps} warps a tile"
 
 
 @cache

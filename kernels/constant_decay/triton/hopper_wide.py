@@ -10,9 +10,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.memory import empty_outputs, empty_states
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
-from leetdist.kernels.constant_decay.triton.configs import Parts, padded
+from leetdist.kernels.constant_decay.triton.configs import Parts, padded, parts_of
 from leetdist.kernels.constant_decay.triton.hopper import _descriptor
 from leetdist.kernels.constant_decay.triton.hopper_wide_kernels import tile_outputs_kernel, tile_states_kernel
 
@@ -36,14 +37,19 @@ def tile_states(
     c: Tensor,
     log_decay: Tensor,
     tiles: Tiles,
-    out: Tensor,
-    parts: Parts,
     *,
     reverse: bool,
-    scale: float,
-    unread: int,
-) -> None:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_states."""
+    scale: float = 1.0,
+    to_end: bool = True,
+    out: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_states; `precision` is that of `linear_attention`."""
+    if out is None:
+        out = empty_states(b, c, log_decay, tiles)
+    if not out.numel():
+        return out
+    parts, unread = parts_of(b.dtype, precision), tiles.unread(reverse, to_end)
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
     held_rows, held_columns, warps = block(rows, columns, parts)
@@ -61,6 +67,7 @@ def tile_states(
             "num_warps": warps,
         },
     )  # fmt: skip
+    return out
 
 
 def tile_outputs(
@@ -70,14 +77,20 @@ def tile_outputs(
     states: Tensor,
     log_decay: Tensor,
     tiles: Tiles,
-    out: Tensor,
-    parts: Parts,
     *,
     reverse: bool,
     scale: float,
     state_scale: float,
-) -> None:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs; `precision` as above."""
+    if out is None:
+        out = empty_outputs(a, c, log_decay, out_dtype)
+    if not out.numel():
+        return out
+    parts = parts_of(a.dtype, precision)
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
     held_rows, held_columns, warps = block(rows, columns, parts)
@@ -96,6 +109,13 @@ def tile_outputs(
             "WEIGHTED_PARTS": parts.weighted, "num_warps": warps,
         },
     )  # fmt: skip
+    return out
+
+
+def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
+    """What `explain` says of these kernels."""
+    held, held_columns, warps = block(rows, columns, parts_of(dtype, precision))
+    return f"chunks of {CHUNK} tokens, a state of {held} x {held_columns} and {warps} warps a program"
 
 
 def _operand(x: Tensor, width: int) -> TensorDescriptor:

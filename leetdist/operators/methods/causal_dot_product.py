@@ -11,23 +11,4 @@ Source: Fast Transformers with Clustered Attention, arXiv 2007.04825 (causal pro
 2501.02573.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from leetdist.operators.methods import ONE_BY_ONE, Kernels, block, compose, cuda_serves
-
-if TYPE_CHECKING:
-    from leetdist.engine.problem import Problem
-
-
-def kernels(problem: Problem) -> Kernels:
-    """CUDA C++ where cuda-core is installed, PyTorch's elsewhere."""
-    base = block.kernels(problem)
-    if cuda_serves(problem):
-        from leetdist.kernels.constant_decay.cuda import token_scan
-
-        return compose(base, token_scan.tile_outputs_by_token, longest_tile=ONE_BY_ONE)
-    from leetdist.kernels.constant_decay.pytorch import causal_dot_product
-
-    return compose(base, causal_dot_product.tile_outputs, longest_tile=ONE_BY_ONE)
+OUTPUTS = "token_outputs"

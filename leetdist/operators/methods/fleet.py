@@ -22,27 +22,4 @@ Source: LeetDecoding, arXiv 2501.02573, section 4 (FleetAttention), whose own ke
 synchronisation.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from leetdist.operators.methods import ONE_BY_ONE, Kernels, block, compose, cuda_serves, triton_serves
-
-if TYPE_CHECKING:
-    from leetdist.engine.problem import Problem
-
-
-def kernels(problem: Problem) -> Kernels:
-    """CUDA C++ where cuda-core is installed, else Triton's, else PyTorch's."""
-    base = block.kernels(problem)
-    if cuda_serves(problem):
-        from leetdist.kernels.constant_decay.cuda import token_scan
-
-        return compose(base, token_scan.tile_outputs, longest_tile=ONE_BY_ONE)
-    if triton_serves(problem):
-        from leetdist.kernels.constant_decay.triton import fleet as triton_fleet
-
-        return compose(base, triton_fleet.tile_outputs, longest_tile=ONE_BY_ONE)
-    from leetdist.kernels.constant_decay.pytorch import fleet
-
-    return compose(base, fleet.tile_outputs)
+OUTPUTS = "fleet_outputs"

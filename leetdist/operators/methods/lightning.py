@@ -14,27 +14,25 @@ Source: Lightning Attention-2, arXiv 2401.04658, algorithm 1, with the loop over
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.cost import LIGHTNING_BLOCK as BLOCK
-from leetdist.operators.methods import Kernels, block, compose
+from leetdist.operators.dispatch import Kernels
 
-if TYPE_CHECKING:
-    from leetdist.engine.problem import Problem
-
-
-def kernels(problem: Problem) -> Kernels:
-    """The block kernels, with outputs on the finer grid."""
-    base = block.kernels(problem)
-    return compose(base, outputs_of(base))
+OUTPUTS = "tile_outputs"
 
 
 @cache
+def composed(base: Kernels) -> Kernels:
+    """The block kernels, with outputs on the finer grid."""
+    return replace(base, tile_outputs=outputs_of(base))
+
+
 def outputs_of(base: Kernels) -> Callable[..., Tensor]:
     """`tile_outputs` of the block kernels on the finer grid."""
 
