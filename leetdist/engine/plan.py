@@ -182,7 +182,7 @@ def plan_call(
 def _confirm(kernels: str, agreement: Agreement, transport: Transport) -> None:
     """Once a kind of call, ranks compare what they will compute with: what was to be had and could not be compiled,
     only now each knows. (All make a new agreement together.) ValueError, on every rank, where their kernels differ."""
-    with transport.call():
+    with transport.call("agreement"):
         everyone = transport.gather_objects(kernels, "the kernels of this call")
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:

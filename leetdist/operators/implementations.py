@@ -125,8 +125,13 @@ def _machine(device: str, capability: tuple[int, int] | None, compiles: bool) ->
     """Compilers are looked for, which imports them, where there is something to compile for."""
     version = torch.__version__.partition("+")[0]
     if not compiles:
-        return Machine(device, capability, version, None, False, None)
-    return Machine(device, capability, version, triton_version(), _has_gluon(), _nvrtc() if device == "cuda" else None)
+        return Machine(device, capability, version, None, None, None, None)
+    from leetdist.kernels.common import loader, release
+
+    return Machine(
+        device, capability, version, release.version(), release.why_not_triton(), release.why_not_gluon(),
+        loader.version() if device == "cuda" else None,
+    )  # fmt: skip
 
 
 @cache

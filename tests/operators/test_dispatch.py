@@ -37,6 +37,7 @@ from leetdist.operators.methods import choice_for, kernels_for
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HOPPER = Machine("cuda", (9, 0), "2.13.0", "3.6.0", None, None, (13, 0))
 AMPERE = replace(HOPPER, capability=(8, 0))
+NO_TRITON, NO_GLUON = replace(HOPPER, no_triton="absent"), replace(HOPPER, triton="3.5.1", no_gluon="Gluon")
 BARE = replace(HOPPER, nvrtc=None)
 OLD = replace(HOPPER, nvrtc=(12, 9))
 CPU = Machine("cpu", None, "2.13.0", "3.6.0", None, None, None)
@@ -71,8 +72,8 @@ def facts(machine: Machine, dtype: torch.dtype, rows: int, columns: int, tile: i
         (facts(replace(AMPERE, capability=(7, 5)), BF16, 64, 64), "PyTorch 2.13.0 on sm_75", ["", "", "", "8.0"]),
         (facts(HOPPER, FP64, 64, 64), "PyTorch 2.13.0 on sm_90", ["", "float64", "float64", "float64"]),
         (facts(HOPPER, BF16, 512, 64), "PyTorch 2.13.0 on sm_90", ["512"] * 4),
-        (facts(replace(HOPPER, no_triton="not here"), BF16, 64, 64), "PyTorch 2.13.0 on sm_90", ["not here (pip install -U triton)"] * 4),
-        (facts(replace(HOPPER, triton="3.5.1", no_gluon="Gluon"), FP32, 64, 64), "Triton sm_90 by Triton 3.5.1", ["", "Gluon", "Gluon"]),
+        (facts(NO_TRITON, BF16, 64, 64), "PyTorch 2.13.0 on sm_90", ["absent (pip install -U triton)"] * 4),
+        (facts(NO_GLUON, FP32, 64, 64), "Triton sm_90 by Triton 3.5.1", ["", "Gluon", "Gluon"]),
         (facts(CPU, BF16, 128, 128), "PyTorch 2.13.0", ["needs a GPU"] * 4),
         (facts(replace(HOPPER, capability=None), BF16, 64, 64), "PyTorch 2.13.0", ["", "", "", "ROCm"]),
         (facts(HOPPER, BF16, 128, 128, settings=TORCH), "PyTorch 2.13.0 on sm_90", ["torch"] * 4),
