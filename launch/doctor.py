@@ -81,7 +81,7 @@ def calls(device: torch.device) -> list[dict[str, Any]]:
     for name, dtype, dim in CALLS:
         try:
             problem = _problem(dtype, dim, TOKENS, device)
-            used = kernels_for(problem, TOKENS).used(problem)
+            used = kernels_for(problem, TOKENS).used
             rows.append({"call": name, "method": choice_for(problem, TOKENS).method, **_ran(used)})
         except ValueError as error:  # a setting leaves none
             rows.append({"call": name, "error": str(error)})

@@ -102,8 +102,8 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
     else:
         kernels = kernels_for(problem, tokens)
         lines |= {
-            "kernels": _kernels(kernels, problem),
-            "not": _refused(kernels, problem),
+            "kernels": _kernels(kernels),
+            "not": _refused(kernels),
             "launches": _launches(plan, kernels),
             "tile": f"{plan.tiles.size:,} tokens, {plan.tiles.count:,} tiles: "
             + ("named by the caller" if problem.tile else "chosen from the length of the whole sequence"),
@@ -119,18 +119,18 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
     return "\n".join(f"{name:8} {text}" for name, text in indented.items())
 
 
-def _kernels(kernels: Kernels, problem: Problem) -> str:
+def _kernels(kernels: Kernels) -> str:
     """Who computes which steps, and in what configuration."""
     return "\n".join(
         f"{row['steps']} by {row['name']} ({row['module']})"
         + (f": {row['configuration']}" * bool(row["configuration"]))
-        for row in in_words(kernels.used(problem))
+        for row in in_words(kernels.used)
     )
 
 
-def _refused(kernels: Kernels, problem: Problem) -> str:
+def _refused(kernels: Kernels) -> str:
     """Who was asked before them, and why not."""
-    return "\n".join(f"{row['name']} ({row['module']}): {row['reason']}" for row in refusals(kernels.used(problem)))
+    return "\n".join(f"{row['name']} ({row['module']}): {row['reason']}" for row in refusals(kernels.used))
 
 
 def _launches(plan: Plan, kernels: Kernels) -> str:

@@ -18,7 +18,7 @@ from leetdist.engine.values import Decays, decays_of, forgetting_bound
 from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Operator
-from leetdist.operators.dispatch import backend_of
+from leetdist.operators.dispatch import backend_of, may_fail
 from leetdist.operators.registry import operator_named
 from leetdist.sequence.agreement import Agreement, agree
 from leetdist.sequence.cost import best_lanes
@@ -158,7 +158,7 @@ def plan_call(
     if not agreement.confirmed:
         check_agreement(agreement.everyone)
     kernels = operator_named(mine.operator).chosen(mine, sum(p.tokens for p in agreement.everyone))
-    if not agreement.confirmed:
+    if not agreement.confirmed and may_fail(mine.backend):
         _confirm(str(kernels), agreement, transport)
     key = decays, kernels
     plan: Plan | None = agreement.memo.get(key)

@@ -213,27 +213,20 @@ def decoder(step: str, problem: Problem) -> Choice:
 @dataclass(frozen=True, eq=False)
 class Kernels:
     """The local primitives of a call's two passes; constant_decay.pytorch.block says what each computes. choices: who
-    computes them; longest_tile: tokens that they may add up one by one."""
+    computes them; used: those that the call needs, without gradients the forward pass's; longest_tile: tokens that they
+    may add up one by one."""
 
     tile_outputs: Callable[..., Tensor]
     tile_states: Callable[..., Tensor]
     fold: Callable[..., Tensor | None]
     decay_gradient: Callable[..., Tensor]
     choices: tuple[Choice, ...] = ()
+    used: tuple[Choice, ...] = ()
     longest_tile: int | None = None
 
     def __str__(self) -> str:
         """Names and versions: ranks with the same compute the same bits."""
-        return ", ".join(dict.fromkeys(choice.name for choice in self.choices))
-
-    def used(self, problem: Problem) -> list[Choice]:
-        """The choices that a call needs: without gradients, the forward pass's."""
-        backward = problem.needs_grad or problem.needs_initial_grad
-        return [
-            choice
-            for choice in self.choices
-            if (problem.needs_decay_grad if choice.use.step == "decay_gradient" else backward or choice.use.forward)
-        ]
+        return ", ".join(dict.fromkeys(choice.name for choice in self.used))
 
     @cached_property
     def recordable(self) -> bool:
@@ -273,18 +266,25 @@ def compose(outputs: str, problem: Problem, tile: int) -> Kernels:
     both = (False, False, False), (True, False, False)
     by_states, by_fold = take("tile_states", part, *both), take("fold", part, *both)
     gradient = chosen(Use("decay_gradient", regular=regular), problem, part, compiled=problem.needs_decay_grad)
-    return _composed(tuple(by_outputs), tuple(by_states), tuple(by_fold), gradient)
+    return _composed(tuple(by_outputs), tuple(by_states), tuple(by_fold), gradient, backward, problem.needs_decay_grad)
 
 
 @lru_cache(maxsize=512)
 def _composed(
-    outputs: tuple[Choice, ...], states: tuple[Choice, ...], fold: tuple[Choice, ...], gradient: Choice
+    outputs: tuple[Choice, ...],
+    states: tuple[Choice, ...],
+    fold: tuple[Choice, ...],
+    gradient: Choice,
+    backward: bool,
+    learnt: bool,
 ) -> Kernels:
     """Plans are remembered by their kernels, so one object."""
     longest = [c.implementation.longest_tile for c in outputs if c.implementation.longest_tile is not None]
+    passes = *outputs, *states, *fold
+    used = [choice for choice in passes if backward or choice.use.forward] + [gradient] * learnt
     return Kernels(
         _routed(outputs), _routed(states), _routed(fold), gradient.function(),
-        choices=(*outputs, *states, *fold, gradient), longest_tile=min(longest, default=None),
+        choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
     )  # fmt: skip
 
 
@@ -341,6 +341,11 @@ def refusals(choices: Iterable[Choice]) -> list[dict[str, str]]:
 def backend_of(problem: Problem) -> str:
     """What there is to compute with on this rank, by name and version, before the tile is known."""
     return _backend_of(facts_of(problem, LONG))
+
+
+def may_fail(backend: str) -> bool:
+    """Whether any of it is made by a compiler of kernels, and so may turn out otherwise."""
+    return " by " in backend
 
 
 @lru_cache(maxsize=512)

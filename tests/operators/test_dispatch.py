@@ -213,7 +213,7 @@ def test_a_kernel_that_fails_in_one_direction_is_replaced_there(
     assert by["tile_outputs", True] is PYTORCH
 
 
-PYTORCH_TWIN = Implementation("Twin", "pytorch.block", lambda facts: None, compiler="ptxas")
+PYTORCH_TWIN = Implementation("Twin", "pytorch.block", lambda facts: None, compiler="Triton")
 
 
 def test_errors_of_the_device_are_not_the_kernels(forgotten: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_ranks_compare_what_they_ended_with() -> None:
     told = values(run_ranks(fails_on_rank_1, 2))
     assert told[0] == told[1]
     assert "rank 1 has PyTorch 2" in told[0]
-    assert "rank 0 has Twin 2" in told[0]
+    assert "rank 0 has Twin by Triton" in told[0]
 
 
 @pytest.mark.parametrize("call", ["whole", "step", "steps"])
