@@ -23,7 +23,6 @@ REACH = {
     "v": {"o": "behind", "state": "all", "dq": "behind", "dk": "own"},
     "do": {"dq": "own", "dk": "before", "dv": "before"},
 }
-LOG_DECAY = (-0.1, -1e-3, -1.0, 0.0)
 
 
 def computed(inputs: dict[str, Tensor], gradients: bool, **options: object) -> dict[str, Tensor]:
@@ -46,6 +45,7 @@ def assert_causal(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     gradients: bool = True,
+    log_decay: tuple[float, ...] = (-0.1, -1e-3, -1.0, 0.0),
     **options: object,
 ) -> None:
     """One bad element after the other at each of `tokens`: all that it does not reach has the bits it has without it,
@@ -58,7 +58,7 @@ def assert_causal(
     inputs = {
         name: torch.randn(batch, count, bounds[-1], dim).to(device, dtype) for name, (count, dim) in shapes.items()
     }
-    inputs["log_decay"] = torch.tensor(LOG_DECAY[:most], device=device)
+    inputs["log_decay"] = torch.tensor(log_decay[:most], device=device)
     without = computed(inputs, gradients, **options)
     for token, (operand, reached) in itertools.product(tokens, REACH.items()):
         if operand == "do" and not gradients:
@@ -131,3 +131,13 @@ def test_on_ranks(method: str) -> None:
         assert torch.equal(o[:, ::2], without[:, ::2])
         assert bool(o[:, 1, token:].isnan().all())
         x[:, 1, token] = kept
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["auto", "block", "lightning", "fleet", "causal_dot_product"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(dtype: torch.dtype, method: str) -> None:
+    # Over 300 tokens, gamma = e^-0.1 leaves what fp32 can hold, and so does any of the others but e^-1.
+    options = {"dtype": dtype, "device": torch.device("cuda"), "method": method, "log_decay": (-0.1, -1e-3, -0.2, 0.0)}
+    assert_causal([0, *positions(128, 256), 299], bounds=(0, 300), dims=(128, 128), tile=256, **options)
+    assert_causal([39, 40, 99, 149], bounds=(0, 40, 40, 100, 150), dims=(64, 128), tile=128, **options)

@@ -18,14 +18,14 @@ from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded, parts_of
 from leetdist.kernels.constant_decay.triton.decay import decay_gradient
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _powers, _span, _table, fold
+from leetdist.kernels.constant_decay.triton.fold import COUNTS, _decay_of, _powers, _span, _table, fold
 from leetdist.kernels.constant_decay.triton.parts import (
     LARGE,
     SMALLEST,
-    decays,
     in_parts,
     load_chunk,
     lost,
+    not_finite,
     product,
     seen_from,
     to_state,
@@ -150,7 +150,7 @@ def _tile_states(
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     b += batch * b_batch + head // b_share * b_head
     c += batch * c_batch + head // c_share * c_head
-    g = tl.load(log_decay + head)
+    g = _decay_of(log_decay, head)
 
     state = tl.zeros((ROWS, COLUMNS), tl.float32)
     chunks = tl.where(tile == unread, 0, tl.cdiv(length, CHUNK))
@@ -178,34 +178,28 @@ def _tile_states(
     tl.store(out + program * rows * columns + i * columns + j, state, mask=(i < rows) & (j < columns))
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _tile_outputs(
-    a, b, c, states, log_decay, out, table,
-    a_batch, a_head, a_token, b_batch, b_head, b_token, c_batch, c_head, c_token,
-    out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
-    heads, a_share, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale, state_scale, added_scale,
-    REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, STATE_PARTS: tl.constexpr,
-    SCORE_PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
+@triton.jit
+def _walk_outputs(
+    a, b, c, states, g, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
+    column, rows, columns, scale, state_scale, added_scale,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    STATE_PARTS: tl.constexpr, SCORE_PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
+    """The outputs of a tile, and the last state. AGAIN: with zeros for what is not finite in b, c and the state, and
+    NaN from there on, in its column of c and of the state, for a row of b in all."""
     UNITS: tl.constexpr = a.dtype.element_ty == tl.float32
     dtype: tl.constexpr = tl.float16 if UNITS else a.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    column = tl.program_id(1) * COLUMNS
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
-    a += batch * a_batch + head // a_share * a_head
-    b += batch * b_batch + head // b_share * b_head
-    c += batch * c_batch + head // c_share * c_head
-    out += batch * out_batch + head * out_head
-    g = tl.load(log_decay + head)
-
     i, j = tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
-    states += batch * state_batch + head * state_head + tile * state_tile
     inside = (i < rows) & (j < columns)
     state = tl.load(states + i * state_row + j * state_column, mask=inside, other=0.0)
 
     position = tl.arange(0, CHUNK)
+    # AGAIN: where in a chunk, in the order of the walk, each column is lost; behind the chunk where it is not yet.
+    walked = CHUNK - 1 - position if REVERSE else position
+    lost_from = tl.zeros((COLUMNS,), tl.int32) + CHUNK
+    if AGAIN:
+        lost_from = tl.where(tl.max(not_finite(state).to(tl.int32), 0) > 0, 0, lost_from)
+        state = tl.where(not_finite(state), 0.0, state)
     j = column + tl.arange(0, COLUMNS)
     chunks = tl.cdiv(length, CHUNK)
     for step in range(chunks):
@@ -214,7 +208,13 @@ def _tile_outputs(
         a_i = load_chunk(a, a_token, start + offset, count, 0, rows, CHUNK, ROWS)
         b_i = load_chunk(b, b_token, start + offset, count, 0, rows, CHUNK, ROWS)
         c_i = load_chunk(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        decay, weight = decays(g, REVERSE, CHUNK) * scale, to_state(g, count, REVERSE, CHUNK)
+        if AGAIN:
+            lost_b, lost_c = not_finite(b_i), not_finite(c_i)
+            b_i, c_i = tl.where(lost_b, 0.0, b_i).to(b_i.dtype), tl.where(lost_c, 0.0, c_i).to(c_i.dtype)
+            lost_row = tl.max(lost_b.to(tl.int32), 1)[:, None] > 0
+            lost_from = tl.minimum(lost_from, tl.min(tl.where(lost_c | lost_row, walked[:, None], CHUNK), 0))
+        distance = seen_from(REVERSE, CHUNK)
+        decay, weight = tl.where(distance >= 0, _powers(g, distance), 0.0) * scale, to_state(g, count, REVERSE, CHUNK)
         from_state = _powers(g, count - 1 - position if REVERSE else position + 1) * state_scale
         near_unit, s_unit, s_inverse, added_unit = 1.0, 1.0, 1.0, added_scale
         if UNITS:
@@ -228,7 +228,7 @@ def _tile_outputs(
             added_unit = tl.maximum(tl.max(bc_unit, 0), SMALLEST)
             weight *= bc_unit / added_unit
             # The largest that a token sees; and a score in such units is below 4 LARGE^2 ROWS.
-            largest = tl.max(tl.where(seen_from(REVERSE, CHUNK) >= 0, bc_unit[None, :], SMALLEST), 1)
+            largest = tl.max(tl.where(distance >= 0, bc_unit[None, :], SMALLEST), 1)
             decay *= bc_unit[None, :] / largest[:, None] / (LARGE * ROWS)
             near_unit = (a_unit * largest * (LARGE * ROWS))[:, None]
             from_state *= a_unit
@@ -244,7 +244,45 @@ def _tile_outputs(
         scores = product(a_i, a_small, tl.trans(b_i), tl.trans(b_small), PARTS, PARTS)
         seen, seen_small = in_parts(scores * decay, dtype, SCORE_PARTS)
         o += product(seen, seen_small, c_i, c_small, SCORE_PARTS, PARTS) * near_unit
+        if AGAIN:
+            o = tl.where(walked[:, None] >= lost_from[None, :], float("nan"), o)
+            lost_from = tl.where(lost_from < CHUNK, 0, CHUNK)
         pointers = out + (start + offset + position)[:, None] * out_token + j[None, :]
         tl.store(pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :])
         state += state * lost(g, count)
         state += product(weighted, w_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * added_unit
+    return state
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _tile_outputs(
+    a, b, c, states, log_decay, out, table,
+    a_batch, a_head, a_token, b_batch, b_head, b_token, c_batch, c_head, c_token,
+    out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
+    heads, a_share, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale, state_scale, added_scale,
+    REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, STATE_PARTS: tl.constexpr,
+    SCORE_PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
+    column = tl.program_id(1) * COLUMNS
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    a += batch * a_batch + head // a_share * a_head
+    b += batch * b_batch + head // b_share * b_head
+    c += batch * c_batch + head // c_share * c_head
+    out += batch * out_batch + head * out_head
+    g = _decay_of(log_decay, head)
+    states += batch * state_batch + head * state_head + tile * state_tile
+    state = _walk_outputs(
+        a, b, c, states, g, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
+        column, rows, columns, scale, state_scale, added_scale,
+        REVERSE, CHUNK, ROWS, COLUMNS, PARTS, STATE_PARTS, SCORE_PARTS, WEIGHTED_PARTS, AGAIN=False,
+    )  # fmt: skip
+    # A score of 0 times a NaN or an infinity of a later token is NaN. Each of these is in the last state too.
+    if tl.max(not_finite(state).to(tl.int32)) > 0:
+        _walk_outputs(
+            a, b, c, states, g, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
+            column, rows, columns, scale, state_scale, added_scale,
+            REVERSE, CHUNK, ROWS, COLUMNS, PARTS, STATE_PARTS, SCORE_PARTS, WEIGHTED_PARTS, AGAIN=True,
+        )  # fmt: skip

@@ -10,8 +10,8 @@ from torch import Tensor
 from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _powers, _span, _table
-from leetdist.kernels.constant_decay.triton.parts import decays, load_chunk, to_state
+from leetdist.kernels.constant_decay.triton.fold import COUNTS, _decay_of, _powers, _span, _table
+from leetdist.kernels.constant_decay.triton.parts import load_chunk, to_state
 
 
 def decay_gradient(
@@ -99,12 +99,6 @@ def _rounded_to_tf32(x):
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _scores(a, b, log_decay, scale, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """scale gamma^(i-j) a_i . b_j for the tokens j that i sees, else 0; fp32."""
-    return tl.dot(a, tl.trans(b), input_precision=PRECISION) * (decays(log_decay, False, CHUNK) * scale)
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def _decay_gradient(
     q, k, v, do, states, state_grads, log_decay, out, table,
@@ -121,7 +115,7 @@ def _decay_gradient(
     k += batch * k_batch + head // k_share * k_head
     v += batch * v_batch + head // v_share * v_head
     do += batch * do_batch + head * do_head
-    g = tl.load(log_decay + head)
+    g = _decay_of(log_decay, head)
 
     i, j = tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     inside = (i < rows) & (j < columns)
@@ -139,9 +133,9 @@ def _decay_gradient(
         k_i = load_chunk(k, k_token, start + offset, count, 0, rows, CHUNK, ROWS)
         v_i = load_chunk(v, v_token, start + offset, count, column, columns, CHUNK, COLUMNS)
         do_i = load_chunk(do, do_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        scores = _scores(q_i, k_i, g, scale, CHUNK, PRECISION)
+        scores = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * (_powers(g, distance) * scale)
         seen = tl.dot(do_i, tl.trans(v_i), input_precision=PRECISION)
-        near = tl.sum(scores * seen * distance.to(tl.float32), 1)
+        near = tl.sum(tl.where(distance > 0, scores * seen * distance.to(tl.float32), 0.0), 1)
         steps = (position + 1).to(tl.float32)
         far = _times_state(q_i, slope, PRECISION) + _times_state(q_i, state, PRECISION) * steps[:, None]
         far = tl.sum(far * do_i.to(tl.float32), 1) * _powers(g, position + 1) * scale

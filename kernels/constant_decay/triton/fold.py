@@ -9,7 +9,9 @@ from torch import Tensor
 
 from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.constant_decay.pytorch import block
 
+LEAST = tl.constexpr(block.LEAST)
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
 # Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
@@ -58,6 +60,12 @@ def _span(table, tile, tokens, tile_size, REGULAR: tl.constexpr):
 
 
 @triton.jit
+def _decay_of(log_decay, head):
+    """A head's log-decay. Of -inf, which means the same as LEAST, gamma^0 would be NaN."""
+    return tl.maximum(tl.load(log_decay + head), LEAST)
+
+
+@triton.jit
 def _powers(log_decay, exponent):
     """gamma^exponent; exponents below zero belong to tokens that are not there, and must not overflow."""
     return tl.exp(log_decay * tl.maximum(exponent, 0).to(tl.float32))
@@ -81,7 +89,7 @@ def _fold(
     batch = program // heads // num_segments
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
-    g = tl.load(log_decay + head)
+    g = _decay_of(log_decay, head)
     states += (batch * heads + head) * tiles * size + element
     first, end = tl.load(segments + segment), tl.load(segments + segment + 1)
 

@@ -12,8 +12,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from leetdist.kernels.common.gluon import async_load, barrier
+from leetdist.kernels.constant_decay.pytorch import block
 
 LOG2E = gl.constexpr(1.4426950408889634)
+LEAST = gl.constexpr(block.LEAST)
 # exp(-x) is 0 in fp32 for x from here on.
 FP32_RANGE = gl.constexpr(104.0)
 COUNTS = ["tokens", "tiles", "tile_size"]
@@ -143,7 +145,7 @@ def tile_states_kernel(
     tile, head, batch = program % tiles, program // tiles % heads, (program // tiles // heads).to(gl.int32)
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     b_head, c_head = (head // b_share).to(gl.int32), (head // c_share).to(gl.int32)
-    log_gamma = gl.load(log_decay + head)
+    log_gamma = gl.maximum(gl.load(log_decay + head), LEAST)
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
     reach = gl.minimum(FP32_RANGE / gl.maximum(-log_gamma, 1e-9), tile_size * 1.0).to(gl.int32)
     all_chunks = gl.cdiv(length, CHUNK)
@@ -251,7 +253,7 @@ def tile_outputs_kernel(
         _fetch(b, batch32, b_head, where, bar, b_ring.index(s), s < chunks)
         _fetch(c, batch32, c_head, where, bar, c_ring.index(s), s < chunks)
 
-    g = gl.load(log_decay + head) * LOG2E
+    g = gl.maximum(gl.load(log_decay + head), LEAST) * LOG2E
     states += batch * state_batch + head * state_head + tile * state_tile
     i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))[:, None]
     j = gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
@@ -277,7 +279,8 @@ def tile_outputs_kernel(
         # The products of a chunk, with other work for the time that they take. First the scores:
         scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
         scores = warpgroup_mma(a_i, b_i.permute((1, 0)), scores, use_acc=False, is_async=True)
-        g = gl.load(log_decay + head, volatile=True) * LOG2E  # the same number, but the compiler does not know
+        # The same number, but the compiler does not know.
+        g = gl.maximum(gl.load(log_decay + head, volatile=True), LEAST) * LOG2E
         if step > 0:
             free = (step - 1) % STAGES
             if BY_ROWS:
