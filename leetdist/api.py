@@ -142,11 +142,11 @@ def linear_attention(
         "precision": precision,
     }
     if isinstance(method, str) and method in ONE_DEVICE and resolve(group) is None:
-        problem = describe(q, k, v, log_decay, **options, read_values=not torch.compiler.is_compiling())
+        problem = describe(q, k, v, log_decay, **options, read_values=not ops.wanted(q))
         o, state = attention_on_one_device(problem, q, k, v, log_decay, initial_state)
         return (o, state) if return_state else o
-    if torch.compiler.is_compiling():
-        o, state = ops.linear_attention(q, k, v, log_decay, **options, group=name_of(group))
+    if ops.wanted(q):
+        o, state = ops.linear_attention(q, k, v, log_decay, options, name_of(group))
         return (o, state) if return_state else o
     o, state = run((q, k, v, log_decay), options, resolve(group))
     return (o, state) if return_state else o

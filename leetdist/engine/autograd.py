@@ -1,4 +1,5 @@
-"""The two passes as one function of autograd's. `leetdist.engine.ops` has them as custom ops, for torch.compile."""
+"""The two passes as one function of autograd's. `leetdist.engine.ops` has them as custom ops, for all of PyTorch that
+follows operations: torch.compile, torch.func, forward mode, fake tensors."""
 
 from __future__ import annotations
 
@@ -6,10 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan
+
+ONCE = (
+    "leetdist: linear_attention can be differentiated once: its backward pass has no derivative (gradient penalties, "
+    "hessians and hvp need one). On one device, method='vanilla' and method='recursion' can be differentiated twice"
+)
+NO_LEGACY_VMAP = (
+    "leetdist: is_grads_batched=True and torch.autograd.functional's vectorize=True map a backward pass in a way that "
+    "no function of one's own can serve; torch.func.vmap, jacrev and jacfwd work"
+)
 
 
 class LinearAttention(torch.autograd.Function):
@@ -30,11 +39,44 @@ class LinearAttention(torch.autograd.Function):
         return o, final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
-        *inputs, states = ctx.saved_tensors
-        *grads, dinitial = backward_pass(
-            tuple(inputs), states, do, dfinal, plan, needs_head_grads=plan.problem.needs_decay_grad
-        )
+        if do is not None and torch._C._functorch.is_legacy_batchedtensor(do):
+            raise RuntimeError(NO_LEGACY_VMAP)
+        # Under create_graph, or mapped (is_grads_batched), PyTorch has to see what can and cannot be done with it.
+        seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        gradients = Gradients.apply if seen else _gradients
+        *grads, dinitial = gradients(ctx.plan, do, dfinal, *ctx.saved_tensors)
         return dinitial, None, None, *grads
+
+
+def _gradients(plan: Plan, do: Tensor | None, dfinal: Tensor | None, *saved: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, states = saved
+    return backward_pass(tuple(inputs), states, do, dfinal, plan, needs_head_grads=plan.problem.needs_decay_grad)
+
+
+class Gradients(torch.autograd.Function):
+    """The backward pass as a function of its own. It has no derivative, and is there to say so: autograd would take a
+    pass that it does not see for a constant, and second derivatives for zeros."""
+
+    @staticmethod
+    def forward(plan: Plan, do: Tensor | None, dfinal: Tensor | None, *saved: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(plan, do, dfinal, *saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(ONCE)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], plan: Plan, *tensors: Tensor | None) -> tuple[Any, Any]:
+        """One after the other: each has the bits of a call of its own."""
+        each = [
+            [x if dim is None or x is None else x.select(dim, i) for x, dim in zip(tensors, dims[1:], strict=True)]
+            for i in range(info.batch_size)
+        ]
+        passes = [Gradients.apply(plan, *one) for one in each]
+        grads = [None if x[0] is None else torch.stack(x) for x in zip(*passes, strict=True)]
+        return tuple(grads), tuple(None if x is None else 0 for x in grads)

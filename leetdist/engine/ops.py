@@ -1,212 +1,198 @@
-"""The operator's two passes as custom ops, so that torch.compile takes a sharded call into its graph without a break.
+"""The operator's two passes as custom ops: what torch.compile, torch.func, forward-mode differentiation, fake and meta
+tensors and dispatch modes see of a call.
 
 An op knows its group by name and finds the transport when it runs; what the ranks must agree on is checked then, in the
 forward and again in the backward op. The values of a log_decay on a GPU are not read here, because that would stop the
 stream: they are taken as they are.
+
+Each pass is two ops that differ in one thing. Under a group, a compiled graph may neither reorder the calls nor drop
+one whose result is not used: the other ranks wait for it. So those ops have an effect, whose order PyTorch keeps, in
+the backward too; without it, Inductor orders independent calls by the memory they take, which depends on the lengths of
+a rank's shard. Calls on one device stay free to move.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch._compile import _disable_dynamo
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+from torch.autograd import forward_ad
 
-from leetdist.engine.inputs import canonical_tensors, state_dtype
+from leetdist.engine import transforms
+from leetdist.engine.inputs import canonical_options, canonical_tensors, state_dtype
 from leetdist.engine.layout import empty_as, row_major
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan, plan_call
+from leetdist.engine.problem import describe
 from leetdist.sequence.group import by_name
 from leetdist.sequence.shard import move
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call as an op takes it, in this order; the arguments are `leetdist.linear_attention`'s, the group by name."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float
+    return_state: bool
+    method: str
+    tile: int | None
+    precision: str | None
+    group: str
+
+    @classmethod
+    def split(cls, args: tuple[Any, ...]) -> tuple[Call, tuple[Any, ...]]:
+        """The call that an op's arguments begin with, and what follows it."""
+        return cls(*args[:ARGUMENTS]), args[ARGUMENTS:]
+
+    def options(self) -> dict[str, Any]:
+        """What `describe` takes beside q, k, v and log_decay."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def plan(self) -> Plan:
+        return plan_call(
+            self.q, self.k, self.v, self.log_decay, **self.options(),
+            transport=by_name(self.group), read_values=not self.q.is_cuda,
+        )  # fmt: skip
+
+    def inputs(self, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """The operator's, on the grid, and the initial state, as kernels take them."""
+        tensors = (self.q, self.k, self.v, self.log_decay, self.initial_state, self.cu_seqlens)
+        *tokens, decay, initial_state = canonical_tensors(*tensors, plan)
+        return (*(_aligned(x, plan) for x in tokens), decay), initial_state
+
+    def empty_decay(self) -> Tensor:
+        return self.q.new_empty(0, dtype=torch.float32 if self.log_decay is None else self.log_decay.dtype)
+
+
+ARGUMENTS = len(fields(Call))
+OPTIONS = tuple(field.name for field in fields(Call)[4:-1])
+SCHEMA = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Call))
+FORWARD = f"({SCHEMA}) -> (Tensor, Tensor, Tensor)"
+BACKWARD = (
+    f"({SCHEMA}, Tensor states, Tensor? do, Tensor? dfinal, bool needs_decay_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def wanted(q: Any) -> bool:
+    """Whether a call is to go through the ops: something of PyTorch's follows its operations, or there are no numbers.
+    Everything else takes the shorter way (leetdist.engine.call)."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return True
+    return isinstance(q, Tensor) and (q.is_meta or (type(q) is not Tensor and _is_fake(q)))
+
+
+def _is_fake(x: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(x, FakeTensor)
+
+
 def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    *,
-    scale: float,
-    initial_state: Tensor | None,
-    return_state: bool,
-    cu_seqlens: Tensor | None,
-    method: str,
-    tile: int | None,
-    precision: str | None,
-    group: str,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: dict[str, Any], group: str
 ) -> tuple[Tensor, Tensor]:
     """As leetdist.linear_attention, with the group by name; the state is empty where it is not asked for."""
-    o, state, _ = _forward(
-        q, k, v, log_decay, initial_state, cu_seqlens, float(scale), return_state, method, tile, precision, group
-    )
+    if torch.compiler.is_compiling():
+        options = options | {"scale": float(options["scale"])}
+    else:
+        options = canonical_options(**options)
+    arguments = (q, k, v, log_decay, *(options[name] for name in OPTIONS), group)
+    if not torch.compiler.is_compiling():
+        _check(Call(*arguments))
+    op = _forward_in_order if group else _forward
+    o, state, _ = op(*arguments)
     return o, state
 
 
-@library.custom_op("leetdist::forward", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    return_state: bool,
-    method: str,
-    tile: int | None,
-    precision: str | None,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, precision, group)
-    like, given = q, initial_state
-    q, k, v, decay, initial_state = canonical_tensors(q, k, v, log_decay, initial_state, cu_seqlens, plan)
-    q, k, v = (_aligned(x, plan) for x in (q, k, v))
-    o, final, states = forward_pass((q, k, v, decay), initial_state, plan)
+def _check(call: Call) -> None:
+    """What can be said before any number is known."""
+    options = call.options() | {"cu_seqlens": None}
+    if call.cu_seqlens is not None:
+        options["initial_state"] = None  # of as many rows as there are documents
+    describe(call.q, call.k, call.v, call.log_decay, **options, ranks=2 if call.group else 1, read_values=False)
+
+
+def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*args)
+    plan = call.plan()
+    inputs, initial_state = call.inputs(plan)
+    o, final, states = forward_pass(inputs, initial_state, plan)
     o = _aligned(o, plan, back=True)
     if final is None:
         final = states.new_empty(0)
-    elif given is not None and final.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+    elif call.initial_state is not None and _share_memory(final, call.initial_state):
         final = final.clone()
     # The number of tiles is not known when a graph is traced: it depends on the other ranks' tokens. A view of one
     # element has a size that is, and holds all the memory; the backward op takes the whole again.
     states = states[:1] if states.numel() else states.new_zeros(1)
-    return _laid_out(o, like), final, states
+    return _laid_out(o, call.q), final, states
 
 
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    return_state: bool,
-    method: str,
-    tile: int | None,
-    precision: str | None,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, _, dk = q.shape
-    dv, dtype = v.shape[3], state_dtype(q.dtype)
-    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = q.new_empty((rows, heads, dk, dv) if return_state else (0,), dtype=dtype)
-    return empty_as(q, heads, dv, q.dtype), final, q.new_empty(1, dtype=dtype)
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*args)
+    q, dv, dtype = call.q, call.v.shape[3], state_dtype(call.q.dtype)
+    rows = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    final = q.new_empty((rows, q.shape[1], q.shape[3], dv) if call.return_state else (0,), dtype=dtype)
+    return empty_as(q, q.shape[1], dv, q.dtype), final, q.new_empty(1, dtype=dtype)
 
 
-@library.custom_op("leetdist::backward", mutates_args=())
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    states: Tensor,
-    do: Tensor,
-    dfinal: Tensor,
-    scale: float,
-    return_state: bool,
-    method: str,
-    tile: int | None,
-    precision: str | None,
-    group: str,
-    needs_decay_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    plan = _plan(q, k, v, log_decay, initial_state, cu_seqlens, scale, return_state, method, tile, precision, group)
-    count = q.shape[0] * q.shape[1] * plan.tiles.count * q.shape[3] * v.shape[3]
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    call, (states, do, dfinal, needs_decay_grad) = Call.split(args)
+    plan = call.plan()
+    count = call.q.shape[0] * call.q.shape[1] * plan.tiles.count * call.q.shape[3] * call.v.shape[3]
     if states.untyped_storage().nbytes() < count * states.element_size():
         raise RuntimeError(
             "leetdist: what the forward op saved for the backward was copied in between, and only one element came "
             "along: hooks that move saved tensors (torch.autograd.graph.save_on_cpu) do not work on compiled calls"
         )
     states = states.as_strided((count,), (1,)) if count else states[:0]
-    like_q, like_k, like_v, of_decay = q, k, v, _decay_dtype(log_decay)
-    q, k, v, decay, _ = canonical_tensors(q, k, v, log_decay, None, cu_seqlens, plan)
-    q, k, v, do = (_aligned(x, plan) for x in (q, k, v, row_major(do)))
-    dq, dk, dv, ddecay, dinitial = cast(Any, backward_pass)(
-        (q, k, v, decay), states, do, dfinal if return_state else None, plan, needs_head_grads=needs_decay_grad
-    )
+    inputs, _ = call.inputs(plan)
+    dq, dk, dv, ddecay, dinitial = backward_pass(
+        inputs, states, None if do is None else _aligned(row_major(do), plan),
+        dfinal if call.return_state else None, plan, needs_head_grads=needs_decay_grad,
+    )  # fmt: skip
+    assert dq is not None
+    assert dk is not None
+    assert dv is not None
     return (
-        _laid_out(_aligned(dq, plan, back=True), like_q),
-        _laid_out(_aligned(dk, plan, back=True), like_k),
-        _laid_out(_aligned(dv, plan, back=True), like_v),
-        states.new_empty(0, dtype=of_decay) if ddecay is None else ddecay.to(of_decay),
+        _laid_out(_aligned(dq, plan, back=True), call.q),
+        _laid_out(_aligned(dk, plan, back=True), call.k),
+        _laid_out(_aligned(dv, plan, back=True), call.v),
+        call.empty_decay() if ddecay is None else ddecay.to(call.empty_decay().dtype),
         states.new_empty(0) if dinitial is None else dinitial,
     )
 
 
-@_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    states: Tensor,
-    do: Tensor,
-    dfinal: Tensor,
-    scale: float,
-    return_state: bool,
-    method: str,
-    tile: int | None,
-    precision: str | None,
-    group: str,
-    needs_decay_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    call, (_, _, _, needs_decay_grad) = Call.split(args)
+    q, k, v, initial = call.q, call.k, call.v, call.initial_state
     return (
         empty_as(q, q.shape[1], q.shape[3], q.dtype),
         empty_as(k, k.shape[1], k.shape[3], k.dtype),
         empty_as(v, v.shape[1], v.shape[3], v.dtype),
-        q.new_empty(q.shape[1] if needs_decay_grad else 0, dtype=_decay_dtype(log_decay)),
-        q.new_empty(0, dtype=state_dtype(q.dtype))
-        if initial_state is None
-        else initial_state.new_empty(initial_state.shape),
+        call.empty_decay().new_empty(q.shape[1] if needs_decay_grad else 0),
+        q.new_empty(0 if initial is None else initial.shape, dtype=state_dtype(q.dtype)),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, log_decay, initial_state, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens, output[2])
-
-
-def _differentiate(ctx: Any, do: Tensor, dfinal: Tensor, _: Any) -> tuple[Any, ...]:
-    needs_decay_grad, needs_initial_grad = ctx.needs_input_grad[3:5]
-    dq, dk, dv, ddecay, dinitial = _backward(*ctx.saved_tensors, do, dfinal, *ctx.options, needs_decay_grad)
-    return (
-        dq, dk, dv, ddecay if needs_decay_grad else None, dinitial if needs_initial_grad else None,
-        *(None for _ in range(1 + len(ctx.options))),
-    )  # fmt: skip
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    return_state: bool,
-    method: str,
-    tile: int | None,
-    precision: str | None,
-    group: str,
-) -> Plan:
-    return plan_call(
-        q, k, v, log_decay,
-        scale=scale, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens, method=method,
-        tile=tile, precision=precision, transport=by_name(group), read_values=not q.is_cuda,
-    )  # fmt: skip
-
-
-def _decay_dtype(log_decay: Tensor | None) -> torch.dtype:
-    return torch.float32 if log_decay is None else log_decay.dtype
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def _aligned(x: Tensor, plan: Plan, *, back: bool = False) -> Tensor:
@@ -221,3 +207,31 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     """x with the strides that the op's fake promises."""
     promised = empty_as(like, x.shape[1], x.shape[3], x.dtype)
     return x if x.stride() == promised.stride() else promised.copy_(x)
+
+
+_library = library.Library("leetdist", "DEF")
+
+
+def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A custom op of leetdist's: `run` computes, unseen by torch.compile, and `fake` says what shapes come out.
+
+    PyTorch keeps compiled graphs on disk by the names of their ops: an op whose arguments change needs another name.
+    """
+    _library.define(f"{name}{schema}")
+    _library.impl(name, _disable_dynamo(torch.no_grad()(run)), "CompositeExplicitAutograd")
+    library.register_fake(f"leetdist::{name}", fake, lib=_library)
+    return getattr(torch.ops.leetdist, name).default
+
+
+def _define_passes(name: str, *, in_order: bool) -> tuple[Any, Any]:
+    forward = define(name, FORWARD, _run_forward, _fake_forward)
+    backward = define(f"{name}_backward", BACKWARD, _run_backward, _fake_backward)
+    transforms.register(_library, forward, backward, in_order=in_order)
+    if in_order:
+        for op in (forward, backward):
+            _register_effectful_op(op, _EffectType.ORDERED)
+    return forward, backward
+
+
+_forward, _backward = _define_passes("linear_attention", in_order=False)
+_forward_in_order, _backward_in_order = _define_passes("sharded_linear_attention", in_order=True)

@@ -91,10 +91,10 @@ def test_saved_states_are_not_to_be_copied() -> None:
     q, k, v, g = inputs(40)
     o, final, states = ops._forward(q, k, v, g, None, None, 0.5, True, "auto", 16, None, "")
     assert states.shape == (1,)
-    arguments = (q, k, v, g, None, None, states, o, final, 0.5, True, "auto", 16, None, "", True)
-    assert ops._backward(*arguments)[0].shape == q.shape
+    arguments = (q, k, v, g, None, None, 0.5, True, "auto", 16, None, "")
+    assert ops._backward(*arguments, states, o, final, True)[0].shape == q.shape
     with pytest.raises(RuntimeError, match="saved for the backward was copied"):
-        ops._backward(*arguments[:6], states.clone(), *arguments[7:])
+        ops._backward(*arguments, states.clone(), o, final, True)
 
 
 def test_virtual_ranks() -> None:
@@ -130,7 +130,7 @@ def over_ranks(rank: int) -> None:
 
     # opcheck runs the op; all ranks do so together.
     leaves = [x.clone().requires_grad_() for x in local]
-    library.opcheck(ops._forward, (*leaves, None, None, 1.0, True, "auto", None, None, group.group_name))
+    library.opcheck(ops._forward_in_order, (*leaves, None, None, 1.0, True, "auto", None, None, group.group_name))
 
     # Packed documents whose boundaries move tokens between the ranks.
     documents = torch.tensor([0, 70, 201, 256])

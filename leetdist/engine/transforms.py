@@ -1,0 +1,182 @@
+"""What PyTorch's transforms make of the custom ops: reverse and forward mode, torch.func's levels, vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, library
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointPolicy
+
+from leetdist.engine.autograd import ONCE
+
+# Of an op's arguments, as leetdist.engine.ops.Call has them: tensors first, then options.
+TENSORS, ARGUMENTS = 6, 12
+DECAY, DOCUMENTS = 3, 5
+NO_FORWARD_MODE = (
+    "leetdist: forward-mode differentiation (jvp, jacfwd) of linear_attention goes by q, k, v and initial_state, not "
+    "by log_decay, nor through its backward pass. On one device, method='vanilla' and method='recursion' can do both"
+)
+
+
+class _Forward(torch.autograd.Function):
+    """The forward op, differentiable: `_Forward.apply(op, its backward op, *arguments)`."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, backward_op: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        o, final, states = _below_autograd(op, args)
+        ctx.op, ctx.backward_op, ctx.options = op, backward_op, args[TENSORS:]
+        ctx.save_for_backward(*args[:TENSORS], states)
+        ctx.save_for_forward(*args[:TENSORS], states)
+        ctx.mark_non_differentiable(states)
+        ctx.set_materialize_grads(False)
+        return o, final, states
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        needs_decay_grad, needs_initial_grad = ctx.needs_input_grad[5:7]
+        *tensors, states = ctx.saved_tensors
+        dq, dk, dv, ddecay, dinitial = ctx.backward_op(*tensors, *ctx.options, states, do, dfinal, needs_decay_grad)
+        return (
+            None, None, dq, dk, dv, ddecay if needs_decay_grad else None, dinitial if needs_initial_grad else None,
+            *[None] * (1 + len(ctx.options)),
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, __: Any, *tangents: Any) -> tuple[Tensor, Tensor, None]:
+        """o and the state are linear in q, in v, and in (k, initial_state)."""
+        tq, tk, tv, tdecay, tinitial = tangents[:5]
+        q, k, v, decay, initial, documents, _states = ctx.saved_tensors
+        if tdecay is not None:
+            raise RuntimeError(NO_FORWARD_MODE)
+        parts = []
+        if tq is not None:
+            o, state, _ = ctx.op(tq, k, v, decay, initial, documents, *ctx.options)
+            parts.append((o, torch.zeros_like(state)))
+        if tv is not None:
+            parts.append(ctx.op(q, k, tv, decay, None, documents, *ctx.options)[:2])
+        if tk is not None or tinitial is not None:
+            tk = torch.zeros_like(k) if tk is None else tk
+            parts.append(ctx.op(q, tk, v, decay, tinitial, documents, *ctx.options)[:2])
+        outputs, states = zip(*parts, strict=True)
+        return sum(outputs[1:], outputs[0]), sum(states[1:], states[0]), None
+
+
+class _Backward(torch.autograd.Function):
+    """The backward op, which has no derivative, and says so."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *args: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = _below_autograd(op, args)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(ONCE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(NO_FORWARD_MODE)
+
+
+def _below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
+    """The op at the next level down: another of torch.func's, which differentiates by itself, or the kernels."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+class _Fold:
+    """`size` calls side by side as one: a larger batch, which changes no bit, or, where each has decays of its own or
+    documents are packed in one row, more heads."""
+
+    def __init__(self, size: int, dims: tuple[int | None, ...], args: tuple[Any, ...], heads: bool = False) -> None:
+        self.size = size
+        if dims[DOCUMENTS] is not None:
+            raise RuntimeError("leetdist: vmap over cu_seqlens is not possible: all calls have the same documents")
+        self.into_heads = heads or dims[DECAY] is not None or args[DOCUMENTS] is not None
+        q, k, v, log_decay, initial_state = (
+            None if x is None or i == DECAY else self.together(x, dims[i]) for i, x in enumerate(args[:DOCUMENTS])
+        )
+        if args[DECAY] is not None:
+            log_decay = self._first(args[DECAY], dims[DECAY]).flatten() if self.into_heads else args[DECAY]
+        self.call = (q, k, v, log_decay, initial_state, *args[DOCUMENTS:ARGUMENTS])
+
+    def _first(self, x: Tensor, dim: int | None) -> Tensor:
+        return x.expand(self.size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    def together(self, x: Tensor, dim: int | None) -> Tensor:
+        """(B, H, ...) of each call, mapped along `dim`, in one tensor."""
+        x = self._first(x, dim)
+        return x.movedim(0, 1).flatten(1, 2) if self.into_heads else x.flatten(0, 1)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """The inverse, mapped along dimension 0; a tensor that stands for nothing stays empty."""
+        if x.ndim == 1 and not x.numel():
+            return x.expand(self.size, 0)
+        return x.unflatten(1, (self.size, -1)).movedim(1, 0) if self.into_heads else x.unflatten(0, (self.size, -1))
+
+
+def _map_forward(op: Any) -> Callable[..., Any]:
+    def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        fold = _Fold(info.batch_size, dims, args)
+        o, final, states = op(*fold.call)
+        return (fold.apart(o), fold.apart(final), states), (0, 0, None)
+
+    return rule
+
+
+def _map_backward(op: Any, forward_op: Any) -> Callable[..., Any]:
+    def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        states, do, dfinal, needs_decay_grad = args[ARGUMENTS:]
+        saved = _Fold(info.batch_size, dims, args)
+        fold = _Fold(info.batch_size, dims, args, heads=needs_decay_grad)  # each call's gradient by itself
+        if fold.into_heads != saved.into_heads or all(dim is None for dim in dims[:TENSORS]):
+            states = forward_op(*fold.call)[2]  # those that were saved are of other calls, or of only one
+        do, dfinal = (
+            None if x is None else fold.together(x, dim)
+            for x, dim in zip((do, dfinal), dims[ARGUMENTS + 1 : ARGUMENTS + 3], strict=True)
+        )
+        dq, dk, dv, ddecay, dinitial = op(*fold.call, states, do, dfinal, needs_decay_grad)
+        ddecay = ddecay.unflatten(0, (fold.size, -1)) if needs_decay_grad else ddecay.expand(fold.size, 0)
+        return (*(fold.apart(x) for x in (dq, dk, dv)), ddecay, fold.apart(dinitial)), (0, 0, 0, 0, 0)
+
+    return rule
+
+
+@contextmanager
+def _saved_in_graphs() -> Iterator[None]:
+    """In a compiled graph, a checkpointed region saves what the ops inside compute: a call of a group that was made
+    again in the backward would have no fixed place among the others there."""
+    mode = get_proxy_mode()
+    if mode is None:
+        yield
+        return
+    nodes = mode.tracer.graph.nodes
+    before = len(nodes)
+    yield
+    for node in islice(reversed(nodes), len(nodes) - before):
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def register(ops_library: library.Library, forward: Any, backward: Any, *, in_order: bool) -> None:
+    """Make a pair of ops differentiable and mappable. in_order: they have an effect, whose order compilers keep."""
+
+    def differentiated(function: type[torch.autograd.Function], *ops: Any, saved: bool = False) -> Callable[..., Any]:
+        def kernel(*args: Any) -> Any:
+            # Function.apply would start torch.func's levels anew: this is one of them, which has come to the op.
+            with enable_single_level_autograd_function(), _saved_in_graphs() if saved else nullcontext():
+                return super(torch.autograd.Function, function).apply(*ops, *args)  # type: ignore[misc]
+
+        return kernel
+
+    name, name_of_backward = (op.name().partition("::")[2] for op in (forward, backward))
+    ops_library.impl(name, differentiated(_Forward, forward, backward, saved=in_order), "Autograd")
+    ops_library.impl(name_of_backward, differentiated(_Backward, backward), "Autograd")
+    library.register_vmap(f"leetdist::{name}", _map_forward(forward), lib=ops_library)
+    library.register_vmap(f"leetdist::{name_of_backward}", _map_backward(backward, forward), lib=ops_library)
