@@ -219,6 +219,16 @@ def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         main(["--text", __file__, "--batch", "3", "--micro-batch", "2", "--out", str(tmp_path)])
 
 
+def test_a_cut_line_of_metrics_is_left_out() -> None:
+    from leetdist.launch.progress import _step_of
+
+    line = json.dumps({"step": 12, "loss": 1.5})
+    assert _step_of(line) == 12
+    assert [_step_of(line[:length]) for length in range(len(line))] == [None] * len(line)
+    for damaged in ("[12]", "12", '{"step": "12"}', '{"Step": 12}', "\ufffd"):
+        assert _step_of(damaged) is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

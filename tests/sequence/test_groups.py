@@ -23,6 +23,9 @@ from helpers import run_ranks, values
 from leetdist.engine.problem import Problem
 from leetdist.sequence import encoding, memory
 from leetdist.sequence.group import resolve
+from leetdist.sequence.p2p import PointToPoint
+from leetdist.sequence.symmetric import Symmetric
+from leetdist.testing.equality import Case, check
 
 
 def call(group: Any) -> None:
@@ -63,6 +66,25 @@ def test_damaged_messages_are_refused() -> None:
     ):
         with pytest.raises(ValueError):  # noqa: PT011
             encoding.decode(data)
+
+
+def wrapped(rank: int) -> list[str]:
+    """A rank that shares its node with nobody: all of Symmetric is what it wraps."""
+    transport = Symmetric(PointToPoint(dist.new_group()), None)
+    transport.seconds = 30.0
+    found = check(Case(300, 16, 16, decay="mixed", tile=32, initial=True), transport, torch.device("cpu"))
+    assert transport.under.seconds == 30.0
+    assert transport.bytes_sent > 0
+    assert transport.board is not transport.under.board
+    assert "forward pass 1" in str(transport.under.board.mine())
+    transport.close()
+    with pytest.raises(RuntimeError, match="destroyed"):
+        call(transport)
+    return [str(difference) for difference in found]
+
+
+def test_symmetric_wraps_another() -> None:
+    assert values(run_ranks(wrapped, 3)) == [[]] * 3
 
 
 def in_forks(rank: int) -> list[str]:
