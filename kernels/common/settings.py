@@ -28,14 +28,14 @@ class Settings(NamedTuple):
 
 
 def raw_settings() -> tuple[str | None, ...]:
-    """What `settings` depends on, as it is: a key for what is remembered, cheap enough for every call."""
+    """What decides on kernels, as it is: a key for what is remembered, cheap enough for every call."""
     get = os.environ.get
-    return get("LEETDIST_BACKEND"), get("LEETDIST_HOPPER"), get("TRITON_INTERPRET")
+    return get("LEETDIST_BACKEND"), get("LEETDIST_HOPPER")
 
 
 def settings() -> Settings:
     """ValueError where a variable has no value that it may have."""
-    return _settings(*raw_settings())
+    return _settings(*raw_settings(), os.environ.get("TRITON_INTERPRET"))
 
 
 @cache
