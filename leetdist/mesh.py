@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leetdist.arguments import as_int
 from leetdist.sequence.group import resolve
 from leetdist.sequence.transport import Transport
 
@@ -39,7 +40,7 @@ def device_mesh(sequence: int | None = None, *, device_type: str | None = None) 
         DeviceMesh of shape (ranks / sequence, sequence); `mesh["sp"]` is a group for `linear_attention`.
 
     Raises:
-        ValueError: `sequence` does not divide the number of ranks.
+        ValueError: `sequence` does not divide the number of ranks, or `device_type` is unknown or not there.
 
     Works with inputs of any shape and dtype. Source: LASP's data-sequence hybrid parallelism, arXiv 2404.02882.
 
@@ -49,7 +50,16 @@ def device_mesh(sequence: int | None = None, *, device_type: str | None = None) 
     """
     from torch.distributed.device_mesh import init_device_mesh
 
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_type not in ("cuda", "cpu"):
+        raise ValueError(f'device_type must be "cuda", "cpu" or None, got {device_type!r}')
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device_type is "cuda", and torch.cuda is not available')
+    if sequence is not None:
+        sequence = as_int("sequence", sequence, "a number of ranks, or None")
+        if sequence < 1:
+            raise ValueError(f"sequence must be a positive number of ranks, got {sequence}")
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if not dist.is_initialized():
@@ -62,7 +72,7 @@ def device_mesh(sequence: int | None = None, *, device_type: str | None = None) 
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     ranks = dist.get_world_size()
     sequence = ranks if sequence is None else sequence
-    if sequence < 1 or ranks % sequence:
+    if ranks % sequence:
         raise ValueError(f"sequence must divide the number of ranks in the job, {ranks}, got {sequence}")
     return init_device_mesh(device_type, (ranks // sequence, sequence), mesh_dim_names=("dp", "sp"))
 

@@ -87,9 +87,9 @@ class Tiles:
 # Copying a table to the GPU synchronises with the host (and cannot be captured), so the last few are kept.
 @lru_cache(maxsize=256)
 def _table(tiles: Tiles, device: torch.device) -> torch.Tensor:
-    return torch.tensor(tiles.spans, dtype=torch.int64).reshape(-1, 2).to(device)
+    return torch.tensor(tiles.spans, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device)
 
 
 @lru_cache(maxsize=256)
 def _segment_table(tiles: Tiles, device: torch.device) -> torch.Tensor:
-    return torch.tensor(tiles.first_tile, dtype=torch.int64).to(device)
+    return torch.tensor(tiles.first_tile, dtype=torch.int64, device="cpu").to(device)

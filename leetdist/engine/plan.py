@@ -234,7 +234,7 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: di
             torch.is_grad_enabled(), *options.values(), *raw_settings(),
         )  # fmt: skip
         hash(kind)
-    except (AttributeError, TypeError, RuntimeError):  # describe says what is wrong
+    except (AttributeError, TypeError, RuntimeError, ValueError):  # describe says what is wrong
         return None
     return kind
 

@@ -38,8 +38,12 @@ class _DecayAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.group = group
+        if not isinstance(decay, (str, Tensor)):
+            raise ValueError(f"decay must be a ladder's name or a tensor of log decays, got {decay!r}")
         ladder = log_decay(decay, heads, layer, layers) if isinstance(decay, str) else decay.float()
-        if ladder.shape != (heads,) or bool((ladder > 0).any()):
+        if learnable_decay and bool(ladder.isinf().any()):
+            raise ValueError(f"decay must be finite to be learnt (-inf forgets at once, for good), got {decay!r}")
+        if ladder.shape != (heads,) or not bool((ladder <= 0).all()):
             raise ValueError(f"decay must be a ladder's name or (heads,) = ({heads},) log decays <= 0, got {decay!r}")
         self.log_slope: nn.Parameter | None = None
         if learnable_decay:
@@ -227,7 +231,7 @@ class Retention(_DecayAttention):
                 )
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
         half = self.head_dim // 2
-        frequencies = 10000.0 ** -torch.linspace(0, 1, half, device=x.device)
+        frequencies = 10000.0 ** -torch.linspace(0, 1, half, dtype=torch.float32, device=x.device)
         # fp32: bf16 cannot tell position 257 from 256.
         return position_ids[..., None, None].float() * frequencies
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet, finalize
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from leetdist.arguments import as_float, as_int
 from leetdist.sequence.p2p import PointToPoint
 from leetdist.sequence.symmetric import connect
 from leetdist.sequence.transport import Transport
@@ -103,13 +105,17 @@ def sequence_parallel(
     if served is None:
         raise ValueError("group must be a ProcessGroup, a 1-D DeviceMesh or a virtual group, got None")
     if lengths is not None:
-        lengths = tuple(lengths)
-        if len(lengths) != served.size or any(not isinstance(n, int) or n < 0 for n in lengths):
-            raise ValueError(f"lengths must be {served.size} numbers of tokens, one a rank, got {list(lengths)}")
+        wanted = f"{served.size} numbers of tokens, one a rank"
+        if not isinstance(cast(Any, lengths), (list, tuple)):
+            raise ValueError(f"lengths must be {wanted}, got {lengths!r}")
+        lengths = tuple(as_int("lengths", n, wanted) for n in lengths)
+        if len(lengths) != served.size or min(lengths) < 0:
+            raise ValueError(f"lengths must be {wanted}, got {list(lengths)}")
     if timeout is not None:
-        if not timeout > 0:
+        seconds = as_float("timeout", timeout)
+        if not 0 < seconds < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
-        served.seconds = float(timeout)
+        served.seconds = seconds
     before = (_scope.group, _scope.transport, _scope.lengths)
     _scope.group, _scope.transport, _scope.lengths = group, served, lengths
     try:

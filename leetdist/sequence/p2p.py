@@ -144,7 +144,7 @@ class PointToPoint(Transport):
         # Lengths first, then bytes: two small messages to each rank, no collective, so that a rank that does not answer
         # is known by its number.
         data = torch.frombuffer(bytearray(encode(mine)), dtype=torch.uint8)
-        length = torch.tensor([data.numel()])
+        length = torch.tensor([data.numel()], dtype=torch.int64, device="cpu")
         sent = [
             self._send(self.host_group, message, rank, what, OBJECTS)
             for rank in self.others()
@@ -171,7 +171,7 @@ class PointToPoint(Transport):
         return self.seconds or self.default_seconds
 
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
-        mine = torch.tensor(header)
+        mine = torch.tensor(header, dtype=torch.int64, device="cpu")
         sent = self._send(self.host_group, mine, to, what, HEADERS)
         theirs: list[int] = self._receive(self.host_group, torch.zeros_like(mine), source, what, HEADERS).tolist()
         self._taken([sent])

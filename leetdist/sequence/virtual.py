@@ -17,10 +17,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from leetdist.arguments import as_int
 from leetdist.sequence.transport import Transport
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT_SECONDS = 300.0
+MOST_RANKS = 512
 GRACE_SECONDS = 0.5  # for ranks to end in, after Ctrl-C
 
 
@@ -35,7 +37,7 @@ def virtual_ranks(function: Callable[[VirtualGroup], T], ranks: int) -> list[T]:
         ranks: number of virtual ranks, at least 1.
 
     Raises:
-        ValueError: `ranks` is less than 1.
+        ValueError: `ranks` is not from 1 to 512, or `function` is none.
         Exception: whatever a rank raised first; the other ranks are stopped where they next use the group.
         RuntimeError: a rank has returned while another waits for it.
         KeyboardInterrupt: on Ctrl-C, at once; a rank that does something else than use the group goes on until it does.
@@ -52,8 +54,13 @@ def virtual_ranks(function: Callable[[VirtualGroup], T], ranks: int) -> list[T]:
     >>> torch.equal(torch.cat(shards, 2), leetdist.linear_attention(q, k, v))
     True
     """
+    if not callable(function):
+        raise ValueError(f"function must be callable, got {type(function).__name__}")
+    ranks = as_int("ranks", ranks)
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, got {ranks}")
+    if ranks > MOST_RANKS:
+        raise ValueError(f"ranks must be at most {MOST_RANKS}, each is a thread, got {ranks}")
     hub = _Hub(ranks)
     grad = torch.is_grad_enabled()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None

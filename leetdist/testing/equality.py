@@ -24,7 +24,7 @@ def lightning_slopes(heads: int) -> Tensor:
 
     Source: TransNormerLLM, arXiv 2307.14995, section 3.2 (the slopes of ALiBi).
     """
-    return -(2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads))
+    return -(2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float32, device="cpu") / heads))
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,15 @@ class Case:
         if self.decay == "none":
             return None
         if self.decay == "extreme":
-            return torch.tensor(EXTREMES)[torch.arange(self.heads) % len(EXTREMES)]
+            return torch.tensor(
+                [EXTREMES[head % len(EXTREMES)] for head in range(self.heads)], dtype=torch.float32, device="cpu"
+            )
         if self.decay in ("lightning", "mixed"):
             slopes = lightning_slopes(self.heads)
             if self.decay == "mixed":
                 slopes[0], slopes[-1] = -60.0, 0.0
             return slopes
-        return torch.full((self.heads,), DECAYS[self.decay]).log()
+        return torch.full((self.heads,), DECAYS[self.decay], dtype=torch.float32, device="cpu").log()
 
     def lengths(self, ranks: int) -> tuple[int, ...]:
         """Tokens on each rank."""
@@ -116,7 +118,7 @@ def make_tensors(case: Case, device: torch.device, seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
 
     def rows(heads: int, dim: int) -> Tensor:
         if case.model_layout:
@@ -153,7 +155,7 @@ def compute(case: Case, tensors: Tensors, transport: Transport | None) -> dict[s
             continue
         leaf = shard(x).detach() if name in ("q", "k", "v") else x.detach().clone()
         leaves[name] = leaf.requires_grad_(case.learnt or name != "log_decay")
-    documents = None if case.documents is None else torch.tensor(case.documents)
+    documents = None if case.documents is None else torch.tensor(case.documents, dtype=torch.int64, device="cpu")
     results: Any = linear_attention(
         **leaves,
         scale=case.scale,

@@ -282,8 +282,8 @@ class _Walk:
         for step in range(max(chunks, default=0)):
             active = [tile for tile, count in enumerate(chunks) if count > step]
             which = torch.tensor(active, device=self.device)
-            number = torch.tensor([chunks[t] - 1 - step if self.reverse else step for t in active])
-            offset = number.to(self.device) * self.chunk
+            number = [chunks[t] - 1 - step if self.reverse else step for t in active]
+            offset = torch.tensor(number, dtype=torch.int64, device=self.device) * self.chunk
             yield _Chunk(
                 walk=self,
                 tiles=slice(active[0], active[-1] + 1) if len(active) == active[-1] + 1 - active[0] else which,
