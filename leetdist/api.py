@@ -194,20 +194,16 @@ def linear_attention_step(
         scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
     )  # fmt: skip
     check_step(problem, q, state, inplace=inplace)
+    out = state if inplace else None
     differentiable = problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)
     choice = decoder("step", problem)
     if not differentiable and choice.implementation.compiler:
         step = choice.function()
-        return step(q, k, v, state, log_decay, scale=problem.scale, out=state if inplace else None)
+        return step(q, k, v, state, log_decay, scale=problem.scale, out=out)
+    from leetdist.kernels.constant_decay.pytorch import decode
+
     with torch.autocast(q.device.type, enabled=False):
-        share = problem.heads // problem.kv_heads
-        k, v = (x.to(state.dtype).repeat_interleave(share, 1) for x in (k, v))
-        new = state
-        if log_decay is not None:
-            new = new * torch.exp(log_decay).to(state.dtype)[:, None, None]
-        new = new + k.mT * v
-        o = (q.to(state.dtype).mT * new).sum(2, keepdim=True) * scale
-    return o.to(problem.dtype), state.copy_(new) if inplace else new
+        return decode.step(q, k, v, state, log_decay, scale=problem.scale, out=out)
 
 
 __all__ = ["linear_attention", "linear_attention_step"]

@@ -23,7 +23,7 @@ def compiled(kernel: Any, dtype: str, rows: int, columns: int) -> Any:
     constants = {name: 1 for name in kernel.arg_names if name.endswith(("_dim", "_column"))}
     constants |= {"ROWS": rows, "COLUMNS": columns}
     signature = {name: "i32" for name in kernel.arg_names}
-    signature |= dict.fromkeys(("q", "k", "v", "o"), dtype) | dict.fromkeys(("index", "lengths"), "*i64")
+    signature |= dict.fromkeys(("q", "k", "v", "o"), dtype) | dict.fromkeys(("index", "lengths", "ages"), "*i64")
     signature |= dict.fromkeys(("states", "state", "new", "log_decay"), "*fp32") | {"scale": "fp32"}
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
@@ -41,5 +41,6 @@ def test_one_token_and_several_are_the_same_operations(dtype: str, rows: int, co
     operations = [Counter(re.findall(r"\b(fma|mul|add)(?:\.rn)?\.f32", x.asm["ptx"])) for x in (one, several)]
     layouts = [re.findall(r"#blocked\d* = (.*)", x.asm["ttgir"]) for x in (one, several)]
     assert operations[0] == operations[1]
-    assert operations[0]["fma"] == rows * columns // 128  # the state's own, a thread's share of them
+    # The state's own, a thread's share of them: one for k v^T, one for what of a slow decay stays.
+    assert operations[0]["fma"] >= 2 * rows * columns // 128
     assert layouts[0] == layouts[1]

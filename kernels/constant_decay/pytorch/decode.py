@@ -1,9 +1,24 @@
-"""Decoding in plain PyTorch: a few tokens of many requests, on states that stay where they are."""
+"""Decoding in plain PyTorch: a few tokens of many requests, on states that stay where they are.
+
+Elementwise operations and sums over Dk, the same for every token, so T tokens at once give the bits of T calls of one.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+Decay = tuple[Tensor, Tensor]
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, *, scale: float, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See leetdist.kernels.constant_decay.triton.step.step; this one is differentiable, without `out`."""
+    dtype, decay = q.dtype, _decay(log_decay, state.dtype)
+    q, k, v = _operands(q, k, v, state.dtype)
+    new = _moved(state, k, v, decay)
+    return _output(q, new, scale).to(dtype), new if out is None else written(out, new)
 
 
 def steps(
@@ -16,29 +31,82 @@ def steps(
     scale: float,
     index: Tensor | None,
     lengths: Tensor | None,
+    ages: Tensor | None = None,
 ) -> Tensor:
     """`S_t = gamma S_{t-1} + k_t v_t^T`, `o_t = scale q_t^T S_t` for T tokens of B requests.
 
     q: (B, H, T, Dk), k, v: (B, Hkv, T, Dk or Dv); states: (slots, H, Dk, Dv), where row b works on slot `index[b]`
-    (b without an index) and keeps what it is after `lengths[b]` tokens (T without lengths). All T outputs are
-    computed in any case: (B, H, T, Dv) in q's dtype. No value is read on the host, so that a CUDA graph can hold it.
+    (b without an index) and keeps what it is after `lengths[b]` tokens (T without lengths); ages: (slots,) int64, to
+    which the tokens kept are added. All T outputs are computed in any case: (B, H, T, Dv) in q's dtype.
 
-    Whatever T, the operations on a token are the same, so T tokens at once give the bits of T calls of one token.
+    No value is read on the host, so that a CUDA graph can hold it. So a row whose index is no slot, or whose length is
+    not 0 to T, changes nothing and gets NaN.
     """
-    share = q.shape[1] // k.shape[1]
-    held = states if index is None else states.index_select(0, index)
-    state = held.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    q, k, v = q.to(state.dtype), *(x.to(state.dtype).repeat_interleave(share, 1) for x in (k, v))
-    gamma = None if log_decay is None else torch.exp(log_decay).to(state.dtype)[:, None, None]
-    kept, outputs = state, []
-    for t in range(q.shape[2]):
+    batch, tokens, dtype = q.shape[0], q.shape[2], q.dtype
+    rows = torch.arange(batch, device=q.device)
+    slots, kept = rows if index is None else index.long(), torch.full_like(rows, tokens)
+    good = (slots >= 0) & (slots < states.shape[0])
+    if lengths is not None:
+        kept = lengths.long()
+        good &= (kept >= 0) & (kept <= tokens)
+    slots, kept = torch.where(good, slots, 0), torch.where(good, kept, 0)
+
+    before = states if index is None else states.index_select(0, slots)
+    state = before.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    q, k, v = _operands(q, k, v, state.dtype)
+    decay = _decay(log_decay, state.dtype)
+    after, outputs = state, []
+    for t in range(tokens):
         token = slice(t, t + 1)
-        state = state if gamma is None else state * gamma
-        state = state + k[:, :, token].mT * v[:, :, token]
-        outputs.append((q[:, :, token].mT * state).sum(2, keepdim=True) * scale)
-        kept = state if lengths is None else torch.where(lengths[:, None, None, None] > t, state, kept)
+        state = _moved(state, k[:, :, token], v[:, :, token], decay)
+        outputs.append(_output(q[:, :, token], state, scale))
+        after = state if lengths is None else torch.where((kept > t)[:, None, None, None], state, after)
+    after = after.to(states.dtype)
     if index is None:
-        states.copy_(kept)
+        written(states, after)
     else:
-        states.index_copy_(0, index, kept.to(states.dtype))
-    return torch.cat(outputs, 2)
+        # Rows that share a slot, of which one at most keeps tokens, all write what that one does.
+        writes = (slots[:, None] == slots) & (kept > 0)
+        writer = torch.where(writes.any(1), writes.int().argmax(1), rows)
+        written(states, after.index_select(0, writer), slots)
+    if ages is not None:
+        ages.index_add_(0, slots, kept)
+    return torch.cat(outputs, 2).masked_fill(~good[:, None, None, None], torch.nan).to(dtype)
+
+
+def written(to: Tensor, source: Tensor, slots: Tensor | None = None) -> Tensor:
+    """`to`, changed in place: all of it, or these slots. Tensors made in inference mode may only be changed there."""
+    if to.is_inference() and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():
+            return written(to, source, slots)
+    return to.copy_(source) if slots is None else to.index_copy_(0, slots, source)
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    share = q.shape[1] // k.shape[1]
+    return q.to(dtype), k.to(dtype).repeat_interleave(share, 1), v.to(dtype).repeat_interleave(share, 1)
+
+
+def _decay(log_decay: Tensor | None, dtype: torch.dtype) -> Decay | None:
+    """(stays, factor), each (H, 1, 1), whose sum is gamma.
+
+    gamma near 1 is rounded by up to 3e-8, the same way at every token, and 65,536 tokens would add that up to 1e-3. So
+    the state of a slow decay stays, and `gamma - 1`, which has all its digits, is the factor of what is added to it.
+    """
+    if log_decay is None:
+        return None
+    exact = log_decay.double()[:, None, None]
+    slow = exact > -0.7
+    return slow.to(dtype), torch.where(slow, torch.expm1(exact), torch.exp(exact)).to(dtype)
+
+
+def _moved(state: Tensor, k: Tensor, v: Tensor, decay: Decay | None) -> Tensor:
+    """The state after one token; the small terms first, so that the sum is rounded once."""
+    if decay is None:
+        return state + k.mT * v
+    stays, factor = decay
+    return state * stays + (state * factor + k.mT * v)
+
+
+def _output(q: Tensor, state: Tensor, scale: float) -> Tensor:
+    return (q.mT * state).sum(2, keepdim=True) * scale

@@ -26,7 +26,8 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """`new = gamma state + k v^T`, `o = scale * q^T new`.
 
-    q: (B, H, 1, Dk); k: (B, Hkv, 1, Dk); v: (B, Hkv, 1, Dv); state: (B, H, Dk, Dv) fp32; log_decay: (H,) or None.
+    q: (B, H, 1, Dk); k: (B, Hkv, 1, Dk); v: (B, Hkv, 1, Dv); state: (B, H, Dk, Dv) fp32; log_decay: (H,), any stride,
+    fp32 or fp64, or None.
     The new state goes to `out`, which may be `state` itself, or to a fresh tensor. Returns (B, H, 1, Dv) and the state.
     """
     batch, heads, _, rows = q.shape
@@ -43,6 +44,7 @@ def step(
             q, k, v, state, log_decay, o, new,
             q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3),
             v.stride(0), v.stride(1), v.stride(3), *state.stride()[:3], *new.stride(),
+            0 if log_decay is None else log_decay.stride(0),
             heads, heads // k.shape[1], rows, columns, scale,
         ),
         {"ROWS": padded(rows), "COLUMNS": block},
@@ -53,10 +55,31 @@ def step(
 
 
 @triton.jit
+def decay(log_decay):
+    """gamma as a sum: what of a state stays, 1 or 0, and the factor of what is added to it: see
+    leetdist.kernels.constant_decay.pytorch.decode._decay."""
+    exact = tl.load(log_decay).to(tl.float64)
+    gamma, slow = tl.exp(exact), exact > -0.7
+    return tl.where(slow, 1.0, 0.0), tl.where(slow, gamma - 1.0, gamma).to(tl.float32)
+
+
+@triton.jit
+def added(held, k, v):
+    """held + k v^T, rounded once."""
+    return tl.fma(tl.broadcast_to(k[:, None], held.shape), tl.broadcast_to(v[None, :], held.shape), held)
+
+
+@triton.jit
+def moved(held, k, v, stays, factor):
+    """gamma held + k v^T; the small terms first, so that the sum is rounded once."""
+    return tl.fma(held, tl.zeros_like(held) + stays, added(held * factor, k, v))
+
+
+@triton.jit
 def _step(
     q, k, v, state, log_decay, o, new,
     q_batch, q_head, q_dim, k_batch, k_head, k_dim, v_batch, v_head, v_dim,
-    state_batch, state_head, state_row, new_batch, new_head, new_row, new_column,
+    state_batch, state_head, state_row, new_batch, new_head, new_row, new_column, decay_head,
     heads, share, rows, columns, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -72,8 +95,9 @@ def _step(
     k_i = tl.load(k + i * k_dim, mask=i < rows, other=0.0).to(tl.float32)
     v_j = tl.load(v + j * v_dim, mask=j < columns, other=0.0).to(tl.float32)
     if log_decay is not None:
-        held *= tl.exp(tl.load(log_decay + head))
-    held = tl.fma(tl.broadcast_to(k_i[:, None], held.shape), tl.broadcast_to(v_j[None, :], held.shape), held)
+        held = moved(held, k_i, v_j, *decay(log_decay + head * decay_head))
+    else:
+        held = added(held, k_i, v_j)
     new += batch * new_batch + head * new_head
     tl.store(new + i[:, None] * new_row + j[None, :] * new_column, held, mask=inside)
     total = tl.sum(q_i[:, None] * held, 0) * scale

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
-from leetdist.kernels.constant_decay.triton.step import COLUMNS, FUSION, WARPS
+from leetdist.kernels.constant_decay.triton.step import COLUMNS, FUSION, WARPS, added, decay, moved
 
 
 def steps(
@@ -22,43 +23,57 @@ def steps(
     scale: float,
     index: Tensor | None,
     lengths: Tensor | None,
+    ages: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.decode.steps. A state that keeps no token is not written."""
     batch, heads, tokens, rows = q.shape
     columns = v.shape[3]
     o = torch.empty(batch, heads, tokens, columns, dtype=q.dtype, device=q.device)
     block = min(COLUMNS, padded(columns))
-    _steps[(batch * heads, ceil_div(columns, block))](
-        q, k, v, states, log_decay, o, index, lengths,
-        *q.stride(), *k.stride(), *v.stride(), *states.stride(),
-        heads, heads // k.shape[1], tokens, rows, columns, scale,
-        ROWS=padded(rows), COLUMNS=block, num_warps=WARPS, enable_fp_fusion=FUSION,
+    launch(
+        _steps,
+        (batch * heads, ceil_div(columns, block)),
+        (
+            q, k, v, states, log_decay, o, index, lengths, ages,
+            *q.stride(), *k.stride(), *v.stride(), *states.stride(), *map(_stride, (log_decay, index, lengths)),
+            heads, heads // k.shape[1], states.shape[0], tokens, rows, columns, scale,
+        ),
+        {"ROWS": padded(rows), "COLUMNS": block},
+        num_warps=WARPS,
+        enable_fp_fusion=FUSION,
     )  # fmt: skip
     return o
 
 
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
 @triton.jit
 def _steps(
-    q, k, v, states, log_decay, o, index, lengths,
+    q, k, v, states, log_decay, o, index, lengths, ages,
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
-    state_slot, state_head, state_row, state_column, heads, share, tokens, rows, columns, scale,
+    state_slot, state_head, state_row, state_column, decay_head, index_row, length_row,
+    heads, share, slots, tokens, rows, columns, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     head, batch = program % heads, program // heads
-    slot, kept = batch, tokens
+    slot, kept, good = batch, tokens + 0 * batch, batch >= 0  # int64, int64, bool
     if index is not None:
-        slot = tl.load(index + batch).to(tl.int64)
+        slot = tl.load(index + batch * index_row).to(tl.int64)
+        good = (slot >= 0) & (slot < slots)
     if lengths is not None:
-        kept = tl.load(lengths + batch).to(tl.int32)
+        kept = tl.load(lengths + batch * length_row).to(tl.int64)
+        good = good & (kept >= 0) & (kept <= tokens)
+    slot, kept = tl.where(good, slot, 0), tl.where(good, kept, 0)
     i, j = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     states += slot * state_slot + head * state_head
     pointers = states + i[:, None] * state_row + j[None, :] * state_column
     held = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    gamma = 1.0
     if log_decay is not None:
-        gamma = tl.exp(tl.load(log_decay + head))
+        stays, factor = decay(log_decay + head * decay_head)
     q += batch * q_batch + head * q_head + i * q_dim
     k += batch * k_batch + head // share * k_head + i * k_dim
     v += batch * v_batch + head // share * v_head + j * v_dim
@@ -68,9 +83,13 @@ def _steps(
         k_i = tl.load(k + t * k_token, mask=i < rows, other=0.0).to(tl.float32)
         v_j = tl.load(v + t * v_token, mask=j < columns, other=0.0).to(tl.float32)
         if log_decay is not None:
-            held *= gamma
-        held = tl.fma(tl.broadcast_to(k_i[:, None], held.shape), tl.broadcast_to(v_j[None, :], held.shape), held)
+            held = moved(held, k_i, v_j, stays, factor)
+        else:
+            held = added(held, k_i, v_j)
         if t + 1 == kept:
             tl.store(pointers, held.to(states.dtype.element_ty), mask=inside)
-        total = tl.sum(q_i[:, None] * held, 0) * scale
+        total = tl.where(good, tl.sum(q_i[:, None] * held, 0) * scale, float("nan"))
         tl.store(o + t * columns, total.to(o.dtype.element_ty), mask=j < columns)
+    if ages is not None:
+        first = (head == 0) & (tl.program_id(1) == 0)
+        tl.store(ages + slot, tl.load(ages + slot) + kept, mask=first & (kept > 0))
