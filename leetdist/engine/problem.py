@@ -268,11 +268,21 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
         raise ValueError(f"{name} must be on q's device, {q.device}, got {state.device}")
 
 
+def check_written(name: str, x: Tensor) -> None:
+    """A tensor that is changed in place: no element of it may stand for several."""
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"{name} is changed in place, so it must not be expanded, got strides {x.stride()}")
+
+
 def check_step(problem: Problem, q: Tensor, state: Tensor, *, inplace: bool) -> None:
     """What one step of decoding needs beside `describe`."""
     if problem.tokens != 1:
         raise ValueError(f"q must hold one token, (B, H, 1, Dk), got shape {tuple(q.shape)}")
     check_state("state", state, (problem.batch, problem.heads, problem.dk, problem.dv), q)
+    if not isinstance(inplace, bool):
+        raise ValueError(f"inplace must be True or False, got {inplace!r}")
+    if inplace:
+        check_written("state", state)
     if inplace and (problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)):
         raise ValueError("inplace must be False where gradients are recorded: the old state is needed for them")
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from leetdist.inference.problem import check_like
+from leetdist.inference.problem import check_count, check_like, check_whole, values_of
 from leetdist.inference.state import State
-from leetdist.inference.steps import linear_attention_steps
+from leetdist.inference.steps import advance
+from leetdist.kernels.constant_decay.pytorch.decode import written
 
 
 class StatePool:
@@ -52,8 +53,8 @@ class StatePool:
     """
 
     def __init__(self, slots: int, *, like: State, dtype: torch.dtype | None = None) -> None:
-        if slots < 1:
-            raise ValueError(f"slots must be at least 1, got {slots}")
+        slots = check_count("slots", slots, 1)
+        check_whole("like", like)
         dtype = dtype or like.boundary.dtype
         if dtype not in (like.boundary.dtype, torch.bfloat16):
             raise ValueError(f"dtype must be {like.boundary.dtype} or torch.bfloat16, got {dtype}")
@@ -67,54 +68,72 @@ class StatePool:
 
     def put(self, state: State) -> list[int]:
         """A slot for each row of the state, which is copied there."""
+        check_whole("state", state)
         check_like(state, self._like)
-        slots = self._claim(state.boundary.shape[0])
-        self.states[slots] = state.now.to(self.states.dtype)
-        self.tokens[slots] = state.tokens
-        return slots
+        return self._fill(state.now.to(self.states), torch.tensor(state.tokens, device="cpu"), state.boundary.shape[0])
 
     def fork(self, slot: int, copies: int) -> list[int]:
         """`copies` more slots with what is in `slot`."""
-        self._check(slot)
-        slots = self._claim(copies)
-        self.states[slots] = self.states[slot].clone()
-        self.tokens[slots] = self.tokens[slot].clone()
-        return slots
+        slot, copies = self._held(slot), check_count("copies", copies, 1)
+        return self._fill(self.states[slot].clone(), self.tokens[slot].clone(), copies)
 
     def take(self, slot: int) -> State:
         """A copy of what is in a slot, to save or to move to another pool; the slot stays in use."""
-        self._check(slot)
+        slot = self._held(slot)
         now = self.states[slot : slot + 1].to(self._like.boundary.dtype, copy=True)
         return self._like.after(now, int(self.tokens[slot]) - self._like.tokens)
 
     def release(self, slots: Iterable[int]) -> None:
-        """The slots are free again."""
-        for slot in slots:
-            self._check(slot)
+        """The slots are free again: all of them, or with a ValueError none."""
+        if not isinstance(slots, Iterable):
+            raise ValueError(f"slots must be several slots, got {slots!r}")
+        going = [self._held(slot) for slot in slots]
+        if len(set(going)) < len(going):
+            raise ValueError(f"slots must be all different, got {going}")
+        for slot in going:
             self._used.remove(slot)
             heapq.heappush(self._free, slot)
 
     def steps(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """`linear_attention_steps` on the slots in `index`, (B,), which then are `lengths` tokens older."""
-        o = linear_attention_steps(
-            q, k, v, self.states, self._like.log_decay,
-            scale=self._like.scale, index=index, lengths=lengths,
-        )  # fmt: skip
-        if lengths is None:
-            lengths = torch.full_like(index, q.shape[2])
-        self.tokens.index_add_(0, index, lengths.to(torch.int64))
-        return o
+        """`linear_attention_steps` on the slots in `index`, (B,), which then are `lengths` tokens older.
 
-    def _claim(self, count: int) -> list[int]:
+        ValueError where a row names a slot that nobody holds, or keeps tokens in `idle`; on a GPU, where the values of
+        `index` are not read, such a row changes what is in that slot, and nothing else.
+        """
+        if index is None:
+            raise ValueError("index must be a tensor that names the slot of each row, got None")
+        self._check_index(index, lengths)
+        return advance(
+            q, k, v, self.states, self._like.log_decay,
+            scale=self._like.scale, index=index, lengths=lengths, ages=self.tokens,
+        )  # fmt: skip
+
+    def _check_index(self, index: Tensor, lengths: Tensor | None) -> None:
+        slots, kept = (values_of(x) if isinstance(x, Tensor) and x.ndim == 1 else None for x in (index, lengths))
+        for row, slot in enumerate(slots or ()):
+            # Slots that do not exist are the concern of linear_attention_steps.
+            if slot == self.idle and (kept is None or any(kept[row : row + 1])):
+                raise ValueError(f"lengths must be 0 where index is the pool's idle slot, {slot}, for row {row}")
+            if 0 <= slot < self.idle and slot not in self._used:
+                raise ValueError(f"index must name slots in use, got {slot} for row {row}: slot {slot} is not in use")
+
+    @torch.no_grad()
+    def _fill(self, state: Tensor, tokens: Tensor, count: int) -> list[int]:
+        """`count` slots, with this in them."""
         if count > len(self._free):
             raise RuntimeError(f"the pool has {len(self._free)} free slots of {self.idle}, and {count} are needed")
         slots = [heapq.heappop(self._free) for _ in range(count)]
         self._used.update(slots)
+        index = torch.tensor(slots, dtype=torch.int64, device=self.states.device)
+        written(self.states, state.expand(count, *self.states.shape[1:]), index)
+        written(self.tokens, tokens.to(self.tokens).expand(count), index)
         return slots
 
-    def _check(self, slot: int) -> None:
+    def _held(self, slot: int) -> int:
+        slot = check_count("slot", slot, 0)
         if slot not in self._used:
             raise ValueError(f"slot {slot} is not in use")
+        return slot
 
 
 __all__ = ["StatePool"]

@@ -5,20 +5,39 @@ The operator's own arguments are `leetdist.engine.problem`'s.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+import operator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from leetdist.engine.problem import ONE_DEVICE, describe
+from leetdist.engine.problem import DTYPES, METHODS, ONE_DEVICE, check_log_decay, check_written, describe
 
 if TYPE_CHECKING:
     from leetdist.inference.state import State
 
 
+def check_count(name: str, value: Any, least: int) -> int:
+    """A whole number: of slots, copies, tokens."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+    return count
+
+
 def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor | None, lengths: Tensor | None) -> None:
-    """The pooled states of a decoding call, and which of them its rows work on. Values stay unread: see there."""
-    batch, heads, _, dk = q.shape
+    """The pooled states of a decoding call, and which of them its rows work on.
+
+    The values of index and lengths are read where they are in host memory. On a GPU that would stop the stream, so
+    there the kernels look: a row with a slot or length that does not exist changes nothing and gets NaN.
+    """
+    batch, heads, tokens, dk = q.shape
     if not isinstance(states, Tensor):
         raise ValueError(f"states must be a tensor, got {type(states).__name__}")
     if states.ndim != 4 or tuple(states.shape[1:]) != (heads, dk, v.shape[3]):
@@ -33,6 +52,7 @@ def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor |
         raise ValueError(f"states must be {full} or torch.bfloat16, got {states.dtype}")
     if states.device != q.device:
         raise ValueError(f"states must be on q's device, {q.device}, got {states.device}")
+    check_written("states", states)
     for name, x in (("index", index), ("lengths", lengths)):
         if x is None:
             continue
@@ -43,6 +63,124 @@ def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor |
             raise ValueError(f"{name} must have shape (B,) = ({batch},), got {tuple(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}")
+    kept = values_of(lengths) or [tokens] * batch
+    for row, length in enumerate(kept):
+        if not 0 <= length <= tokens:
+            raise ValueError(f"lengths must be from 0 to T = {tokens}, got {length} for row {row}")
+    rows: dict[int, int] = {}
+    for row, slot in enumerate(values_of(index) or ()):
+        if not 0 <= slot < states.shape[0]:
+            raise ValueError(f"index must be from 0 to {states.shape[0] - 1}, the last slot, got {slot} for row {row}")
+        if kept[row] and rows.setdefault(slot, row) != row:
+            raise ValueError(f"index must name a slot once, got {slot} for rows {rows[slot]} and {row}")
+
+
+def values_of(x: Tensor | None) -> list[int] | None:
+    """The values of a tensor in host memory; None where reading them would stop a stream or a trace."""
+    if x is None or torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
+        return None
+    return cast("list[int]", x.tolist())
+
+
+def check_state(state: State) -> None:
+    """The parts of a state fit together; values of its tensors are not read."""
+    for name in ("boundary", "k", "v", "log_decay"):
+        x, ndim = getattr(state, name), 1 if name == "log_decay" else 4
+        if not isinstance(x, Tensor) or x.ndim != ndim or x.layout != torch.strided:
+            got = f"{x.layout} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a dense tensor of {ndim} dimensions, got {got}")
+        if x.device != state.boundary.device:
+            raise ValueError(f"{name} must be on boundary's device, {state.boundary.device}, got {x.device}")
+    boundary, k, v, log_decay = state.boundary, state.k, state.v, state.log_decay
+    batch, heads, dk, _ = boundary.shape
+    if 0 in boundary.shape:
+        raise ValueError(f"boundary must have no empty dimension, got {tuple(boundary.shape)}")
+    full = torch.float64 if k.dtype == torch.float64 else torch.float32
+    if boundary.dtype != full:
+        raise ValueError(f"boundary must be {full} where k is {k.dtype}, got {boundary.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be of a dtype that linear_attention takes, got {x.dtype}")
+        if (x.shape[0], x.shape[2]) != (batch, k.shape[2]):
+            wanted = f"(B, Hkv, n, D) = ({batch}, Hkv, {k.shape[2]}, D)"
+            raise ValueError(f"{name} must have shape {wanted}, as boundary and k have it, got {tuple(x.shape)}")
+        if not x.shape[1] or heads % x.shape[1] or x.shape[1] != k.shape[1]:
+            raise ValueError(f"{name} must have k's number of heads, a divisor of {heads}, got {x.shape[1]}")
+    if k.shape[3] != dk:
+        raise ValueError(f"k must have boundary's Dk = {dk}, got shape {tuple(k.shape)}")
+    if log_decay.shape != (heads,) or log_decay.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"log_decay must be float32 of shape (H,) = ({heads},), got {log_decay.dtype} of {tuple(log_decay.shape)}"
+        )
+    check_options(state.scale, state.tile, state.method)
+    if k.shape[2] >= state.tile:
+        raise ValueError(f"k must hold less than a tile of {state.tile} tokens, got {k.shape[2]}")
+    check_count("tokens", state.tokens, k.shape[2])
+
+
+def check_whole(name: str, state: Any) -> None:
+    """A state that is used. One that is only compared with may be of parts that do not compute together."""
+    # Not at the head of the file: a state is checked here.
+    from leetdist.inference.state import State
+
+    if not isinstance(state, State):
+        raise ValueError(f"{name} must be a State, got {type(state).__name__}")
+    if state.v.dtype != state.k.dtype:
+        raise ValueError(f"{name}: v must have k's dtype, {state.k.dtype}, got {state.v.dtype}")
+    if state.v.shape[3] != state.boundary.shape[3]:
+        raise ValueError(
+            f"{name}: v must have boundary's Dv = {state.boundary.shape[3]}, got shape {tuple(state.v.shape)}"
+        )
+
+
+def check_options(scale: Any, tile: Any, method: Any) -> None:
+    """How a stream computes."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    if not isinstance(tile, int) or isinstance(tile, bool) or tile < 16 or tile & (tile - 1):
+        raise ValueError(f"tile must be a power of two of at least 16 tokens, got {tile!r}")
+    if method in ONE_DEVICE:
+        raise ValueError(f"method must be one that works tile by tile, got {method!r}: it takes a sequence as a whole")
+    if method not in METHODS or method == "auto":
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
+def check_continues(state: State, **given: Any) -> None:
+    """A stream that goes on from a state is given nothing that the state says."""
+    check_whole("state", state)
+    defaults = {"log_decay": None, "scale": 1.0, "tile": None, "method": "auto"}
+    for name, value in given.items():
+        if value is not defaults[name] and (isinstance(value, Tensor) or value != defaults[name]):
+            raise ValueError(f"{name} must not be given with state, which has its own: it is {getattr(state, name)!r}")
+
+
+def check_decay(log_decay: Tensor) -> None:
+    """What can be said of a log_decay before the first piece."""
+    if isinstance(log_decay, Tensor) and log_decay.ndim == 1:
+        check_log_decay(log_decay, log_decay.shape[0], log_decay.device)
+        return
+    got = f"a tensor of shape {tuple(log_decay.shape)}" if isinstance(log_decay, Tensor) else type(log_decay).__name__
+    raise ValueError(f"log_decay must be a tensor of shape (H,) or None, got {got}")
+
+
+def check_device(device: Any) -> torch.device:
+    """A device, with its number."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"device must be a device that is there, got {device!r}: {error}") from None
+
+
+def check_rows(rows: Tensor, batch: int) -> None:
+    """Rows of a batch; their values, where they are in host memory."""
+    if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+        got = f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"rows must be an int32 or int64 tensor of shape (R,), got {got}")
+    if not rows.shape[0]:
+        raise ValueError("rows must name at least one row, got none")
+    for row in values_of(rows) or ():
+        if not 0 <= row < batch:
+            raise ValueError(f"rows must be from 0 to {batch - 1}, the last row of the batch, got {row}")
 
 
 def check_piece(
@@ -58,8 +196,6 @@ def check_piece(
     after: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """One piece of a stream; `after`: the state, keys and values that it continues."""
-    if method in ONE_DEVICE:
-        raise ValueError(f"method must be one that works tile by tile, got {method!r}: it takes a sequence as a whole")
     describe(
         q, k, v, log_decay, ranks=ranks,
         scale=scale, initial_state=None if after is None else after[0], return_state=True,

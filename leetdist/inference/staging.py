@@ -46,7 +46,7 @@ class Staging:
         q, _, v = piece
         if not q.shape[2]:
             raise ValueError("q: N is 0; a piece needs at least one token")
-        out = _empty_like((*q.shape[:3], v.shape[3]), q, pin_memory=True)
+        out = _empty_like((*q.shape[:3], v.shape[3]), q, device="cpu", pin_memory=True)
         current = torch.cuda.current_stream(self.device)
         ends = [lead, *range(lead + self.window, q.shape[2], self.window), q.shape[2]]
         begin = 0

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
+from leetdist.inference.problem import check_count, check_rows, check_state
 from leetdist.sequence.group import alone
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class State:
     """What decaying linear attention remembers of the sequences of a batch. `leetdist.stream` makes and takes it.
 
@@ -31,7 +32,8 @@ class State:
         method: the local method, by name.
 
     Raises:
-        ValueError: from `stream` and `load_states`, where a state does not belong to the operator at hand.
+        ValueError: the parts do not fit together; or, from `stream` and `load_states`, a state does not belong to the
+            operator at hand.
 
     Source: the recurrent form of RetNet, arXiv 2307.08621, eq. 6; tiles as in Lightning Attention-2, arXiv
     2401.04658.
@@ -53,6 +55,16 @@ class State:
     tile: int
     scale: float = 1.0
     method: str = "block"
+
+    def __post_init__(self) -> None:
+        check_state(self)
+
+    def __repr__(self) -> str:
+        batch, heads, dk, dv = self.boundary.shape
+        return (
+            f"State(tokens={self.tokens}, B={batch}, H={heads}, Dk={dk}, Dv={dv}, {self.open} in an open tile of "
+            f"{self.tile}, scale={self.scale}, method={self.method!r}, {self.boundary.dtype}, {self.device})"
+        )
 
     @property
     def open(self) -> int:
@@ -79,11 +91,14 @@ class State:
 
     def fork(self, copies: int) -> State:
         """Each row `copies` times, one beside the other."""
+        copies = check_count("copies", copies, 1)
         rows = torch.arange(self.boundary.shape[0], device=self.device)
         return self.select(rows.repeat_interleave(copies))
 
     def select(self, rows: Tensor) -> State:
         """These rows of the batch, (R,) int64, in this order."""
+        check_rows(rows, self.boundary.shape[0])
+        rows = rows.to(self.device)
         parts = {name: getattr(self, name)[rows] for name in ("boundary", "k", "v")}
         return replace(self, **parts)
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from leetdist.engine.problem import describe
 from leetdist.inference.problem import check_steps
 from leetdist.operators.dispatch import decoder
+from leetdist.sequence.group import check_alone
 
 
-@torch.no_grad()
 def linear_attention_steps(
     q: Tensor,
     k: Tensor,
@@ -34,18 +34,21 @@ def linear_attention_steps(
         k: (B, Hkv, T, Dk), same dtype and device; Hkv divides H.
         v: (B, Hkv, T, Dv).
         states: (slots, H, Dk, Dv) fp32 (fp64 with fp64 inputs), or bf16, then rounded once a call; changed in place.
-        log_decay: (H,) fp32, natural log, <= 0; None is no decay.
+        log_decay: (H,) fp32, natural log, <= 0 (-inf: each token starts anew); None is no decay.
         scale: factor of the output.
         index: (B,) int32 or int64, the slot of each row, all different; None: row b is slot b. Rows of length 0 may
             share a slot, which pads a batch to the size a CUDA graph was captured with (see `StatePool.idle`).
-        lengths: (B,) int32 or int64, tokens that each row keeps, 0 to T. Neither is read on the host: a call can be
-            captured in a CUDA graph and replayed for other requests by writing new values into both.
+        lengths: (B,) int32 or int64, tokens that each row keeps, 0 to T. On a GPU neither is read on the host: a call
+            can be captured in a CUDA graph and replayed for other requests by writing new values into both. There, a
+            row with a slot or a length that does not exist changes no state and its outputs are NaN; rows that keep
+            tokens of one slot leave there what either of them makes.
 
     Returns:
         o, (B, H, T, Dv) in q's dtype, for all T tokens.
 
     Raises:
-        ValueError: an argument is wrong; the message says which, what it is and what it must be.
+        ValueError: an argument is wrong (the message says which, what it is and what it must be; values of index and
+            lengths on the CPU), or a `sequence_parallel` of several ranks surrounds the call: a token has no shards.
 
     Source: RetNet, arXiv 2307.08621, eq. 6; verification of drafts: Leviathan et al., arXiv 2211.17192.
 
@@ -60,6 +63,24 @@ def linear_attention_steps(
     >>> [not torch.equal(pool[i], before[i]) for i in index]
     [True, True, False]
     """
+    return advance(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths)
+
+
+@torch.no_grad()
+def advance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    states: Tensor,
+    log_decay: Tensor | None,
+    *,
+    scale: float,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    ages: Tensor | None = None,
+) -> Tensor:
+    """`linear_attention_steps`; ages: (slots,) int64, to which the tokens that each slot keeps are added."""
+    check_alone("linear_attention_steps")
     problem = describe(
         q, k, v, log_decay,
         scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
@@ -67,8 +88,10 @@ def linear_attention_steps(
     check_steps(q, k, v, states, index, lengths)
     steps = decoder("steps", problem).function()
     with torch.autocast(q.device.type, enabled=False):
-        o: Tensor = steps(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths)
-        return o.to(q.dtype)
+        o: Tensor = steps(
+            q, k, v, states, log_decay, scale=problem.scale, index=index, lengths=lengths, ages=ages
+        )  # fmt: skip
+    return o
 
 
-__all__ = ["linear_attention_steps"]
+__all__ = ["advance", "linear_attention_steps"]

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.inference.problem import check_piece, check_shards
+from leetdist.inference.problem import (
+    check_continues,
+    check_decay,
+    check_device,
+    check_options,
+    check_piece,
+    check_shards,
+)
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, run
 from leetdist.sequence.grid import LARGEST_TILE
@@ -55,7 +62,7 @@ def stream(
             sequences of 524,288 tokens and more.
         method: a local method by name, one that works tile by tile. "auto" is "block", because the choice that
             `linear_attention` makes depends on the length of the whole sequence, which nobody knows yet.
-        state: go on from here, with its decay, scale, tile and method; the other arguments stay at their defaults.
+        state: go on from here, with its decay, scale, tile and method: these arguments are not given with it.
         device: where to compute. None: where the pieces are. Pieces in host memory (pinned, for copies that overlap)
             go to a CUDA device window by window, and the outputs come back to the host.
         group: ranks that hold consecutive shards of each piece, cut on the tile grid; every rank ends with the same
@@ -78,8 +85,15 @@ def stream(
     >>> torch.equal(torch.cat(parts, 2), o), torch.equal(stream.state.now, last)
     (True, True)
     """
+    if state is not None:
+        check_continues(state, log_decay=log_decay, scale=scale, tile=tile, method=method)
+        log_decay, scale, tile, method = state.log_decay, state.scale, state.tile, state.method
+    tile = LARGEST_TILE if tile is None else tile
     method = "block" if method == "auto" else method
-    return Stream(log_decay, scale, tile or LARGEST_TILE, method, state, device, resolve(group))
+    check_options(scale, tile, method)
+    if log_decay is not None:
+        check_decay(log_decay)
+    return Stream(log_decay, scale, tile, method, state, device, resolve(group))
 
 
 class Stream:
@@ -95,7 +109,7 @@ class Stream:
         device: torch.device | str | None,
         transport: Transport | None,
     ) -> None:
-        self.device = None if device is None else torch.empty(0, device=device).device
+        self.device = None if device is None else check_device(device)
         if state is not None and self.device is not None:
             state = state.to(self.device)
         self._state = state
@@ -211,8 +225,9 @@ class Stream:
         check_piece(q, k, v, *self._options, ranks=ranks)
         batch, heads, _, dk = q.shape
         if log_decay is None:
-            log_decay = torch.zeros(heads, device=q.device)
-        log_decay = log_decay.detach().to(q.device)
+            log_decay = torch.zeros(heads, dtype=torch.float32, device=q.device)
+        with torch.inference_mode(False):  # what is kept is nobody else's to change, and of use outside too
+            log_decay = log_decay.detach().to(q.device, copy=True)
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return State(
             boundary=torch.zeros(batch, heads, dk, v.shape[3], dtype=dtype, device=q.device),
@@ -231,11 +246,10 @@ def _into_open_tile(state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     k, v = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
     padded = torch.cat((q.new_zeros(*q.shape[:2], before, q.shape[3]), q), 2)
     o, after = run(state, padded, k, v)
+    boundary = state.boundary
     if before + tokens == state.tile:
-        state = replace(state, boundary=after, k=_no_tokens(k), v=_no_tokens(v))
-    else:
-        state = replace(state, k=k, v=v)
-    state = replace(state, tokens=state.tokens + tokens)
+        boundary, k, v = after, _no_tokens(k), _no_tokens(v)
+    state = replace(state, boundary=boundary, k=k, v=v, tokens=state.tokens + tokens)
     return o[:, :, before:], state
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.nn.decay import log_decay
+from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -74,7 +75,7 @@ class _DecayAttention(nn.Module):
         """(B, N, H, D) to (B, N, H, Dv), without a copy; one token with a state is a step of decoding."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         decay = self.log_decay(q.device)
-        if state is not None and q.shape[2] == 1 and self.group is None:
+        if state is not None and q.shape[2] == 1 and resolve(self.group) is None:
             o, state = linear_attention_step(q, k, v, state, decay, scale=scale, inplace=self.inplace)
             return o.transpose(1, 2), state
         call = partial(

@@ -135,6 +135,16 @@ def alone() -> Iterator[None]:
         _scope.group, _scope.transport, _scope.lengths = before
 
 
+def check_alone(call: str) -> None:
+    """A call that works on this rank by itself is not under a `sequence_parallel` of several ranks."""
+    if _scope.transport is not None and _scope.transport.size > 1:
+        raise ValueError(
+            f"{call} knows no group: it decodes on this rank by itself, and a sequence_parallel of "
+            f"{_scope.transport.size} ranks surrounds the call. Every rank has the whole state after linear_attention "
+            "or stream; decode outside of sequence_parallel"
+        )
+
+
 def resolve(group: Group | None, transport: str | None = None) -> Transport | None:
     """The transport of a group; of the surrounding `sequence_parallel` for None; None for neither."""
     if group is None:

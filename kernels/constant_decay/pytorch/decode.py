@@ -70,7 +70,7 @@ def steps(
         writer = torch.where(writes.any(1), writes.int().argmax(1), rows)
         written(states, after.index_select(0, writer), slots)
     if ages is not None:
-        ages.index_add_(0, slots, kept)
+        written(ages, ages.index_add(0, slots, kept))
     return torch.cat(outputs, 2).masked_fill(~good[:, None, None, None], torch.nan).to(dtype)
 
 
