@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from leetdist.inference.problem import check_like
+from leetdist.inference.problem import check_device, check_like, check_states, check_whole
 from leetdist.inference.state import State
 
 FORMAT = "leetdist.states/1"
@@ -23,13 +23,15 @@ FIELDS = ("tokens", "tile", "scale", "method")
 def save_states(path: str | Path, states: Mapping[str, State], *, model: str = "") -> None:
     """Write states, say one for each layer of a model, to one safetensors file; atomically.
 
+    A reader, and one of several writers of one file, sees what one writer wrote as a whole: the last one wins.
+
     Args:
         path: the file, replaced as a whole where it exists.
         states: by name; their tensors keep shape, dtype and bits.
         model: any text that says which model they belong to (a name and a hash of its weights, say).
 
     Raises:
-        ValueError: `states` is empty.
+        ValueError: `states` is empty or no mapping from text to states.
         ModuleNotFoundError: safetensors is not installed.
 
     Source: the safetensors format, version 0.5 and later; shapes and dtypes as in `State`.
@@ -45,6 +47,9 @@ def save_states(path: str | Path, states: Mapping[str, State], *, model: str = "
     """
     from safetensors.torch import save_file
 
+    check_states(states)
+    if not isinstance(model, str):
+        raise ValueError(f"model must be a text, got {type(model).__name__}")
     if not states:
         raise ValueError("states is empty: there is nothing to save")
     tensors = {
@@ -53,10 +58,13 @@ def save_states(path: str | Path, states: Mapping[str, State], *, model: str = "
         for part in TENSORS
     }
     fields = {name: {field: getattr(state, field) for field in FIELDS} for name, state in states.items()}
-    told = {"format": FORMAT, "model": model, "states": json.dumps(fields, sort_keys=True)}
-    unfinished = Path(f"{path}.{os.getpid()}.tmp")
+    told = {"format": FORMAT, "model": model, "states": json.dumps(fields)}
+    # A name that nobody else writes to, or can have put a link at.
+    unfinished = Path(f"{path}.{secrets.token_hex(16)}.tmp")
     try:
         save_file(tensors, unfinished, {**told, "sha256": _digest(tensors, told)})
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())  # or a machine that fails leaves the new name and no content
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -96,28 +104,32 @@ def load_states(
     ...
     ValueError: ...prompt.safetensors holds states of the model 'tiny', wanted 'large'
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
+    device = check_device(device)
+    if like is not None and not (isinstance(like, Mapping) and all(isinstance(x, State) for x in like.values())):
+        raise ValueError("like must be a mapping from names to states")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
+    # Read once: safetensors opens a file by its name twice, and in between another writer may have replaced it.
+    content = Path(path).read_bytes()
     try:
-        with safe_open(path, "pt") as file:
-            told = dict(file.metadata() or {})
-            if told.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is no file of save_states: its format is {told.get('format')!r}, wanted {FORMAT!r}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, cut short, or no safetensors file: {error}") from None
-    if told.pop("sha256", None) != _digest(tensors, told):
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    told: dict[str, str] = header.get("__metadata__") or {}
+    if told.get("format") != FORMAT:
+        raise ValueError(f"{path} is no file of save_states: its format is {told.get('format')!r}, wanted {FORMAT!r}")
+    for field in ("sha256", "model", "states"):
+        if field not in told:
+            raise ValueError(f"{path} is no file of save_states, or damaged: its header has no {field!r}")
+    if told.pop("sha256") != _digest(tensors, told):
         raise ValueError(f"{path} is damaged: its checksum does not fit its content")
     if model is not None and told["model"] != model:
         raise ValueError(f"{path} holds states of the model {told['model']!r}, wanted {model!r}")
-    made: dict[str, dict[str, Any]] = json.loads(told["states"])
-    states = {
-        name: State(**{part: tensors[f"{name}.{part}"] for part in TENSORS}, **fields) for name, fields in made.items()
-    }
+    states = _states(path, told["states"], tensors)
     if like is not None and set(like) != set(states):
         raise ValueError(f"{path} holds the states {sorted(states)}, wanted {sorted(like)}")
     for name, expected in (like or {}).items():
@@ -126,6 +138,37 @@ def load_states(
         except ValueError as error:
             raise ValueError(f"{path}, state {name!r}: {error}") from None
     return {name: state.to(device) for name, state in states.items()}
+
+
+def _states(path: str | Path, told: str, tensors: Mapping[str, Tensor]) -> dict[str, State]:
+    """The states of a file that somebody may have made by hand."""
+    try:
+        made = json.loads(told)
+    except (ValueError, RecursionError):
+        made = None
+    if not isinstance(made, dict) or not all(isinstance(fields, dict) for fields in made.values()):
+        raise ValueError(f"{path}: what its header says of the states is no table of them")
+    wanted = {f"{name}.{part}" for name in made for part in TENSORS}
+    if wanted != set(tensors):
+        raise ValueError(
+            f"{path}: its states have no tensor {min(wanted - set(tensors))!r}"
+            if wanted - set(tensors)
+            else f"{path}: its tensor {min(set(tensors) - wanted)!r} is of no state"
+        )
+    states = {}
+    for name, fields in made.items():
+        for field in FIELDS:
+            if field not in fields:
+                raise ValueError(f"{path}, state {name!r}: its header does not say {field!r}")
+        if len(fields) > len(FIELDS):
+            raise ValueError(f"{path}, state {name!r}: its header says {sorted(fields)}, wanted {sorted(FIELDS)}")
+        try:
+            boundary, k, v, log_decay = (tensors[f"{name}.{part}"] for part in TENSORS)
+            states[name] = State(boundary, k, v, log_decay, **fields)
+            check_whole("the state", states[name])
+        except ValueError as error:
+            raise ValueError(f"{path}, state {name!r}: {error}") from None
+    return states
 
 
 def _digest(tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from leetdist.inference.problem import check_count, check_like, check_whole, values_of
+from leetdist.inference.problem import check_count, check_like, check_whole, host_values
 from leetdist.inference.state import State
 from leetdist.inference.steps import advance
 from leetdist.kernels.constant_decay.pytorch.decode import written
@@ -109,7 +109,7 @@ class StatePool:
         )  # fmt: skip
 
     def _check_index(self, index: Tensor, lengths: Tensor | None) -> None:
-        slots, kept = (values_of(x) if isinstance(x, Tensor) and x.ndim == 1 else None for x in (index, lengths))
+        slots, kept = (host_values(x) if isinstance(x, Tensor) and x.ndim == 1 else None for x in (index, lengths))
         for row, slot in enumerate(slots or ()):
             # Slots that do not exist are the concern of linear_attention_steps.
             if slot == self.idle and (kept is None or any(kept[row : row + 1])):

@@ -6,12 +6,13 @@ The operator's own arguments are `leetdist.engine.problem`'s.
 from __future__ import annotations
 
 import math
-import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from leetdist.arguments import as_int, check_plain
 from leetdist.engine.problem import DTYPES, METHODS, ONE_DEVICE, check_log_decay, check_written, describe
 
 if TYPE_CHECKING:
@@ -20,12 +21,7 @@ if TYPE_CHECKING:
 
 def check_count(name: str, value: Any, least: int) -> int:
     """A whole number: of slots, copies, tokens."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+    count = int(as_int(name, value))
     if count < least:
         raise ValueError(f"{name} must be at least {least}, got {count}")
     return count
@@ -38,8 +34,7 @@ def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor |
     there the kernels look: a row with a slot or length that does not exist changes nothing and gets NaN.
     """
     batch, heads, tokens, dk = q.shape
-    if not isinstance(states, Tensor):
-        raise ValueError(f"states must be a tensor, got {type(states).__name__}")
+    check_plain("states", states)
     if states.ndim != 4 or tuple(states.shape[1:]) != (heads, dk, v.shape[3]):
         raise ValueError(
             f"states must have shape (slots, H, Dk, Dv) = (slots, {heads}, {dk}, {v.shape[3]}), "
@@ -63,19 +58,19 @@ def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor |
             raise ValueError(f"{name} must have shape (B,) = ({batch},), got {tuple(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}")
-    kept = values_of(lengths) or [tokens] * batch
+    kept = host_values(lengths) or [tokens] * batch
     for row, length in enumerate(kept):
         if not 0 <= length <= tokens:
             raise ValueError(f"lengths must be from 0 to T = {tokens}, got {length} for row {row}")
     rows: dict[int, int] = {}
-    for row, slot in enumerate(values_of(index) or ()):
+    for row, slot in enumerate(host_values(index) or ()):
         if not 0 <= slot < states.shape[0]:
             raise ValueError(f"index must be from 0 to {states.shape[0] - 1}, the last slot, got {slot} for row {row}")
         if kept[row] and rows.setdefault(slot, row) != row:
             raise ValueError(f"index must name a slot once, got {slot} for rows {rows[slot]} and {row}")
 
 
-def values_of(x: Tensor | None) -> list[int] | None:
+def host_values(x: Tensor | None) -> list[int] | None:
     """The values of a tensor in host memory; None where reading them would stop a stream or a trace."""
     if x is None or torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
         return None
@@ -133,6 +128,27 @@ def check_whole(name: str, state: Any) -> None:
         )
 
 
+def check_states(states: Any) -> None:
+    """States by name, to save or to go on from."""
+    if not isinstance(states, Mapping):
+        raise ValueError(f"states must be a mapping from names to states, got {type(states).__name__}")
+    for name, state in states.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"states must be named by text, got the name {name!r}")
+        if not name.isprintable():  # a surrogate is no text that a file can hold
+            raise ValueError(f"states must have printable names, got {name!r}")
+        check_whole(f"states[{name!r}]", state)
+
+
+def check_tokens(tokens: Any, rows: int | None) -> None:
+    """Tokens of a batch, of as many rows as those before them."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens must be an int64 tensor of shape (B, N), got {got}")
+    if not tokens.shape[0] or tokens.shape[0] != (rows or tokens.shape[0]):
+        raise ValueError(f"tokens must have {rows or 'at least one'} rows, as before them, got {tokens.shape[0]}")
+
+
 def check_options(scale: Any, tile: Any, method: Any) -> None:
     """How a stream computes."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
@@ -156,11 +172,10 @@ def check_continues(state: State, **given: Any) -> None:
 
 def check_decay(log_decay: Tensor) -> None:
     """What can be said of a log_decay before the first piece."""
-    if isinstance(log_decay, Tensor) and log_decay.ndim == 1:
-        check_log_decay(log_decay, log_decay.shape[0], log_decay.device)
-        return
-    got = f"a tensor of shape {tuple(log_decay.shape)}" if isinstance(log_decay, Tensor) else type(log_decay).__name__
-    raise ValueError(f"log_decay must be a tensor of shape (H,) or None, got {got}")
+    check_plain("log_decay", log_decay, "a tensor or None")
+    if log_decay.ndim != 1 or not log_decay.shape[0]:
+        raise ValueError(f"log_decay must have shape (H,), got {tuple(log_decay.shape)}")
+    check_log_decay(log_decay, log_decay[None, :, None, None])  # of a query's heads and device, all that is known
 
 
 def check_device(device: Any) -> torch.device:
@@ -178,7 +193,7 @@ def check_rows(rows: Tensor, batch: int) -> None:
         raise ValueError(f"rows must be an int32 or int64 tensor of shape (R,), got {got}")
     if not rows.shape[0]:
         raise ValueError("rows must name at least one row, got none")
-    for row in values_of(rows) or ():
+    for row in host_values(rows) or ():
         if not 0 <= row < batch:
             raise ValueError(f"rows must be from 0 to {batch - 1}, the last row of the batch, got {row}")
 

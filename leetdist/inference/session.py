@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from leetdist.inference.problem import check_like
+from leetdist.inference.problem import check_count, check_like, check_states, check_tokens
 from leetdist.inference.state import State
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import alone, resolve, sequence_parallel
@@ -45,7 +45,8 @@ class Session:
     Tokens are (B, N) int64, the same on every rank; logits (B, vocab) in the model's dtype; states fp32.
 
     Raises:
-        ValueError: a prompt is empty, or states are of another model.
+        ValueError: a prompt is empty, a step has no prompt before it or is not of one token a row, tokens are of
+            another batch, or states are of another model.
 
     Source: the recurrent form of RetNet, arXiv 2307.08621, eq. 6; sharing a prompt as in LASP-2, arXiv 2502.07563.
 
@@ -58,21 +59,24 @@ class Session:
     """
 
     def __init__(self, model: Recurrent, group: Group | None = None, piece: int = 65_536) -> None:
+        for part in ("embedding", "blocks", "norm", "head"):
+            if not hasattr(model, part):
+                raise ValueError(f"model must have {part}, which {type(model).__name__} has not: see Session")
         self.model, self.tokens = model, 0
         self.transport = resolve(group)
-        self.piece = piece * (1 if self.transport is None else self.transport.size)
+        self.piece = check_count("piece", piece, 1) * (1 if self.transport is None else self.transport.size)
         self.states: list[Tensor] = []
         self._graph: _Graph | None = None
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
         """Take in (B, N) tokens, the same on every rank; the next one's logits, (B, vocab), on every rank."""
-        last = None
+        check_tokens(tokens, self._rows)
+        if not tokens.shape[1]:
+            raise ValueError("tokens: N is 0; a prompt needs at least one token")
         for piece in tokens.split(self.piece, 1):
             last = self._piece(piece)
-        if last is None:
-            raise ValueError("tokens: N is 0; a prompt needs at least one token")
-        self.tokens += tokens.shape[1]
+            self.tokens += piece.shape[1]
         self._graph = None
         return self._logits(last)
 
@@ -83,35 +87,64 @@ class Session:
         On a GPU the first call captures a CUDA graph, and the others replay it: they are one launch each, instead of
         some 300 for 13 blocks.
         """
-        self.tokens += 1
+        if not self.states:
+            raise ValueError("tokens: a step goes on from a prompt, and there was none: call prefill or resume first")
+        check_tokens(tokens, self._rows)
+        if tokens.shape[1] != 1:
+            raise ValueError(f"tokens must be one a row, (B, 1), got {tuple(tokens.shape)}; prefill takes several")
         if tokens.device.type != "cuda":
-            last, self.states = self._run(tokens, self.states)
-            return self._logits(last)
-        if self._graph is None or self._graph.tokens.shape != tokens.shape:
-            self._graph = _Graph(self, tokens)
-        return self._graph.replay(tokens)
+            with alone():
+                last, self.states = self._run(tokens, self.states)
+            logits = self._logits(last)
+        else:
+            if self._graph is None or self._graph.tokens.shape != tokens.shape:
+                self._graph = _Graph(self, tokens)
+            logits = self._graph.replay(tokens)
+        self.tokens += 1
+        return logits
 
     def fork(self, copies: int) -> None:
         """Each row becomes `copies` rows, one beside the other."""
+        copies = check_count("copies", copies, 1)
+        if not self.states:
+            raise ValueError("fork: no prompt was taken in, so there is nothing to continue")
         self.states = [state.repeat_interleave(copies, 0) for state in self.states]
         self._graph = None
 
+    @property
+    def _rows(self) -> int | None:
+        """Rows of the batch; None before a prompt."""
+        return self.states[0].shape[0] if self.states else None
+
     def keep(self) -> dict[str, State]:
-        """What `save_states` takes: a state for each block."""
+        """What `save_states` takes: a state for each block, by its name; ValueError before a prompt."""
+        if not self.states:
+            raise ValueError("keep: no prompt was taken in, so there are no states")
         kept = {}
         for number, (block, state) in enumerate(zip(self.model.blocks, self.states, strict=True)):
             nothing = state.new_empty(*state.shape[:2], 0, state.shape[2])
-            kept[f"blocks.{number}"] = State(
+            kept[_name(number)] = State(
                 boundary=state.clone(), k=nothing, v=nothing.new_empty(*state.shape[:2], 0, state.shape[3]),
                 log_decay=block.attention.log_decay(state.device).detach(), tokens=self.tokens, tile=LARGEST_TILE,
             )  # fmt: skip
         return kept
 
     def resume(self, states: Mapping[str, State]) -> None:
-        """Go on from what `keep` gave, here or elsewhere; ValueError where it is another model's."""
-        kept = list(states.values())
-        if len(kept) != len(self.model.blocks):
-            raise ValueError(f"the states are of {len(kept)} blocks, and the model has {len(self.model.blocks)}")
+        """Go on from what `keep` gave, in any order, here or elsewhere; ValueError where it is another model's."""
+        check_states(states)
+        if len(states) != len(self.model.blocks):
+            raise ValueError(f"the states are of {len(states)} blocks, and the model has {len(self.model.blocks)}")
+        missing = [name for name in map(_name, range(len(states))) if name not in states]
+        if missing:
+            raise ValueError(f"states must be named blocks.0, blocks.1, ...: no {missing[0]!r} among {sorted(states)}")
+        kept = [states[_name(number)] for number in range(len(states))]
+        for number, state in enumerate(kept):
+            told = (state.tokens, state.boundary.shape[0])
+            if told != (kept[0].tokens, kept[0].boundary.shape[0]):
+                raise ValueError(
+                    f"states must be of one moment: {_name(number)} has {told[0]} tokens of {told[1]} rows, blocks.0 "
+                    f"{kept[0].tokens} of {kept[0].boundary.shape[0]}"
+                )
         before = self.states, self.tokens, self._graph
         self.states, self.tokens, self._graph = [state.now for state in kept], kept[0].tokens, None
         try:
@@ -146,6 +179,10 @@ class Session:
     def _logits(self, last: Tensor) -> Tensor:
         logits: Tensor = self.model.head(self.model.norm(last.flatten(0, last.ndim - 2)))
         return logits
+
+
+def _name(number: int) -> str:
+    return f"blocks.{number}"
 
 
 class _Graph:

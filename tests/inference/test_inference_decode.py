@@ -67,14 +67,14 @@ def test_steps_in_triton_are_single_steps(monkeypatch: pytest.MonkeyPatch, dtype
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # Triton's kernel, and on a GPU PyTorch's
 def test_a_slot_that_is_none_changes_nothing(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Values that the host does not see: such rows get NaN, and every other row what it is alone. Views are read too."""
+    """Values that the host does not see: such rows get NaN, and every other row what it is alone. Views are read."""
     cuda = torch.cuda.is_available()
     if not cuda and dtype == torch.float64:
         pytest.skip("the interpreter has no kernel for it")
     device = "cuda" if cuda else "cpu"
     if not cuda:
         monkeypatch.setenv("LEETDIST_BACKEND", "triton")
-        monkeypatch.setattr("leetdist.inference.problem.values_of", lambda x: None)
+        monkeypatch.setattr("leetdist.inference.problem.host_values", lambda x: None)
     tensors = [x.to(device) for x in inputs(8, 3, dtype=dtype)]
     log_decay = LOG_DECAY.to(device).repeat_interleave(2)[::2]
     slots, kept = [5, 7, -1, 2**40, 0, 0, 3, 1], [2, 1, 3, 1, 4, -1, 3, 0]
@@ -294,7 +294,7 @@ def test_wrong_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             steps(*tensors, pool, index=torch.tensor(slots), lengths=torch.tensor(kept))
     assert not pool.any()
-    with pytest.raises(ValueError, match="index must be an int32 or int64 tensor, got torch.bool"):
+    with pytest.raises(ValueError, match=r"index must be an int32 or int64 tensor, got torch.bool"):
         steps(*tensors, pool, index=torch.tensor([True, False]))
     with pytest.raises(ValueError, match="index must be an int32 or int64 tensor, got list"):
         steps(*tensors, pool, index=[0, 1])

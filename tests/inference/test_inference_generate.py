@@ -130,6 +130,58 @@ def test_states_of_another_model_are_refused() -> None:
     assert fingerprint(first.state_dict().items()) != fingerprint(second.state_dict().items())
 
 
+def test_a_kept_session_is_resumed_by_name(tmp_path: Path) -> None:
+    """Of more than ten blocks, as 10 comes before 2 in the order of text; and from a mapping in any order."""
+    torch.manual_seed(0)
+    deep = LanguageModel(replace(CONFIG, dim=32, heads=2, hidden=64, layers=12, decay="retnet")).eval()
+    with torch.no_grad():
+        for parameter in deep.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    session = Session(deep)
+    session.prefill(prompt())
+    leetdist.save_states(tmp_path / "deep", session.keep())
+    loaded = leetdist.load_states(tmp_path / "deep")
+    assert list(loaded) == [f"blocks.{number}" for number in range(12)]
+    token = torch.tensor([[65]])
+    expected = session.step(token)
+    for names in (list(loaded), sorted(loaded), list(loaded)[::-1]):
+        again = Session(deep)
+        again.resume({name: loaded[name] for name in names})
+        assert torch.equal(again.step(token), expected)
+    other = {name.replace("blocks.11", "block 11"): state for name, state in loaded.items()}
+    with pytest.raises(ValueError, match=r"no 'blocks.11' among \['block 11'"):
+        Session(deep).resume(other)
+    with pytest.raises(ValueError, match=r"one moment: blocks.3 has 333 tokens of 2 rows, blocks.0 333 of 1"):
+        Session(deep).resume({**loaded, "blocks.3": loaded["blocks.3"].fork(2)})
+
+
+def test_a_session_says_what_is_wrong() -> None:
+    session, token = Session(model()), torch.tensor([[1]])
+    for call in (lambda: session.step(token), session.keep, lambda: session.fork(2)):
+        with pytest.raises(ValueError, match=r"there was none|no prompt was taken in"):
+            call()
+    with pytest.raises(ValueError, match="a prompt needs at least one token"):
+        session.prefill(token[:, :0])
+    session.prefill(prompt())
+    for tokens, message in (
+        (token.expand(1, 2), r"one a row, \(B, 1\), got \(1, 2\)"),
+        (token.expand(2, 1), "must have 1 rows, as before them, got 2"),
+        (token.float(), "must be an int64 tensor of shape"),
+        ([[1]], "must be an int64 tensor of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            session.step(tokens)
+    assert session.tokens == PROMPT
+    for copies in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="copies must be"):
+            session.fork(copies)
+    with pytest.raises(ValueError, match="piece must be at least 1, got 0"):
+        Session(model(), piece=0)
+    with pytest.raises(ValueError, match="model must have embedding, which Linear has not"):
+        Session(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
 def test_text_comes_in_whole_characters() -> None:
     text = "Ωmega — 終"
     assert "".join(Bytes().spoken(Bytes().encode(text))) == text
