@@ -68,6 +68,7 @@ def rank_of(rank: int, store: str, victim: int, stage: str, how: str, out: Path)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{store}", rank=rank, world_size=RANKS,
                             timeout=timedelta(seconds=TIMEOUT))  # fmt: skip
     group = dist.group.WORLD
+    dist.barrier()  # PyTorch's own set-up has its own ways of failing
 
     def plant() -> None:
         if rank != victim:
