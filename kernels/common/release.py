@@ -18,12 +18,19 @@ def version() -> str | None:
 
 
 @cache
+def number() -> tuple[int, int]:
+    """(3, 6) of 3.6.1; (0, 0) without Triton."""
+    parts = [int(part) if part.isdigit() else 0 for part in f"{version() or 0}.0".split(".")]
+    return parts[0], parts[1]
+
+
+@cache
 def why_not_triton() -> str | None:
     """Why leetdist's Triton kernels cannot be used here, in words; None where they can."""
     found = version()
     if found is None:
         return "Triton is not installed"
-    if _number(found) < OLDEST:
+    if number() < OLDEST:
         return f"Triton {found} is older than 3.5 (torch 2.9's), the oldest that the kernels were compiled with"
     return None
 
@@ -34,14 +41,10 @@ def why_not_gluon() -> str | None:
     missing = why_not_triton()
     if missing is not None:
         return missing
-    if _number(version() or "0") < OLDEST_GLUON:
+    if number() < OLDEST_GLUON:
         return f"Triton {version()}'s Gluon lacks reductions that the kernels need; 3.6 and newer have them"
     try:
         from leetdist.kernels.common import gluon  # noqa: F401
     except (ImportError, AttributeError) as error:  # the dialect is an experiment, and may lose a name
         return f"Triton {version()}'s Gluon lacks what the kernels are written in: {error}"
     return None
-
-
-def _number(found: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in found.split(".")[:2])

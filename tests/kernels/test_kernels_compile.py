@@ -54,11 +54,11 @@ def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) ->
         torch.float32: [(256, 256, True)],
     }
     for rows, columns, reverse in shapes[dtype]:
-        config = block_config(rows, columns, dtype, TILE)
+        config, outputs = block_config(rows, columns, dtype, TILE), block_config(rows, columns, dtype, TILE, parts)
         common = {"REGULAR": True, "CHUNK": config.chunk}
         kernels = [
             (block._tile_states, config.stages, block.states_block(rows, config), config.columns),
-            (block._tile_outputs, config.stages, padded(rows), config.columns),
+            (block._tile_outputs, outputs.stages, padded(rows), outputs.columns),
             (decay._decay_gradient, 1, padded(rows), decay.slope_columns(config)),
         ]
         for kernel, stages, block_rows, block_columns in kernels:

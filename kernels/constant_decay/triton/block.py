@@ -96,10 +96,10 @@ def tile_outputs(
     """See constant_decay.pytorch.block.tile_outputs. `states` may be a transposed view; `precision` as above."""
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
-    config = block_config(rows, columns, a.dtype, tiles.size)
+    parts = parts_of(a.dtype, precision)
+    config = block_config(rows, columns, a.dtype, tiles.size, parts)
     if out is None:
         out = empty_outputs(a, c, log_decay, out_dtype)
-    parts = parts_of(a.dtype, precision)
     grid = (batch * heads * tiles.count, ceil_div(columns, config.columns))
     if out.numel():
         launch(
@@ -129,7 +129,8 @@ def states_block(rows: int, config: Config) -> int:
 
 def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
     """What `explain` says of these kernels."""
-    config, parts = block_config(rows, columns, dtype, tile), parts_of(dtype, precision)
+    parts = parts_of(dtype, precision)
+    config = block_config(rows, columns, dtype, tile, parts)
     split = "" if parts.inputs == parts.state == 1 else f", operands in up to {max(parts.inputs, parts.state)} parts"
     return f"chunks of {config.chunk} tokens, {config.columns} columns and {config.warps} warps a program{split}"
 

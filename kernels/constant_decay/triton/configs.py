@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from leetdist.kernels.common import release
+
 
 @dataclass(frozen=True)
 class Config:
@@ -48,16 +50,19 @@ def padded(dim: int) -> int:
     return max(16, next_power_of_2(dim))
 
 
-def block_config(rows: int, columns: int, dtype: torch.dtype, tile: int) -> Config:
+def block_config(rows: int, columns: int, dtype: torch.dtype, tile: int, parts: Parts | None = None) -> Config:
     """Configuration of `tile_states` and `tile_outputs` for a state of `rows` x `columns`.
 
     The sizes keep a program's fp32 state within 64 KiB of registers and its operands within the 163 KiB of shared
-    memory of sm_80, the least of the architectures that tests/kernels/test_kernels_compile.py compiles for.
+    memory of sm_80, the least of the architectures that tests/kernels/test_kernels_compile.py compiles for. parts: what
+    `tile_outputs` is asked for.
     """
     rows, columns = padded(rows), padded(columns)
     wide = dtype == torch.float32
     chunk = min(32 if wide and rows > 64 else 64, tile)
-    held = min(columns, 32 if wide and rows > 128 else 64)
+    # Triton 3.7 and 3.8 keep 40 KiB more in shared memory for the outputs' operands in two parts than others do.
+    larger = parts is not None and parts.state == 2 and (3, 7) <= release.number() < (3, 9)
+    held = min(columns, 32 if (wide or larger) and rows > 128 else 64)
     # With 64 rows, fewer columns and 4 warps, Triton 3.6 compiles 16-bit products on Hopper that give garbage (on an
     # H200: relative error 0.2; right with 8 warps, and with 64 columns).
     warps = 4 if rows < 64 or rows == held == 64 else 8
