@@ -156,7 +156,8 @@ def _tile_states(
     state = tl.zeros((ROWS, COLUMNS), tl.float32)
     chunks = tl.where(tile == unread, 0, tl.cdiv(length, CHUNK))
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
-    reach = tl.minimum(FP32_RANGE / tl.maximum(-g, 1e-9), tile_size * 1.0).to(tl.int32)
+    reach = FP32_RANGE / tl.maximum(-g, 1e-9)
+    reach = tl.minimum(reach, tile_size * 1.0).to(tl.int32)
     for step in range(tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0), chunks):
         offset = (chunks - 1 - step if REVERSE else step) * CHUNK
         count = tl.minimum(length - offset, CHUNK)

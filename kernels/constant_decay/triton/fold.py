@@ -75,7 +75,7 @@ def _powers(log_decay, exponent):
 def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr):
     """What the tile that is `step` tiles into the fold adds; nothing behind the last that is read."""
     tile = end - 1 - step if REVERSE else first + step
-    return tl.load(states + tile * size, mask=inside & (step < count), other=0.0)
+    return tl.load(states + tile * size, mask=tl.where(step < count, inside, False), other=0.0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -110,4 +110,4 @@ def _fold(
         tl.store(states + tile * size, carry, mask=inside)
         carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
         added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
-    tl.store(final + program * size + element, carry, mask=inside & (left_out == 0))
+    tl.store(final + program * size + element, carry, mask=tl.where(left_out == 0, inside, False))
