@@ -5,10 +5,11 @@ An op knows its group by name and finds the transport when it runs; what the ran
 forward and again in the backward op. The values of a log_decay on a GPU are not read here, because that would stop the
 stream: they are taken as they are.
 
-Each pass is two ops that differ in one thing. Under a group, a compiled graph may neither reorder the calls nor drop
-one whose result is not used: the other ranks wait for it. So those ops have an effect, whose order PyTorch keeps, in
-the backward too; without it, Inductor orders independent calls by the memory they take, which depends on the lengths of
-a rank's shard. Calls on one device stay free to move.
+Each pass is two ops that differ in one thing. Under a group, a compiled graph may neither drop a call whose result is
+not used, as the other ranks wait for it, nor reorder the calls, which Inductor does by the memory they take, and that
+depends on the lengths of a rank's shard. So those ops have an effect, which keeps them, and each takes something of the
+one before it, `after`, which keeps the order. (The effects' own order is lost in Inductor of PyTorch 2.13.) Calls on
+one device stay free to move and to go.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Call:
 
     @classmethod
     def split(cls, args: tuple[Any, ...]) -> tuple[Call, tuple[Any, ...]]:
-        """The call that an op's arguments begin with, and what follows it."""
-        return cls(*args[:ARGUMENTS]), args[ARGUMENTS:]
+        """The call that an op's arguments begin with, and what follows it: of the backward op, four."""
+        return cls(*args[:ARGUMENTS]), args[ARGUMENTS : ARGUMENTS + 4]
 
     def options(self) -> dict[str, Any]:
         """What `describe` takes beside q, k, v and log_decay."""
@@ -78,9 +79,9 @@ class Call:
 ARGUMENTS = len(fields(Call))
 OPTIONS = tuple(field.name for field in fields(Call)[4:-1])
 SCHEMA = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Call))
-FORWARD = f"({SCHEMA}) -> (Tensor, Tensor, Tensor)"
+FORWARD = f"({SCHEMA}, Tensor? after=None) -> (Tensor, Tensor, Tensor)"
 BACKWARD = (
-    f"({SCHEMA}, Tensor states, Tensor? do, Tensor? dfinal, bool needs_decay_grad) "
+    f"({SCHEMA}, Tensor states, Tensor? do, Tensor? dfinal, bool needs_decay_grad, Tensor? after=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -129,7 +130,7 @@ def _check(call: Call) -> None:
 
 
 def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*args)
+    call, _ = Call.split(args)
     plan = call.plan()
     inputs, initial_state = call.inputs(plan)
     o, final, states = forward_pass(inputs, initial_state, plan)
@@ -145,7 +146,7 @@ def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*args)
+    call, _ = Call.split(args)
     q, dv, dtype = call.q, call.v.shape[3], state_dtype(call.q.dtype)
     rows = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     final = q.new_empty((rows, q.shape[1], q.shape[3], dv) if call.return_state else (0,), dtype=dtype)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -31,7 +30,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Any, backward_op: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         o, final, states = _below_autograd(op, args)
-        ctx.op, ctx.backward_op, ctx.options = op, backward_op, args[TENSORS:]
+        ctx.op, ctx.backward_op, ctx.options = op, backward_op, args[TENSORS:ARGUMENTS]
         ctx.save_for_backward(*args[:TENSORS], states)
         ctx.save_for_forward(*args[:TENSORS], states)
         ctx.mark_non_differentiable(states)
@@ -45,7 +44,7 @@ class _Forward(torch.autograd.Function):
         dq, dk, dv, ddecay, dinitial = ctx.backward_op(*tensors, *ctx.options, states, do, dfinal, needs_decay_grad)
         return (
             None, None, dq, dk, dv, ddecay if needs_decay_grad else None, dinitial if needs_initial_grad else None,
-            *[None] * (1 + len(ctx.options)),
+            *[None] * (len(ctx.needs_input_grad) - 7),
         )  # fmt: skip
 
     @staticmethod
@@ -133,7 +132,7 @@ def _map_forward(op: Any) -> Callable[..., Any]:
 
 def _map_backward(op: Any, forward_op: Any) -> Callable[..., Any]:
     def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        states, do, dfinal, needs_decay_grad = args[ARGUMENTS:]
+        states, do, dfinal, needs_decay_grad = args[ARGUMENTS : ARGUMENTS + 4]
         saved = _Fold(info.batch_size, dims, args)
         fold = _Fold(info.batch_size, dims, args, heads=needs_decay_grad)  # each call's gradient by itself
         if fold.into_heads != saved.into_heads or all(dim is None for dim in dims[:TENSORS]):
@@ -149,34 +148,48 @@ def _map_backward(op: Any, forward_op: Any) -> Callable[..., Any]:
     return rule
 
 
-@contextmanager
-def _saved_in_graphs() -> Iterator[None]:
-    """In a compiled graph, a checkpointed region saves what the ops inside compute: a call of a group that was made
-    again in the backward would have no fixed place among the others there."""
-    mode = get_proxy_mode()
-    if mode is None:
-        yield
-        return
-    nodes = mode.tracer.graph.nodes
-    before = len(nodes)
-    yield
-    for node in islice(reversed(nodes), len(nodes) - before):
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+class _InOrder:
+    """A function of autograd's for an op whose calls keep their order in a graph: each takes one of the outputs of the
+    call before it in the same graph."""
+
+    def __init__(self, apply: Callable[..., Any], arguments: int, output: int, *, saved: bool) -> None:
+        self.apply, self.arguments, self.output, self.saved = apply, arguments, output, saved
+
+    def __call__(self, *args: Any) -> Any:
+        mode = get_proxy_mode()
+        if mode is None or torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.apply(*args)
+        last: dict[_InOrder, Tensor] = vars(mode.tracer).setdefault("_leetdist_last", {})
+        nodes = mode.tracer.graph.nodes
+        before = len(nodes)
+        results = self.apply(*args[: self.arguments], last.get(self))
+        last[self] = results[self.output]
+        if self.saved:
+            # Also in a checkpointed region: a call that was made again in the backward would have no place in the
+            # order there.
+            for node in islice(reversed(nodes), len(nodes) - before):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return results
 
 
 def register(ops_library: library.Library, forward: Any, backward: Any, *, in_order: bool) -> None:
-    """Make a pair of ops differentiable and mappable. in_order: they have an effect, whose order compilers keep."""
+    """Make a pair of ops differentiable and mappable. in_order: calls keep their order in compiled graphs."""
 
-    def differentiated(function: type[torch.autograd.Function], *ops: Any, saved: bool = False) -> Callable[..., Any]:
+    def differentiated(function: type[torch.autograd.Function], *ops: Any) -> Callable[..., Any]:
         def kernel(*args: Any) -> Any:
             # Function.apply would start torch.func's levels anew: this is one of them, which has come to the op.
-            with enable_single_level_autograd_function(), _saved_in_graphs() if saved else nullcontext():
+            with enable_single_level_autograd_function():
                 return super(torch.autograd.Function, function).apply(*ops, *args)  # type: ignore[misc]
 
         return kernel
 
+    forward_kernel = differentiated(_Forward, forward, backward)
+    backward_kernel = differentiated(_Backward, backward)
+    if in_order:  # what the next call takes is small: a view of the states, the gradient of log_decay
+        forward_kernel = _InOrder(forward_kernel, ARGUMENTS, 2, saved=True)
+        backward_kernel = _InOrder(backward_kernel, ARGUMENTS + 4, 3, saved=False)
     name, name_of_backward = (op.name().partition("::")[2] for op in (forward, backward))
-    ops_library.impl(name, differentiated(_Forward, forward, backward, saved=in_order), "Autograd")
-    ops_library.impl(name_of_backward, differentiated(_Backward, backward), "Autograd")
+    ops_library.impl(name, forward_kernel, "Autograd")
+    ops_library.impl(name_of_backward, backward_kernel, "Autograd")
     library.register_vmap(f"leetdist::{name}", _map_forward(forward), lib=ops_library)
     library.register_vmap(f"leetdist::{name_of_backward}", _map_backward(backward, forward), lib=ops_library)
