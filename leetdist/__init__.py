@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 # Imported at first use: who only wants the operator need not wait for the rest. Name -> module (None: the name is one).
 _LAZY: dict[str, str | None] = {
-    "ShardedLoader": "leetdist.integrations.batches",
+    "ShardedLoader": "leetdist.integrations.loader",
     "device_mesh": "leetdist.mesh",
     "nn": None,
     "parallelize": "leetdist.integrations.parallelize",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -147,24 +148,27 @@ def install(model: Any) -> None:
     """Make `generate`, and any forward that keeps a cache, keep a `LightningCache` where the caller passes none."""
     original = model._prepare_cache_for_generation
 
+    # What transformers called `past_key_values` until 5.23.
+    name = "cache" if "cache" in inspect.signature(type(model.base_model).forward).parameters else "past_key_values"
+
     @functools.wraps(original)
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> Any:
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        if generation_config.use_cache is not False and model_kwargs.get(name) is None:
             drafts = mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False)
-            model_kwargs["past_key_values"] = LightningCache(recording=bool(drafts))
+            model_kwargs[name] = LightningCache(recording=bool(drafts))
         return original(generation_config, model_kwargs, mode, *rest)
 
     model._prepare_cache_for_generation = prepare
-    model.base_model.register_forward_pre_hook(_with_our_cache, with_kwargs=True)
 
+    def with_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A forward that would make transformers' own cache makes ours."""
+        use_cache = kwargs.get("use_cache")
+        use_cache = model.config.use_cache if use_cache is None else use_cache
+        if use_cache and kwargs.get(name) is None:
+            kwargs = {**kwargs, name: LightningCache()}
+        return args, kwargs
 
-def _with_our_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A forward that would make transformers' own cache makes ours."""
-    use_cache = kwargs.get("use_cache")
-    use_cache = model.config.use_cache if use_cache is None else use_cache
-    if use_cache and kwargs.get("past_key_values") is None:
-        kwargs = {**kwargs, "past_key_values": LightningCache()}
-    return args, kwargs
+    model.base_model.register_forward_pre_hook(with_our_cache, with_kwargs=True)
 
 
 __all__ = ["LightningCache", "install"]

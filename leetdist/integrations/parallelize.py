@@ -2,67 +2,42 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from leetdist.integrations import probe
+from leetdist.integrations.registry import Handler, handler_of, register
 from leetdist.mesh import sequence_group
-from leetdist.nn.attention import _DecayAttention
 
 if TYPE_CHECKING:
     from leetdist.mesh import Mesh
-    from leetdist.sequence.group import Group
 
 M = TypeVar("M", bound=nn.Module)
-Handler: TypeAlias = "Callable[[Any, Group | None], None]"
 
-_handlers: dict[type[nn.Module], Handler] = {}
-
-# Layers through which one token reaches another, by the names that people give them. A class that is named like this
-# and has no handler would restart its state, or see its own shard only, on every rank: without any error.
-_MIXES_TOKENS = re.compile(
-    r"atten|attn|mamba|ssm|ssd|rwkv|lstm|gru|rnn|recurr|delta|kda|gla(?![a-z])|hgrn|hyena|retention|lightning|conv|mixer"
-    r"|scan|state_?space|^s[45]|lru(?![a-z])|time_?mix|token_?shift|fourier|toeplitz|cumul|cumsum",
-    re.IGNORECASE,
-)
-_MIXING_TYPES = (nn.RNNBase, nn.MultiheadAttention, nn.Conv1d, nn.AvgPool1d, nn.MaxPool1d)
-# Named like one of those, but each token keeps to itself.
-_POINTWISE = ("transformers.pytorch_utils.Conv1D",)
-
-
-def register(kind: type[nn.Module]) -> Callable[[Handler], Handler]:
-    """Decorator: how `parallelize` treats modules of this class (and of its subclasses).
-
-    The handler gets the module and the group of its sequence (None: this process alone), and makes the module's
-    forward right for a shard: contiguous, in rank order, on the tile grid.
-
-    >>> class Mixer(nn.Module):
-    ...     group = None
-    >>> @register(Mixer)
-    ... def _(module, group):
-    ...     module.group = group
-    """
-
-    def add(handler: Handler) -> Handler:
-        _handlers[kind] = handler
-        return handler
-
-    return add
-
-
-@register(_DecayAttention)
-def _ours(module: _DecayAttention, group: Group | None) -> None:
-    module.group = group
+# Through these tokens reach each other, or a batch's other rows while training: nothing needs to be tried.
+_MIXING = (
+    nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
+    nn.AvgPool1d, nn.MaxPool1d, nn.modules.batchnorm._NormBase,
+)  # fmt: skip
+_POINTWISE = (
+    nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.modules.dropout._DropoutNd,
+    nn.modules.loss._Loss,
+    *(getattr(nn, name) for name in nn.modules.activation.__all__ if name != "MultiheadAttention"),
+)  # fmt: skip
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]] = ()) -> M:
     """Make a model work on shards of its sequences: the layers it knows get `mesh`'s sequence ranks. In place.
 
     Knows `leetdist.nn`'s layers; transformers' MiniMax and its softmax layers, and other transformers models that have
-    softmax attention only (docs of `leetdist.integrations.transformers`); and what `register` adds. Call it before
-    DDP, `fully_shard`, `accelerator.prepare` or `deepspeed.initialize`. The model then takes what `shard_batch` makes.
+    softmax attention only (docs of `leetdist.integrations.transformers`), also within PEFT's adapters; and what
+    `register` adds. Call it before DDP, `fully_shard`, `accelerator.prepare` or `deepspeed.initialize`. The model then
+    takes what `shard_batch` makes.
 
     A transformers model's own `loss` becomes the mean over all ranks, as `reduce_loss` computes it, and
     `generate` takes the whole prompt on every rank, shards it inside, and returns the same tokens on all.
@@ -71,17 +46,19 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
         model: any module.
         mesh: a (dp, sp) mesh, or the group that shares a sequence; None, or one rank, is a drop-in that computes the
             same on one device, faster.
-        allow: classes that look as if they mixed tokens and do not.
+        allow: classes that are refused, and in which no token reaches another all the same.
 
-    Layers are told by their class and its name. What hides behind a harmless name (a cumsum in a forward of your own)
-    it cannot see: compare a sharded loss and its gradients with one process's, once.
+    Layers are told by what they do, on a few tokens and on a small copy of the model: with the known layers kept from
+    mixing, a part of a sequence must give what it gives within the whole. A layer that cannot be called so, in a model
+    that cannot be called so either, is refused.
 
     Returns:
         the model.
 
     Raises:
-        ValueError: a layer carries a state, or mixes tokens in another way, and leetdist does not know it; or there is
-            no layer that it knows. The model is then unchanged.
+        ValueError: a layer carries a state, mixes tokens in another way, or asks of its attention what leetdist's does
+            not do; there is no layer that leetdist knows; or the model is parallelized for another mesh, or wrapped
+            for training, already. The model is then unchanged.
 
     Shapes: (B, N_local, ...) in and out, any dtype. Source: LASP-2H, arXiv 2502.07563, for models that have both linear
     and softmax attention.
@@ -92,62 +69,127 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
     >>> leetdist.parallelize(torch.nn.LSTM(8, 8), None)
     Traceback (most recent call last):
     ...
-    ValueError: leetdist does not know how to shard these layers of LSTM: ...
+    ValueError: leetdist does not know how to shard these layers of LSTM: itself (LSTM)...
     """
     group = sequence_group(mesh)
-    finish = None
-    if any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
-        from leetdist.integrations import transformers
+    _check_unwrapped(model)
+    pretrained = dict(_pretrained(model))
+    if pretrained and all(hasattr(x, "_leetdist_mesh") and _same(x._leetdist_mesh, mesh) for x in pretrained.values()):
+        return model
+    integrations: dict[str, Any] = {}
+    if pretrained:
+        _check_version(sys.modules["transformers"].__version__)
+        from leetdist.integrations.transformers import Integration
 
-        finish = transformers.prepare(model, mesh, group)
+        integrations = {name: Integration(model, inner, mesh, group) for name, inner in pretrained.items()}
 
-    known: list[tuple[nn.Module, Handler]] = []
-    containers: set[str] = set()
-    unknown: dict[str, str] = {}
-    harmless = tuple(allow)
-    for name, module in model.named_modules():
-        handler = handler_of(module)
-        if handler is not None:
-            known.append((module, handler))
-            containers.update(_parents(name))
-        elif _mixes_tokens(module) and not isinstance(module, harmless):
-            unknown[name] = type(module).__name__
-    # Something that holds known layers is a stack of them; of the rest, the outermost names are enough to tell.
-    unknown = {name: kind for name, kind in unknown.items() if name not in containers}
-    refused = {name: kind for name, kind in unknown.items() if not _parents(name) & unknown.keys()}
+    handlers: dict[nn.Module, Handler] = {}
+    for module in model.modules():
+        if (handler := handler_of(module)) is not None:
+            handlers[module] = handler
+    for integration in integrations.values():
+        handlers |= integration.softmax_layers(handlers)
+
+    refused = dict(_refused(model, handlers, integrations, tuple(allow)))
     if refused:
-        shown = ", ".join(f"{name or 'itself'} ({kind})" for name, kind in list(refused.items())[:4])
+        shown = "; ".join(f"{name or 'itself'} ({why})" for name, why in list(refused.items())[:4])
         raise ValueError(
             f"leetdist does not know how to shard these layers of {type(model).__name__}: {shown}"
-            f"{' and more' if len(refused) > 4 else ''}. Their state would silently restart on every rank. Teach it "
-            "with leetdist.integrations.parallelize.register, or pass allow=[...] if no token reaches another in them"
+            f"{' and more' if len(refused) > 4 else ''}. What passes between tokens there would silently stop at the "
+            "shard's border. Teach it with leetdist.integrations.registry.register, or pass allow=[...] if no token "
+            "reaches another in them"
         )
-    if not known:
+    if not handlers:
         raise ValueError(f"{type(model).__name__} has no layer that leetdist knows: nothing in it would be sharded")
-    for module, handler in known:
+    for module, handler in handlers.items():
         handler(module, group)
-    if finish is not None:
-        finish()
+    for integration in integrations.values():
+        integration.install(handlers)
     return model
 
 
-def handler_of(module: nn.Module) -> Handler | None:
-    """The handler of the module's class, or of the nearest base class that has one."""
-    return next((_handlers[kind] for kind in type(module).__mro__ if kind in _handlers), None)
+def _check_version(transformers: str) -> None:
+    if tuple(map(int, transformers.split(".")[:2])) < (5, 15):
+        raise ValueError(
+            f"leetdist needs transformers 5.15 or newer, whose caches and masks it knows, got {transformers}"
+        )
 
 
-def _mixes_tokens(module: nn.Module) -> bool:
-    kind = type(module)
-    if f"{kind.__module__}.{kind.__qualname__}" in _POINTWISE:
-        return False
-    if isinstance(module, nn.Conv1d | nn.AvgPool1d | nn.MaxPool1d):
-        return module.kernel_size not in (1, (1,))
-    return isinstance(module, _MIXING_TYPES) or bool(_MIXES_TOKENS.search(kind.__name__))
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (a is not None and b is not None and bool(a == b))
 
 
-def _parents(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:end]) for end in range(len(parts))} if name else set()
+def _check_unwrapped(model: nn.Module) -> None:
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    if wrapped or hasattr(model, "_get_fsdp_state") or any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is wrapped or sharded already: call leetdist.parallelize before DDP, fully_shard, "
+            "accelerator.prepare, deepspeed.initialize or tensor parallelism"
+        )
+
+
+def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost transformers models in it, by name."""
+    utils = sys.modules.get("transformers.modeling_utils")
+    if utils is None:
+        return
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, utils.PreTrainedModel) and not any(_within(name, outer) for outer in found):
+            found.append(name)
+            yield name, module
+
+
+def _refused(
+    root: nn.Module,
+    handlers: dict[nn.Module, Handler],
+    integrations: dict[str, Any],
+    harmless: tuple[type[nn.Module], ...],
+) -> Iterator[tuple[str, str]]:
+    """(name, class and reason) of the layers through which tokens reach others, or may."""
+    settled: list[str] = []  # names of what is known, and of what was tried and found to be right
+    for name, integration in integrations.items():
+        settled.append(name)
+        for child, why in integration.refused(handlers, harmless).items():
+            yield f"{name}.{child}".strip("."), why
+    modules = dict(root.named_modules())
+    pretrained = {modules[name] for name in integrations}
+    known = {*handlers, *(x for x in modules.values() if isinstance(x, harmless)), *pretrained}
+    for name, module in modules.items():
+        if any(_within(name, outer) for outer in settled):
+            continue
+        kind = type(module)
+        if module in known or _pointwise(module):
+            settled.append(name)
+        elif isinstance(module, _MIXING) or (isinstance(module, nn.Conv1d) and module.kernel_size != (1,)):
+            settled.append(name)
+            yield name, kind.__name__
+        elif kind not in _CONTAINERS and not any(isinstance(x, _MIXING) for x in module.modules()):
+            inside = [x for x in module.modules() if x in known]
+            if any(x in pretrained for x in inside):
+                continue  # it calls the model in a way of its own
+            try:
+                found = probe.mixing(module, inside, call=probe.call_alone)
+            except probe.Untried as reason:
+                if inside or (kind.forward is nn.Module.forward and next(module.children(), None) is not None):
+                    continue  # holds others, which are looked at one by one
+                settled.append(name)
+                unwritten = kind.forward is nn.Module.forward
+                yield name, kind.__name__ if unwritten else f"{kind.__name__}, which could not be tried alone: {reason}"
+            else:
+                settled.append(name)
+                for child, what in found.items():
+                    yield f"{name}.{child}".strip("."), what
+
+
+def _pointwise(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv1d):
+        return module.kernel_size == (1,)
+    return isinstance(module, _POINTWISE) or (type(module) in _CONTAINERS and not list(module.children()))
+
+
+def _within(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(outer + ".")
 
 
 __all__ = ["handler_of", "parallelize", "register"]

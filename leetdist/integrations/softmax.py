@@ -9,6 +9,7 @@ parallelism, arXiv 2407.21783, section 3.3.2), whose later ranks work more.
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -36,26 +37,60 @@ def softmax_attention(
     scale: float | None = None,
     boundaries: tuple[int, ...] | None = None,
     kept: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention of this rank's queries to all keys before them, on whichever rank those are.
 
     q (B, H, n, D); k, v (B, Hkv, n, D), this rank's shard, Hkv divides H; boundaries: global token offsets of packed
-    documents, which do not see each other; kept: (B, N) bool, global, False for padding. Without a group, the queries
-    are those of the last tokens. Returns (B, H, n, Dv).
+    documents, which do not see each other; kept: (B, N) bool, global, False for padding; softcap: the scores' bound, as
+    in Gemma 2; sinks (H,): scores of a key without a value, as in gpt-oss (both of these make the whole matrix of
+    scores). Without a group, the queries are those of the last tokens. Returns (B, H, n, Dv).
     """
+    score = _Scores(scale, softcap, sinks)
     transport = resolve(group)
     if transport is None or transport.size == 1:
-        return _causal(q, k, v, k.shape[2] - q.shape[2], scale, boundaries, kept)
+        return _causal(q, k, v, k.shape[2] - q.shape[2], score, boundaries, kept)
     lengths = tuple(transport.gather_objects(q.shape[2], "the tokens of each shard"))
     ranks = transport.size
     ours = process_group(transport)
     if ours is not None and q.shape[1] % ranks == 0 and k.shape[1] % ranks == 0:
         q, k, v = (_Exchange.apply(x, lengths, ours, True) for x in (q, k, v))
-        o = _causal(q, k, v, 0, scale, boundaries, kept)
+        if sinks is not None:
+            score = replace(score, sinks=sinks.chunk(ranks)[transport.rank])
+        o = _causal(q, k, v, 0, score, boundaries, kept)
         out: Tensor = _Exchange.apply(o, lengths, ours, False)
         return out
     k, v = (gather_sequence(x, 2, group) for x in (k, v))
-    return _causal(q, k, v, sum(lengths[: transport.rank]), scale, boundaries, kept)
+    return _causal(q, k, v, sum(lengths[: transport.rank]), score, boundaries, kept)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """How queries and keys become weights."""
+
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """mask: (B or 1, 1, n, m) bool; None lets the last query see all keys, and each one before it one less."""
+        grouped = q.shape[1] != k.shape[1]
+        if self.softcap is None and self.sinks is None:
+            bias: Any = causal_lower_right(q.shape[2], k.shape[2]) if mask is None else mask
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale, enable_gqa=grouped)
+        if mask is None:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = q @ k.mT * (q.shape[3] ** -0.5 if self.scale is None else self.scale)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], -1)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return torch.softmax(scores, -1, dtype=wide)[..., : k.shape[2]].to(v.dtype) @ v
 
 
 def _causal(
@@ -63,7 +98,7 @@ def _causal(
     k: Tensor,
     v: Tensor,
     offset: int,
-    scale: float | None,
+    score: _Scores,
     boundaries: tuple[int, ...] | None,
     kept: Tensor | None,
 ) -> Tensor:
@@ -75,18 +110,14 @@ def _causal(
         begin, stop = max(first, offset), min(last, end)
         if begin < stop:
             keys = slice(first, stop)
-            mask: Any = causal_lower_right(stop - begin, stop - first)
+            mask = None
             if kept is not None:
                 rows, columns = (torch.arange(*span, device=q.device) for span in ((begin, stop), (first, stop)))
                 # A token always sees itself: a row without any key would be NaN, also where it is padding.
                 seen = kept[:, None, None, keys] | (rows[:, None] == columns)
                 mask = seen & (rows[:, None] >= columns)
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, begin - offset : stop - offset], k[:, :, keys], v[:, :, keys],
-                    attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
-                )
-            )  # fmt: skip
+            queries = q[:, :, begin - offset : stop - offset]
+            parts.append(score.attend(queries, k[:, :, keys], v[:, :, keys], mask))
     return torch.cat(parts, 2) if parts else q.new_zeros(*q.shape[:3], v.shape[3])
 
 

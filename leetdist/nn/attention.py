@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,26 +41,45 @@ class _DecayAttention(nn.Module):
         self.group = group
         if not isinstance(decay, (str, Tensor)):
             raise ValueError(f"decay must be a ladder's name or a tensor of log decays, got {decay!r}")
-        ladder = log_decay(decay, heads, layer, layers) if isinstance(decay, str) else decay.float()
+        ladder = log_decay(decay, heads, layer, layers) if isinstance(decay, str) else decay.detach().float().cpu()
         if learnable_decay and bool(ladder.isinf().any()):
             raise ValueError(f"decay must be finite to be learnt (-inf forgets at once, for good), got {decay!r}")
         if ladder.shape != (heads,) or not bool((ladder <= 0).all()):
             raise ValueError(f"decay must be a ladder's name or (heads,) = ({heads},) log decays <= 0, got {decay!r}")
-        self.log_slope: nn.Parameter | None = None
-        if learnable_decay:
-            # The decay is -exp(log_slope): never positive. A head without decay starts at -1e-6.
-            self.log_slope = nn.Parameter(ladder.neg().clamp_min(1e-6).log())
         # No buffer: `model.bfloat16()` would round it, and slow heads would forget at another rate.
         self._ladder = ladder
         self._on_device: dict[torch.device, Tensor] = {}
+        self.log_slope: nn.Parameter | None = None
+        """(heads,) if the decay is learnt: the logarithm of its slope, less that of the ladder's."""
+        if learnable_decay:
+            # From the ladder, and so from 0: in bf16, where a model or FSDP2 casts it, a number near 0 is precise.
+            self.log_slope = nn.Parameter(torch.zeros(heads))
+
+    _version = 2
+    """Of the parameters: in 1, log_slope was the whole logarithm."""
+
+    def reset_parameters(self) -> None:
+        """What `to_empty` and FSDP2's meta initialisation leave to the module that holds a parameter."""
+        if self.log_slope is not None:
+            nn.init.zeros_(self.log_slope)
 
     def log_decay(self, device: torch.device) -> Tensor:
         """(heads,) fp32, <= 0."""
-        if self.log_slope is not None:
-            return -self.log_slope.float().exp()
         if device not in self._on_device:
-            self._on_device[device] = self._ladder.to(device)
-        return self._on_device[device]
+            with torch.inference_mode(False):  # kept, and so for training too
+                self._on_device[device] = self._ladder.to(device)
+        ladder = self._on_device[device]
+        if self.log_slope is None:
+            return ladder
+        # Never positive. A head without decay starts at -1e-6.
+        return ladder.clamp_max(-1e-6) * self.log_slope.float().exp()
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        name = prefix + "log_slope"
+        if name in state and metadata.get("version", 1) < 2:
+            slope = self._ladder.clamp_max(-1e-6).neg().log()
+            state[name] = (state[name].float() - slope.to(state[name].device)).to(state[name].dtype)
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
 
     def attend(
         self,
@@ -223,7 +242,7 @@ class Retention(_DecayAttention):
         return y if final is None else (y, final)
 
     def _angles(self, x: Tensor, position_ids: Tensor | None, continued: bool) -> Tensor:
-        """(B or 1, N, 1, D / 2) fp32: the position times each pair's frequency."""
+        """(B or 1, N, 1, D / 2) fp64: the position times each pair's frequency."""
         if position_ids is None:
             if self.group is not None or continued:
                 raise ValueError(
@@ -231,16 +250,16 @@ class Retention(_DecayAttention):
                     "(B or 1, N) positions in the whole sequence, as leetdist.shard_batch makes them"
                 )
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
-        half = self.head_dim // 2
-        frequencies = 10000.0 ** -torch.linspace(0, 1, half, dtype=torch.float32, device=x.device)
-        # fp32: bf16 cannot tell position 257 from 256.
-        return position_ids[..., None, None].float() * frequencies
+        # fp64, whatever the default dtype: at ten million, fp32 tells angles apart by 1, and bf16 no two positions.
+        half = torch.linspace(0, 1, self.head_dim // 2, dtype=torch.float64, device=x.device)
+        return position_ids[..., None, None].double() * 10000.0**-half
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Each pair (x_2i, x_2i+1) turned by its angle, in fp32."""
-    even, odd = x.float()[..., ::2], x.float()[..., 1::2]
-    cos, sin = angles.cos(), angles.sin()
+    """Each pair (x_2i, x_2i+1) turned by its angle, in fp32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    even, odd = x.to(wide)[..., ::2], x.to(wide)[..., 1::2]
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -235,3 +236,151 @@ def test_resumed_loader_goes_on_where_it_stood(kind: str, monkeypatch: pytest.Mo
 def test_rows_that_do_not_divide_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="multiple of the 3 data-parallel ranks, got 4"):
         rows_of(loader_of("shuffled", 0, 3, monkeypatch))
+
+
+# --- documents, by the names that they come under
+
+
+def joined(batch: dict[str, Any], ranks: int = 2) -> dict[str, torch.Tensor]:
+    parts = leetdist.virtual_ranks(lambda group: leetdist.shard_batch(batch, group), ranks)
+    cut = {name: torch.cat([part[name] for part in parts], 1) for name in ("input_ids", "position_ids", "labels")}
+    assert all(torch.equal(part["cu_seqlens"], parts[0]["cu_seqlens"]) for part in parts)
+    return cut | {"cu_seqlens": parts[0]["cu_seqlens"], "names": sorted(parts[0])}  # type: ignore[dict-item]
+
+
+ENDS = torch.tensor([0, 20, 48])
+PLACES = torch.cat([torch.arange(20), torch.arange(28)])[None]
+TOLD: dict[str, dict[str, Any]] = {
+    "cu_seqlens": {"cu_seqlens": ENDS},
+    "positions": {"position_ids": PLACES},
+    "positions and a mask": {"position_ids": PLACES, "attention_mask": torch.ones(1, 48)},
+    "seq_idx": {"seq_idx": torch.tensor([0] * 20 + [1] * 28)[None]},
+    "transformers' collator": {
+        "position_ids": PLACES, "seq_idx": torch.tensor([0] * 20 + [1] * 28)[None],
+        "cu_seq_lens_q": ENDS.int(), "cu_seq_lens_k": ENDS.int(), "max_length_q": 28, "max_length_k": 28,
+    },
+    "offsets with an empty document": {"cu_seq_lens_q": torch.tensor([0, 20, 20, 48])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_documents_by_any_name(told: str) -> None:
+    ids = torch.arange(48)[None]
+    out = joined({"input_ids": ids, "labels": ids.clone(), **TOLD[told]})
+    assert out["labels"][0, [19, 47]].tolist() == [-100, -100]
+    assert out["position_ids"].tolist() == PLACES.tolist()
+    assert sorted(set(out["cu_seqlens"].tolist())) == ENDS.tolist()
+    assert not {"seq_idx", "cu_seq_lens_q", "max_length_q"} & set(out["names"])
+
+
+def test_left_padding_is_no_document() -> None:
+    ids, mask = torch.arange(96).view(2, 48), torch.ones(2, 48, dtype=torch.long)
+    mask[0, :7] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    assert "cu_seqlens" not in leetdist.shard_batch(
+        {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, None
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"cu_seqlens": ENDS, "cu_seq_lens_q": torch.tensor([0, 21, 48])}, "tell of other documents"),
+        ({"cu_seqlens": torch.tensor([0, 48]), "position_ids": PLACES}, "start anew elsewhere than cu_seqlens"),
+        ({"position_ids": PLACES[0]}, r"position_ids must be \(B or 1, N\)"),
+        ({"position_ids": PLACES.expand(3, 1, 48)}, r"position_ids must be \(B or 1, N\)"),
+        ({"cu_seq_lens_q": [0, 48]}, "must be a tensor"),
+    ],
+)
+def test_contradictions_about_documents_are_errors(told: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        leetdist.shard_batch({"input_ids": torch.arange(48)[None], **told}, None)
+
+
+def test_documents_in_several_rows_are_an_error() -> None:
+    with pytest.raises(ValueError, match="packed documents lie in one row"):
+        leetdist.shard_batch({"input_ids": torch.zeros(2, 48), "position_ids": PLACES.expand(2, 48)}, None)
+
+
+# --- loaders of any kind
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return ({"input_ids": torch.full((16,), i)} for i in range(8))
+
+
+def sharded(source: Any, rank: int, ranks: int, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Any:
+    monkeypatch.setattr("leetdist.integrations.batches.sequence_group", lambda mesh: None)
+    return leetdist.ShardedLoader(source, Meshed(rank, ranks), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_iterable_datasets(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = []
+    for rank in (0, 1):
+        loader = sharded(DataLoader(Stream(), batch_size=4, num_workers=workers), rank, 2, monkeypatch)
+        assert rows_of(loader, steps=1) == [[0, 1] if rank == 0 else [2, 3]]
+        halves.append(rows_of(loader))  # goes on
+        assert loader.progress.startswith("epoch 1, step 0")
+    assert halves == [[[4, 5]], [[6, 7]]]
+
+
+def test_a_data_loaders_options_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: Any = [{"input_ids": torch.full((16,), i)} for i in range(8)]
+    options: dict[str, Any] = {
+        "num_workers": 1, "prefetch_factor": 3, "persistent_workers": True, "multiprocessing_context": "forkserver",
+        "timeout": 30, "in_order": True, "generator": torch.Generator(), "pin_memory": False,
+        "worker_init_fn": print, "collate_fn": torch.utils.data.default_collate,
+    }  # fmt: skip
+    source = DataLoader(rows, batch_size=4, shuffle=True, **options)
+    copied: Any = sharded(source, 0, 2, monkeypatch).source
+    for name in options:
+        assert getattr(copied, name) == getattr(source, name), name
+
+
+def test_a_samplers_own_generator_and_epoch_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shuffled(torch.utils.data.Sampler):  # type: ignore[type-arg]
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Any:
+            return iter(torch.randperm(24, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+        def __len__(self) -> int:
+            return 24
+
+    rows: Any = [{"input_ids": torch.full((16,), i)} for i in range(24)]
+
+    def loader(kind: str) -> Any:
+        if kind == "set_epoch":
+            return DataLoader(rows, batch_size=4, sampler=Shuffled())
+        return DataLoader(rows, batch_size=4, sampler=torch.utils.data.RandomSampler(rows, generator=torch.Generator()))
+
+    for kind in ("set_epoch", "generator"):
+        straight = sharded(loader(kind), 0, 1, monkeypatch)
+        epochs = [rows_of(straight), rows_of(straight)]
+        assert epochs[0] != epochs[1]
+        resumed = sharded(loader(kind), 0, 1, monkeypatch)
+        resumed.load_state_dict({"epoch": 1, "step": 2, "seed": 0})
+        assert rows_of(resumed) == epochs[1][2:], kind
+
+
+def test_rows_that_are_dealt_already_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: Any = [{"input_ids": torch.full((16,), i)} for i in range(8)]
+    dealt = torch.utils.data.DistributedSampler(rows, 2, 1)
+    by_batch = torch.utils.data.BatchSampler(dealt, 4, False)
+    sources: list[Any] = [DataLoader(rows, batch_size=4, sampler=dealt), DataLoader(rows, batch_sampler=by_batch)]
+    with contextlib.suppress(ImportError):
+        from accelerate.data_loader import prepare_data_loader
+
+        sources.append(prepare_data_loader(DataLoader(rows, batch_size=4), num_processes=2, process_index=1))
+        sources.append(prepare_data_loader(DataLoader(Stream(), batch_size=4), num_processes=2, process_index=1))
+    for source in sources:
+        with pytest.raises(ValueError, match="deals rows to ranks already"):
+            sharded(source, 0, 2, monkeypatch)
+    sharded(DataLoader(rows, batch_size=4, sampler=torch.utils.data.DistributedSampler(rows, 1, 0)), 0, 2, monkeypatch)
+    with pytest.raises(ValueError, match="started again"):
+        sharded(iter(rows), 0, 2, monkeypatch)

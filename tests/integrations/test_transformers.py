@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ import leetdist
 from helpers import run_ranks, values
 
 transformers = pytest.importorskip("transformers")
+LightningAttention = pytest.importorskip("leetdist.integrations.transformers").LightningAttention
 
 TOKENS = 150  # no multiple of anything: shards are uneven
 LAYERS = ["linear_attention", "full_attention", "linear_attention"]
@@ -114,15 +116,54 @@ def generated(rank: int, ranks: int) -> None:
         assert torch.equal(found, expected), f"rank {rank}, prompt {tuple(prompt.shape)}: {found} != {expected}"
 
 
+def second_turn(rank: int, ranks: int) -> None:
+    """A conversation goes on from the cache of its first turn, which no rank needs another for."""
+    mesh = leetdist.device_mesh(sequence=ranks)
+    ids, more = batch_of()["input_ids"].split([120, TOKENS - 120], 1)
+    for build in (tiny, llama):
+        name = "cache" if "cache" in inspect.signature(type(build()).forward).parameters else "past_key_values"
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+        model = leetdist.parallelize(build(), mesh)
+        first = model.generate(ids, **options)
+        text = torch.cat([first.sequences, more], 1)
+        found = model.generate(text, **options, **{name: getattr(first, name)}).sequences
+        expected = build().generate(text, **{**options, "use_cache": False}).sequences
+        assert torch.equal(found, expected), f"{build.__name__}: {found} != {expected}"
+
+
 def packed(rank: int, ranks: int) -> None:
-    """Documents in one row equal each document alone: no state and no attention crosses their border."""
+    """Documents in one row equal each document alone: no state and no attention crosses their border, however told."""
     mesh = leetdist.device_mesh(sequence=ranks)
     ids = batch_of(1)["input_ids"]
     ends = [0, 41, 97, TOKENS]
-    expected = torch.cat([tiny()(ids[:, a:b]).logits for a, b in pairwise(ends)], 1)
-    local = leetdist.shard_batch({"input_ids": ids, "cu_seqlens": torch.tensor(ends)}, mesh)
-    logits = leetdist.parallelize(tiny(), mesh)(**local).logits
-    assert relative(leetdist.gather_sequence(logits, 1, mesh["sp"]), expected) < 1e-5
+    offsets = torch.tensor(ends)
+    places = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])[None]
+    for build in (tiny, llama):
+        expected = torch.cat([build()(ids[:, a:b]).logits for a, b in pairwise(ends)], 1)
+        models = [leetdist.parallelize(build(), mesh), leetdist.parallelize(build(), None)]
+        for told in (
+            {"cu_seqlens": offsets},
+            {"position_ids": places},
+            {"position_ids": places, "attention_mask": torch.ones_like(ids)},
+            {
+                "position_ids": places,
+                "cu_seq_lens_q": offsets.int(),
+                "cu_seq_lens_k": offsets.int(),
+                "max_length_q": 56,
+            },
+        ):
+            for model, where in zip(models, (mesh, None), strict=True):
+                if where is None and build is llama and "attention_mask" in told:
+                    continue  # transformers' own, which then takes the row for one document
+                logits = model(**leetdist.shard_batch({"input_ids": ids, **told}, where), use_cache=False).logits
+                logits = leetdist.gather_sequence(logits, 1, mesh["sp"]) if where is not None else logits
+                assert relative(logits, expected) < 1e-5, f"{build.__name__}, {sorted(told)}, {where}"
+        # Cut by someone else, who leaves it to the model to see it.
+        local = {
+            name: leetdist.shard_sequence(x, 1, mesh["sp"])
+            for name, x in (("input_ids", ids), ("position_ids", places))
+        }
+        assert relative(leetdist.gather_sequence(models[0](**local).logits, 1, mesh["sp"]), expected) < 1e-5
 
 
 def padding(rank: int, ranks: int) -> None:
@@ -148,6 +189,16 @@ def wrong_calls(rank: int, ranks: int) -> None:
         model(**without)
     with pytest.raises(ValueError, match="output_router_logits"):
         model(**local, output_router_logits=True)
+    with pytest.raises(ValueError, match="num_items_in_batch must be the labels that count over all ranks"):
+        model(**local, num_items_in_batch=(local["labels"] != -100).sum() // 2)
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        model(**local, logits_to_keep=1)
+    with pytest.raises(ValueError, match="token_type_ids is not known"):
+        model(**local, token_type_ids=torch.zeros_like(local["input_ids"]))
+    with pytest.raises(ValueError, match="packed documents are several"):
+        model(**local, cu_seqlens=torch.tensor([0, TOKENS]), use_cache=True)
+    with pytest.raises(ValueError, match="packed documents lie in one row"):
+        model(**{**local, "position_ids": local["position_ids"] % 40})
     with pytest.raises(ValueError, match=f"rank {rank} of {ranks} has no tokens"):
         model(input_ids=local["input_ids"][:, :0], position_ids=local["position_ids"][:, :0])
 
@@ -159,7 +210,7 @@ def lost_state(rank: int, ranks: int) -> float:
     expected = tiny()(**batch).logits.detach()
     model = leetdist.parallelize(tiny(), mesh)
     for layer in model.model.layers:
-        if layer.block_type == "linear_attention":
+        if isinstance(layer.self_attn, LightningAttention):
             layer.self_attn.group = None
     logits = model(**leetdist.shard_batch(batch, mesh)).logits.detach()
     return relative(leetdist.gather_sequence(logits, 1, mesh["sp"]), expected)
@@ -173,6 +224,7 @@ def everything(rank: int, ranks: int) -> dict[str, Any]:
         found["FSDP2"] = {"gradients": under_fsdp2(rank, ranks)}
     with torch.no_grad():
         generated(rank, ranks)
+        second_turn(rank, ranks)
         packed(rank, ranks)
         padding(rank, ranks)
     wrong_calls(rank, ranks)
@@ -208,6 +260,27 @@ def test_slopes_are_fp32_in_a_bf16_model() -> None:
     layer = model.model.layers[0].self_attn
     expected = -tiny().model.layers[0].self_attn.slope_rate.flatten()
     torch.testing.assert_close(layer.log_decay(torch.device("cpu")), expected)
+
+
+def test_a_layers_unknown_arguments_are_refused() -> None:
+    model = leetdist.parallelize(tiny(), None)
+    with pytest.raises(ValueError, match="lightning layer knows no window"):
+        model.model.layers[0].self_attn(torch.randn(1, 4, 32), window=4)
+
+
+def test_packed_rows_on_one_device() -> None:
+    """Several rows too, each with documents of its own; transformers' own lightning layers carry their state on."""
+    ids = batch_of()["input_ids"]
+    ends = ([0, 41, TOKENS], [0, 90, 97, TOKENS])
+    places = torch.stack([torch.cat([torch.arange(b - a) for a, b in pairwise(row)]) for row in ends])
+    with torch.no_grad():
+        alone = [
+            torch.cat([tiny()(ids[i : i + 1, a:b]).logits for a, b in pairwise(row)], 1) for i, row in enumerate(ends)
+        ]
+        found = leetdist.parallelize(tiny(), None)(ids, position_ids=places, use_cache=False).logits
+        theirs = tiny()(ids, position_ids=places, use_cache=False).logits
+    assert relative(found, torch.cat(alone)) < 1e-5
+    assert relative(theirs, torch.cat(alone)) > 1e-2
 
 
 UNKNOWN = {

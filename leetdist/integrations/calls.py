@@ -1,0 +1,305 @@
+"""Around the calls of a transformers model: what a shard needs, what would be wrong on one, and its loss."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leetdist.integrations.documents import offsets_of, shared_documents, starts_of
+from leetdist.integrations.loss import reduce_loss
+from leetdist.integrations.models import softmax
+from leetdist.integrations.models.minimax import LightningAttention
+from leetdist.integrations.registry import Handler
+from leetdist.mesh import all_sum, all_transports
+from leetdist.sequence.grid import default_tile, shard_lengths
+from leetdist.sequence.group import resolve
+from leetdist.sequence.shard import gather_sequence, shard_sequence
+
+if TYPE_CHECKING:
+    from leetdist.mesh import Mesh
+    from leetdist.sequence.group import Group
+
+# What a call of the decoder stack may carry on shards; anything else is refused by name.
+_TOKENS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
+_KNOWN = {*_TOKENS, "cu_seqlens", "use_cache", "cache", "past_key_values"}
+_MEANINGLESS = {
+    "labels", "shift_labels", "num_items_in_batch", "return_dict", "output_hidden_states", "logits_to_keep",
+    "cache_position",
+}  # fmt: skip
+
+
+class Calls:
+    """Around the forward of the decoder stack: documents told to its layers, shards checked, whole prompts cut.
+
+    Training, and any call without a cache, gets shards from the caller. With a cache (`use_cache=True`, as `generate`
+    calls it), every rank passes the whole prompt: it is cut here where every layer's cache is one that can be joined
+    again, each rank then holds the whole caches, and decodes by itself. Only the last token's hidden state comes back
+    from a prompt that was cut.
+    """
+
+    def __init__(
+        self, model: Any, stack: Any, group: Group | None, handlers: dict[nn.Module, Handler], hears: bool
+    ) -> None:
+        self.hears = hears  # whether what a call says of documents and padding reaches the layers
+        self.base = stack
+        self.group, self.handlers = group, handlers
+        transport = resolve(group) if group is not None else None
+        self.rank, self.ranks = (0, 1) if transport is None else (transport.rank, transport.size)
+        self.softmax: list[Any] = [x for x, handler in handlers.items() if handler is softmax.give_group]
+        self.cuts_prompts = (stack is not model or model.base_model is model) and all(
+            isinstance(x, LightningAttention) or x in set(self.softmax) for x in handlers
+        )
+        places = [getattr(layer, "layer_idx", None) for layer in self.softmax]
+        self.cuts_prompts &= None not in places and len(set(places)) == len(places)
+        self.prompt = self.alone = False
+
+    def install(self) -> None:
+        self.base.register_forward_pre_hook(self.before, with_kwargs=True)
+        if self.group is not None:
+            self.base.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = _named(module, args, kwargs)
+        cache = call.get("cache") if call.get("cache") is not None else call.get("past_key_values")
+        with_cache = cache is not None or call.get("use_cache") is True
+        if self.group is None:
+            if with_cache and call.get("cu_seqlens") is not None:
+                raise ValueError("cu_seqlens: a cache holds one document a row, and packed documents are several")
+            if not with_cache:
+                self._tell_documents(call)
+            return (), call
+        self._check(call)
+        if not with_cache:
+            call["use_cache"] = False
+            self._check_shard(call)
+            mask = call.get("attention_mask")
+            whole = mask if mask is None else gather_sequence(mask, 1, self.group)
+            if whole is not None and bool(whole.all()):
+                whole = call["attention_mask"] = None
+            self._tell_documents(call)
+        else:
+            if call.get("cu_seqlens") is not None:
+                raise ValueError("cu_seqlens: a cache holds one document a row, and packed documents are several")
+            whole = call.get("attention_mask")
+            self._prepare_cached(call, cache)
+        if whole is not None and not bool(whole.all()):
+            self._must_hear("padding")
+            call["kept"] = whole.bool()
+        return (), call
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        prompt, self.prompt = self.prompt, False
+        if self.alone:
+            self._give(self.group)
+        if prompt and output is not None:
+            cache = getattr(output, "cache", None)
+            cache = output.past_key_values if cache is None else cache
+            for layer in self.softmax:
+                cached = cache.layers[layer.layer_idx]
+                cached.keys, cached.values = (gather_sequence(x, 2, self.group) for x in (cached.keys, cached.values))
+            last = gather_sequence(output.last_hidden_state[:, -1:], 1, self.group)
+            output.last_hidden_state = last[:, -1:]
+        return output
+
+    def _check(self, call: dict[str, Any]) -> None:
+        """ValueError for what a shard cannot be computed with."""
+        if call.get("output_router_logits"):
+            raise ValueError(
+                "output_router_logits: the auxiliary loss of the experts is no sum over tokens, so the mean of the "
+                "ranks' losses is not the loss of the whole; it is not there for sharded sequences"
+            )
+        for name, value in call.items():
+            if name not in _KNOWN and name not in _MEANINGLESS and value is not None and value is not False:
+                raise ValueError(f"{name} is not known for a sharded sequence: leetdist.shard_batch cuts what is")
+        mask, positions = call.get("attention_mask"), call.get("position_ids")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError("attention_mask must be (B, N) or None for a sharded sequence")
+        if positions is not None and positions.ndim != 2:
+            raise ValueError(f"position_ids must be (B or 1, N) for a sharded sequence, got {tuple(positions.shape)}")
+
+    def _check_shard(self, call: dict[str, Any]) -> None:
+        if call.get("position_ids") is None and "position_ids" in inspect.signature(type(self.base).forward).parameters:
+            raise ValueError(
+                "position_ids must be given, positions in the whole sequence: a shard's own would start from 0 on "
+                "every rank; leetdist.shard_batch makes them"
+            )
+        if not _count(call):
+            raise ValueError(
+                f"input_ids: rank {self.rank} of {self.ranks} has no tokens, which the model's layers cannot take: "
+                "share the sequence among fewer ranks, or take longer sequences"
+            )
+
+    def _tell_documents(self, call: dict[str, Any]) -> None:
+        """Find documents by their positions, and see that all layers hear of them."""
+        positions, mask = call.get("position_ids"), call.get("attention_mask")
+        if call.get("cu_seqlens") is None and positions is not None and positions.ndim == 2:
+            rows = len(_tokens(call))
+            if self.group is not None:
+                found = shared_documents(positions, rows, mask, self.group)
+            else:
+                starts = starts_of(positions.expand(rows, -1), mask)
+                found = offsets_of(starts) if bool(starts.any()) else None
+            if found is not None:
+                call["cu_seqlens"] = found
+        elif call.get("cu_seqlens") is not None and self.group is None and self.softmax:
+            # transformers' own attention knows documents by positions, and only where there is no mask.
+            if mask is not None and not bool(mask.all()):
+                raise ValueError("attention_mask: packed documents have no padding between them, leave it out")
+            call["attention_mask"] = None
+            if positions is None:
+                ends = call["cu_seqlens"].long()
+                places = torch.arange(_count(call))
+                places = places - ends.cpu()[torch.searchsorted(ends.cpu(), places, right=True) - 1]
+                call["position_ids"] = places.to(_tokens(call).device)[None]
+        if call.get("cu_seqlens") is not None:
+            self._must_hear("packed documents")
+
+    def _must_hear(self, what: str) -> None:
+        if not self.hears:
+            raise ValueError(
+                f"{type(self.base).__name__} does not hand what a call says of {what} on to all of its layers, which "
+                "therefore leetdist cannot keep apart"
+            )
+
+    def _prepare_cached(self, call: dict[str, Any], cache: Any) -> None:
+        count = _count(call)
+        filled = cache is not None and (cache.get_seq_length() > 0 or any(map(len, getattr(cache, "linear_cache", []))))
+        lengths = shard_lengths(count, self.ranks, default_tile(count))  # too few to share, if a rank would have none
+        self.prompt = not filled and self.cuts_prompts and _joinable(cache) and min(lengths) > 0
+        self.prompt &= call.get("return_dict") is not False
+        if self.prompt:
+            if call.get("position_ids") is None:
+                call["position_ids"] = torch.arange(count, device=_tokens(call).device)[None]
+            for name in _TOKENS:
+                if call.get(name) is not None:
+                    call[name] = shard_sequence(call[name], 1, self.group)
+        else:
+            self._give(None)
+
+    def _give(self, group: Group | None) -> None:
+        self.alone = group is None
+        for layer, handler in self.handlers.items():
+            handler(layer, group)
+
+
+class ModelLoss:
+    """The loss of a causal language model over all ranks, in place of the model's own."""
+
+    def __init__(self, mesh: Mesh, sharded: bool) -> None:
+        self.mesh, self.sharded = mesh, sharded
+        self.last: Tensor | None = None
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        if shift_labels is None:
+            if self.sharded:
+                raise ValueError(
+                    "shift_labels must be given: the label of a shard's last token is on the next rank, so labels are "
+                    "shifted before they are cut; leetdist.shard_batch does both"
+                )
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if logits.shape[:-1] != shift_labels.shape:
+            raise ValueError(
+                f"shift_labels must have a label for each of the logits {tuple(logits.shape)}, "
+                f"got {tuple(shift_labels.shape)}"
+            )
+        target = shift_labels.reshape(-1).to(logits.device)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+        total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+        counted = (target != ignore_index).sum()
+        if num_items_in_batch is not None:
+            everyone = int(all_sum(counted, all_transports(self.mesh)))
+            if int(num_items_in_batch) < everyone:
+                raise ValueError(
+                    f"num_items_in_batch must be the labels that count over all ranks and micro-batches of a step, got "
+                    f"{int(num_items_in_batch)} where these ranks have {everyone}: sum it over the ranks"
+                )
+        self.last = reduce_loss(total, counted, self.mesh, total_tokens=num_items_in_batch)
+        return self.last
+
+
+class Outputs:
+    """Around the whole model: a loss that is not the mean over all ranks, or tokens left out, are errors."""
+
+    def __init__(self, model: Any, sharded: bool) -> None:
+        self.model, self.sharded = model, sharded
+
+    def install(self) -> None:
+        self.model.register_forward_pre_hook(self.before, with_kwargs=True)
+        self.model.register_forward_hook(self.after, with_kwargs=True)
+
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        cached = kwargs.get("use_cache") or any(kwargs.get(x) is not None for x in ("cache", "past_key_values"))
+        keep = kwargs.get("logits_to_keep")
+        if self.sharded and not cached and (isinstance(keep, Tensor) or keep):
+            raise ValueError("logits_to_keep counts from the end of the sequence, which only the last rank holds")
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = _named(module, args, kwargs)
+        if call.get("labels") is None:
+            return
+        loss = output[0] if isinstance(output, tuple) else output.loss
+        ours = getattr(module, "loss_function", None)
+        last = ours.last if isinstance(ours, ModelLoss) else None
+        if isinstance(ours, ModelLoss):
+            ours.last = None
+        if last is None or loss is not last:
+            raise ValueError(
+                f"{type(module).__name__} computes a loss of its own from labels, which is not the mean over all "
+                "ranks: call it without labels, and give leetdist.reduce_loss the sum of the tokens' losses"
+            )
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names. What was called `past_key_values` is `cache` since transformers 5.24."""
+    signature = inspect.signature(type(module).forward)
+    if "cache" in signature.parameters and "past_key_values" in kwargs:
+        kwargs = dict(kwargs)
+        old = kwargs.pop("past_key_values")
+        kwargs["cache"] = old if kwargs.get("cache") is None else kwargs["cache"]
+    call = signature.bind(module, *args, **kwargs).arguments
+    call.pop(next(iter(call)))
+    return {**call.pop("kwargs", {}), **call}
+
+
+def _tokens(call: dict[str, Any]) -> Tensor:
+    found = (call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None)
+    tokens: Tensor | None = next(found, None)
+    if tokens is None:
+        raise ValueError("input_ids or inputs_embeds must be given")
+    return tokens
+
+
+def _count(call: dict[str, Any]) -> int:
+    return _tokens(call).shape[1]
+
+
+def _joinable(cache: Any) -> bool:
+    """Whether a prompt's cache can be joined from shards: plain keys and values a layer (and lightning states)."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    if cache is None:
+        return True
+    known = type(cache) is DynamicCache or isinstance(cache, MiniMaxCache)
+    return known and not getattr(cache, "offloading", False) and all(type(x) is DynamicLayer for x in cache.layers)
+
+
+__all__ = ["Calls", "ModelLoss", "Outputs"]
