@@ -103,10 +103,8 @@ def check_state(state: State) -> None:
             raise ValueError(f"{name} must have k's number of heads, a divisor of {heads}, got {x.shape[1]}")
     if k.shape[3] != dk:
         raise ValueError(f"k must have boundary's Dk = {dk}, got shape {tuple(k.shape)}")
-    if log_decay.shape != (heads,) or log_decay.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"log_decay must be float32 of shape (H,) = ({heads},), got {log_decay.dtype} of {tuple(log_decay.shape)}"
-        )
+    if log_decay.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
     check_options(state.scale, state.tile, state.method)
     if k.shape[2] >= state.tile:
         raise ValueError(f"k must hold less than a tile of {state.tile} tokens, got {k.shape[2]}")
@@ -120,6 +118,10 @@ def check_whole(name: str, state: Any) -> None:
 
     if not isinstance(state, State):
         raise ValueError(f"{name} must be a State, got {type(state).__name__}")
+    if state.log_decay.shape[0] != state.boundary.shape[1]:
+        raise ValueError(
+            f"{name}: log_decay must have shape (H,) = ({state.boundary.shape[1]},), got {tuple(state.log_decay.shape)}"
+        )
     if state.v.dtype != state.k.dtype:
         raise ValueError(f"{name}: v must have k's dtype, {state.k.dtype}, got {state.v.dtype}")
     if state.v.shape[3] != state.boundary.shape[3]:

@@ -219,7 +219,7 @@ def test_a_state_prints_as_a_line_and_has_parts_that_fit() -> None:
         ({"scale": float("inf")}, "scale must be a finite number"),
         ({"boundary": None}, "boundary must be a dense tensor of 4 dimensions, got NoneType"),
         ({"k": state.k[:, :, :3]}, r"v must have shape \(B, Hkv, n, D\) = \(2, Hkv, 3, D\)"),
-        ({"log_decay": torch.zeros(3)}, "log_decay must be float32 of shape"),
+        ({"log_decay": torch.zeros(2, dtype=torch.int64)}, "log_decay must be float32"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(state, **changed)
