@@ -192,21 +192,39 @@ def linear_attention_step(
     >>> torch.testing.assert_close(last, leetdist.linear_attention(q, k, v)[:, :, 9:])
     """
     check_alone("linear_attention_step")
+    compiling = torch.compiler.is_compiling()
     problem = describe(
-        q, k, v, log_decay,
+        q, k, v, log_decay, read_values=not compiling,
         scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
     )  # fmt: skip
     check_step(problem, q, state, inplace=inplace)
     out = state if inplace else None
     differentiable = problem.needs_grad or (torch.is_grad_enabled() and state.requires_grad)
-    choice = decoder("step", problem)
-    if not differentiable and choice.implementation.compiler:
+    if compiling and not differentiable:
+        o, new = _step_op(q, k, v, state, log_decay, problem.scale)
+        return o, state.copy_(new) if inplace else new
+    choice = None if compiling else decoder("step", problem)
+    if not differentiable and choice is not None and choice.implementation.compiler:
         step = choice.function()
         return step(q, k, v, state, log_decay, scale=problem.scale, out=out)
     from leetdist.kernels.constant_decay.pytorch import decode
 
     with torch.autocast(q.device.type, enabled=False):
         return decode.step(q, k, v, state, log_decay, scale=problem.scale, out=out)
+
+
+def _run_step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return linear_attention_step(q, k, v, state, log_decay, scale=scale)
+
+
+_step_op = ops.define(
+    "linear_attention_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor state, Tensor? log_decay, float scale) -> (Tensor, Tensor)",
+    _run_step,
+    lambda q, k, v, state, log_decay, scale: (q.new_empty(*q.shape[:3], v.shape[3]), state.new_empty(state.shape)),
+)
 
 
 __all__ = ["linear_attention", "linear_attention_step"]

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from leetdist.engine import trace
+from leetdist.kernels.common.sums import sum_in_pairs
 
 if TYPE_CHECKING:
     from leetdist.engine.lanes import Lane
@@ -199,6 +200,8 @@ def head_gradient_to_first(shares: Tensor, like: Tensor, name: str, plan: Plan) 
             there = shares.new_empty(*shares.shape[:2], count, *shares.shape[3:])
             parts.append(transport.receive(there, rank, what))
         shares = torch.cat(parts, 2)
-    # cumsum, because a sum's order may depend on the number of threads, which launchers set.
     ordered = shares.transpose(0, 1).flatten(1, 2).double()
+    if ordered.is_cuda:  # whose cumsum has no fixed order
+        return sum_in_pairs(ordered.flatten(2) if ordered.ndim > 2 else ordered[..., None]).view_as(like).to(like.dtype)
+    # cumsum, because a sum's order may depend on the number of threads, which launchers set.
     return ordered.cumsum(1)[:, -1].to(like.dtype)

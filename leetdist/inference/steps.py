@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leetdist.engine.ops import define
 from leetdist.engine.problem import describe
 from leetdist.inference.problem import check_steps
 from leetdist.operators.dispatch import decoder
@@ -80,6 +81,9 @@ def advance(
     ages: Tensor | None = None,
 ) -> Tensor:
     """`linear_attention_steps`; ages: (slots,) int64, to which the tokens that each slot keeps are added."""
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _steps_op(q, k, v, states, log_decay, float(scale), index, lengths, ages)
+        return compiled
     check_alone("linear_attention_steps")
     problem = describe(
         q, k, v, log_decay,
@@ -92,6 +96,29 @@ def advance(
             q, k, v, states, log_decay, scale=problem.scale, index=index, lengths=lengths, ages=ages
         )  # fmt: skip
     return o
+
+
+def _run_steps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    states: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    ages: Tensor | None,
+) -> Tensor:
+    return advance(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths, ages=ages)
+
+
+_steps_op = define(
+    "linear_attention_steps",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) states, Tensor? log_decay, float scale, Tensor? index, "
+    "Tensor? lengths, Tensor(b!)? ages) -> Tensor",
+    _run_steps,
+    lambda q, k, v, *_: q.new_empty(*q.shape[:3], v.shape[3]),
+)
 
 
 __all__ = ["advance", "linear_attention_steps"]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from leetdist.arguments import as_float, as_int
+from leetdist.sequence import copies as _copies  # noqa: F401  groups in copied and pickled modules
 from leetdist.sequence.p2p import PointToPoint
 from leetdist.sequence.symmetric import connect
 from leetdist.sequence.transport import Transport

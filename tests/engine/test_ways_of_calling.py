@@ -180,3 +180,73 @@ def test_dispatch_modes_see_the_op() -> None:
     q, k, v, g = (x[0] for x in inputs())
     with FlopCounterMode(display=False):
         assert torch.equal(tiled(q, k, v, g), tiled(q, k, v, g))
+
+
+def step_loop(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for token in range(3):
+        one = (x[:, :, token : token + 1] for x in (q, k, v))
+        o, state = leetdist.linear_attention_step(*one, state, DECAY, scale=0.3)
+        outputs.append(o)
+    return torch.cat(outputs, 2), state
+
+
+def steps(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    pool = state.repeat(3, 1, 1, 1)
+    index, lengths = torch.tensor([2]), torch.tensor([3])
+    o = leetdist.linear_attention_steps(q, k, v, pool, DECAY, scale=0.3, index=index, lengths=lengths)
+    return o, pool
+
+
+def step_in_place(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return leetdist.linear_attention_step(*(x[:, :, :1] for x in (q, k, v)), state.clone(), DECAY, inplace=True)
+
+
+def recursion(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:
+    return leetdist.linear_attention(q, k, v, DECAY, initial_state=state, return_state=True, method="recursion")
+
+
+def by_vanilla(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:
+    return vanilla(q, k, v, DECAY, initial_state=state, return_state=True)
+
+
+def decoder(name: str | None) -> Callable[..., Any]:
+    def call(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor]:
+        return (leetdist.causal_linear_decoder(q, k, v, True, -DECAY, attn_method=name),)
+
+    return call
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [step_loop, steps, step_in_place, recursion, by_vanilla, decoder(None), decoder("recursion"), decoder("vanilla")],
+)
+def test_fullgraph(call: Callable[..., Any], gradients: bool) -> None:
+    q, k, v, _ = (x[0].requires_grad_(gradients) for x in inputs(3))
+    args = (q, k, v, torch.randn(1, 2, 16, 16))
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(*args), call(*args)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+    if expected[0].requires_grad:
+        ours, theirs = (torch.autograd.grad(x[0].sin().sum(), (q, k, v)) for x in (found, expected))
+        for x, y in zip(ours, theirs, strict=True):
+            assert relative_error(x, y) < 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["auto", "block", "lightning", "fleet", "causal_dot_product", "vanilla"])
+def test_deterministic_algorithms(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    x = [torch.randn(1, 2, 300, 32, device="cuda", requires_grad=True) for _ in range(3)]
+    decay = DECAY.cuda().requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        o, state = leetdist.linear_attention(*x, decay, return_state=True, method=method)
+        (o.sum() + state.sum()).backward()
+        leetdist.linear_attention_step(*(y[:, :, :1] for y in x), state, decay)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert decay.grad.isfinite().all()

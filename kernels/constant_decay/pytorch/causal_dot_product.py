@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leetdist.kernels.common.sums import sum_in_pairs
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch.steps import Steps
 
@@ -56,12 +57,3 @@ class Decay:
 
     def __call__(self, state: Tensor) -> Tensor:
         return state * self.kept + state * self.factor
-
-
-def sum_in_pairs(x: Tensor) -> Tensor:
-    """The sum over the second last dimension as a tree, whose order, unlike torch.sum's, is the same everywhere."""
-    while x.shape[-2] > 1:
-        half = x.shape[-2] // 2
-        pairs = x[..., :half, :] + x[..., half : 2 * half, :]
-        x = torch.cat((pairs, x[..., 2 * half :, :]), -2)
-    return x[..., 0, :]

@@ -66,7 +66,9 @@ def attention_on_one_device(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_attention` of a method that knows no tiles: o and the final states. Document after document."""
-    method = importlib.import_module(f"leetdist.operators.methods.{problem.method}")
+    from leetdist.operators.methods import recursion, vanilla  # by name, which torch.compile follows
+
+    method = {"vanilla": vanilla, "recursion": recursion}[problem.method]
     dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
     share = problem.heads // problem.kv_heads
     decay = q.new_zeros(problem.heads) if log_decay is None else log_decay
