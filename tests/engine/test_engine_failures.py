@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import leetdist
 from helpers import Outcome, run_ranks, values
-from leetdist.kernels.constant_decay.pytorch import block
+from leetdist.operators.constant_decay import ConstantDecay
 from leetdist.sequence import blame, p2p
 from leetdist.sequence.group import resolve
 from leetdist.testing.equality import Case, check
@@ -23,11 +23,11 @@ from leetdist.testing.equality import Case, check
 # Where something happens on the victim: the object and the method that is about to run.
 STAGES: dict[str, tuple[Any, str]] = {
     "agreement": (p2p.PointToPoint, "largest"),
-    "tile states": (block, "tile_states"),
+    "tile states": (ConstantDecay, "state_gradients"),
     "receive": (p2p.PointToPoint, "receive_state"),
-    "fold": (block, "fold"),
+    "fold": (ConstantDecay, "fold"),
     "send": (p2p.PointToPoint, "send_state"),
-    "outputs": (block, "tile_outputs"),
+    "outputs": (ConstantDecay, "early_gradients"),
 }
 PLACES = [(stage, "forward") for stage in ("agreement", "receive", "fold", "send")]
 PLACES += [(stage, "backward") for stage in ("tile states", "fold", "outputs")]  # no agreement there
