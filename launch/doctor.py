@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 import leetdist
-from leetdist.engine.problem import Problem, describe
+from leetdist.engine.problem import describe
 from leetdist.kernels.common.settings import settings
 from leetdist.operators.dispatch import Choice, decoder, in_words, refusals
 from leetdist.operators.methods import choice_for, kernels_for
+from leetdist.operators.problem import Problem
 
 PACKAGES = ("accelerate", "deepspeed", "transformers")
 HEADS, TOKENS = 32, 131_072

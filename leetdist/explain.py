@@ -16,7 +16,7 @@ from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
     from leetdist.engine.plan import Plan
-    from leetdist.engine.problem import Problem
+    from leetdist.operators.problem import Problem
     from leetdist.sequence.group import Group
 
 

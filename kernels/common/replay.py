@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from leetdist.kernels.common import launch, launcher, recording
 from leetdist.kernels.common.loader import Arguments, Kernel
-from leetdist.kernels.constant_decay.cuda.hopper import TensorMap, tensor_map
+from leetdist.kernels.common.tensor_map import TensorMap, tensor_map
 
 EMPTY = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")

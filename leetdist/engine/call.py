@@ -94,7 +94,7 @@ def run(
     )
     plan = plan_call(*given, **options, transport=transport, captured=captured, operator=operator, gates=gates)
     problem, here, there = plan.problem, plan.given, plan.layout.lengths
-    *inputs, initial_state = canonical_tensors(*given, options["initial_state"], options["cu_seqlens"], plan)
+    *inputs, initial_state = canonical_tensors(*given, options["initial_state"], options["cu_seqlens"], plan.highest)
     if gates is not None:
         inputs[3:] = [row_major(x) for x in gates.values()]
     anchor = None

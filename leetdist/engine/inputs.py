@@ -6,7 +6,7 @@ and any other strides (`row_major`); log_decay and states are contiguous, in the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from torch import Tensor
 from leetdist.arguments import as_bool, as_float, as_int, as_str
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.values import still
-
-if TYPE_CHECKING:
-    from leetdist.engine.plan import Plan
 
 LARGEST_TILE = 1 << 30  # tokens in a tile are counted in 32 bits
 
@@ -53,13 +50,16 @@ def canonical_tensors(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    plan: Plan,
+    highest: tuple[float, ...] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """q, k, v, log_decay and initial_state as kernels take them; differentiable. No decay is a log_decay of zeros."""
+    """q, k, v, log_decay and initial_state as kernels take them; differentiable. No decay is a log_decay of zeros.
+
+    highest: the log-decays for which the call's plan is right (leetdist.engine.plan.Plan.highest).
+    """
     dtype = state_dtype(q.dtype)
     if log_decay is None:
-        log_decay = torch.zeros(plan.problem.heads, dtype=dtype, device=q.device)
-    log_decay = still(contiguous(log_decay, dtype), cu_seqlens, plan.highest)
+        log_decay = torch.zeros(q.shape[1], dtype=dtype, device=q.device)
+    log_decay = still(contiguous(log_decay, dtype), cu_seqlens, highest)
     if initial_state is not None:
         initial_state = contiguous(initial_state, dtype)
     return row_major(q), row_major(k), row_major(v), log_decay, initial_state

@@ -69,7 +69,7 @@ class Call:
     def inputs(self, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """The operator's, on the grid, and the initial state, as kernels take them."""
         tensors = (self.q, self.k, self.v, self.log_decay, self.initial_state, self.cu_seqlens)
-        *tokens, decay, initial_state = canonical_tensors(*tensors, plan)
+        *tokens, decay, initial_state = canonical_tensors(*tensors, plan.highest)
         return (*(_aligned(x, plan) for x in tokens), decay), initial_state
 
     def empty_decay(self) -> Tensor:

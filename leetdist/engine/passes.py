@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from leetdist.engine import scan, trace
-from leetdist.engine.lanes import Lane, LaneStates, LaneTokens, in_order
+from leetdist.engine.filling import LaneStates, LaneTokens, in_order
+from leetdist.engine.lanes import Lane
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.plan import Plan
 from leetdist.kernels.common.recording import HostStep, note, take

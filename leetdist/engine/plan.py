@@ -13,12 +13,13 @@ from torch import Tensor
 
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
-from leetdist.engine.problem import Problem, check_agreement, check_declared, describe, global_layout
+from leetdist.engine.problem import check_agreement, check_declared, describe, global_layout
 from leetdist.engine.values import Decays, decays_of, forgetting_bound
 from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Operator
 from leetdist.operators.dispatch import backend_of, may_fail
+from leetdist.operators.problem import Problem
 from leetdist.operators.registry import operator_named
 from leetdist.sequence.agreement import Agreement, agree
 from leetdist.sequence.cost import best_lanes

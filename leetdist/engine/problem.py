@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from leetdist.arguments import as_bool, check_plain
 from leetdist.engine.inputs import LARGEST_TILE, canonical_options, state_dtype
 from leetdist.engine.values import boundaries_of, decays_of
-from leetdist.sequence.encoding import plain
+from leetdist.operators.problem import Problem
 from leetdist.sequence.grid import Layout, default_tile
 from leetdist.sequence.shard import check_cut
 
@@ -21,43 +21,6 @@ METHODS = ("auto", "vanilla", "recursion", "block", "causal_dot_product", "light
 ONE_DEVICE = ("vanilla", "recursion")
 PRECISIONS = (None, "tf32", "high")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@plain
-@dataclass(frozen=True)
-class Problem:
-    """One call, without its data: what every rank must agree on, and this rank's number of tokens."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    dk: int
-    dv: int
-    dtype: torch.dtype
-    device: torch.device
-    scale: float
-    method: str
-    tile: int | None
-    documents: tuple[int, ...] | None
-    has_decay: bool
-    return_state: bool
-    grad_mode: bool
-    needs_grad: bool
-    needs_initial_grad: bool
-    needs_decay_grad: bool
-    has_initial: bool
-    tokens: int
-    precision: str | None = None
-    lanes: int | None = None
-    backend: str = ""  # under a group: ranks with other kernels would have other bits
-    captured: bool = False  # by a CUDA graph, which no host launches
-    operator: str = "constant_decay"
-    gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
-    sharded_from: int | None = None  # tokens that shard_sequence was given for a shard as long as this one
-
-    @property
-    def num_documents(self) -> int:
-        return 0 if self.documents is None else len(self.documents) - 1
 
 
 def describe(

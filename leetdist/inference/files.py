@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from leetdist.inference.problem import check_device, check_like, check_states, check_whole
-from leetdist.inference.state import State
+from leetdist.inference.problem import check_device
+from leetdist.inference.state import State, check_like, check_states, check_whole
 
 FORMAT = "leetdist.states/1"
 TENSORS = ("boundary", "k", "v", "log_decay")

@@ -1,22 +1,18 @@
-"""What inference calls ask for, checked once: the only place where their inputs are validated.
+"""What inference calls ask for, checked once.
 
-The operator's own arguments are `leetdist.engine.problem`'s.
+The operator's own arguments are checked in leetdist.engine.problem, and states in leetdist.inference.state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from leetdist.arguments import as_int, check_plain
-from leetdist.engine.problem import DTYPES, METHODS, ONE_DEVICE, check_log_decay, check_written, describe
-
-if TYPE_CHECKING:
-    from leetdist.inference.state import State
+from leetdist.engine.problem import METHODS, ONE_DEVICE, check_log_decay, check_written, describe
 
 
 def check_count(name: str, value: Any, least: int) -> int:
@@ -77,71 +73,6 @@ def host_values(x: Tensor | None) -> list[int] | None:
     return cast("list[int]", x.tolist())
 
 
-def check_state(state: State) -> None:
-    """The parts of a state fit together; values of its tensors are not read."""
-    for name in ("boundary", "k", "v", "log_decay"):
-        x, ndim = getattr(state, name), 1 if name == "log_decay" else 4
-        if not isinstance(x, Tensor) or x.ndim != ndim or x.layout != torch.strided:
-            got = f"{x.layout} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a dense tensor of {ndim} dimensions, got {got}")
-        if x.device != state.boundary.device:
-            raise ValueError(f"{name} must be on boundary's device, {state.boundary.device}, got {x.device}")
-    boundary, k, v, log_decay = state.boundary, state.k, state.v, state.log_decay
-    batch, heads, dk, _ = boundary.shape
-    if 0 in boundary.shape:
-        raise ValueError(f"boundary must have no empty dimension, got {tuple(boundary.shape)}")
-    full = torch.float64 if k.dtype == torch.float64 else torch.float32
-    if boundary.dtype != full:
-        raise ValueError(f"boundary must be {full} where k is {k.dtype}, got {boundary.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be of a dtype that linear_attention takes, got {x.dtype}")
-        if (x.shape[0], x.shape[2]) != (batch, k.shape[2]):
-            wanted = f"(B, Hkv, n, D) = ({batch}, Hkv, {k.shape[2]}, D)"
-            raise ValueError(f"{name} must have shape {wanted}, as boundary and k have it, got {tuple(x.shape)}")
-        if not x.shape[1] or heads % x.shape[1] or x.shape[1] != k.shape[1]:
-            raise ValueError(f"{name} must have k's number of heads, a divisor of {heads}, got {x.shape[1]}")
-    if k.shape[3] != dk:
-        raise ValueError(f"k must have boundary's Dk = {dk}, got shape {tuple(k.shape)}")
-    if log_decay.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
-    check_options(state.scale, state.tile, state.method)
-    if k.shape[2] >= state.tile:
-        raise ValueError(f"k must hold less than a tile of {state.tile} tokens, got {k.shape[2]}")
-    check_count("tokens", state.tokens, k.shape[2])
-
-
-def check_whole(name: str, state: Any) -> None:
-    """A state that is used. One that is only compared with may be of parts that do not compute together."""
-    # Not at the head of the file: a state is checked here.
-    from leetdist.inference.state import State
-
-    if not isinstance(state, State):
-        raise ValueError(f"{name} must be a State, got {type(state).__name__}")
-    if state.log_decay.shape[0] != state.boundary.shape[1]:
-        raise ValueError(
-            f"{name}: log_decay must have shape (H,) = ({state.boundary.shape[1]},), got {tuple(state.log_decay.shape)}"
-        )
-    if state.v.dtype != state.k.dtype:
-        raise ValueError(f"{name}: v must have k's dtype, {state.k.dtype}, got {state.v.dtype}")
-    if state.v.shape[3] != state.boundary.shape[3]:
-        raise ValueError(
-            f"{name}: v must have boundary's Dv = {state.boundary.shape[3]}, got shape {tuple(state.v.shape)}"
-        )
-
-
-def check_states(states: Any) -> None:
-    """States by name, to save or to go on from."""
-    if not isinstance(states, Mapping):
-        raise ValueError(f"states must be a mapping from names to states, got {type(states).__name__}")
-    for name, state in states.items():
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"states must be named by text, got the name {name!r}")
-        if not name.isprintable():  # a surrogate is no text that a file can hold
-            raise ValueError(f"states must have printable names, got {name!r}")
-        check_whole(f"states[{name!r}]", state)
-
-
 def check_tokens(tokens: Any, rows: int | None) -> None:
     """Tokens of a batch, of as many rows as those before them."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
@@ -161,15 +92,6 @@ def check_options(scale: Any, tile: Any, method: Any) -> None:
         raise ValueError(f"method must be one that works tile by tile, got {method!r}: it takes a sequence as a whole")
     if method not in METHODS or method == "auto":
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-
-
-def check_continues(state: State, **given: Any) -> None:
-    """A stream that goes on from a state is given nothing that the state says."""
-    check_whole("state", state)
-    defaults = {"log_decay": None, "scale": 1.0, "tile": None, "method": "auto"}
-    for name, value in given.items():
-        if value is not defaults[name] and (isinstance(value, Tensor) or value != defaults[name]):
-            raise ValueError(f"{name} must not be given with state, which has its own: it is {getattr(state, name)!r}")
 
 
 def check_decay(log_decay: Tensor) -> None:
@@ -257,31 +179,3 @@ def check_shards(everyone: list[Any], rank: int, tile: int) -> tuple[int, int, i
             f"of {tile}, and rank {owner} has {lengths[owner]} of them"
         )
     return owner, total % tile, total - total % tile
-
-
-def check_like(state: State, like: State) -> None:
-    """A state of the same operator as `like`, of any batch and age."""
-    for name in ("tile", "scale", "method"):
-        got, wanted = getattr(state, name), getattr(like, name)
-        if got != wanted:
-            raise ValueError(f"the state was made with {name} {got}, wanted {wanted}")
-    for name in ("boundary", "k", "v"):
-        got, wanted = getattr(state, name), getattr(like, name)
-        if (got.shape[1], got.shape[3]) != (wanted.shape[1], wanted.shape[3]):
-            raise ValueError(
-                f"the state has {got.shape[1]} heads of {got.shape[3]} in {name}, wanted {wanted.shape[1]} of "
-                f"{wanted.shape[3]}"
-            )
-        if got.dtype != wanted.dtype:
-            raise ValueError(f"the state's {name} is {got.dtype}, wanted {wanted.dtype}")
-    if state.boundary.shape[2] != like.boundary.shape[2]:
-        raise ValueError(f"the state has Dk = {state.boundary.shape[2]}, wanted {like.boundary.shape[2]}")
-    if state.log_decay is not like.log_decay and not torch.equal(state.log_decay.cpu(), like.log_decay.cpu()):
-        raise ValueError(
-            f"the state was made with log_decay {_shown(state.log_decay)}, wanted {_shown(like.log_decay)}"
-        )
-
-
-def _shown(log_decay: Tensor) -> str:
-    values = log_decay.tolist()
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

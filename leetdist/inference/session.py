@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from leetdist.inference.problem import check_count, check_like, check_states, check_tokens
-from leetdist.inference.state import State
+from leetdist.inference.problem import check_count, check_tokens
+from leetdist.inference.state import State, check_like, check_states
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import alone, resolve, sequence_parallel
 from leetdist.sequence.shard import gather_sequence, shard_sequence

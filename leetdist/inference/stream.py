@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.inference.problem import (
-    check_continues,
-    check_decay,
-    check_device,
-    check_options,
-    check_piece,
-    check_shards,
-)
+from leetdist.inference.problem import check_decay, check_device, check_options, check_piece, check_shards
 from leetdist.inference.staging import Staging
-from leetdist.inference.state import State, run
+from leetdist.inference.state import State, check_continues, run
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
 

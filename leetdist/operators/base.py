@@ -21,7 +21,7 @@ from torch import Tensor
 from leetdist.kernels.common.tiles import Tiles
 
 if TYPE_CHECKING:
-    from leetdist.engine.problem import Problem
+    from leetdist.operators.problem import Problem
 
 Inputs = Mapping[str, Tensor]
 Places = Mapping[str, Tensor | None]

@@ -24,7 +24,7 @@ from leetdist.operators.dispatch import part_of_tile
 from leetdist.operators.methods import kernels_for
 
 if TYPE_CHECKING:
-    from leetdist.engine.problem import Problem
+    from leetdist.operators.problem import Problem
 
 
 class ConstantDecay(Operator):

@@ -23,7 +23,7 @@ from leetdist.kernels.common.tiles import ceil_div
 from leetdist.sequence.grid import default_tile
 
 if TYPE_CHECKING:
-    from leetdist.engine.problem import Problem
+    from leetdist.operators.problem import Problem
 
 # All work under a group. The first is taken if it is as good as any, to within NOISE: two measurements of one thing
 # differ by as much.

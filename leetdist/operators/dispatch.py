@@ -24,7 +24,7 @@ from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.implementations import CANDIDATES, Facts, Implementation, machine_of
 
 if TYPE_CHECKING:
-    from leetdist.engine.problem import Problem
+    from leetdist.operators.problem import Problem
 
 TOKENS = 16  # of the launch that a kernel is tried with
 

@@ -165,7 +165,7 @@ def test_a_file_made_by_hand_is_told_what_it_lacks(tmp_path: Path) -> None:
     for field, value in (("tokens", -1), ("tokens", 36.5), ("tile", 24), ("scale", float("nan")), ("method", "magic")):
         refused(f"state '0': {field} must be", lambda told, fields, tensors: fields.update({field: value}))  # noqa: B023
     refused(
-        "log_decay must be float32 of shape",
+        "log_decay must have shape",
         lambda told, fields, tensors: tensors.update({"0.log_decay": torch.ones(3)}),
     )
     refused(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import NVCC, ptxas_report
-from leetdist.kernels.common import loader
+from leetdist.kernels.common import loader, tensor_map
 from leetdist.kernels.constant_decay.cuda import hopper
 
 # Bytes of a multiprocessor's shared memory, and what a block takes of it beside what it asks for.
@@ -68,8 +68,10 @@ def test_a_source_holds_what_it_includes():
 
 
 def test_copies_of_what_the_copy_engine_cannot_read_live_until_the_launch(monkeypatch):
-    monkeypatch.setattr(hopper, "_maps", {})
-    monkeypatch.setattr(hopper, "_encode", lambda address, _, __, strides: None if strides[2] % 8 else b"%d" % address)
+    monkeypatch.setattr(tensor_map, "_maps", {})
+    monkeypatch.setattr(
+        tensor_map, "_encode", lambda address, _, __, strides: None if strides[2] % 8 else b"%d" % address
+    )
     wrong = [torch.randn(1, 2, 16, 65)[..., 1:] for _ in range(3)]
     kept: list[torch.Tensor] = []
     maps = [hopper._operand(x, 4, kept) for x in wrong]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import leetdist
 from helpers import run_ranks, values
-from leetdist.engine.problem import Problem
+from leetdist.operators.problem import Problem
 from leetdist.sequence import encoding, memory
 from leetdist.sequence.group import resolve
 from leetdist.sequence.p2p import PointToPoint

@@ -6,15 +6,14 @@ tile length alone.
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import empty_outputs, empty_states
+from leetdist.kernels.common.tensor_map import MAP_BYTES, TensorMap, tensor_map
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
@@ -22,9 +21,6 @@ THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
 # Beside the chunks: barriers and what rounds the first address up to 1,024; for each warpgroup, tables.
 OTHERS = {"tile_states": (1536, 256), "tile_outputs": (1536, 1280)}
-MAP_BYTES, MAPS_KEPT = 128, 1024
-
-_maps: dict[tuple[Any, ...], TensorMap | None] = {}
 
 
 def tile_states(
@@ -184,53 +180,7 @@ def _operand(x: Tensor, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:
     return found, heads // x.shape[1]
 
 
-class TensorMap(bytes):
-    """How the copy engine knows a tensor; `address` and `kind` are what it was made from."""
-
-    address: int
-    kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]
-
-
 def _map(x: Tensor) -> TensorMap | None:
     """x (batch, heads, tokens, dim), 16-bit, as the copy engine knows it, in blocks of 64 tokens x 64 numbers; None
     where x is not made of multiples of 16 bytes."""
     return tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride()))
-
-
-def tensor_map(address: int, kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]) -> TensorMap | None:
-    """The same of a tensor by its address, dtype, shape and strides."""
-    key = address, kind
-    if key not in _maps:
-        if len(_maps) >= MAPS_KEPT:
-            _maps.clear()
-        _maps[key] = _encode(address, *kind)
-    return _maps[key]
-
-
-def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> TensorMap | None:
-    from cuda.bindings import driver
-
-    # The stride of what there is one of means nothing, but must be allowed.
-    steps = [2 * stride if size > 1 else 16 for size, stride in zip(shape[:3], strides, strict=False)]
-    if address % 16 or any(step <= 0 or step % 16 for step in steps):
-        return None
-    loader.bind()
-    kinds = driver.CUtensorMapDataType
-    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    result, made = driver.cuTensorMapEncodeTiled(
-        kind,
-        4,
-        address,
-        [driver.cuuint64_t(size) for size in reversed(shape)],
-        [driver.cuuint64_t(step) for step in reversed(steps)],
-        [driver.cuuint32_t(size) for size in (64, 64, 1, 1)],
-        [driver.cuuint32_t(1)] * 4,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    loader.check(result)
-    found = TensorMap(ctypes.string_at(int(made.getPtr()), MAP_BYTES))
-    found.address, found.kind = address, (dtype, shape, strides)
-    return found

@@ -20,7 +20,7 @@ from leetdist.operators.dispatch import Kernels, Use, chosen, compose
 from leetdist.sequence.grid import default_tile
 
 if TYPE_CHECKING:
-    from leetdist.engine.problem import Problem
+    from leetdist.operators.problem import Problem
 
 
 def kernels_for(problem: Problem, tokens: int) -> Kernels:

@@ -1,0 +1,61 @@
+"""Tensors as Hopper's copy engine (TMA) knows them."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from leetdist.kernels.common import loader
+from leetdist.kernels.common.memo import Memo
+
+MAP_BYTES = 128
+
+
+class TensorMap(bytes):
+    """How the copy engine knows a tensor; `address` and `kind` are what it was made from."""
+
+    address: int
+    kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]
+
+
+_maps: Memo[tuple[int, Any], TensorMap | None] = Memo(1024)
+
+
+def tensor_map(address: int, kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]) -> TensorMap | None:
+    """The map of a 16-bit tensor (batch, heads, tokens, dim), by its address, dtype, shape and strides, in blocks of
+    64 tokens x 64 numbers; None where it is not made of multiples of 16 bytes."""
+    key = address, kind
+    if key not in _maps:
+        _maps[key] = _encode(address, *kind)
+    return _maps[key]
+
+
+def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> TensorMap | None:
+    from cuda.bindings import driver
+
+    # The stride of what there is one of means nothing, but must be allowed.
+    steps = [2 * stride if size > 1 else 16 for size, stride in zip(shape[:3], strides, strict=False)]
+    if address % 16 or any(step <= 0 or step % 16 for step in steps):
+        return None
+    loader.bind()
+    kinds = driver.CUtensorMapDataType
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    result, made = driver.cuTensorMapEncodeTiled(
+        kind,
+        4,
+        address,
+        [driver.cuuint64_t(size) for size in reversed(shape)],
+        [driver.cuuint64_t(step) for step in reversed(steps)],
+        [driver.cuuint32_t(size) for size in (64, 64, 1, 1)],
+        [driver.cuuint32_t(1)] * 4,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    loader.check(result)
+    found = TensorMap(ctypes.string_at(int(made.getPtr()), MAP_BYTES))
+    found.address, found.kind = address, (dtype, shape, strides)
+    return found

@@ -1,0 +1,46 @@
+"""What a call is, without its data: what operators, their kernels and the model of their costs are chosen by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from leetdist.sequence.encoding import plain
+
+
+@plain
+@dataclass(frozen=True)
+class Problem:
+    """One call, without its data: what every rank must agree on, and this rank's number of tokens."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    dk: int
+    dv: int
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+    method: str
+    tile: int | None
+    documents: tuple[int, ...] | None
+    has_decay: bool
+    return_state: bool
+    grad_mode: bool
+    needs_grad: bool
+    needs_initial_grad: bool
+    needs_decay_grad: bool
+    has_initial: bool
+    tokens: int
+    precision: str | None = None
+    lanes: int | None = None
+    backend: str = ""  # under a group: ranks with other kernels would have other bits
+    captured: bool = False  # by a CUDA graph, which no host launches
+    operator: str = "constant_decay"
+    gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
+    sharded_from: int | None = None  # tokens that shard_sequence was given for a shard as long as this one
+
+    @property
+    def num_documents(self) -> int:
+        return 0 if self.documents is None else len(self.documents) - 1

@@ -1,0 +1,128 @@
+"""The tree is what it seems: imports go down, never in a circle; files are short; documents point to what is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# What may import what: each part of the package, and those below it that it knows. (Tests and benchmarks know all.)
+KNOWS = {
+    "kernels.common": (),
+    "kernels.constant_decay": ("kernels.common",),
+    "arguments": (),
+    "sequence": ("arguments", "kernels.common"),
+    "operators": ("kernels", "sequence"),
+    "engine": ("arguments", "kernels.common", "sequence", "operators"),
+    "api": ("kernels", "sequence", "operators", "engine"),
+    "decoder": ("engine", "api"),
+    "explain": ("kernels.common", "sequence", "operators", "engine"),
+    "inference": ("arguments", "kernels", "sequence", "operators", "engine", "api"),
+    "reference": (),
+    "mesh": ("arguments", "sequence"),
+    "nn": ("sequence", "api"),
+    "integrations": ("sequence", "engine", "api", "inference", "mesh", "nn"),
+    "testing": ("sequence", "api"),
+    # leetdist itself: the public names
+    "": ("sequence", "api", "decoder", "explain", "inference", "reference", "mesh", "integrations"),
+    "launch": ("", "kernels", "sequence", "operators", "engine", "inference", "nn", "integrations", "testing"),
+}
+MOST_LINES = 400
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name without "leetdist"; kernels and launch lie beside it in the checkout."""
+    found = {}
+    for folder in ("leetdist", "kernels", "launch"):
+        for path in (ROOT / folder).rglob("*.py"):
+            inside = path.relative_to(ROOT).parts
+            if inside[:2] in (("leetdist", "kernels"), ("leetdist", "launch")):  # the links
+                continue
+            parts = [*inside[folder == "leetdist" : -1], path.stem]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Module -> the package's modules that it imports: at its head, in a function, for its types only, or by a name in
+    quotes."""
+    known = modules()
+
+    def module_of(name: str) -> str | None:
+        """The module that a dotted name is, or is in."""
+        if name != "leetdist" and not name.startswith("leetdist."):
+            return None
+        parts = name.split(".")[1:]
+        while ".".join(parts) not in known:
+            parts.pop()
+        return ".".join(parts)
+
+    found: dict[str, set[str]] = {}
+    for module, path in known.items():
+        names: list[str] = []
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: imports are absolute"
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names += [name for name in re.findall(r"^leetdist(?:\.\w+)+$", node.value) if module_of(name)]
+        found[module] = {other for name in names if (other := module_of(name)) is not None} - {module}
+    return found
+
+
+def part_of(module: str) -> str:
+    """The part of the package that a module belongs to."""
+    return max((part for part in KNOWS if part and f"{module}.".startswith(f"{part}.")), key=len, default="")
+
+
+def named(part: str, names: tuple[str, ...]) -> bool:
+    """Whether a part, or a folder that it is in, is among the names."""
+    return part in names or any(name and part.startswith(f"{name}.") for name in names)
+
+
+def test_every_part_has_its_place() -> None:
+    """The table speaks of what there is, and goes from the ground up."""
+    assert {part_of(module) for module in modules()} == set(KNOWS)
+    above = list(KNOWS)
+    for part, below in KNOWS.items():
+        assert not [other for other in above if named(other, below)], f"{part or 'leetdist'} stands below"
+        above.remove(part)
+
+
+@pytest.mark.parametrize("part", KNOWS)
+def test_imports_go_down(part: str) -> None:
+    wrong = [
+        f"{module or 'leetdist'} imports {other or 'leetdist'}"
+        for module, others in imports().items()
+        for other in others
+        if part_of(module) == part != part_of(other) and not named(part_of(other), KNOWS[part])
+    ]
+    assert not wrong
+
+
+def test_no_circles() -> None:
+    """Taking away, again and again, the modules that import nothing that is left leaves nothing."""
+    left = {module: set(others) for module, others in imports().items()}
+    while free := {module for module, others in left.items() if not others & left.keys()}:
+        left = {module: others for module, others in left.items() if module not in free}
+    assert not left
+
+
+def sources() -> list[Path]:
+    folders = ("leetdist", "kernels", "launch", "benchmarks", "tests")
+    kinds = (".py", ".cu", ".cuh", ".cpp", ".h", ".sh")
+    return [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
+
+
+def test_files_are_short() -> None:
+    long = {
+        str(path.relative_to(ROOT)): n for path in sources() if (n := len(path.read_text().splitlines())) > MOST_LINES
+    }
+    assert not long
