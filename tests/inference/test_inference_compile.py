@@ -38,7 +38,7 @@ def layouts_of_sums(ttgir: str) -> list[str]:
     their names, and what indices and masks have, differ."""
     named = dict(re.findall(r"(#\w+) = (.*)", ttgir))
     used = re.findall(r"math\.fma .*, (#\w+)>|^ *}\) : \(tensor<.*?, (#\w+)>\)", ttgir, re.MULTILINE)
-    assert len(used) == 2
+    assert len(used) > 1
     return [named[fma or reduced] for fma, reduced in used]
 
 
