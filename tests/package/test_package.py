@@ -117,7 +117,7 @@ def test_wheel_has_one_package_and_the_licence(wheel: Path) -> None:
         lines = archive.read(f"{metadata}/METADATA").decode().splitlines()
     assert "License-Expression: Apache-2.0" in lines
     required = [line for line in lines if line.startswith("Requires-Dist:")]
-    assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: torch>=2.6"]
+    assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: torch>=2.9"]
 
 
 def test_wheel_built_from_sdist_is_the_same(checkout: Path, wheel: Path, tmp_path: Path) -> None:
