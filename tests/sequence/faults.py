@@ -66,9 +66,8 @@ def call(group: Any, between: Callable[[], None] = lambda: None) -> None:
 
 
 def rank_of(rank: int, store: str, victim: int, stage: str, how: str, out: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{store}", rank=rank, world_size=RANKS,
-                            timeout=timedelta(seconds=TIMEOUT))  # fmt: skip
-    group = dist.group.WORLD
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{store}", rank=rank, world_size=RANKS)
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
     dist.barrier()  # PyTorch's own set-up has its own ways of failing
 
     def plant() -> None:
