@@ -38,7 +38,7 @@ from torch import Tensor
 
 import leetdist
 from leetdist.launch.runtime import Rank, joined
-from leetdist.sequence import cost
+from leetdist.sequence import pipeline
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
 from leetdist.testing.equality import Case, check, compute, lightning_slopes, make_tensors
@@ -281,13 +281,13 @@ def captured(call: Callable[[], Any], mode: str = "thread_local") -> Callable[[]
 def model(bench: Bench, tokens: int, ranks: int, name: str, graph: bool) -> float | None:
     if not bench.cuda:
         return None  # its constants are a GPU's
-    job = cost.Job(ranks, tokens, bench.args.heads, bench.args.dim, bench.args.dim)
+    job = pipeline.Job(ranks, tokens, bench.args.heads, bench.args.dim, bench.args.dim)
     forgetting = float((lightning_slopes(job.heads) * job.grid < -105).float().mean())
     shape = (1, job.heads, job.heads, job.dk, job.dv, job.shards, job.grid)
     wanted = os.environ.get("LEETDIST_LANES")
-    lanes = int(wanted or cost.best_lanes(*shape, "cuda", forgetting=forgetting, captured=graph))
+    lanes = int(wanted or pipeline.best_lanes(*shape, "cuda", forgetting=forgetting, captured=graph))
     # On one device there is no lane to launch, and what the host takes is not modelled.
-    there, back = cost.times(job, cost.Machine(), lanes, forgetting=forgetting, captured=graph or ranks == 1)
+    there, back = pipeline.times(job, pipeline.Machine(), lanes, forgetting=forgetting, captured=graph or ranks == 1)
     return there if name == "forward" else there + back
 
 

@@ -1,6 +1,6 @@
 """`python -m leetdist.launch plan`: what a sharded call will cost on P ranks, before anybody buys them.
 
-Predicts time on the GPUs, exposed communication, bytes on the wire and memory a rank from `leetdist.sequence.cost`,
+Predicts time on the GPUs, exposed communication, bytes on the wire and memory a rank from `leetdist.sequence.pipeline`,
 prints a table, and draws strong and weak scaling beside LASP's, LASP-2's and ZeCO's formulas. The constants are H200s'
 as measured, or `--measure`d here, or given: `--set hop=2e-5 link=4e10`.
 """
@@ -19,9 +19,9 @@ from leetdist.engine.problem import describe
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.launch.runtime import Arguments
 from leetdist.operators.methods import kernels_for
-from leetdist.sequence import cost
-from leetdist.sequence.cost import Job, Machine
+from leetdist.sequence import pipeline
 from leetdist.sequence.grid import default_tile
+from leetdist.sequence.pipeline import Job, Machine
 from leetdist.testing.equality import lightning_slopes
 
 HEAD = (
@@ -149,8 +149,8 @@ def _weak(job: Job, counts: list[int]) -> list[Job]:
     return [replace(job, ranks=ranks, tokens=each * ranks) for ranks in counts]
 
 
-def _costs(job: Job, machine: Machine, forgetting: float) -> tuple[int, cost.Cost, cost.Cost]:
-    lanes = cost.best_lanes(
+def _costs(job: Job, machine: Machine, forgetting: float) -> tuple[int, pipeline.Cost, pipeline.Cost]:
+    lanes = pipeline.best_lanes(
         job.batch,
         job.heads,
         job.heads,
@@ -163,20 +163,22 @@ def _costs(job: Job, machine: Machine, forgetting: float) -> tuple[int, cost.Cos
         forgetting=forgetting,
         captured=True,
     )
-    there = cost.forward(job, machine, lanes, forgetting=forgetting)
-    return lanes, there, cost.backward(job, machine, lanes, forgetting=forgetting)
+    there = pipeline.forward(job, machine, lanes, forgetting=forgetting)
+    return lanes, there, pipeline.backward(job, machine, lanes, forgetting=forgetting)
 
 
 def _efficiency(job: Job, machine: Machine, total: float) -> float:
     """Against one device with a P-th of the tokens, the grid being what it is."""
-    alone = cost.single(replace(job, tokens=max(job.shards), tile=job.grid), machine)
+    alone = pipeline.single(replace(job, tokens=max(job.shards), tile=job.grid), machine)
     return sum(part.total for part in alone) / total
 
 
 def _row(job: Job, machine: Machine, layers: int, forgetting: float) -> tuple[str, ...]:
     lanes, there, back = _costs(job, machine, forgetting)
     both = there.total + back.total
-    peers = (f"{layers * formula(job, machine) * 1e3:.3f}" for formula in (cost.lasp, cost.lasp2, cost.zeco))
+    peers = (
+        f"{layers * formula(job, machine) * 1e3:.3f}" for formula in (pipeline.lasp, pipeline.lasp2, pipeline.zeco)
+    )
     return (
         f"{job.ranks}", f"{job.tokens}", f"{lanes}", f"{layers * there.total * 1e3:.3f}",
         f"{layers * there.exposed * 1e6:.0f}", f"{layers * both * 1e3:.3f}",
@@ -197,7 +199,7 @@ def draw(job: Job, machine: Machine, counts: list[int], forgetting: float, path:
         ranks = [each.ranks for each in jobs]
         ours = [_costs(each, machine, forgetting)[1].total * 1e3 for each in jobs]
         axis.plot(ranks, ours, marker="o", linewidth=2, label="leetdist")
-        for label, formula in (("LASP", cost.lasp), ("LASP-2", cost.lasp2), ("ZeCO", cost.zeco)):
+        for label, formula in (("LASP", pipeline.lasp), ("LASP-2", pipeline.lasp2), ("ZeCO", pipeline.zeco)):
             axis.plot(ranks, [formula(each, machine) * 1e3 for each in jobs], "--", label=label)
         size = f"{job.tokens:,} tokens in all" if name == "strong" else f"{jobs[0].tokens:,} tokens a rank"
         axis.set(title=f"{name} scaling, {size}", xlabel="ranks", ylabel="forward, ms", xscale="log", yscale="log")

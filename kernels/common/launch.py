@@ -15,16 +15,15 @@ from torch import Tensor
 
 from leetdist.kernels.common import recording, release
 from leetdist.kernels.common.launcher import why_not_repeated
+from leetdist.kernels.common.memo import Memo
 
 if (_missing := release.why_not_triton()) is not None:
     raise ImportError(f"leetdist's Triton kernels: {_missing}")
 
 # Whether compiled kernels are launched without asking Triton; else in the usual way, always.
 DIRECT = why_not_repeated() is None
-# Kept kernels; integers are in the key, so a stream of ever new lengths would fill the memory.
-MOST = 4096
-
-_kept: dict[tuple[Any, ...], Any] = {}
+# Compiled kernels. Integers are in the key, so a stream of ever new lengths would fill the memory.
+_kept: Memo[tuple[Any, ...], Any] = Memo(4096)
 _thread = threading.local()
 
 
@@ -70,8 +69,6 @@ def launch(
     key = (kernel, device.index, *options.values(), *constants.values(), *map(_kind, arguments))
     compiled, new = _kept.get(key), False
     if compiled is None:
-        if len(_kept) >= MOST:
-            _kept.clear()
         compiled, new = kernel[grid](*arguments, **constants, **options), True
         _kept[key] = compiled
     grid, arguments = (*grid, *(1,) * (3 - len(grid))), (*arguments, *constants.values())

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from leetdist.kernels.common import launch, launcher, recording
 from leetdist.kernels.common.loader import Arguments, Kernel
+from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.tensor_map import TensorMap, tensor_map
 
 EMPTY = frozenset(
@@ -30,8 +31,6 @@ EMPTY = frozenset(
 # Says when memory may be taken by others: what a repeated call takes is used on the stream that it was taken on, or by
 # streams that this one waits for, or it is refused.
 UNSEEN = frozenset((torch.ops.aten.record_stream,))
-# Addresses of tensor maps that a launch keeps: the allocator hands out the same few again and again.
-MOST_MAPS = 256
 
 
 class Recorder(TorchDispatchMode):
@@ -65,13 +64,11 @@ class Map:
     """The tensor map of one argument, for each address that it has had."""
 
     make: Callable[[int], Any]
-    known: dict[int, Any] = field(default_factory=dict)
+    known: Memo[int, Any] = field(default_factory=lambda: Memo(256))  # allocators hand out the same few again
 
     def at(self, address: int) -> Any:
         found = self.known.get(address)
         if found is None:
-            if len(self.known) >= MOST_MAPS:
-                self.known.clear()
             found = self.known[address] = self.make(address)
         return found
 
@@ -251,9 +248,9 @@ def _triton_step(
 
 
 # Kinds of calls seen: once, wherever it was, and then with how to repeat them, or None for those that cannot be.
-_once: set[tuple[Any, ...]] = set()
-_kinds: dict[tuple[Any, ...], Replay | None] = {}
-MOST_KINDS = 4096  # a model has as many as layers, passes and places of messages
+# (A model has as many as layers, passes and places of messages.)
+_once: Memo[tuple[Any, ...], None] = Memo(4096)
+_kinds: Memo[tuple[Any, ...], Replay | None] = Memo(4096)
 
 
 def repeated(
@@ -282,8 +279,5 @@ def repeated(
     if anywhere in _once and kind not in _kinds:
         outputs, _kinds[kind] = record(function, inputs, (*tensors, *more))
         return outputs
-    if max(len(_once), len(_kinds)) >= MOST_KINDS:
-        _once.clear()
-        _kinds.clear()
-    _once.add(anywhere)
+    _once[anywhere] = None
     return function(*tensors, *more)

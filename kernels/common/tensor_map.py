@@ -36,8 +36,8 @@ def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[
     from cuda.bindings import driver
 
     # The stride of what there is one of means nothing, but must be allowed.
-    steps = [2 * stride if size > 1 else 16 for size, stride in zip(shape[:3], strides, strict=False)]
-    if address % 16 or any(step <= 0 or step % 16 for step in steps):
+    distances = [2 * stride if size > 1 else 16 for size, stride in zip(shape[:3], strides, strict=False)]
+    if address % 16 or any(distance <= 0 or distance % 16 for distance in distances):
         return None
     loader.bind()
     kinds = driver.CUtensorMapDataType
@@ -47,7 +47,7 @@ def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[
         4,
         address,
         [driver.cuuint64_t(size) for size in reversed(shape)],
-        [driver.cuuint64_t(step) for step in reversed(steps)],
+        [driver.cuuint64_t(distance) for distance in reversed(distances)],
         [driver.cuuint32_t(size) for size in (64, 64, 1, 1)],
         [driver.cuuint32_t(1)] * 4,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

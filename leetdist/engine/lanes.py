@@ -6,7 +6,7 @@ A head's numbers never meet another head's, so lanes change no bit; the hops of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -54,7 +54,7 @@ class Lane:
         return whole
 
 
-@cache
+@lru_cache(maxsize=512)
 def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # kept, and used in calls that record gradients too
         return torch.tensor(heads, dtype=torch.int64, device=device)

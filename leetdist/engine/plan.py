@@ -15,6 +15,7 @@ from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
 from leetdist.engine.problem import check_agreement, check_declared, describe, global_layout
 from leetdist.engine.values import Decays, decays_of, forgetting_bound
+from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Operator
@@ -22,9 +23,9 @@ from leetdist.operators.dispatch import backend_of, may_fail
 from leetdist.operators.problem import Problem
 from leetdist.operators.registry import operator_named
 from leetdist.sequence.agreement import Agreement, agree
-from leetdist.sequence.cost import best_lanes
 from leetdist.sequence.grid import Layout
 from leetdist.sequence.group import declared_lengths
+from leetdist.sequence.pipeline import best_lanes
 
 if TYPE_CHECKING:
     from leetdist.sequence.transport import Transport
@@ -128,8 +129,6 @@ def plan_call(
                 problem, operator_named(problem.operator).chosen(problem, problem.tokens), raw_settings()
             )
             if kind is not None:
-                if len(_plans) >= MOST_PLANS:
-                    _plans.clear()
                 _plans[kind] = known
         return known
     lengths = declared_lengths(transport)
@@ -174,8 +173,6 @@ def plan_call(
         widest = max(lane.width for lane in plan.lanes)
         with transport.call("agreement"):
             transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
-        if len(agreement.memo) >= MOST_PLANS:  # layers have decays of their own, and learnt ones change every step
-            agreement.memo.clear()
         agreement.memo[key] = plan
     return plan
 
@@ -214,8 +211,7 @@ def _of_operator(problem: Problem, operator: str, gates: Mapping[str, Tensor] | 
 
 
 # Plans of local calls by all that `describe` looks at: it takes longer than a short call runs.
-_plans: dict[Hashable, Plan] = {}
-MOST_PLANS = 512
+_plans: Memo[Hashable, Plan] = Memo(512)
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: dict[str, Any]) -> Hashable | None:

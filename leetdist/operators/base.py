@@ -201,20 +201,20 @@ class TileOperator(Operator):
     def outputs(self, x: Inputs, states: Tensor, tiles: Tiles, *, out: Tensor | None) -> Tensor:
         q, v = x["q"], x["v"]
         whole = q.new_empty(q.shape[0], self.problem.heads, q.shape[2], v.shape[3])
-        for row, place, tile in self._tiles(x, tiles):
-            o = self.tile_outputs(states[row, None, :, place].contiguous(), **tile) * self.problem.scale
-            whole[row, :, _span(tiles, place)] = o[0].to(q.dtype)
+        for row, number, tile in self._tiles(x, tiles):
+            o = self.tile_outputs(states[row, None, :, number].contiguous(), **tile) * self.problem.scale
+            whole[row, :, _span(tiles, number)] = o[0].to(q.dtype)
         return whole
 
     def state_gradients(
         self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, *, to_end: bool, out: Tensor | None
     ) -> Tensor:
         added = []
-        for row, place, tile in self._tiles(x, tiles):
+        for row, number, tile in self._tiles(x, tiles):
             with torch.enable_grad():
-                state = states[row, None, :, place].contiguous().requires_grad_()
+                state = states[row, None, :, number].contiguous().requires_grad_()
                 o = self.tile_outputs(state, **tile) * self.problem.scale
-            added.append(torch.autograd.grad(o, state, self._do(do, row, tiles, place))[0])
+            added.append(torch.autograd.grad(o, state, self._do(do, row, tiles, number))[0])
         return self._stack(added, x, tiles, self._state)
 
     def early_gradients(
@@ -232,9 +232,9 @@ class TileOperator(Operator):
             )
             for name in self.tokens
         }  # fmt: skip
-        for row, place, grads in self._gradients(self.tokens, x, states, ends, do, tiles):
+        for row, number, grads in self._gradients(self.tokens, x, states, ends, do, tiles):
             for name, grad in grads.items():
-                whole[name][row, :, _span(tiles, place)] = grad[0].to(whole[name].dtype)
+                whole[name][row, :, _span(tiles, number)] = grad[0].to(whole[name].dtype)
         return whole
 
     def head_gradients(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> dict[str, Tensor]:
@@ -248,33 +248,33 @@ class TileOperator(Operator):
         self, names: tuple[str, ...], x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles
     ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Of each tile, from what its outputs and the state at its end receive; by autograd."""
-        for row, place, tile in self._tiles(x, tiles):
-            state = states[row, None, :, place].contiguous()
+        for row, number, tile in self._tiles(x, tiles):
+            state = states[row, None, :, number].contiguous()
             with torch.enable_grad():
                 wanted = {name: tile[name].requires_grad_() for name in names}
                 keep, added = self.summary(**tile)
                 end = self.transition.apply(keep, state) + added
                 o = self.tile_outputs(state, **tile) * self.problem.scale
-            flow = [self._do(do, row, tiles, place), ends[row, None, :, place].contiguous()]
+            flow = [self._do(do, row, tiles, number), ends[row, None, :, number].contiguous()]
             grads = torch.autograd.grad(
                 [o, end], list(wanted.values()), flow, allow_unused=True, materialize_grads=True
             )
-            yield row, place, dict(zip(wanted, grads, strict=True))
+            yield row, number, dict(zip(wanted, grads, strict=True))
 
     def _tiles(self, x: Inputs, tiles: Tiles) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """(batch entry, number of the tile, its inputs): tile after tile, and its batch entries one by one."""
         heads = {name: x[name].detach().to(self.dtype) for name in self.heads}
-        for place in range(tiles.count):
+        for number in range(tiles.count):
             for row in range(x["q"].shape[0]):
                 tokens = {}
                 for name in self.tokens:
-                    own = x[name].detach()[row, None, :, _span(tiles, place)].to(self.dtype)
+                    own = x[name].detach()[row, None, :, _span(tiles, number)].to(self.dtype)
                     share = self.problem.heads // own.shape[1]
                     tokens[name] = own.repeat_interleave(share, 1)  # a copy, also of one head each
-                yield row, place, tokens | heads
+                yield row, number, tokens | heads
 
-    def _do(self, do: Tensor, row: int, tiles: Tiles, place: int) -> Tensor:
-        return do[row, None, :, _span(tiles, place)].to(self.dtype).contiguous()
+    def _do(self, do: Tensor, row: int, tiles: Tiles, number: int) -> Tensor:
+        return do[row, None, :, _span(tiles, number)].to(self.dtype).contiguous()
 
     def _stack(self, parts: list[Tensor], x: Inputs, tiles: Tiles, rest: tuple[int, ...]) -> Tensor:
         """Of all batch entries and tiles: (1, H, *rest) each, to (B, H, tiles, *rest)."""
@@ -284,6 +284,6 @@ class TileOperator(Operator):
         return torch.cat(parts).unflatten(0, (tiles.count, batch)).movedim(0, 2).contiguous()
 
 
-def _span(tiles: Tiles, place: int) -> slice:
-    begin, count = tiles.spans[place]
+def _span(tiles: Tiles, number: int) -> slice:
+    begin, count = tiles.spans[number]
     return slice(begin, begin + count)

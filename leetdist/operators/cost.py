@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # All work under a group. The first is taken if it is as good as any, to within NOISE: two measurements of one thing
 # differ by as much.
-CANDIDATES = ("block", "lightning", "fleet", "causal_dot_product")
+SHARDED = ("block", "lightning", "fleet", "causal_dot_product")
 # Tokens; lightning is block, kernel by kernel, in tiles that are no longer.
 LIGHTNING_BLOCK = 256
 BY_TOKEN = ("fleet", "causal_dot_product")  # measured with the kernels of CUDA C++, or on a CPU
@@ -77,7 +77,7 @@ COSTS = load()
 def choose(problem: Problem, tile: int, *, where: str, token_scan: bool) -> Choice:
     """The method for `problem` on tiles of `tile` tokens. where: the constants measured with the kernels that block
     will run; token_scan: whether those can run that the methods of BY_TOKEN were measured with."""
-    served = [m for m in CANDIDATES if token_scan or m not in BY_TOKEN]
+    served = [m for m in SHARDED if token_scan or m not in BY_TOKEN]
     if tile <= LIGHTNING_BLOCK:
         served.remove("lightning")
     costs = COSTS[where][problem.dtype.itemsize == 2]
@@ -85,8 +85,8 @@ def choose(problem: Problem, tile: int, *, where: str, token_scan: bool) -> Choi
     times = {h: {method: costs[method].seconds(h, tokens, tile, size) for method in served} for h in HEADS}
     ratios = {method: max(times[h][method] / min(times[h].values()) for h in HEADS) for method in served}
     best = min(ratios, key=ratios.__getitem__)
-    if ratios[CANDIDATES[0]] <= NOISE * ratios[best]:
-        best = CANDIDATES[0]
+    if ratios[SHARDED[0]] <= NOISE * ratios[best]:
+        best = SHARDED[0]
     return Choice(best, times[HEADS[1]], ratios, where)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.settings import raw_settings, settings
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.implementations import CANDIDATES, Facts, Implementation, machine_of
@@ -195,8 +196,7 @@ def rehearse(choice: Choice, problem: Problem) -> None:
 
 
 # Who decodes, by all that decides on it: a token takes as long as it takes to find out.
-_decoders: dict[Hashable, Choice] = {}
-MOST_DECODERS = 512
+_decoders: Memo[Hashable, Choice] = Memo(512)
 
 
 def decoder(step: str, problem: Problem) -> Choice:
@@ -204,8 +204,6 @@ def decoder(step: str, problem: Problem) -> Choice:
     key = step, problem.device, problem.dtype, problem.dk, problem.dv, problem.kv_heads == problem.heads, raw_settings()
     found = _decoders.get(key)
     if found is None:
-        if len(_decoders) >= MOST_DECODERS:
-            _decoders.clear()
         found = _decoders[key] = chosen(Use(step), problem, 1, compiled=True)
     return found
 

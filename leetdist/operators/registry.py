@@ -14,7 +14,7 @@ _operators: dict[str, type[Operator] | str] = {
 
 
 def register(name: str, operator: type[Operator]) -> None:
-    """Make an operator known to `leetdist.operators.apply` and to the engine; ValueError if the name is taken."""
+    """Make an operator known to `leetdist.engine.call.apply_operator`; ValueError if the name is taken."""
     if _operators.get(name, operator) is not operator:
         raise ValueError(f"operator {name!r} is registered already, as {_operators[name]}")
     _operators[name] = operator

@@ -17,9 +17,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+from leetdist.kernels.common.memo import Memo
 from leetdist.sequence.transport import Transport
 
-KEPT = 512  # agreements a group remembers; forgetting one costs an exchange, never a wrong result
+MOST = 512  # of what callers derive from one: layers have decays of their own, and learnt ones change every step
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Agreement:
 
     everyone: tuple[Any, ...]
     fingerprint: int
-    memo: dict[Any, Any] = field(default_factory=dict)
+    memo: Memo[Any, Any] = field(default_factory=lambda: Memo(MOST))
     confirmed: bool = False
 
 
@@ -69,8 +70,6 @@ def agree(
         raise Disagreement(
             f"the ranks of the group disagree on the values of log_decay: those of rank {differing[0]} are not rank 0's"
         )
-    if len(transport.agreements) >= KEPT:
-        transport.agreements.clear()
     transport.agreements[what, mine] = agreement
     return agreement
 

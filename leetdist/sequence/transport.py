@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from leetdist.kernels.common.memo import Memo
 from leetdist.sequence.board import LEFT, Board
 
 Message: TypeAlias = "tuple[Tensor, int]"  # a tensor, and the rank it goes to or comes from
@@ -41,7 +42,7 @@ class Transport(ABC):
     def __init__(self) -> None:
         self.seconds = timeout_seconds()
         self.failure: str | None = None
-        self.agreements: dict[Any, Any] = {}
+        self.agreements: Memo[Any, Any] = Memo(512)  # forgetting one costs an exchange, never a wrong result
         self.cut: tuple[int, int] | None = None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}  # where this rank's scans run
         self.bytes_sent = 0  # of tensors, not of what the hosts agree on

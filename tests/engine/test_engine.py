@@ -14,7 +14,7 @@ import leetdist
 from leetdist.engine.lanes import make_lanes
 from leetdist.engine.plan import plan_call
 from leetdist.engine.values import Decays
-from leetdist.sequence.cost import Job
+from leetdist.sequence.pipeline import Job
 from leetdist.sequence.virtual import VirtualGroup
 from leetdist.testing.equality import Case, compute, differences, make_tensors
 

@@ -18,9 +18,9 @@ from helpers import run_ranks, values
 from leetdist.engine import trace
 from leetdist.engine.plan import plan_call
 from leetdist.launch import plan as plan_command
-from leetdist.sequence import cost
-from leetdist.sequence.cost import Job, Machine
+from leetdist.sequence import pipeline
 from leetdist.sequence.group import resolve
+from leetdist.sequence.pipeline import Job, Machine
 from leetdist.testing.equality import Case, compute, make_tensors
 
 
@@ -29,24 +29,24 @@ def test_cost_model() -> None:
     assert job.state_bytes == 2 * 2**20
     assert sum(job.shards) == job.tokens
     machine = Machine()
-    alone, _ = cost.single(job, machine)
+    alone, _ = pipeline.single(job, machine)
     for lanes in (1, 2, 4):
-        there = cost.forward(job, machine, lanes)
+        there = pipeline.forward(job, machine, lanes)
         assert alone.total / 8 < there.total < alone.total
         assert 0 <= there.exposed < there.total
         # A chain of one hop is never slower, an infinitely fast wire exposes next to nothing.
-        assert cost.forward(job, machine, lanes, forgetting=1.0).total <= there.total
+        assert pipeline.forward(job, machine, lanes, forgetting=1.0).total <= there.total
     free = Machine(hop=0.0, link=1e18, memory=1e18, launch=0.0)
-    assert cost.forward(job, free, 1).exposed < 1e-9
-    assert cost.lasp2(job, machine) < cost.lasp(job, machine)
-    assert cost.best_lanes(1, 32, 32, 128, 128, job.shards, job.grid, "cpu") == 1
-    assert cost.best_lanes(1, 32, 32, 128, 128, tuple([131_072] * 64), 4096, "cuda") > 1
+    assert pipeline.forward(job, free, 1).exposed < 1e-9
+    assert pipeline.lasp2(job, machine) < pipeline.lasp(job, machine)
+    assert pipeline.best_lanes(1, 32, 32, 128, 128, job.shards, job.grid, "cpu") == 1
+    assert pipeline.best_lanes(1, 32, 32, 128, 128, tuple([131_072] * 64), 4096, "cuda") > 1
     # The host launches lanes, unless a graph does.
     shape = (1, 32, 32, 128, 128, tuple([32_768] * 4), 4096, "cuda")
-    assert cost.best_lanes(*shape) == 1
-    assert cost.best_lanes(*shape, captured=True) > 1
-    eager, captured = (cost.times(job, machine, 2, captured=captured) for captured in (False, True))
-    assert eager[0] >= 2 * machine.host > captured[0] == cost.forward(job, machine, 2).total
+    assert pipeline.best_lanes(*shape) == 1
+    assert pipeline.best_lanes(*shape, captured=True) > 1
+    eager, captured = (pipeline.times(job, machine, 2, captured=captured) for captured in (False, True))
+    assert eager[0] >= 2 * machine.host > captured[0] == pipeline.forward(job, machine, 2).total
 
 
 DECAYS = [-0.01, -2.0, -200.0, 0.0]  # over a tile of 64: the second forgets, the third at once

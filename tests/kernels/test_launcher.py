@@ -66,7 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[tuple
     monkeypatch.setattr(launch, "direct", lambda device: True)
     for module, name in ((launch, "_kept"), (replay, "_kinds")):
         monkeypatch.setattr(module, name, {})
-    monkeypatch.setattr(replay, "_once", set())
+    monkeypatch.setattr(replay, "_once", {})
     monkeypatch.setattr(launcher, "_unrecognised", [])
     for kernel in KERNELS:  # what is compiled here is nobody else's
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))

@@ -43,7 +43,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(launch, "direct", lambda device: True)
     monkeypatch.setattr(replay.launcher, "handed", Kernel.handed)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-    monkeypatch.setattr(replay, "_once", set())
+    monkeypatch.setattr(replay, "_once", {})
     monkeypatch.setattr(replay, "_kinds", {})
     return Kernel()
 

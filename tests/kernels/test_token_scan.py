@@ -23,25 +23,25 @@ from leetdist.reference import relative_error
 HERE = Path(__file__).parent
 NAME = "constant_decay/cuda/token_scan.cu"
 SOURCE = loader.SOURCES / NAME
-# Rank, type of the inputs, type of the outputs. Compiling takes seconds: every rank and type for one architecture, and
+# Dk, type of the inputs, type of the outputs. Compiling takes seconds: every Dk and type for one architecture, and
 # what needs the most registers for the others.
 VARIANTS = [
     *(
         ("sm_90", *variant)
         for variant in [(128, 0, 0, 4), (128, 1, 1, 4), (256, 0, 0, 1), (64, 1, 0, 4), (32, 2, 2, 1)]
     ),
-    *((architecture, rank, 0, 0, 4) for architecture in ("sm_80", "sm_100") for rank in (128, 256)),
+    *((architecture, dk, 0, 0, 4) for architecture in ("sm_80", "sm_100") for dk in (128, 256)),
     *((architecture, 256, 1, 1, 1) for architecture in ("sm_80", "sm_100")),
 ]
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("by_token", [0, 1])
-@pytest.mark.parametrize(("architecture", "rank", "read", "written", "vector"), VARIANTS)
+@pytest.mark.parametrize(("architecture", "dk", "read", "written", "vector"), VARIANTS)
 def test_compiles_without_warnings_or_spills(
-    architecture: str, rank: int, read: int, written: int, vector: int, by_token: int, tmp_path: Path
+    architecture: str, dk: int, read: int, written: int, vector: int, by_token: int, tmp_path: Path
 ) -> None:
-    defines = {"RANK": rank, "IN": read, "OUT": written, "VECTOR": vector, "BY_TOKEN": by_token}
+    defines = {"DK": dk, "IN": read, "OUT": written, "VECTOR": vector, "BY_TOKEN": by_token}
     text = ptxas_report(NAME, architecture, defines.items(), tmp_path)
     spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     assert spilled == [("0", "0", "0")], text
@@ -58,7 +58,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     def kernel(source: str, name: str, device: torch.device, defines: tuple[tuple[str, int], ...]) -> Any:
         assert source == NAME
-        given = {name: value for name, value in defines if name in ("RANK", "VECTOR", "BY_TOKEN")}
+        given = {name: value for name, value in defines if name in ("DK", "VECTOR", "BY_TOKEN")}
         key = tuple(given.values())
         if key not in libraries:
             library = folder / f"{key}.so"
@@ -154,9 +154,9 @@ def test_vectors_change_no_bit(emulated: Any, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(token_scan.tile_outputs(shifted, b, c, states, log_decay, tiles, **options), wanted)
 
 
-def test_refuses_a_rank_that_does_not_fit() -> None:
+def test_refuses_a_state_that_does_not_fit() -> None:
     x = torch.randn(1, 1, 16, 300)
-    with pytest.raises(ValueError, match="rank of up to 256, got 300"):
+    with pytest.raises(ValueError, match="state of up to 256 rows, got 300"):
         token_scan.tile_outputs(
             x, x, x, torch.zeros(1, 1, 1, 300, 300), torch.zeros(1), Tiles(16, (0, 16)),
             reverse=False, scale=1.0, state_scale=1.0, out_dtype=torch.float32,
@@ -168,10 +168,10 @@ def test_nvrtc_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     import cuda.core
 
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path / "cache"))
-    defines = (("RANK", 32), ("IN", 0), ("OUT", 0), ("VECTOR", 1), ("BY_TOKEN", 0))
+    defines = (("DK", 32), ("IN", 0), ("OUT", 0), ("VECTOR", 1), ("BY_TOKEN", 0))
     code = loader.cubin(NAME, "sm_90", defines)
     assert code[:4] == b"\x7fELF"
-    assert loader.cubin(NAME, "sm_90", (("RANK", 32), ("IN", 1), ("OUT", 1), ("VECTOR", 1), ("BY_TOKEN", 0))) != code
+    assert loader.cubin(NAME, "sm_90", (("DK", 32), ("IN", 1), ("OUT", 1), ("VECTOR", 1), ("BY_TOKEN", 0))) != code
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
     def never(*args: object) -> None:
@@ -194,6 +194,6 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path, monke
     (tmp_path / "file").touch()
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path / "file" / "below"))
     assert (
-        loader.cubin(NAME, "sm_90", (("RANK", 32), ("IN", 2), ("OUT", 2), ("VECTOR", 4), ("BY_TOKEN", 0)))[:4]
+        loader.cubin(NAME, "sm_90", (("DK", 32), ("IN", 2), ("OUT", 2), ("VECTOR", 4), ("BY_TOKEN", 0)))[:4]
         == b"\x7fELF"
     )

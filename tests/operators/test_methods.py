@@ -240,7 +240,7 @@ def test_costs_cover_every_problem() -> None:
     for where, costs in cost.COSTS.items():
         assert set(costs) == {True, False}, where
         for table in costs.values():
-            assert set(table) == set(cost.CANDIDATES), where
+            assert set(table) == set(cost.SHARDED), where
             assert all(c.seconds(32, 128, 16, 1.0) < c.seconds(32, 100_000, 4096, 1.0) for c in table.values()), where
 
 
@@ -248,7 +248,7 @@ def test_auto_takes_the_least_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 2, 64, 16)
     options = {"scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "tile": None}
     problem = describe(x, x, x, None, method="auto", **options)
-    table = {name: cost.Cost(5.0, 0.0, 1.0) for name in cost.CANDIDATES} | {"fleet": cost.Cost(1.0, 0.0, 2.0)}
+    table = {name: cost.Cost(5.0, 0.0, 1.0) for name in cost.SHARDED} | {"fleet": cost.Cost(1.0, 0.0, 2.0)}
     monkeypatch.setitem(cost.COSTS["cpu"], False, table)
     assert cost.choose(problem, 16, where="cpu", token_scan=True).method == "fleet"
     assert cost.choose(problem, 4096, where="cpu", token_scan=True).method == "block"
@@ -258,7 +258,7 @@ def test_auto_on_a_gpu_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.empty(1, 1, 1, 128)
     options = {"scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "tile": None}
     problem = replace(describe(x, x, x, None, method="auto", **options), device=torch.device("cuda", 0))
-    table = {name: cost.Cost(5.0, 0.0, 3.0) for name in cost.CANDIDATES} | {"fleet": cost.Cost(5.0, 0.0, 2.0)}
+    table = {name: cost.Cost(5.0, 0.0, 3.0) for name in cost.SHARDED} | {"fleet": cost.Cost(5.0, 0.0, 2.0)}
     monkeypatch.setitem(cost.COSTS["sm_90"], False, table)
     assert cost.choose(problem, 4096, where="sm_90", token_scan=True).method == "fleet"
     assert cost.choose(problem, 4096, where="sm_90", token_scan=False).method == "block"
@@ -271,7 +271,7 @@ def test_auto_is_never_far_from_the_best(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.empty(1, 1, 1, 128)
     options = {"scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "tile": None}
     problem = describe(x, x, x, None, method="auto", **options)
-    table = {name: cost.Cost(100.0, 0.0, 100.0) for name in cost.CANDIDATES}
+    table = {name: cost.Cost(100.0, 0.0, 100.0) for name in cost.SHARDED}
     monkeypatch.setitem(cost.COSTS["cpu"], False, table | {"fleet": cost.Cost(110.0, 0.0, 50.0)})
     choice = cost.choose(problem, 16, where="cpu", token_scan=True)
     assert choice.method == "fleet"

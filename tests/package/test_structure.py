@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import pydoc
 import re
 from functools import cache
 from pathlib import Path
@@ -126,3 +128,40 @@ def test_files_are_short() -> None:
         str(path.relative_to(ROOT)): n for path in sources() if (n := len(path.read_text().splitlines())) > MOST_LINES
     }
     assert not long
+
+
+def documents() -> list[Path]:
+    folders = ("leetdist", "kernels", "launch", "benchmarks", "docs", "tests")
+    return [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
+
+
+def pointed_at(text: str) -> set[str]:
+    """Links, and what is written like a file of the repository."""
+    folders = "leetdist|kernels|launch|benchmarks|tests|docs|findings"
+    written = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w\.\w+)", text)
+    return {*re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text), *written}
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_point_to_what_is_there(document: Path) -> None:
+    missing = [
+        name
+        for name in pointed_at(document.read_text())
+        if not any((at / name).exists() for at in (ROOT, document.parent))
+    ]
+    assert not missing
+
+
+def test_examples_of_the_documents() -> None:
+    for document in documents():
+        if ">>> " in document.read_text():
+            failed, tried = doctest.testfile(str(document), module_relative=False)
+            assert tried
+            assert not failed, document
+
+
+def test_names_of_the_documents() -> None:
+    """Every dotted name of leetdist's, in backticks, is one."""
+    for document in documents():
+        for name in re.findall(r"`(leetdist(?:\.\w+)+)[`(]", document.read_text()):
+            assert pydoc.locate(name) is not None, f"{document}: {name}"

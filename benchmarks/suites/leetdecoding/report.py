@@ -64,7 +64,7 @@ def auto_against_best(cells: list[Cell]) -> dict[str, Any]:
     which work under a group; by the time of calls in a row, and by the device's."""
     timed = [c for c in cells if c.contestant.startswith("leetdist") and c.milliseconds and not c.note]
     report: dict[str, Any] = {}
-    for of, names in {"all": METHODS, "sharded": cost.CANDIDATES}.items():
+    for of, names in {"all": METHODS, "sharded": cost.SHARDED}.items():
         for by, time in {"in a row": _in_a_row, "on the device": _on_the_device}.items():
             ratios = {}
             for auto in (c for c in timed if c.contestant == "leetdist auto"):
@@ -153,9 +153,9 @@ def fit(paths: list[Path]) -> None:
         result = json.loads(path.read_text())
         cells = [Cell(**c) for c in result["cells"]]
         where = "cpu" if "NVIDIA" not in result["device"] else "sm_90" if result["hopper"] else "general"
-        older = set(cost.CANDIDATES)
+        older = set(cost.SHARDED)
         for half, kind in cost.KINDS.items():
-            for method in cost.CANDIDATES:
+            for method in cost.SHARDED:
                 mine = [
                     c for c in cells
                     if c.contestant == f"leetdist {method}" and (c.dtype != "fp32") == half

@@ -1,17 +1,17 @@
 // Decaying linear attention token by token, the state in registers: tile_outputs of the methods "fleet" and
 // "causal_dot_product". leetdist/kernels/constant_decay/cuda/token_scan.py launches it and says what it computes.
 //
-// A block owns one tile of one head and BLOCK_COLUMNS columns of the state. A thread holds HELD rank indices of
-// COLUMNS columns; LANES neighbouring lanes share the rank, and their partial sums over it meet in a fixed tree of
+// A block owns one tile of one head and BLOCK_COLUMNS columns of the state. A thread holds HELD rows of each of
+// COLUMNS columns; LANES neighbouring lanes share the rows, and their partial sums over them meet in a fixed tree of
 // shuffles: no atomics, no order that depends on anything but the shape. Operands pass through shared memory, CHUNK
 // tokens ahead, in fp32.
 //
-// Instructions for each (token, rank, column): fma(k, v, s), fma(q, s, o), and the decay of s, which is paid once for a
+// Instructions for each (token, row, column): fma(k, v, s), fma(q, s, o), and the decay of s, which is paid once for a
 // group of 16 or 8 tokens: inside one the state is kept divided by gamma^t, so v_t comes divided by gamma^t and o_t is
 // multiplied by it. t stays below 16, whatever the length, and gamma^-t below e^14: heads that decay faster take groups
 // of 8, or of one token, so nothing can overflow that would not anyway. BY_TOKEN: all heads decay at every token.
 //
-// Compile with -DRANK=32|64|128|256 -DIN=0|1|2 -DOUT=0|1|2 (fp32, bf16, fp16) -DBY_TOKEN=0|1 -DVECTOR=1|4 (4: every row
+// Compile with -DDK=32|64|128|256 -DIN=0|1|2 -DOUT=0|1|2 (fp32, bf16, fp16) -DBY_TOKEN=0|1 -DVECTOR=1|4 (4: every row
 // of the inputs is aligned to, and as long as, whole vectors of 4 elements; so is the state). No headers, so that NVRTC
 // needs none.
 
@@ -51,10 +51,10 @@ using Out = Number<OUT>;
 
 constexpr int CHUNK = 8;   // tokens staged together
 constexpr int GROUP = 16;  // tokens, at most, that decay together
-constexpr int WARPS = RANK >= 128 ? 4 : 2;
+constexpr int WARPS = DK >= 128 ? 4 : 2;
 constexpr int THREADS = 32 * WARPS;
-constexpr int LANES = RANK <= 128 ? 8 : 16;
-constexpr int HELD = RANK / LANES;
+constexpr int LANES = DK <= 128 ? 8 : 16;
+constexpr int HELD = DK / LANES;
 constexpr int COLUMNS = 8;
 constexpr int WARP_COLUMNS = 32 / LANES * COLUMNS;
 constexpr int BLOCK_COLUMNS = WARPS * WARP_COLUMNS;
@@ -129,14 +129,14 @@ template <int WIDTH> struct Parcel {
 };
 
 struct Stage {
-    float a[CHUNK][RANK];
-    float b[CHUNK][RANK];
+    float a[CHUNK][DK];
+    float b[CHUNK][DK];
     float c[CHUNK][BLOCK_COLUMNS];
 };
 
-// The part of the state that a thread holds. Rank indices lie in fours, LANES fours apart, so that the lanes' 16-byte
+// The part of the state that a thread holds. Rows lie in fours, LANES fours apart, so that the lanes' 16-byte
 // reads of b and a fill a row of banks. Lanes of the upper half hold their two fours of columns the other way round,
-// which saves the first exchange of sum_over_rank its selections.
+// which saves the first exchange of sum_over_dk its selections.
 struct State {
     float s[HELD][COLUMNS];
     int lane, columns[2];
@@ -211,7 +211,7 @@ struct State {
             c[4 * half] = four.x, c[4 * half + 1] = four.y, c[4 * half + 2] = four.z, c[4 * half + 3] = four.w;
         }
     }
-    __device__ void load_ranks(float (&b)[4], const float* row, int four) const {
+    __device__ void load_dk(float (&b)[4], const float* row, int four) const {
         const float4 x = *reinterpret_cast<const float4*>(row + 4 * (lane + four * LANES));
         b[0] = x.x, b[1] = x.y, b[2] = x.z, b[3] = x.w;
     }
@@ -229,7 +229,7 @@ __device__ float pick(int condition, float yes, float no) {
 }
 
 // Sums COLUMNS partial sums over LANES lanes; lane `l` gets the total of the column that `owned_column` names.
-__device__ float sum_over_rank(float (&o)[COLUMNS], int lane) {
+__device__ float sum_over_dk(float (&o)[COLUMNS], int lane) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) o[j] += __shfl_xor_sync(EVERYONE, o[j + 4], LANES / 2);
     const int second = lane & (LANES / 4), third = lane & (LANES / 8);
@@ -283,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
     const In::Stored* c, Long c_batch, Long c_head, Long c_token, Long c_share,
     const float* states, Long state_batch, Long state_head, Long state_tile, Long state_row, Long state_column,
     Out::Stored* out, Long out_batch, Long out_head, Long out_token, const float* log_decay, const Long* table,
-    Long heads, Long tiles, Long size, Long all_tokens, Long ranks, Long columns, Long reverse,
+    Long heads, Long tiles, Long size, Long all_tokens, Long dk, Long columns, Long reverse,
     float scale, float state_scale
 ) {
     __shared__ __align__(16) Stage stages[2];
@@ -300,8 +300,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
     }
     const bool slow = g * steps > -0.7f;
     const float decay = slow ? static_cast<float>(expm1(static_cast<double>(g) * steps)) : power(g, steps);
-    const Rows a_rows = place.rows(a, a_batch, a_head, a_token, a_share, 0, ranks, reverse != 0);
-    const Rows b_rows = place.rows(b, b_batch, b_head, b_token, b_share, 0, ranks, reverse != 0);
+    const Rows a_rows = place.rows(a, a_batch, a_head, a_token, a_share, 0, dk, reverse != 0);
+    const Rows b_rows = place.rows(b, b_batch, b_head, b_token, b_share, 0, dk, reverse != 0);
     const Rows c_rows = place.rows(c, c_batch, c_head, c_token, c_share, place.column, columns, reverse != 0);
     const int tokens = place.tokens;
 
@@ -309,14 +309,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
     states += place.batch * state_batch + place.head * state_head + place.tile * state_tile;
     const float factor = state_scale * (reverse ? 1.f : power(g, 1));
     states += place.column * state_column;
-    state.load(states, state_row, state_column, ranks, columns - place.column, factor);
+    state.load(states, state_row, state_column, dk, columns - place.column, factor);
 
     const int column = place.column + owned_column(state.lane);
     const bool writes = column < columns && (LANES == 8 || state.lane % 2 == 0);
     const Long first = reverse ? (place.start + tokens - 1) * -out_token : place.start * out_token;
     out += place.batch * out_batch + place.head * out_head + first + column;
 
-    Parcel<RANK> a_next(a_rows, tokens), b_next(b_rows, tokens);
+    Parcel<DK> a_next(a_rows, tokens), b_next(b_rows, tokens);
     Parcel<BLOCK_COLUMNS> c_next(c_rows, tokens);
     __syncthreads();
     for (int chunk = 0; chunk * CHUNK < tokens; ++chunk) {
@@ -335,8 +335,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
 #pragma unroll
             for (int four = 0; four < HELD / 4; ++four) {
                 float a_t[4], b_t[4];
-                state.load_ranks(b_t, stage.b[t], four);
-                state.load_ranks(a_t, stage.a[t], four);
+                state.load_dk(b_t, stage.b[t], four);
+                state.load_dk(a_t, stage.a[t], four);
                 float(*const s)[COLUMNS] = &state.s[4 * four];
                 // To and fro, the outputs on the way back: of 80 orders, that for which ptxas finds registers with the
                 // fewest conflicts between banks. Two such orders took 7.15 ms where the plain one takes 7.38.
@@ -355,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
                         o[j] = fmaf(a_t[i], s[i][j], o[j]);
                     }
             }
-            const float total = sum_over_rank(o, state.lane) * down[phase + t];
+            const float total = sum_over_dk(o, state.lane) * down[phase + t];
             if (writes && chunk * CHUNK + t < tokens) *out = Out::store(total);
             out += out_token;
         };

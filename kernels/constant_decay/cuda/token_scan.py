@@ -16,7 +16,7 @@ from leetdist.kernels.common.loader import kernel
 from leetdist.kernels.common.memory import empty_outputs
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 
-WIDEST_RANK = 256
+MOST_ROWS = 256
 VECTOR = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -38,11 +38,11 @@ def tile_outputs(
 ) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs. by_token: a decay at every token."""
     batch, heads = a.shape[0], log_decay.shape[0]
-    ranks, columns = a.shape[3], c.shape[3]
+    rows, columns = a.shape[3], c.shape[3]
     if out is None:
         out = empty_outputs(a, c, log_decay, out_dtype)
     if out.numel():
-        width, threads, held = _shape(ranks)
+        width, threads, held = _shape(rows)
         table = None if tiles.regular else tiles.table(a.device)
         decay = log_decay.float().contiguous()
         vector = _vector(a, b, c) if states.data_ptr() % 16 == 0 else 1
@@ -59,7 +59,7 @@ def tile_outputs(
             states.data_ptr(), *states.stride(),
             out.data_ptr(), *out.stride()[:2], sign * out.stride(2),
             decay.data_ptr(), 0 if table is None else table.data_ptr(),
-            heads, tiles.count, tiles.size, a.shape[2], ranks, columns, int(reverse),
+            heads, tiles.count, tiles.size, a.shape[2], rows, columns, int(reverse),
             float(scale), float(state_scale),
         )  # fmt: skip
     return out
@@ -77,11 +77,11 @@ def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precis
 
 
 @cache
-def _shape(ranks: int) -> tuple[int, int, int]:
-    """The padded rank, the threads of a block, and the columns that a block holds."""
-    width = max(32, 1 << (ranks - 1).bit_length())
-    if width > WIDEST_RANK:
-        raise ValueError(f"the CUDA kernels hold a rank of up to {WIDEST_RANK}, got {ranks}")
+def _shape(rows: int) -> tuple[int, int, int]:
+    """The padded rows, the threads of a block, and the columns that a block holds."""
+    width = max(32, 1 << (rows - 1).bit_length())
+    if width > MOST_ROWS:
+        raise ValueError(f"the CUDA kernels hold a state of up to {MOST_ROWS} rows, got {rows}")
     warps, lanes = (4 if width >= 128 else 2), (8 if width <= 128 else 16)
     return width, 32 * warps, warps * (32 // lanes) * 8
 
@@ -89,15 +89,15 @@ def _shape(ranks: int) -> tuple[int, int, int]:
 def _defines(
     width: int, dtype: torch.dtype, out: torch.dtype, vector: int, by_token: bool
 ) -> tuple[tuple[str, int], ...]:
-    kinds = ("RANK", width), ("IN", DTYPES[dtype]), ("OUT", DTYPES[out])
+    kinds = ("DK", width), ("IN", DTYPES[dtype]), ("OUT", DTYPES[out])
     return *kinds, ("VECTOR", vector), ("BY_TOKEN", int(by_token))
 
 
 def _vector(*operands: Tensor) -> int:
     """How many elements one instruction may load. The bits are the same either way."""
     for x in operands:
-        steps = (x.shape[3], *(stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1))
-        if x.data_ptr() % (VECTOR * x.element_size()) or any(step % VECTOR for step in steps):
+        strides = (x.shape[3], *(stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1))
+        if x.data_ptr() % (VECTOR * x.element_size()) or any(stride % VECTOR for stride in strides):
             return 1
     return VECTOR
 

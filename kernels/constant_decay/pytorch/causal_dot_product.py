@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leetdist.kernels.common.sums import sum_in_pairs
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.pytorch.steps import Steps
+from leetdist.kernels.constant_decay.pytorch.token_walk import TokenWalk
 
 
 def tile_outputs(
@@ -28,8 +28,8 @@ def tile_outputs(
     out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
-    heads, steps = log_decay.shape[0], Steps(tiles, a.device, reverse)
-    a_i, b_i, c_i = (steps.take(x, heads, states.dtype) for x in (a, b, c))
+    heads, walk = log_decay.shape[0], TokenWalk(tiles, a.device, reverse)
+    a_i, b_i, c_i = (walk.take(x, heads, states.dtype) for x in (a, b, c))
     decay = Decay(log_decay, states.dtype)
     state = states * state_scale
     if not reverse:
@@ -39,7 +39,7 @@ def tile_outputs(
         state = state + b_i[..., t, :, None] * (c_i[..., t, None, :] * scale)
         sums[..., t, :] = sum_in_pairs(a_i[..., t, :, None] * state)
         state = decay(state)
-    return steps.put(sums, a.shape[2], out_dtype, out)
+    return walk.put(sums, a.shape[2], out_dtype, out)
 
 
 class Decay:

@@ -1,4 +1,4 @@
-"""FleetAttention's outputs in plain PyTorch: rank index by rank index, parallel over tokens, tiles and columns.
+"""FleetAttention's outputs in plain PyTorch: row of the state by row, parallel over tokens, tiles and columns.
 
 Elementwise operations only, so the bits depend on nothing but the tile.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch.block import decay_powers
-from leetdist.kernels.constant_decay.pytorch.steps import Steps
+from leetdist.kernels.constant_decay.pytorch.token_walk import TokenWalk
 
 
 def tile_outputs(
@@ -28,18 +28,18 @@ def tile_outputs(
     out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
-    heads, steps = log_decay.shape[0], Steps(tiles, a.device, reverse)
+    heads, walk = log_decay.shape[0], TokenWalk(tiles, a.device, reverse)
     dtype = states.dtype
-    a_i, b_i, c_i = (steps.take(x, heads, dtype) for x in (a, b, c))
+    a_i, b_i, c_i = (walk.take(x, heads, dtype) for x in (a, b, c))
     sums = torch.zeros_like(c_i)
     gamma = decay_powers(log_decay, 1, dtype)[:, 1, None, None]
     start = states * (state_scale if reverse else state_scale * gamma[..., None])
-    for rank in range(a.shape[3]):
-        added = b_i[..., rank, None] * c_i * scale
+    for row in range(a.shape[3]):
+        added = b_i[..., row, None] * c_i * scale
         if added.numel():
-            added[:, :, :, 0] += start[:, :, :, rank]
-        sums += a_i[..., rank, None] * decayed_cumsum(added, log_decay)
-    return steps.put(sums, a.shape[2], out_dtype, out)
+            added[:, :, :, 0] += start[:, :, :, row]
+        sums += a_i[..., row, None] * decayed_cumsum(added, log_decay)
+    return walk.put(sums, a.shape[2], out_dtype, out)
 
 
 def decayed_cumsum(x: Tensor, log_decay: Tensor) -> Tensor:

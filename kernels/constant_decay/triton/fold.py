@@ -15,7 +15,7 @@ LEAST = tl.constexpr(block.LEAST)
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
 # Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
-COUNTS = ["tokens", "tiles", "tile_size", "unread", "left_out"]
+COUNTS = ["tokens", "tiles", "tile_size", "unread", "to_end"]
 
 
 def fold(
@@ -36,7 +36,7 @@ def fold(
                 states, states if initial is None else initial.contiguous(), states if final is None else final,
                 log_decay, segments,
                 _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size,
-                0 if to_end else 1, dk * dv,
+                int(to_end), dk * dv,
             ),
             {"REGULAR": tiles.regular, "REVERSE": reverse, "HAS_INITIAL": initial is not None, "BLOCK": FOLD_BLOCK},
         )  # fmt: skip
@@ -80,7 +80,7 @@ def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr)
 
 @triton.jit(do_not_specialize=COUNTS)
 def _fold(
-    states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, left_out, size,
+    states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, to_end, size,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _fold(
         carry = tl.load(initial + program * size + element, mask=inside, other=0.0)
     # The sums are a chain, the loads are not: four tiles are on their way at any time.
     count = end - first
-    read = count - left_out
+    read = count - 1 + to_end
     added_0 = _added(states, 0, read, first, end, size, inside, REVERSE)
     added_1 = _added(states, 1, read, first, end, size, inside, REVERSE)
     added_2 = _added(states, 2, read, first, end, size, inside, REVERSE)
@@ -110,4 +110,4 @@ def _fold(
         tl.store(states + tile * size, carry, mask=inside)
         carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
         added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
-    tl.store(final + program * size + element, carry, mask=tl.where(left_out == 0, inside, False))
+    tl.store(final + program * size + element, carry, mask=tl.where(to_end == 1, inside, False))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from leetdist.operators.dispatch import Kernels
 OUTPUTS = "tile_outputs"
 
 
-@cache
+@lru_cache(maxsize=512)
 def composed(base: Kernels) -> Kernels:
     """The block kernels, with outputs on the finer grid."""
     return replace(base, tile_outputs=outputs_of(base))

@@ -8,7 +8,7 @@ from torch import Tensor
 from leetdist.kernels.common.tiles import Tiles
 
 
-class Steps:
+class TokenWalk:
     """The order in which all tiles are walked: token `w` of the walk is row `rows[tile, w]`, where `inside`."""
 
     def __init__(self, tiles: Tiles, device: torch.device, reverse: bool) -> None:
