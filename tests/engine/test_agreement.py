@@ -1,0 +1,219 @@
+"""Ranks agree before they exchange tensors, and a rank that fails, is late or breaks its word is named."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import leetdist
+from leetdist.sequence.virtual import VirtualGroup
+
+
+class Count:
+    """Host messages of the virtual ranks, by kind."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: Counter[str] = Counter()
+        for name in ("gather_objects", "swap_header"):
+            monkeypatch.setattr(VirtualGroup, name, self.counting(name, getattr(VirtualGroup, name)))
+
+    def counting(self, name: str, real: Any) -> Any:
+        def counted(group: VirtualGroup, *args: Any) -> Any:
+            self.calls[name] += 1
+            return real(group, *args)
+
+        return counted
+
+    def take(self) -> tuple[int, int]:
+        calls, self.calls = self.calls, Counter()
+        return calls["gather_objects"], calls["swap_header"]
+
+
+def test_agreement_is_exchanged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First call: everything. Same again: log2 P small messages a rank. Declared lengths: none."""
+    count, ranks = Count(monkeypatch), 4
+    seen: list[tuple[int, int]] = []
+    barrier = threading.Barrier(ranks)
+
+    def rank(group: VirtualGroup) -> None:
+        x = torch.randn(1, 1, 64, 16)
+
+        def counted(call: Any) -> None:
+            call()
+            if barrier.wait() == 0:
+                seen.append(count.take())
+            barrier.wait()
+
+        def call() -> None:
+            leetdist.linear_attention(x, x, x, group=group)
+
+        counted(call)
+        counted(call)
+        with leetdist.sequence_parallel(group, lengths=[64] * ranks):
+            counted(call)
+
+    leetdist.virtual_ranks(rank, ranks)
+    assert seen == [(ranks, 2 * ranks), (0, 2 * ranks), (0, 0)]
+
+
+def test_a_change_on_one_rank_is_seen_by_all() -> None:
+    """Rank 0's shard is as ever while rank 1's shrinks, and with it the total and the tile length: no stale plan."""
+    x = torch.randn(1, 2, 512, 16)
+
+    def rank(group: VirtualGroup) -> list[torch.Tensor]:
+        results = []
+        for last in (256, 100, 256, 100):
+            local = x[:, :, :256] if group.rank == 0 else x[:, :, 256 : 256 + last]
+            results.append(leetdist.linear_attention(local, local, local, group=group))
+        return results
+
+    ours = leetdist.virtual_ranks(rank, 2)
+    for i, last in enumerate((256, 100, 256, 100)):
+        whole = x[:, :, : 256 + last]
+        assert torch.equal(torch.cat([ours[0][i], ours[1][i]], 2), leetdist.linear_attention(whole, whole, whole))
+
+
+def raised(group: VirtualGroup, *args: Any, **kwargs: Any) -> str:
+    try:
+        leetdist.linear_attention(*args, group=group, **kwargs)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_disagreement_after_agreement() -> None:
+    """One rank comes with what it has used before, another with something else: an error on both, then all is well."""
+    x = torch.randn(1, 2, 64, 16)
+    decays = [torch.tensor([-0.1, -0.2]), torch.tensor([-0.1, -0.3])]
+
+    def rank(group: VirtualGroup) -> list[str]:
+        errors = [raised(group, x, x, x, decays[0])]
+        errors.append(raised(group, x, x, x, decays[0], scale=1.0 if group.rank == 0 else 2.0))
+        errors.append(raised(group, x, x, x, decays[group.rank]))
+        errors.append(raised(group, x, x, x, decays[0]))
+        return errors
+
+    for errors in leetdist.virtual_ranks(rank, 2):
+        assert errors[0] == errors[3] == ""
+        assert "disagree on scale: rank 1 has 2.0, rank 0 has 1.0" in errors[1]
+        assert "disagree on the values of log_decay" in errors[2]
+
+
+def test_broken_promise() -> None:
+    """`lengths` that one rank does not keep: a ValueError there, an end, not a wrong result, elsewhere."""
+    x = torch.randn(1, 2, 128, 16)
+
+    def rank(group: VirtualGroup) -> list[str]:
+        errors = []
+        with leetdist.sequence_parallel(group, lengths=[64, 64], timeout=0.5):
+            for tokens in (64, 64, 64 if group.rank == 0 else 32):
+                local = x[:, :, :tokens]
+                errors.append(raised(group, local, local, local, return_state=True))
+        return errors
+
+    first, second = leetdist.virtual_ranks(rank, 2)
+    assert first[:2] == second[:2] == ["", ""]
+    assert "rank 1 of 2 has returned, and rank 0 still waits for" in first[2]
+    assert "ValueError: q: sequence_parallel(lengths=[64, 64]) promises 64 tokens on rank 1, got 32" in second[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lengths": [1, 2]}, "lengths must be 1 numbers"),
+        ({"lengths": [-1]}, "lengths must be 1 numbers"),
+        ({"timeout": 0}, "timeout must be a positive"),
+        ({"transport": "pigeon"}, "transport"),
+    ],
+)
+def test_sequence_parallel_arguments(options: dict[str, Any], words: str) -> None:
+    def rank(group: VirtualGroup) -> None:
+        with pytest.raises(ValueError, match=words), leetdist.sequence_parallel(group, **options):
+            pass
+
+    leetdist.virtual_ranks(rank, 1)
+
+
+def test_no_group_is_no_sequence_parallel() -> None:
+    def rank(group: VirtualGroup) -> None:
+        nobody: Any = None
+        with (
+            leetdist.sequence_parallel(group),  # nor is the one around it meant
+            pytest.raises(ValueError, match=r"group must be .* got None"),
+            leetdist.sequence_parallel(nobody),
+        ):
+            pass
+
+    leetdist.virtual_ranks(rank, 1)
+
+
+def test_timeout_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEETDIST_TIMEOUT", "0.2")
+    x = torch.randn(1, 1, 64, 16)
+
+    def rank(group: VirtualGroup) -> None:
+        if group.rank == 0:
+            threading.Event().wait(1.0)
+            return
+        leetdist.linear_attention(x, x, x, group=group)
+
+    with pytest.raises(RuntimeError, match=r"Rank 1 waited 0.2 s"):
+        leetdist.virtual_ranks(rank, 2)
+    for bad in ("soon", "0", "-1", "nan"):
+        monkeypatch.setenv("LEETDIST_TIMEOUT", bad)
+        with pytest.raises(ValueError, match="LEETDIST_TIMEOUT must be a positive number of seconds"):
+            leetdist.virtual_ranks(rank, 1)
+
+
+def test_no_call_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that fails between two messages must not take the leftovers for the next call's."""
+    x = torch.randn(1, 2, 64, 16)
+
+    def rank(group: VirtualGroup) -> list[str]:
+        errors = []
+        with leetdist.sequence_parallel(group, timeout=0.5):
+            with pytest.MonkeyPatch.context() as patch:
+                if group.rank == 1:
+                    patch.setattr(group, "receive_state", broken)
+                errors.append(raised(group, x, x, x, return_state=True))
+            errors.append(raised(group, x, x, x, return_state=True))
+        return errors
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("planted")
+
+    first, second = leetdist.virtual_ranks(rank, 2)
+    assert second[0] == "RuntimeError: planted"
+    assert "rank 1 of 2 has returned, and rank 0 still waits for" in first[0]
+    for later in (first[1], second[1]):
+        assert "an earlier call on this group failed" in later
+
+
+def test_a_rank_that_fails_is_named_with_lane_and_direction() -> None:
+    x = torch.randn(1, 2, 64, 16)
+
+    def rank(group: VirtualGroup) -> None:
+        group.seconds = 0.3
+        if group.rank == 0:
+            threading.Event().wait(1.0)  # alive, but late
+            return
+        leetdist.linear_attention(x, x, x, group=group)
+
+    with pytest.raises(RuntimeError, match=r"rank 0 of 2 does not answer. Rank 1 waited 0.3 s") as caught:
+        leetdist.virtual_ranks(rank, 2)
+    assert "the shapes and arguments" in str(caught.value)
+
+    def inside(group: VirtualGroup) -> None:
+        with leetdist.sequence_parallel(group, lengths=[64, 64], timeout=0.3):
+            leetdist.linear_attention(x, x, x)
+            if group.rank == 0:
+                threading.Event().wait(1.0)
+                return
+            leetdist.linear_attention(x, x, x)
+
+    with pytest.raises(RuntimeError, match=r"the state of heads 0 to 1 \(forward scan\)"):
+        leetdist.virtual_ranks(inside, 2)
