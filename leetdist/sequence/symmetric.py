@@ -239,29 +239,29 @@ def connect(under: PointToPoint, wanted: str | None) -> Transport:
     if wanted == "p2p" or (wanted == "auto" and under.staged) or under.size == 1:
         return under
     with under.call("set-up"):
-        everyone = under.gather_objects(Place.mine(), "where its GPU is")
-        hosts = [place.host for place in everyone]
+        everyone = under.gather_objects(Home.mine(), "where its GPU is")
+        hosts = [home.host for home in everyone]
         node = [rank for rank in range(under.size) if hosts[rank] == hosts[under.rank]]
-        problem, inboxes = _obstacle(everyone), None
-        if problem is None and len(node) > 1:
+        obstacle, inboxes = _obstacle(everyone), None
+        if obstacle is None and len(node) > 1:
             try:
                 inboxes = Inboxes(under, node)
                 inboxes.reserve(1, torch.device("cuda", torch.cuda.current_device()))
             except (RuntimeError, ImportError, AttributeError) as error:
-                problem = f"symmetric memory fails on rank {under.rank}: {error}"
-        problems = [p for p in under.gather_objects(problem, "whether it has symmetric memory") if p]
-    if not problems:
+                obstacle = f"symmetric memory fails on rank {under.rank}: {error}"
+        obstacles = [x for x in under.gather_objects(obstacle, "whether it has symmetric memory") if x]
+    if not obstacles:
         return Symmetric(under, inboxes)
     if inboxes is not None:
         inboxes.close()
     if wanted == "symmetric":
-        raise ValueError(f"transport 'symmetric' cannot serve this group: {problems[0]}")
+        raise ValueError(f"transport 'symmetric' cannot serve this group: {obstacles[0]}")
     return under
 
 
 @plain
 @dataclass(frozen=True)
-class Place:
+class Home:
     """A rank's host, its GPU, whether that reaches all other GPUs it can see, and whether ranks may share one."""
 
     host: str
@@ -270,13 +270,13 @@ class Place:
     may_share: bool = False
 
     @staticmethod
-    def mine() -> Place:
+    def mine() -> Home:
         boot = Path("/proc/sys/kernel/random/boot_id")
         host = socket.gethostname() + (boot.read_text() if boot.exists() else "")
         if not torch.cuda.is_available():
-            return Place(host, None)
+            return Home(host, None)
         me = torch.cuda.current_device()
-        return Place(
+        return Home(
             host,
             str(getattr(torch.cuda.get_device_properties(me), "uuid", "unknown")),
             all(torch.cuda.can_device_access_peer(me, n) for n in range(torch.cuda.device_count()) if n != me),
@@ -284,16 +284,16 @@ class Place:
         )
 
 
-def _obstacle(places: list[Place]) -> str | None:
-    if len({place.host for place in places}) == len(places):
+def _obstacle(homes: list[Home]) -> str | None:
+    if len({home.host for home in homes}) == len(homes):
         return "no two ranks are on one host"
-    for rank, place in enumerate(places):
-        if place.gpu is None:
+    for rank, home in enumerate(homes):
+        if home.gpu is None:
             return f"rank {rank} has no GPU"
-        if not place.reaches:
+        if not home.reaches:
             return f"the GPU of rank {rank} has no direct access to all others of its host"
         for other in range(rank):
-            if (places[other].host, places[other].gpu) == (place.host, place.gpu) and not place.may_share:
+            if (homes[other].host, homes[other].gpu) == (home.host, home.gpu) and not home.may_share:
                 return f"ranks {other} and {rank} share a GPU"
     return None
 

@@ -17,17 +17,17 @@ from torch.distributed import HashStore
 from leetdist.sequence.board import Board
 from leetdist.sequence.mailbox import Gone, Mailbox
 from leetdist.sequence.memory import Process, attach, create
-from leetdist.sequence.symmetric import SLOTS, Box, Place, Renumbered, _obstacle
+from leetdist.sequence.symmetric import SLOTS, Box, Home, Renumbered, _obstacle
 
 
 def test_where_symmetric_memory_can_be() -> None:
-    one, two = Place("a", "0"), Place("a", "1")
+    one, two = Home("a", "0"), Home("a", "1")
     assert _obstacle([one, two]) is None
     assert _obstacle([one, one]) == "ranks 0 and 1 share a GPU"
     assert _obstacle([replace(one, may_share=True)] * 2) is None
-    assert _obstacle([one, Place("a", None)]) == "rank 1 has no GPU"
-    assert _obstacle([one, Place("b", "0")]) == "no two ranks are on one host"
-    assert _obstacle([one, two, Place("b", "0")]) is None
+    assert _obstacle([one, Home("a", None)]) == "rank 1 has no GPU"
+    assert _obstacle([one, Home("b", "0")]) == "no two ranks are on one host"
+    assert _obstacle([one, two, Home("b", "0")]) is None
     assert "rank 1 has no direct access" in str(_obstacle([one, replace(two, reaches=False)]))
 
 
