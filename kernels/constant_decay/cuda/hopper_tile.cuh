@@ -23,7 +23,10 @@ constexpr int HELD = ROWS / 2;  // numbers of a part of the state that a thread 
 constexpr int ROWS_BYTES = ROWS * CHUNK * 2, COLUMNS_BYTES = COLUMNS * CHUNK * 2;
 constexpr bool LAST_FETCHES = ROWS > 128;  // or else the block's first thread does, when all have met
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LEAST = -1e4f;  // of log-decays: -inf means the same, but gamma^0 would be NaN
+constexpr float LEAST = -1e4f;
+
+// A log-decay: -inf means the same as LEAST, but gamma^0 would be NaN. NaN stays, which max would drop.
+__device__ float bounded(float log_decay) { return log_decay < LEAST ? LEAST : log_decay; }
 
 #define OPERAND(x) const __grid_constant__ Map x, Offset x##_share
 #define TILES const float *log_decay, const Offset *table, Offset heads, Offset tiles, Offset tile_size, Offset tokens, \

@@ -180,7 +180,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         for (int step = 0; step < (LAST_FETCHES ? B_STAGES : 1); step++) fetch_b(step);
     }
     fetch_c(0);
-    const float g = max(log_decay[tile.head], LEAST) * LOG2E;
+    const float g = bounded(log_decay[tile.head]) * LOG2E;
     tables.set(g, scale, state_scale, added_scale);
 
     out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.own;

@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 2 / GROUPS)
 tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scale) {
     Tile tile(log_decay, table, heads, tiles, tile_size, tokens, splits);
     if (tile.number == unread) return;
-    const float log_gamma = max(log_decay[tile.head], LEAST), g = log_gamma * LOG2E;
+    const float log_gamma = bounded(log_decay[tile.head]), g = log_gamma * LOG2E;
     tile.within_reach(log_gamma);
     const Word base = shared_memory(), all_weights = base + STAGES * STAGE;
     const Word weights = all_weights + group_number() * WEIGHTS_BYTES;

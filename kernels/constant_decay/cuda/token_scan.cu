@@ -289,7 +289,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8 / WARPS) tile_outputs(
     __shared__ __align__(16) Stage stages[2];
     __shared__ float up[GROUP], down[GROUP];
     const Place place(table, heads, tiles, size, all_tokens);
-    const float g = max(log_decay[place.head], -1e4f);  // of -inf, which means the same, gamma^0 would be NaN
+    const float given = log_decay[place.head];
+    const float g = given < -1e4f ? -1e4f : given;  // of -inf, which means the same, gamma^0 would be NaN; NaN stays
     // Tokens between two decays of the state: see the head of this file.
     const auto fits = [=](int steps) { return g * (1 - steps) < 14.f; };
     const int steps = BY_TOKEN ? 1 : fits(GROUP) ? GROUP : fits(CHUNK) ? CHUNK : 1;

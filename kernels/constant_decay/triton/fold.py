@@ -61,8 +61,9 @@ def _span(table, tile, tokens, tile_size, REGULAR: tl.constexpr):
 
 @triton.jit
 def _decay_of(log_decay, head):
-    """A head's log-decay. Of -inf, which means the same as LEAST, gamma^0 would be NaN."""
-    return tl.maximum(tl.load(log_decay + head), LEAST)
+    """A head's log-decay. Of -inf, which means the same as LEAST, gamma^0 would be NaN. NaN stays."""
+    g = tl.load(log_decay + head)
+    return tl.where(g < LEAST, LEAST, g)
 
 
 @triton.jit

@@ -28,6 +28,12 @@ def _exp2(x):
 
 
 @gluon.jit
+def _bounded(log_decay):
+    """A log-decay: -inf means the same as LEAST, but gamma^0 would be NaN. NaN stays."""
+    return gl.where(log_decay < LEAST, LEAST, log_decay)
+
+
+@gluon.jit
 def _span(table, tile, tokens, tile_size, REGULAR: gl.constexpr):
     """First token and number of tokens of a tile."""
     if REGULAR:
@@ -145,7 +151,7 @@ def tile_states_kernel(
     tile, head, batch = program % tiles, program // tiles % heads, (program // tiles // heads).to(gl.int32)
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     b_head, c_head = (head // b_share).to(gl.int32), (head // c_share).to(gl.int32)
-    log_gamma = gl.maximum(gl.load(log_decay + head), LEAST)
+    log_gamma = _bounded(gl.load(log_decay + head))
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
     reach = gl.minimum(FP32_RANGE / gl.maximum(-log_gamma, 1e-9), tile_size * 1.0).to(gl.int32)
     all_chunks = gl.cdiv(length, CHUNK)
@@ -253,7 +259,7 @@ def tile_outputs_kernel(
         _fetch(b, batch32, b_head, where, bar, b_ring.index(s), s < chunks)
         _fetch(c, batch32, c_head, where, bar, c_ring.index(s), s < chunks)
 
-    g = gl.maximum(gl.load(log_decay + head), LEAST) * LOG2E
+    g = _bounded(gl.load(log_decay + head)) * LOG2E
     states += batch * state_batch + head * state_head + tile * state_tile
     i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))[:, None]
     j = gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
@@ -280,7 +286,7 @@ def tile_outputs_kernel(
         scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
         scores = warpgroup_mma(a_i, b_i.permute((1, 0)), scores, use_acc=False, is_async=True)
         # The same number, but the compiler does not know.
-        g = gl.maximum(gl.load(log_decay + head, volatile=True), LEAST) * LOG2E
+        g = _bounded(gl.load(log_decay + head, volatile=True)) * LOG2E
         if step > 0:
             free = (step - 1) % STAGES
             if BY_ROWS:

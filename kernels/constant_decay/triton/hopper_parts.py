@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from leetdist.kernels.common.gluon import async_load
-from leetdist.kernels.constant_decay.triton.hopper_kernels import LEAST, LOG2E, _exp2
+from leetdist.kernels.constant_decay.triton.hopper_kernels import LOG2E, _bounded, _exp2
 
 # As in leetdist.kernels.constant_decay.triton.parts, which says what units are.
 LARGE = gl.constexpr(8192.0)
@@ -126,7 +126,7 @@ def _lost(g, count):
 def _reread(log_decay, head):
     """log2 gamma, and 0. The compiler knows neither, so that it computes what depends on them (decays, addresses) anew
     in each chunk. Held from one to the next, they would spill: 1,000 bytes a thread, and 40 like this."""
-    g = gl.maximum(gl.load(log_decay + head, volatile=True), LEAST) * LOG2E
+    g = _bounded(gl.load(log_decay + head, volatile=True)) * LOG2E
     return g, gl.where(g > 0, 1, 0)
 
 
