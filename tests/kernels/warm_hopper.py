@@ -14,13 +14,14 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def compiled(name: str, held: tuple[int, int, int], dtype: torch.dtype, wide: bool, reverse: bool) -> int:
-    return len(loader.cubin(f"constant_decay/cuda/{name}.cu", "sm_90a", hopper.defines(*held, dtype, wide, reverse)))
+    made = hopper.defines(name, *held, dtype, wide, reverse)
+    return len(loader.cubin(f"constant_decay/cuda/{name.split()[0]}.cu", "sm_90a", made))
 
 
 if __name__ == "__main__":
     held = [(rows, columns, 1) for rows in (128, 64) for columns in (128, 64)] + [(256, 64, 1), (256, 64, 2)]
     shapes = list(itertools.product(held, DTYPES, (False, True), (False, True)))
-    jobs = [("tile_outputs", *shape) for shape in shapes]
+    jobs = [(name, *shape) for name in hopper.OUTPUTS for shape in shapes]
     jobs += [("tile_states", *shape) for shape in shapes if not shape[2]]
     with ProcessPoolExecutor() as pool:
         sizes = list(pool.map(compiled, *zip(*jobs, strict=True)))

@@ -67,6 +67,13 @@ __device__ __forceinline__ Word times_plus(Word a, Word b, Word c) {
     return x;
 }
 
+// Whether a number is a NaN or an infinity; of two 16-bit numbers, that at `place`.
+__device__ __forceinline__ bool not_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) == 0x7f800000u; }
+__device__ __forceinline__ bool not_finite(Word x, int place) {
+    constexpr Word EXPONENT = HALF ? 0x7c00u : 0x7f80u;
+    return (x >> 16 * place & EXPONENT) == EXPONENT;
+}
+
 __device__ __forceinline__ Word minus(Word x) { return x ^ 0x80008000u; }
 
 // ------------------------------------------------------------------------------------------------ shared memory
@@ -92,6 +99,15 @@ __device__ __forceinline__ void store(Word to, float x) {
 }
 __device__ __forceinline__ void store(Word to, Word x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ Word load_word(Word from) {
+    Word x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from));
+    return x;
+}
+__device__ __forceinline__ void store_least(Word to, int x) {
+    asm volatile("red.shared.min.s32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
 
 // Four matrices of 8 x 8, as a product holds them in registers; transposed on the way.

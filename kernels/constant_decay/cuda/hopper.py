@@ -21,6 +21,8 @@ THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
 # Beside the chunks: barriers and what rounds the first address up to 1,024; for each warpgroup, tables.
 OTHERS = {"tile_states": (1536, 256), "tile_outputs": (1536, 1280)}
+AGAIN = "tile_outputs again"  # the second compilation of tile_outputs.cu, for tiles with NaNs and infinities
+OUTPUTS = ("tile_outputs", AGAIN)  # launched one behind the other
 
 
 def tile_states(
@@ -78,15 +80,17 @@ def tile_outputs(
         target = torch.empty_like(out, memory_format=torch.contiguous_format)
     programs = a.shape[0] * heads * tiles.count
     columns, groups, splits = shares(programs, a.shape[3], c.shape[3], _multiprocessors(c.device))
-    launch = _kernel("tile_outputs", a.shape[3], columns, groups, a.dtype, wide, reverse, a.device)
-    launch(
-        (programs * splits,), THREADS * groups,
+    again = torch.empty(programs * splits, dtype=torch.int32, device=a.device)  # written by every block
+    arguments = (
         *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept),
         states.data_ptr(), *states.stride(),
         bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
         *_tiles(tiles, b, log_decay), splits,
-        float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)),
+        float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
     )  # fmt: skip
+    for name in OUTPUTS:
+        launch = _kernel(name, a.shape[3], columns, groups, a.dtype, wide, reverse, a.device)
+        launch((programs * splits,), THREADS * groups, *arguments)
     if target is not out:
         out.copy_(target)
     return out
@@ -102,9 +106,10 @@ def compile_for(
     programs: int,
     device: torch.device,
 ) -> None:
-    """Compile the kernel that `step` ("tile_states" or "tile_outputs") will launch for so many tiles of all heads."""
+    """Compile the kernels that `step` ("tile_states" or "tile_outputs") will launch for so many tiles of all heads."""
     held, groups, _ = shares(programs, rows, columns, _multiprocessors(device))
-    _kernel(step, rows, held, groups, dtype, wide and step == "tile_outputs", reverse, device)
+    for name in OUTPUTS if step == "tile_outputs" else (step,):
+        _kernel(name, rows, held, groups, dtype, wide and step == "tile_outputs", reverse, device)
 
 
 def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
@@ -140,17 +145,19 @@ def shared_memory(name: str, rows: int, columns: int, groups: int) -> int:
         chunks_a, chunks_b, chunks_c = (1, 1, 2) if groups == 1 else (2, 3, 2)
     operands = (chunks_a + chunks_b) * rows + chunks_c * groups * columns
     scores = 0 if name == "tile_states" else 1 if groups == 1 else chunks_b
-    block, each = OTHERS[name]
+    block, each = OTHERS["tile_states" if name == "tile_states" else "tile_outputs"]
+    if name == AGAIN:
+        each += 4 * (columns + 4)  # from which token on each column is lost
     return (operands // 64 + scores) * BLOCK + block + groups * each
 
 
 def defines(
-    rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool
+    name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool
 ) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with; `wide`: for outputs in fp32."""
     return (
         ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
-        ("WIDE", int(wide)), ("REVERSE", int(reverse)),
+        ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name == AGAIN)),
     )  # fmt: skip
 
 
@@ -158,9 +165,10 @@ def defines(
 def _kernel(
     name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool, device: torch.device
 ) -> loader.Kernel:
-    made = defines(rows, columns, groups, dtype, wide, reverse)
+    made = defines(name, rows, columns, groups, dtype, wide, reverse)
     memory = shared_memory(name, rows, columns, groups)
-    return loader.kernel(f"constant_decay/cuda/{name}.cu", name, device, made, shared_memory=memory, features="a")
+    step = name.split()[0]
+    return loader.kernel(f"constant_decay/cuda/{step}.cu", step, device, made, shared_memory=memory, features="a")
 
 
 def _tiles(tiles: Tiles, b: Tensor, log_decay: Tensor) -> tuple[int, ...]:

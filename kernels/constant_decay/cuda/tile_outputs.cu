@@ -6,11 +6,18 @@
 // is computed only P passes through shared memory, and the outputs on their way out. All decays are the same in every
 // chunk, and come from tables in shared memory. -DWIDE=1: outputs in fp32.
 //
+// A score of 0 times a NaN or an infinity of a later token is NaN. Whatever of b, c and the states is not finite is in
+// the last state too, so that blocks that find such a thing there say so in `again`. A second kernel (-DAGAIN=1) follows
+// the first and walks their tiles again, with 0 in its place and NaN for the outputs that see it; all others get the
+// same products in the same order. Its blocks return at once where there is nothing to do. It is another kernel because
+// ptxas, given both walks, spills in the first.
+//
 // With 256 rows there are registers for half of the rounded state at a time: S^T a^T comes before the scores and behind
 // them, so that the second half is rounded during the scores' product, and the scores decay during the second half's.
 // Two warpgroups that share chunks take turns at the scores, which are the same for all columns.
 
 #include "hopper_tile.cuh"
+#include "hopper_lost.cuh"
 
 constexpr int STEPS = ROWS / 16;  // of a product over the state's rows
 constexpr int HALVES = LAST_FETCHES ? 2 : 1;  // in which the state is rounded
@@ -109,11 +116,12 @@ struct Tables {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, ROWS + COLUMNS == 128 ? 3 : 2 / GROUPS)
+extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, AGAIN ? 1 : ROWS + COLUMNS == 128 ? 3 : 2 / GROUPS)
 tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
              Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
              Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
-             float added_scale) {
+             float added_scale, int* again) {
+    if (AGAIN && !again[blockIdx.x]) return;
     const Tile tile(log_decay, table, heads, tiles, tile_size, tokens, splits);
     const int thread = thread_number(), group = group_number(), lane = thread % 32, warp = thread / 32;
     float state[PARTS][HELD];
@@ -129,7 +137,8 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     const Word base = shared_memory(), all_b = base + A_STAGES * ROWS_BYTES;
     const Word own_c = all_b + B_STAGES * ROWS_BYTES + group * 2 * COLUMNS_BYTES;
     const Word all_seen = LAST_FETCHES ? all_b + B_STAGES * ROWS_BYTES + GROUPS * 2 * COLUMNS_BYTES : base + 2 * STAGE;
-    const Tables tables(all_seen + SEEN * BLOCK + group * Tables::BYTES);
+    const Tables tables(all_seen + SEEN * BLOCK + group * (Tables::BYTES + Lost::BYTES));
+    const Lost lost(tables.decays + Tables::BYTES);
     auto place_a = [&](int step) {
         return LAST_FETCHES ? base + step % A_STAGES * ROWS_BYTES : base + step % 2 * STAGE;
     };
@@ -140,7 +149,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         return LAST_FETCHES ? own_c + step % 2 * COLUMNS_BYTES : place_a(step) + 2 * ROWS_BYTES;
     };
     // A barrier for each place of a, b, c and scores, or one for the first three, and how many warps have read a and b.
-    const Word arrivals = all_seen + SEEN * BLOCK + GROUPS * Tables::BYTES;
+    const Word arrivals = all_seen + SEEN * BLOCK + GROUPS * (Tables::BYTES + Lost::BYTES);
     const Word arrivals_b = arrivals + A_STAGES * 8, arrivals_c = arrivals_b + B_STAGES * 8;
     const Word arrivals_seen = arrivals_c + GROUPS * 2 * 8;
     const Word read_a = arrivals_seen + SEEN * 8, read_b = read_a + A_STAGES * 4;
@@ -165,7 +174,9 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         if (LAST_FETCHES) expect(arrival_c(step), COLUMNS_BYTES);
         fetch<COLUMNS>(place_c(step), c, tile.chunk(step, c_share, tile.own), arrival_c(step));
     };
+    if (AGAIN) lost.start(state);
     if (threadIdx.x == 0) {
+        if (!AGAIN) again[blockIdx.x] = 0;
         const int barriers = LAST_FETCHES ? A_STAGES + B_STAGES + GROUPS * 2 : 2;
         for (int i = 0; i < barriers; i++) init_arrival(arrivals + i * 8);
         if (LAST_FETCHES)
@@ -217,6 +228,13 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         auto wait_seen = [&] {
             if (TURNS) wait_b(), wait_arrival(arrival_seen(step), step / SEEN & 1);
         };
+        if (AGAIN) {
+            wait_b(), wait_c();
+            lost.find<ROWS, false>(b_i, step, count, false), lost.find<COLUMNS, true>(c_i, step, count, false);
+            __syncthreads();  // both warpgroups have seen all of b
+            lost.find<ROWS, false>(b_i, step, count, true), lost.find<COLUMNS, true>(c_i, step, count, true);
+            publish();
+        }
         if (count < CHUNK) {  // both warpgroups write the same zeros to b
             wait_b(), wait_c();
             zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
@@ -309,6 +327,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 wait_products<1>();
             }
             here(o_i), here(x[part]);
+            if (AGAIN) lost.mark(o_i, step, part);
 #pragma unroll
             for (int i = 0; i < 32; i += 8) {  // 16 tokens
                 if (WIDE) {
@@ -337,6 +356,14 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         wait_products<0>();
 #pragma unroll
         for (int part = 0; part < PARTS; part++) here(state[part]), here(weighted[part]);
+        if (!AGAIN && step == tile.chunks - 1) {  // here rather than behind the loop, where ptxas would spill in it
+            float zero = 0.0f;
+#pragma unroll
+            for (int part = 0; part < PARTS; part++)
+#pragma unroll
+                for (int i = 0; i < HELD; i++) zero = fmaf(state[part][i], 0.0f, zero);
+            if (zero != 0.0f) again[blockIdx.x] = 1;
+        }
         if (LAST_FETCHES && is_last(read_b + step % B_STAGES * 4)) fetch_b(step + B_STAGES);
     }
     meet();
