@@ -1,29 +1,34 @@
 """Do two revisions compute the same bits? Some 60 calls in both, compared with torch.equal.
 
-    python benchmarks/compare_revisions.py --base PATH [--device cpu] [--only WORD ...] [--except NAME ...] [--time]
+    python benchmarks/compare_revisions.py --base PATH [--device cpu] [--only WORD ...] [--except NAME ...]
+    python benchmarks/compare_revisions.py --base PATH --time [--turns 41] [--device cpu] [--only WORD ...] [--out FILE]
 
 PATH: a checkout of the other revision; each computes in a process of its own. Methods, dtypes, head sizes, layouts,
 packed documents, states, gradients, virtual ranks and decoding; with a GPU, the sizes that its kernels are written for.
 `--except` names calls whose value changed on purpose; a call that raises in both is no call.
-`--time` adds the host's time for a short call that both have seen before: the median of many, in turns.
+`--time` compares the host's time for short calls that both have made before instead (suites/compare/turns.py), and
+fails where one takes more than 3 % longer than in the other revision.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from common.revision import commit
+from suites.compare import turns
+
 ROOT = Path(__file__).parents[1]
-TIMED, TURNS = 300, 7
+SLOWER = 1.03  # of a ratio of times: what a shared machine tells apart
 
 
 @dataclass(frozen=True)
@@ -171,29 +176,8 @@ def work(file: Path, device: str, names: list[str]) -> None:
                 found[str(call)] = {name: None if x is None else x.cpu() for name, x in computed.items()}
             except Exception as error:
                 found[str(call)] = f"{type(error).__name__}: {error}"
-    strange = [
-        name for name, module in sys.modules.items()
-        if name.split(".")[0] == "leetdist" and not Path(module.__file__ or tree).resolve().is_relative_to(tree)
-    ]  # fmt: skip
-    if strange:  # an editable install of another revision fills in modules that this one lacks
-        raise RuntimeError(f"not of {tree}: {', '.join(strange)}")
+    turns.check_own(tree)
     torch.save(found, file)
-
-
-def clock(device: str) -> None:
-    """In a process of one revision: microseconds of the host for a short call, seen before; their median."""
-    import torch
-
-    import leetdist
-
-    q, k, v = (torch.randn(1, 2, 16, 16, device=device) for _ in range(3))
-    log_decay = torch.tensor([-0.1, -0.2], device=device)
-    spans = []
-    for _ in range(TIMED):
-        begin = time.perf_counter()
-        leetdist.linear_attention(q, k, v, log_decay, method="block")
-        spans.append(time.perf_counter() - begin)
-    print(1e6 * statistics.median(spans[TIMED // 3 :]))
 
 
 def run(tree: Path, *arguments: str) -> str:
@@ -210,21 +194,25 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="calls whose names hold one of these")
     parser.add_argument("--except", dest="changed", nargs="*", default=[], metavar="NAME", help="changed on purpose")
-    parser.add_argument("--time", action="store_true", help="the host's time of a short call too")
+    parser.add_argument("--time", action="store_true", help="the host's time of short calls, not their bits")
+    parser.add_argument("--turns", type=int, default=41, help="of both revisions, a call of --time")
+    parser.add_argument("--out", type=Path, help="JSON of --time")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--clock", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
         work(args.work, args.device, args.only)
         return 0
-    if args.clock:
-        clock(args.device)
+    if args.serve:
+        turns.serve(args.device)
         return 0
     if args.base is None or not (args.base / "leetdist").is_dir():
         parser.error(f"--base must be a checkout of leetdist, got {args.base}")
+    trees = {"here": ROOT, "base": args.base.resolve()}
+    if args.time:
+        return time(trees, args)
     names = [str(call) for call in calls(args.device != "cpu")]
     names = [name for name in names if not args.only or any(word in name for word in args.only)]
-    trees = {"here": ROOT, "base": args.base.resolve()}
     with tempfile.TemporaryDirectory() as folder:
         found = {}
         for where, tree in trees.items():
@@ -240,13 +228,26 @@ def main() -> int:
             bad += bool(said)
         print(f"{'differs' if said else 'equal  '}  {name}{': ' + said if said else ''}")
     print(f"{len(names) - bad} of {len(names)} calls as they were, on {args.device}")
-    if args.time:
-        spans = {where: [] for where in trees}
-        for _ in range(TURNS):
-            for where, tree in trees.items():
-                spans[where].append(float(run(tree, "--clock", "--device", args.device)))
-        print(", ".join(f"{where}: {statistics.median(x):.1f} us a short call" for where, x in spans.items()))
     return 1 if bad else 0
+
+
+def time(trees: dict[str, Path], args: argparse.Namespace) -> int:
+    """Short calls of both revisions in turns."""
+    rows = turns.compare(Path(__file__).resolve(), trees, args.device, args.turns, args.only)
+    slower = [row for row in rows if row["ratio"] > SLOWER]
+    for row in slower:
+        print(f"slower: {row['call']}, {row['ratio']} times the base's")
+    print(f"{len(rows) - len(slower)} of {len(rows)} calls as fast as they were, on {args.device}")
+    if args.out is not None:
+        command = (
+            f"python benchmarks/compare_revisions.py --base PATH --time --turns {args.turns} --device {args.device}"
+        )
+        result = {
+            "commit": commit(), "base": commit(trees["base"]), "command": command, "torch": version("torch"),
+            "turns": args.turns, "rows": rows,
+        }  # fmt: skip
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if slower else 0
 
 
 def compared(here: Any, base: Any) -> str:

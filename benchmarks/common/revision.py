@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 
-def commit() -> str:
-    """The commit of this tree; LEETDIST_COMMIT says it of a tree that travelled without its history."""
-    root = Path(__file__).resolve().parents[2]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return os.environ.get("LEETDIST_COMMIT") or git.stdout.strip() or "unknown"
+def commit(root: Path | None = None) -> str:
+    """The commit of a tree, this one unless told; LEETDIST_COMMIT says it of this one where it travelled without its
+    history."""
+    here = Path(__file__).resolve().parents[2]
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root or here, capture_output=True, text=True)
+    return (None if root else os.environ.get("LEETDIST_COMMIT")) or git.stdout.strip() or "unknown"

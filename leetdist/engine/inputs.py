@@ -59,7 +59,9 @@ def canonical_tensors(
     dtype = state_dtype(q.dtype)
     if log_decay is None:
         log_decay = torch.zeros(q.shape[1], dtype=dtype, device=q.device)
-    log_decay = still(contiguous(log_decay, dtype), cu_seqlens, highest)
+    log_decay = contiguous(log_decay, dtype)
+    if cu_seqlens is not None or highest is not None:
+        log_decay = still(log_decay, cu_seqlens, highest)
     if initial_state is not None:
         initial_state = contiguous(initial_state, dtype)
     return row_major(q), row_major(k), row_major(v), log_decay, initial_state

@@ -121,8 +121,7 @@ def plan_call(
     """
     if transport is None:
         options = canonical_options(**options)
-        kind = _kind(q, k, v, log_decay, options) if gates is None else None
-        known = None if kind is None else _plans.get(kind)
+        kind, known = (None, None) if gates is not None else _known(q, k, v, log_decay, options)
         if known is None:
             problem = _of_operator(describe(q, k, v, log_decay, **options), operator, gates)
             known = _local_plan(
@@ -214,26 +213,32 @@ def _of_operator(problem: Problem, operator: str, gates: Mapping[str, Tensor] | 
 _plans: Memo[Hashable, Plan] = Memo(512)
 
 
-def _kind(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: dict[str, Any]) -> Hashable | None:
-    """What tells one local call from another, None where values matter that are not known to be good."""
+def _known(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: dict[str, Any]
+) -> tuple[Hashable | None, Plan | None]:
+    """What tells one local call from another, None where values matter that are not known to be good; and its plan, if
+    there is one. Written out, because it is a third of what a remembered call costs the host."""
     if options["cu_seqlens"] is not None or options["initial_state"] is not None:
-        return None
+        return None, None
     try:
+        decay: Hashable = None
         if log_decay is not None:
             decays = decays_of(log_decay)
             if decays is None or decays.bad is not None:
-                return None
+                return None, None
+            decay = (
+                type(log_decay), log_decay.layout, log_decay.shape, log_decay.dtype, log_decay.device,
+                log_decay.requires_grad,
+            )  # fmt: skip
         kind = (
-            *[
-                None if x is None else (type(x), x.layout, x.shape, x.dtype, x.device, x.requires_grad)
-                for x in (q, k, v, log_decay)
-            ],
-            torch.is_grad_enabled(), *options.values(), *raw_settings(),
+            type(q), q.layout, q.shape, q.dtype, q.device, q.requires_grad,
+            type(k), k.layout, k.shape, k.dtype, k.device, k.requires_grad,
+            type(v), v.layout, v.shape, v.dtype, v.device, v.requires_grad,
+            decay, torch.is_grad_enabled(), *options.values(), *raw_settings(),
         )  # fmt: skip
-        hash(kind)
+        return kind, _plans.get(kind)
     except (AttributeError, TypeError, RuntimeError, ValueError):  # describe says what is wrong
-        return None
-    return kind
+        return None, None
 
 
 @lru_cache(maxsize=512)

@@ -62,7 +62,7 @@ def describe(
         rows = batch if documents is None else len(documents) - 1
         check_state("initial_state", initial_state, (rows, heads, dk, v.shape[3]), q)
     grad = torch.is_grad_enabled()
-    tensors = (q, k, v, log_decay)
+    learnt = log_decay is not None and log_decay.requires_grad
     return Problem(
         batch=batch,
         heads=heads,
@@ -74,9 +74,9 @@ def describe(
         documents=documents,
         has_decay=log_decay is not None,
         grad_mode=grad,
-        needs_grad=grad and any(x is not None and x.requires_grad for x in tensors),
+        needs_grad=grad and (q.requires_grad or k.requires_grad or v.requires_grad or learnt),
         needs_initial_grad=grad and initial_state is not None and initial_state.requires_grad,
-        needs_decay_grad=grad and log_decay is not None and log_decay.requires_grad,
+        needs_decay_grad=grad and learnt,
         has_initial=initial_state is not None,
         tokens=tokens,
         lanes=_wanted_lanes(),
@@ -168,26 +168,28 @@ def global_layout(everyone: Sequence[Problem]) -> tuple[Layout, int]:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_plain(name, x)
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have shape (B, H, N, D), got {tuple(x.shape)}")
+        shape = x.shape
+        if len(shape) != 4:
+            raise ValueError(f"{name} must have shape (B, H, N, D), got {tuple(shape)}")
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dtype != q.dtype:
             raise ValueError(f"{name} must have q's dtype, {q.dtype}, got {x.dtype}{_autocast_hint(q.device)}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}")
-        if 0 in (x.shape[0], x.shape[1], x.shape[3]):
-            raise ValueError(f"{name} must have no empty dimension but N, got {tuple(x.shape)}")
+        if shape[0] == 0 or shape[1] == 0 or shape[3] == 0:
+            raise ValueError(f"{name} must have no empty dimension but N, got {tuple(shape)}")
     batch, heads, tokens, dk = q.shape
     if k.shape[3] != dk:
         raise ValueError(f"k must have q's head dimension Dk = {dk}, got {k.shape[3]} (shape {tuple(k.shape)})")
     for name, x in (("k", k), ("v", v)):
-        if (x.shape[0], x.shape[2]) != (batch, tokens):
+        rows, own, length, _ = x.shape
+        if rows != batch or length != tokens:
             raise ValueError(
                 f"{name} must have q's batch and tokens, B = {batch} and N = {tokens}, got shape {tuple(x.shape)}"
             )
-        if heads % x.shape[1]:
-            raise ValueError(f"{name} must have a number of heads that divides q's {heads}, got {x.shape[1]}")
+        if heads % own:
+            raise ValueError(f"{name} must have a number of heads that divides q's {heads}, got {own}")
     if v.shape[1] != k.shape[1]:
         raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
 

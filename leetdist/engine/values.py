@@ -62,7 +62,7 @@ _NOTHING: Any = (None, (), None)
 def values_of(x: Tensor, *, read: bool = True) -> tuple[float, ...] | None:
     """The values of a small tensor; None where they are not known, and may not be read: `read` is False, or a CUDA
     graph is being captured."""
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return tuple(x.tolist()) if read else None
     known, values, _ = _read.get(x, _NOTHING)
     if known == mark_of(x):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.constant_decay.pytorch.kept import kept
 
 # Tokens a matrix product works on. 128 was the fastest of 32, 64, 128 and 256 for D = 64 and 128 on two CPU cores.
 CHUNK = 128
@@ -222,15 +224,15 @@ def decay_gradient(
     total = walk.zeros(q.shape[0], tiles.count)
     for chunk in walk:
         q_i, k_i, v_i, do_i = (chunk.take(x) for x in (q, k, v, do))
-        distance = walk.position[:, None] - walk.position
+        distance, _ = kept(_pairs, walk.chunk, walk.device, walk.chunk, False)
         pairs = ((q_i @ k_i.mT) * (do_i @ v_i.mT)).tril_(-1)
         near = (pairs * (walk.mask * distance)).sum((-1, -2))
-        position = chunk.exponent_from_state[..., None]
+        position = chunk.place.from_state[..., None]
         far = (q_i @ chunk.of(slope)) + (q_i @ chunk.of(state)) * position
         far = (far * chunk.from_state() * do_i).sum((-1, -2))
         total[:, :, chunk.tiles] += (near + far) * scale
-        tokens = chunk.lengths[:, None, None]
-        update = ((k_i * chunk.to_state() * chunk.exponent_to_state[..., None]).mT) @ v_i
+        tokens = chunk.place.lengths[:, None, None]
+        update = ((k_i * chunk.to_state() * chunk.place.to_state[..., None]).mT) @ v_i
         chunk.advance(slope, update, add=chunk.of(state) * tokens)
         chunk.advance(state, (k_i * chunk.to_state()).mT @ v_i)
     return total + (slope * padded(state_grads.double())).sum((-1, -2))
@@ -249,7 +251,7 @@ def padded(states: Tensor) -> Tensor:
 
 def decay_powers(log_decay: Tensor, highest: int, dtype: torch.dtype) -> Tensor:
     """`gamma^0 ... gamma^highest`: (H, highest + 1) in `dtype`, each rounded once from fp64."""
-    exponents = torch.arange(highest + 1, device=log_decay.device, dtype=torch.float64)
+    (exponents,) = kept(_exponents, highest, log_decay.device, highest + 1)
     return torch.exp(log_decay.double().clamp_min(LEAST)[:, None] * exponents).to(dtype)
 
 
@@ -263,70 +265,100 @@ class _Walk:
         self.device = log_decay.device
         self.chunk = min(CHUNK, tiles.size)
         self.powers = decay_powers(log_decay, max(self.chunk, 1), self.dtype)
-        self.position = torch.arange(self.chunk, device=self.device)
-        distance = self.position[:, None] - self.position
-        if reverse:
-            distance = distance.T
-        # (H, 1, C, C): gamma^distance where the second token is not later in the direction of the walk, else 0
-        self.mask = (self.powers[:, distance.clamp_min(0)] * (distance >= 0))[:, None]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(H, 1, C, C): gamma^distance where the second token is not later in the direction of the walk, else 0."""
+        distance, seen = kept(_pairs, self.chunk, self.device, self.chunk, self.reverse)
+        return (self.powers[:, distance] * seen)[:, None]
 
     def zeros(self, batch: int, *shape: int) -> Tensor:
         return torch.zeros(batch, self.heads, *shape, dtype=self.dtype, device=self.device)
 
     def __iter__(self) -> Iterator[_Chunk]:
-        table = self.tiles.table(self.device)
-        start, length = table[:, 0], table[:, 1]
-        chunks = [ceil_div(tokens, self.chunk) for _, tokens in self.tiles.spans]
-        if self.unread >= 0:
-            chunks[self.unread] = 0
-        for step in range(max(chunks, default=0)):
-            active = [tile for tile, count in enumerate(chunks) if count > step]
-            which = torch.tensor(active, device=self.device)
-            number = [chunks[t] - 1 - step if self.reverse else step for t in active]
-            offset = torch.tensor(number, dtype=torch.int64, device=self.device) * self.chunk
-            yield _Chunk(
-                walk=self,
-                tiles=slice(active[0], active[-1] + 1) if len(active) == active[-1] + 1 - active[0] else which,
-                first=start[which] + offset,
-                lengths=(length[which] - offset).clamp_max(self.chunk),
-            )
+        tiles = self.tiles
+        for place in kept(_places, tiles.num_tokens, self.device, tiles, self.chunk, self.reverse, self.unread):
+            yield _Chunk(self, place)
 
 
-@dataclass
-class _Chunk:
-    """One chunk of every tile that still has one: `first` and `lengths` are (A,), tokens in the row."""
+def _exponents(device: torch.device, count: int) -> Iterator[Tensor]:
+    yield torch.arange(count, device=device, dtype=torch.float64)
 
-    walk: _Walk
+
+def _pairs(device: torch.device, chunk: int, reverse: bool) -> Iterator[Tensor]:
+    """(C, C) each: how far the second token is behind the first, at least 0; whether the first sees it."""
+    position = torch.arange(chunk, device=device)
+    distance = position[:, None] - position
+    if reverse:
+        distance = distance.T
+    yield distance.clamp_min(0)
+    yield distance >= 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where the tokens are of one chunk of every tile that still has one. Of A tiles, with C tokens in a chunk:
+
+    lengths: (A,), tokens of each; rows: (A * C,), each token's number in the row; outside: (A, C, 1), where there is
+    no token; from_state, to_state: (A, C), the powers of gamma between a token and the state at the chunk's start, and
+    at its end.
+    """
+
     tiles: slice | Tensor
-    first: Tensor
     lengths: Tensor
+    rows: Tensor
+    outside: Tensor
+    full: bool
+    from_state: Tensor
+    to_state: Tensor
 
-    def __post_init__(self) -> None:
-        position = self.walk.position
-        self.inside = position < self.lengths[:, None]
-        self.full = bool(self.inside.all())
-        rows = self.first[:, None] + torch.minimum(position, self.lengths[:, None] - 1)
-        self.rows = rows.flatten()
-        before, after = position.expand(self.inside.shape), self.lengths[:, None] - 1 - position
-        after = after.clamp_min(0)
-        # (A, C): the powers of gamma between a token and the state at the chunk's start, and at its end
-        self.exponent_from_state = after if self.walk.reverse else before + 1
-        self.exponent_to_state = before + 1 if self.walk.reverse else after
+
+def _places(device: torch.device, tiles: Tiles, chunk: int, reverse: bool, unread: int) -> Iterator[_Place]:
+    table = tiles.table(device)
+    start, length = table[:, 0], table[:, 1]
+    position = torch.arange(chunk, device=device)
+    chunks = [ceil_div(tokens, chunk) for _, tokens in tiles.spans]
+    if unread >= 0:
+        chunks[unread] = 0
+    for step in range(max(chunks, default=0)):
+        active = [tile for tile, count in enumerate(chunks) if count > step]
+        which = torch.tensor(active, device=device)
+        number = [chunks[t] - 1 - step if reverse else step for t in active]
+        offset = torch.tensor(number, dtype=torch.int64, device=device) * chunk
+        lengths = (length[which] - offset).clamp_max(chunk)
+        outside = position >= lengths[:, None]
+        before, after = position.expand(outside.shape), (lengths[:, None] - 1 - position).clamp_min(0)
+        yield _Place(
+            tiles=slice(active[0], active[-1] + 1) if len(active) == active[-1] + 1 - active[0] else which,
+            lengths=lengths,
+            rows=((start[which] + offset)[:, None] + torch.minimum(position, lengths[:, None] - 1)).flatten(),
+            outside=outside[..., None],
+            full=not outside.any(),
+            from_state=after if reverse else before + 1,
+            to_state=before + 1 if reverse else after,
+        )
+
+
+class _Chunk:
+    """One chunk of every tile that still has one."""
+
+    def __init__(self, walk: _Walk, place: _Place) -> None:
+        self.walk, self.place, self.tiles = walk, place, place.tiles
 
     def take(self, x: Tensor) -> Tensor:
         """The chunk's rows of x (B, Hx, N, D), for every head: (B, H, A, C, padded D), zero where there is no token."""
-        x = x.index_select(2, self.rows).to(self.walk.dtype)
+        x = x.index_select(2, self.place.rows).to(self.walk.dtype)
         if missing(x.shape[3]):
             x = F.pad(x, (0, missing(x.shape[3])))
-        x = x.unflatten(2, self.inside.shape)
-        if not self.full:
-            x = x.masked_fill(~self.inside[..., None], 0)
+        x = x.unflatten(2, self.place.outside.shape[:2])
+        if not self.place.full:
+            x = x.masked_fill(self.place.outside, 0)
         return x if x.shape[1] == self.walk.heads else x.repeat_interleave(self.walk.heads // x.shape[1], 1)
 
     def put(self, out: Tensor, x: Tensor) -> None:
-        x, rows = x.flatten(2, 3)[..., : out.shape[3]], self.rows
-        if not self.full:
-            inside = self.inside.flatten()
+        x, rows = x.flatten(2, 3)[..., : out.shape[3]], self.place.rows
+        if not self.place.full:
+            inside = ~self.place.outside.flatten()
             x, rows = x[:, :, inside], rows[inside]
         out.index_copy_(2, rows, x.to(out.dtype))
 
@@ -335,14 +367,14 @@ class _Chunk:
 
     def from_state(self) -> Tensor:
         """(H, A, C, 1)"""
-        return self.walk.powers[:, self.exponent_from_state, None]
+        return self.walk.powers[:, self.place.from_state, None]
 
     def to_state(self) -> Tensor:
         """(H, A, C, 1)"""
-        return self.walk.powers[:, self.exponent_to_state, None]
+        return self.walk.powers[:, self.place.to_state, None]
 
     def advance(self, state: Tensor, update: Tensor, add: Tensor | None = None) -> None:
         """state = gamma^length (state + add) + update, on the tiles of this chunk."""
-        across = self.walk.powers[:, self.lengths, None, None]
+        across = self.walk.powers[:, self.place.lengths, None, None]
         old = self.of(state)  # a view if all tiles have this chunk, else a copy
         state[:, :, self.tiles] = (old if add is None else old.add_(add)).mul_(across).add_(update)

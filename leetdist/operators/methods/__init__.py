@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from leetdist.kernels.common.settings import raw_settings
+from leetdist.kernels.constant_decay.pytorch.block import LEAST
 from leetdist.operators import cost
 from leetdist.operators.dispatch import Kernels, Use, chosen, compose
 from leetdist.sequence.grid import default_tile
@@ -64,26 +66,29 @@ def attention_on_one_device(
     v: Tensor,
     log_decay: Tensor | None,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`linear_attention` of a method that knows no tiles: o and the final states. Document after document."""
+) -> tuple[Tensor, Any]:
+    """`linear_attention` of a method that knows no tiles: o, and the final states or None. Document after document."""
     from leetdist.operators.methods import recursion, vanilla  # by name, which torch.compile follows
 
     method = {"vanilla": vanilla, "recursion": recursion}[problem.method]
     dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
     share = problem.heads // problem.kv_heads
     decay = q.new_zeros(problem.heads) if log_decay is None else log_decay
-    with torch.autocast(q.device.type, enabled=False):
-        q, decay = q.to(dtype), decay.to(dtype)
-        k, v = (x.to(dtype).repeat_interleave(share, 1) for x in (k, v))
-        if problem.documents is None:
-            o, state = method.attention(q, k, v, decay, initial_state)
-        else:
-            rows = [None] * problem.num_documents if initial_state is None else initial_state.split(1)
-            spans = itertools.pairwise(problem.documents)
-            parts = [
-                method.attention(*(x[:, :, begin:end] for x in (q, k, v)), decay, row)
-                for (begin, end), row in zip(spans, rows, strict=True)
-            ]
-            o = torch.cat([part[0] for part in parts], 2)
-            state = torch.cat([part[1] for part in parts])
+    plain = torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else nullcontext()
+    with plain:
+        q, decay = q.to(dtype), decay.to(dtype).clamp_min(LEAST)
+        k, v = k.to(dtype), v.to(dtype)
+        k, v = (x.contiguous() if share == 1 else x.repeat_interleave(share, 1) for x in (k, v))
+        rows, spans = [initial_state], [(0, problem.tokens)]
+        if problem.documents is not None:
+            spans = list(itertools.pairwise(problem.documents))
+            rows = [None] * len(spans) if initial_state is None else list(initial_state.split(1))
+        outputs, states = [], []
+        for (begin, end), row in zip(spans, rows, strict=True):
+            q_i, k_i, v_i = (q, k, v) if len(spans) == 1 else (x[:, :, begin:end] for x in (q, k, v))
+            outputs.append(method.attention(q_i, k_i, v_i, decay, row))
+            if problem.return_state:
+                states.append(vanilla.state_after(k_i, v_i, decay, row))
+        o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        state = torch.cat(states) if len(states) > 1 else states[0] if states else None
     return (problem.scale * o).to(problem.dtype), state

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leetdist.operators.methods.vanilla import masked_product, powers, with_state
+from leetdist.operators.methods.vanilla import from_state, masked_product, powers
 
 LEAF = 64
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> Tensor:
     """As leetdist.operators.methods.vanilla.attention."""
     tokens, half = q.shape[2], LEAF
     while half < tokens:
@@ -43,4 +41,4 @@ def attention(
         q_i, k_i, v_i = (x.flatten(3, 4) for x in (q_i, k_i, v_i))
         half *= 2
     o = o.flatten(2, 3)[:, :, :tokens]
-    return with_state(o, q, k, v, log_decay, initial_state)
+    return from_state(o, q, log_decay, initial_state)

@@ -13,29 +13,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leetdist.kernels.constant_decay.pytorch.block import LEAST
+
+def attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> Tensor:
+    """One sequence, unscaled: o (B, H, N, Dv). q, k: (B, H, N, Dk), v: (B, H, N, Dv), all of the state's dtype;
+    log_decay: (H,), finite; initial_state: (B, H, Dk, Dv)."""
+    return from_state(masked_product(q, k, v, log_decay), q, log_decay, initial_state)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One sequence, unscaled. q, k: (B, H, N, Dk), v: (B, H, N, Dv), all of the state's dtype; log_decay: (H,).
-
-    Returns o (B, H, N, Dv) and the state after the last token (B, H, Dk, Dv).
-    """
-    return with_state(masked_product(q, k, v, log_decay), q, k, v, log_decay, initial_state)
-
-
-def with_state(
-    o: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Outputs from a zero state made outputs from `initial_state`, and the state after the last token."""
+def from_state(o: Tensor, q: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> Tensor:
+    """Outputs from a zero state made outputs from `initial_state`."""
+    if initial_state is None:
+        return o
     tokens = torch.arange(q.shape[2], device=q.device)
+    return o + powers(log_decay, tokens + 1) * (q @ initial_state)
+
+
+def state_after(k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> Tensor:
+    """The state after the last token, (B, H, Dk, Dv)."""
+    tokens = torch.arange(k.shape[2], device=k.device)
     state = (k * powers(log_decay, tokens.flip(0))).mT @ v
-    if initial_state is not None:
-        o = o + powers(log_decay, tokens + 1) * (q @ initial_state)
-        state = state + powers(log_decay, tokens.new_tensor([len(tokens)])) * initial_state
-    return o, state
+    if initial_state is None:
+        return state
+    return state + powers(log_decay, tokens.new_tensor([len(tokens)])) * initial_state
 
 
 def masked_product(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -46,13 +45,14 @@ def masked_product(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor
     """
     tokens = torch.arange(q.shape[-2], device=q.device)
     distance = tokens[:, None] - tokens
-    g = log_decay.clamp_min(LEAST).view(-1, *[1] * (q.ndim - 2))
-    mask = torch.exp(g * distance.clamp_min(0)) * (distance >= 0)
+    g = log_decay.view(-1, *[1] * (q.ndim - 2))
+    mask = torch.exp(g * distance.clamp_min(0))
     o = ((q @ k.mT).tril_() * mask) @ v.nan_to_num(0.0, 0.0, 0.0)
-    seen_bad = (~v.detach().isfinite()).cumsum(-2) > 0  # of whole numbers: CUDA's sums of others have no fixed order
+    # NaN is not 0. Sums of whole numbers: CUDA has no fixed order for others.
+    seen_bad = (v.detach() * 0 != 0).cumsum(-2) > 0
     return o * torch.where(seen_bad, torch.nan, 1.0)
 
 
 def powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
     """gamma^exponents: (H, exponents, 1)."""
-    return torch.exp(log_decay.clamp_min(LEAST)[:, None] * exponents)[..., None]
+    return torch.exp(log_decay[:, None] * exponents)[..., None]
