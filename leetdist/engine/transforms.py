@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, library
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -24,7 +25,7 @@ NO_FORWARD_MODE = (
 )
 
 
-class _Forward(torch.autograd.Function):
+class _Forward(_SingleLevelFunction):
     """The forward op, differentiable: `_Forward.apply(op, its backward op, *arguments)`."""
 
     @staticmethod
@@ -67,7 +68,7 @@ class _Forward(torch.autograd.Function):
         return sum(outputs[1:], outputs[0]), sum(states[1:], states[0]), None
 
 
-class _Backward(torch.autograd.Function):
+class _Backward(_SingleLevelFunction):
     """The backward op, which has no derivative, and says so."""
 
     @staticmethod
@@ -175,11 +176,12 @@ class _InOrder:
 def register(ops_library: library.Library, forward: Any, backward: Any, *, in_order: bool) -> None:
     """Make a pair of ops differentiable and mappable. in_order: calls keep their order in compiled graphs."""
 
-    def differentiated(function: type[torch.autograd.Function], *ops: Any) -> Callable[..., Any]:
+    def differentiated(function: type[_SingleLevelFunction], *ops: Any) -> Callable[..., Any]:
         def kernel(*args: Any) -> Any:
-            # Function.apply would start torch.func's levels anew: this is one of them, which has come to the op.
+            # A function of one level, as torch.autograd.Function would start torch.func's levels anew: this is one of
+            # them, which has come to the op.
             with enable_single_level_autograd_function():
-                return super(torch.autograd.Function, function).apply(*ops, *args)  # type: ignore[misc]
+                return function.apply(*ops, *args)  # type: ignore[attr-defined]
 
         return kernel
 
