@@ -48,7 +48,7 @@ def masked_product(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor
     g = log_decay.view(-1, *[1] * (q.ndim - 2))
     mask = torch.exp(g * distance.clamp_min(0))
     bad = v.detach() * 0 != 0  # as NaN is
-    o = ((q @ k.mT).tril_() * mask) @ v.masked_fill(bad, 0)
+    o = ((q @ k.mT).tril() * mask) @ v.masked_fill(bad, 0)
     seen_bad = bad.cumsum(-2) > 0  # of whole numbers: CUDA's sums of others have no fixed order
     return o * torch.where(seen_bad, torch.nan, 1.0)
 
