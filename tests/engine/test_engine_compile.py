@@ -121,12 +121,13 @@ def over_ranks(rank: int) -> None:
     # The surrounding group: a guard of the graph, so that leaving it compiles another one.
     operator = partial(leetdist.linear_attention, tile=16)
     alone = torch.compile(operator, fullgraph=True, backend="aot_eager")
-    with leetdist.sequence_parallel(group):
-        inside = alone(*local)
-        assert torch.equal(inside, operator(*local))
-    outside = alone(*local)
-    assert torch.equal(outside, operator(*local))
-    assert torch.equal(inside, outside) == (rank == 0)
+    if torch.__version__ >= (2, 10):  # Dynamo of 2.9 makes no guard of a process group, and says so
+        with leetdist.sequence_parallel(group):
+            inside = alone(*local)
+            assert torch.equal(inside, operator(*local))
+        outside = alone(*local)
+        assert torch.equal(outside, operator(*local))
+        assert torch.equal(inside, outside) == (rank == 0)
 
     # opcheck runs the op; all ranks do so together.
     leaves = [x.clone().requires_grad_() for x in local]

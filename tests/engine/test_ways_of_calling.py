@@ -79,6 +79,8 @@ def check(transform: Callable[..., Any], args: list[Tensor], compiled: bool) -> 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", SINGLE)
 def test_torch_func(name: str, compiled: bool) -> None:
+    if compiled and name == "jacfwd" and torch.__version__ < (2, 10):
+        pytest.skip("Dynamo of torch 2.9 traces no jacfwd, of any function")
     check(SINGLE[name], [x[0] for x in inputs(3 if "jac" in name else 40)], compiled)
 
 

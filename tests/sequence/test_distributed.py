@@ -238,7 +238,8 @@ dist.destroy_process_group()
 def test_a_destroyed_group_ends_before_python_does() -> None:
     """Its end waits for its threads; a thread that lets go of a tensor after Python's end ends the process."""
     result = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
-    assert (result.stdout, result.returncode) == ("gone\n", 0), result.stderr
+    last = result.stdout.splitlines()[-1:]  # gloo says hello in torch 2.9
+    assert (last, result.returncode) == (["gone"], 0), result.stderr
 
 
 def test_cases_are_fresh() -> None:
