@@ -65,10 +65,13 @@ class _DecayAttention(nn.Module):
 
     def log_decay(self, device: torch.device) -> Tensor:
         """(heads,) fp32, <= 0."""
-        if device not in self._on_device:
-            with torch.inference_mode(False):  # kept, and so for training too
-                self._on_device[device] = self._ladder.to(device)
-        ladder = self._on_device[device]
+        if torch.compiler.is_compiling():  # a compiled region of checkpointing may change nothing outside of it
+            ladder = self._ladder.to(device)
+        else:
+            if device not in self._on_device:
+                with torch.inference_mode(False):  # kept, and so for training too
+                    self._on_device[device] = self._ladder.to(device)
+            ladder = self._on_device[device]
         if self.log_slope is None:
             return ladder
         # Never positive. A head without decay starts at -1e-6.

@@ -145,6 +145,7 @@ def test_hopper_cuda_with_a_bad_state(dim, reverse):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.real_empty  # what a recorded call may not do
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_a_repeated_call_walks_again(dim):
     """A recorded call launches the second walk as well, for whatever is bad when it is repeated."""
