@@ -31,6 +31,12 @@ _MEANINGLESS = {
     "cache_position",
 }  # fmt: skip
 
+# What one compiled graph of a model on one device takes: nothing whose values have to be read.
+_IN_A_GRAPH = {"input_ids", "inputs_embeds", "position_ids", "use_cache", *_MEANINGLESS}
+_DOCUMENTS_IN_A_GRAPH = (
+    "position_ids must count on by one in a compiled graph; tell packed documents by cu_seqlens, which are read outside"
+)
+
 
 class Calls:
     """Around the forward of the decoder stack: documents told to its layers, shards checked, whole prompts cut.
@@ -62,8 +68,19 @@ class Calls:
         if self.group is not None:
             self.base.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
-    @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the decoder stack is called with instead of `args` and `kwargs`."""
+        told = [name for name, x in kwargs.items() if x is not None and x is not False and name not in _IN_A_GRAPH]
+        if torch.compiler.is_compiling() and self.group is None and not args and not told:
+            positions = kwargs.get("position_ids")
+            if positions is not None and positions.shape[1] > 1:
+                # Values are not read while a graph is traced: it refuses documents itself, as it runs.
+                torch._assert_async((positions.diff(dim=1) == 1).all(), _DOCUMENTS_IN_A_GRAPH)
+            return args, kwargs
+        return self._before(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _named(module, args, kwargs)
         cache = call.get("cache") if call.get("cache") is not None else call.get("past_key_values")
         with_cache = cache is not None or call.get("use_cache") is True

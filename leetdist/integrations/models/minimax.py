@@ -34,6 +34,8 @@ class LightningAttention(MiniMaxLightningAttention):
 
     def log_decay(self, device: torch.device) -> Tensor:
         """(H,) fp32: the slopes anew, because the model's buffers take the model's dtype."""
+        if torch.compiler.is_compiling() and device not in self.decays:  # a graph keeps nothing outside of itself
+            return -self.get_slope_rate().float().flatten().to(device)
         if device not in self.decays:
             with torch.inference_mode(False), torch.device("cpu"):  # kept for training, and for models built on meta
                 # Without its `device`, which transformers before 5.23 does not have.

@@ -87,6 +87,7 @@ def _no_mask(**_: Any) -> None:
     """transformers asks for no masks."""
 
 
+@torch.compiler.disable  # it looks into closures, which a traced function does not show
 def _mask_of_its_own(*, mask_function: Any, device: Any = None, **_: Any) -> Tensor | None:
     """What transformers asks for masks: none, because `softmax_attention` makes its own, of causality, padding and
     documents; where the model hides anything else, something for `check_options` to refuse if a layer uses it."""
