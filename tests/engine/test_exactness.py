@@ -200,7 +200,7 @@ def test_run_to_run() -> None:
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
-def test_a_broken_association_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_association_is_caught(monkeypatch: pytest.MonkeyPatch, forgotten: Any) -> None:
     """The tempting scan, `S_p = gamma^L S_{p-1} + S_local`, is right to rounding and fails the check: so the check
     can fail."""
     case = Case(1000, decay="slow", learnt=False)

@@ -15,11 +15,10 @@ import torch.distributed as dist
 
 import leetdist
 from helpers import run_ranks, values
-from leetdist.engine import plan as plans
 from leetdist.engine.problem import describe
 from leetdist.kernels.common.settings import Settings
 from leetdist.launch import doctor
-from leetdist.operators import dispatch, methods
+from leetdist.operators import dispatch
 from leetdist.operators.dispatch import Use, choose
 from leetdist.operators.implementations import (
     CANDIDATES,
@@ -118,21 +117,6 @@ def problem_of(dtype: torch.dtype = FP32, dim: int = 16, **more: Any) -> Any:
     x = torch.empty(1, 2, 300, dim, dtype=dtype)
     options: dict[str, Any] = {"initial_state": None, "return_state": False, "cu_seqlens": None, "tile": None}
     return replace(describe(x, x, x, None, scale=1.0, method="auto", **options), **more)
-
-
-@pytest.fixture
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Nothing is remembered of choices, before and after."""
-
-    def forget() -> None:
-        for known in (methods._kernels_for, dispatch._composed, dispatch._backend_of, plans._local_plan):
-            known.cache_clear()
-        for table in (dispatch._failed, dispatch._works, dispatch._told, dispatch._decoders, plans._plans):
-            table.clear()
-
-    forget()
-    yield forget
-    forget()
 
 
 def on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Any:
