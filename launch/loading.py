@@ -125,7 +125,9 @@ def _config(weights: dict[str, Tensor], folder: Path) -> Config:
     for name in PRESETS:
         config = Config.preset(name, vocab)
         if (config.dim, config.layers) == (dim, layers):
-            return replace(config, learnable_decay="blocks.0.attention.log_slope" in weights)
+            return replace(
+                config, learnable_decay=any(name.startswith("blocks.0.attention.log_slope") for name in weights)
+            )
     raise SystemExit(f"{folder}: no preset of {', '.join(PRESETS)} has {layers} layers of width {dim}")
 
 

@@ -49,14 +49,15 @@ class _DecayAttention(nn.Module):
         # No buffer: `model.bfloat16()` would round it, and slow heads would forget at another rate.
         self._ladder = ladder
         self._on_device: dict[torch.device, Tensor] = {}
-        self.log_slope: nn.Parameter | None = None
-        """(heads,) if the decay is learnt: the logarithm of its slope, less that of the ladder's."""
+        self.log_slope_change: nn.Parameter | None = None
         if learnable_decay:
             # From the ladder, and so from 0: in bf16, where a model or FSDP2 casts it, a number near 0 is precise.
-            self.log_slope = nn.Parameter(torch.zeros(heads))
+            self.log_slope_change = nn.Parameter(torch.zeros(heads))
 
-    _version = 2
-    """Of the parameters: in 1, log_slope was the whole logarithm."""
+    @property
+    def log_slope(self) -> nn.Parameter | None:
+        """(heads,) if the decay is learnt: the logarithm of its slope, less that of the ladder's."""
+        return self.log_slope_change
 
     def reset_parameters(self) -> None:
         """What `to_empty` and FSDP2's meta initialisation leave to the module that holds a parameter."""
@@ -78,10 +79,10 @@ class _DecayAttention(nn.Module):
         return ladder.clamp_max(-1e-6) * self.log_slope.float().exp()
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
-        name = prefix + "log_slope"
-        if name in state and metadata.get("version", 1) < 2:
+        whole = state.pop(prefix + "log_slope", None)  # in earlier checkpoints: the logarithm, not its change
+        if whole is not None:
             slope = self._ladder.clamp_max(-1e-6).neg().log()
-            state[name] = (state[name].float() - slope.to(state[name].device)).to(state[name].dtype)
+            state[prefix + "log_slope_change"] = (whole.float() - slope.to(whole.device)).to(whole.dtype)
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
     def attend(
