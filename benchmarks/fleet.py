@@ -25,7 +25,7 @@ from suites.leetdecoding.contestants import theirs
 from suites.leetdecoding.report import about
 
 import leetdist
-from leetdist.engine.problem import describe
+from leetdist.engine.checks import describe
 from leetdist.kernels.common.loader import kernel
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.methods import kernels_for

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import leetdist
-from leetdist.engine.problem import describe
+from leetdist.engine.checks import describe
 from leetdist.kernels.common.settings import settings
 from leetdist.operators.dispatch import Choice, decoder, in_words, refusals
 from leetdist.operators.methods import choice_for, kernels_for

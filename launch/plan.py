@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from leetdist.engine.problem import describe
+from leetdist.engine.checks import describe
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.launch.runtime import Arguments
 from leetdist.operators.methods import kernels_for

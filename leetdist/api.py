@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leetdist.engine import ops
 from leetdist.engine.call import run
-from leetdist.engine.problem import ONE_DEVICE, check_step, describe
+from leetdist.engine.checks import ONE_DEVICE, check_step, describe
 from leetdist.operators.dispatch import decoder
 from leetdist.operators.methods import attention_on_one_device
 from leetdist.sequence.group import check_alone, name_of, resolve

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
+from leetdist.engine.checks import check_gamma, check_qkv
 from leetdist.engine.inputs import state_dtype
-from leetdist.engine.problem import check_gamma, check_qkv
 from leetdist.engine.values import remember, values_of
 
 # LeetDecoding's names. Those that differ in the backend alone are one method here, which chooses its backend itself.

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from leetdist.engine.checks import ONE_DEVICE, describe
 from leetdist.engine.plan import plan_call
-from leetdist.engine.problem import ONE_DEVICE, describe
 from leetdist.kernels.common.settings import settings
 from leetdist.operators.dispatch import Kernels, in_words, refusals
 from leetdist.operators.implementations import machine_of

@@ -25,11 +25,11 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd import forward_ad
 
 from leetdist.engine import transforms
+from leetdist.engine.checks import describe
 from leetdist.engine.inputs import canonical_options, canonical_tensors, state_dtype
 from leetdist.engine.layout import empty_as, row_major
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan, plan_call
-from leetdist.engine.problem import describe
 from leetdist.sequence.group import by_name
 from leetdist.sequence.shard import move
 

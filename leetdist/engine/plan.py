@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from leetdist.engine.checks import check_agreement, check_declared, describe, global_layout
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
-from leetdist.engine.problem import check_agreement, check_declared, describe, global_layout
 from leetdist.engine.values import Decays, decays_of, forgetting_bound
 from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.settings import raw_settings

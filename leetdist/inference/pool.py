@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from leetdist.inference.problem import check_count, host_values
+from leetdist.inference.checks import check_count, host_values
 from leetdist.inference.state import State, check_like, check_whole
 from leetdist.inference.steps import advance
 from leetdist.kernels.constant_decay.pytorch.decode import written

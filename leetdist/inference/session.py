@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from leetdist.inference.problem import check_count, check_tokens
+from leetdist.inference.checks import check_count, check_tokens
 from leetdist.inference.state import State, check_like, check_states
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import alone, resolve, sequence_parallel

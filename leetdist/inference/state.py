@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.engine.problem import DTYPES
-from leetdist.inference.problem import check_count, check_options, check_rows
+from leetdist.engine.checks import DTYPES
+from leetdist.inference.checks import check_count, check_options, check_rows
 from leetdist.sequence.group import alone
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leetdist.engine.checks import describe
 from leetdist.engine.ops import define
-from leetdist.engine.problem import describe
-from leetdist.inference.problem import check_steps
+from leetdist.inference.checks import check_steps
 from leetdist.operators.dispatch import decoder
 from leetdist.sequence.group import check_alone
 

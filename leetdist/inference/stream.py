@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.inference.problem import check_decay, check_device, check_options, check_piece, check_shards
+from leetdist.inference.checks import check_decay, check_device, check_options, check_piece, check_shards
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, run
 from leetdist.sequence.grid import LARGEST_TILE

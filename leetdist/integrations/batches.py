@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leetdist.engine.problem import check_documents
+from leetdist.engine.checks import check_documents
 from leetdist.integrations.documents import take_documents
 from leetdist.mesh import sequence_group
 from leetdist.sequence.group import resolve

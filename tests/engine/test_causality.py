@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.engine.problem import METHODS, ONE_DEVICE
+from leetdist.engine.checks import METHODS, ONE_DEVICE
 from leetdist.kernels.common import loader
 from leetdist.sequence.virtual import VirtualGroup
 

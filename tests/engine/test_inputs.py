@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import leetdist
-from leetdist.engine.problem import ONE_DEVICE
+from leetdist.engine.checks import ONE_DEVICE
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -74,7 +74,7 @@ def test_a_slot_that_is_none_changes_nothing(monkeypatch: pytest.MonkeyPatch, dt
     device = "cuda" if cuda else "cpu"
     if not cuda:
         monkeypatch.setenv("LEETDIST_BACKEND", "triton")
-        monkeypatch.setattr("leetdist.inference.problem.host_values", lambda x: None)
+        monkeypatch.setattr("leetdist.inference.checks.host_values", lambda x: None)
     tensors = [x.to(device) for x in inputs(8, 3, dtype=dtype)]
     log_decay = LOG_DECAY.to(device).repeat_interleave(2)[::2]
     slots, kept = [5, 7, -1, 2**40, 0, 0, 3, 1], [2, 1, 3, 1, 4, -1, 3, 0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import leetdist
-from leetdist.engine.problem import METHODS, ONE_DEVICE
+from leetdist.engine.checks import METHODS, ONE_DEVICE
 from leetdist.inference.state import State
 from leetdist.sequence.grid import default_tile
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import leetdist
 from helpers import run_ranks, values
-from leetdist.engine.problem import describe
+from leetdist.engine.checks import describe
 from leetdist.kernels.common.settings import Settings
 from leetdist.launch import doctor
 from leetdist.operators import dispatch

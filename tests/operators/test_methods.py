@@ -12,7 +12,7 @@ import torch
 import leetdist
 from leetdist import reference
 from leetdist.decoder import METHOD_OF
-from leetdist.engine.problem import METHODS, ONE_DEVICE, describe
+from leetdist.engine.checks import METHODS, ONE_DEVICE, describe
 from leetdist.kernels.constant_decay.pytorch.fleet import decayed_cumsum
 from leetdist.operators import cost
 from leetdist.operators.dispatch import part_of_tile

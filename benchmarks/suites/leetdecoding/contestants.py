@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.engine.problem import METHODS
+from leetdist.engine.checks import METHODS
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

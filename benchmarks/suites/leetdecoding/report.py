@@ -15,7 +15,7 @@ import torch
 from common.revision import commit
 from torch import Tensor
 
-from leetdist.engine.problem import METHODS
+from leetdist.engine.checks import METHODS
 from leetdist.operators import cost
 from leetdist.sequence.grid import default_tile
 

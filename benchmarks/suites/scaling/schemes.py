@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leetdist.engine.problem import describe
+from leetdist.engine.checks import describe
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.methods import kernels_for
 from leetdist.testing.equality import lightning_slopes

@@ -1,6 +1,6 @@
 """What inference calls ask for, checked once.
 
-The operator's own arguments are checked in leetdist.engine.problem, and states in leetdist.inference.state.
+The operator's own arguments are checked in leetdist.engine.checks, and states in leetdist.inference.state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leetdist.arguments import as_int, check_plain
-from leetdist.engine.problem import METHODS, ONE_DEVICE, check_log_decay, check_written, describe
+from leetdist.engine.checks import METHODS, ONE_DEVICE, check_log_decay, check_written, describe
 
 
 def check_count(name: str, value: Any, least: int) -> int:
