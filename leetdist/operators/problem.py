@@ -40,7 +40,3 @@ class Problem:
     operator: str = "constant_decay"
     gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
     sharded_from: int | None = None  # tokens that shard_sequence was given for a shard as long as this one
-
-    @property
-    def num_documents(self) -> int:
-        return 0 if self.documents is None else len(self.documents) - 1

@@ -11,7 +11,7 @@ from channel_gate import ChannelGate, recurrence
 
 import leetdist
 from leetdist.engine.call import apply_operator
-from leetdist.operators.base import Scalar, TileOperator
+from leetdist.operators.base import Matrix, Scalar, TileOperator
 from leetdist.operators.registry import operator_named, register
 from leetdist.reference import relative_error
 
@@ -37,6 +37,34 @@ class TiledDecay(TileOperator):
 
 
 register("tiled_decay", TiledDecay)
+
+
+class GatedDelta(TileOperator):
+    """`S_t = a_t (1 - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, a_t = exp(g_t): a transition that is no number, and
+    whose transpose is another. (Gated DeltaNet, arXiv 2412.06464.)"""
+
+    tokens = ("q", "k", "v", "g", "b")
+    transition = Matrix()
+
+    def walk(self, state: Any, q: Any, k: Any, v: Any, g: Any, b: Any) -> Any:
+        for t in range(q.shape[2]):
+            state = torch.exp(g[:, :, t])[..., None, None] * state
+            row = k[:, :, t, None]
+            state = state + (b[:, :, t, None, None] * row).mT * (v[:, :, t, None] - row @ state)
+            yield state
+
+    def summary(self, **x: Any) -> Any:
+        dk, dv = x["k"].shape[3], x["v"].shape[3]
+        one = torch.eye(dk, dtype=x["k"].dtype).expand(*x["k"].shape[:2], dk, dk)
+        wide = {**x, "v": torch.nn.functional.pad(x["v"], (0, dk))}  # what is added, and beside it what becomes of 1
+        *_, end = self.walk(torch.cat((one.new_zeros(*one.shape[:3], dv), one), 3), **wide)
+        return end[..., dv:], end[..., :dv]
+
+    def tile_outputs(self, state: Any, **x: Any) -> Any:
+        return torch.cat([x["q"][:, :, t, None] @ after for t, after in enumerate(self.walk(state, **x))], 2)
+
+
+register("gated_delta", GatedDelta)
 
 
 def inputs_of(batch: int, heads: int, tokens: int, documents: int | None = None) -> dict[str, torch.Tensor]:
@@ -128,6 +156,32 @@ def test_an_input_a_head_and_shared_heads() -> None:
     for place, whole in enumerate(ours[:-1]):
         assert torch.equal(torch.cat([results[place] for results in ranks], 2), whole)
     assert torch.equal(sum(results[-1] for results in ranks), ours[-1])
+
+
+def test_a_transition_that_is_a_matrix() -> None:
+    """Against the recurrence in fp64, and the same bits on ranks; gradients too, for which it is transposed."""
+    x = inputs_of(1, 2, 60)
+    gates = {"g": -torch.rand(1, 2, 60), "b": torch.rand(1, 2, 60)}
+
+    def gradients(group: Any = None) -> list[torch.Tensor]:
+        parts = [*(x[name] for name in "qkv"), *gates.values()]
+        leaves = [leetdist.shard_sequence(y, 2, group, tile=16).clone().requires_grad_() for y in parts]
+        o = apply_operator("gated_delta", *leaves[:3], dict(zip(gates, leaves[3:], strict=True)), group=group, tile=16)
+        o.backward(leetdist.shard_sequence(x["do"], 2, group, tile=16))
+        return [o.detach(), *(leaf.grad for leaf in leaves)]
+
+    ours = gradients()
+    leaves = [y.double().requires_grad_() for y in (*(x[name] for name in "qkv"), *gates.values())]
+    named = dict(zip("qkvgb", leaves, strict=True))
+    states = GatedDelta.walk(None, torch.zeros(1, 2, 8, 12, dtype=torch.float64), **named)  # type: ignore[arg-type]
+    o = torch.cat([leaves[0][:, :, t, None] @ state for t, state in enumerate(states)], 2)
+    o.backward(x["do"].double())
+    for mine, exact in zip(ours, [o, *(leaf.grad for leaf in leaves)], strict=True):
+        assert relative_error(mine, exact) < 2e-6
+    for ranks in (2, 3, 5):
+        shards = leetdist.virtual_ranks(gradients, ranks)
+        for place, whole in enumerate(ours):
+            assert torch.equal(torch.cat([shard[place] for shard in shards], 2), whole)
 
 
 def test_a_broken_order_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
