@@ -168,8 +168,8 @@ class _Hub:
             self.changed[to].notify()
 
     def take(self, source: int, to: int, what: str, kind: str, seconds: float) -> Any:
-        box = self.boxes[source, to, kind]
-        with self.lock:
+        with self.lock:  # also to make the box, or two threads make two, and what is in one is lost
+            box = self.boxes[source, to, kind]
             begin = time.monotonic()
             while not box:
                 self._check(to, f"waited on rank {source} for {what}, and ")
