@@ -1,7 +1,7 @@
 """leetdist: exponentially decaying causal linear attention over sequences sharded across GPUs, bit for bit exact."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.decoder import causal_linear_decoder
@@ -11,10 +11,18 @@ from leetdist.inference.pool import StatePool
 from leetdist.inference.session import Session
 from leetdist.inference.state import State
 from leetdist.inference.steps import linear_attention_steps
-from leetdist.inference.stream import stream
+from leetdist.inference.stream import Stream, stream
 from leetdist.sequence.group import sequence_parallel
 from leetdist.sequence.shard import gather_sequence, shard_sequence
 from leetdist.sequence.virtual import virtual_ranks
+
+if TYPE_CHECKING:
+    from leetdist import nn
+    from leetdist.integrations.batches import shard_batch
+    from leetdist.integrations.loader import ShardedLoader
+    from leetdist.integrations.loss import reduce_loss
+    from leetdist.integrations.parallelize import parallelize
+    from leetdist.mesh import device_mesh
 
 __version__ = "0.1.0"
 
@@ -36,6 +44,10 @@ def __getattr__(name: str) -> Any:
     return getattr(module, name) if _LAZY[name] else module
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
 __all__ = [
     "causal_linear_decoder",
     "explain",
@@ -46,6 +58,7 @@ __all__ = [
     "linear_attention_step",
     "linear_attention_steps",
     "stream",
+    "Stream",
     "Session",
     "State",
     "StatePool",

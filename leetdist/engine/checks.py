@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leetdist.arguments import as_bool, check_plain
+from leetdist.engine.hints import layout_hint, more_heads_than_tokens, warn_of_layout
 from leetdist.engine.inputs import LARGEST_TILE, canonical_options, state_dtype
 from leetdist.engine.values import boundaries_of, decays_of
 from leetdist.operators.problem import Problem
@@ -53,9 +54,10 @@ def describe(
     check_options(**options, dtype=q.dtype, sharded=sharded)
     if log_decay is not None:
         check_log_decay(log_decay, q, read_values=read_values)
+    warn_of_layout(q, log_decay)
     documents = None
     if cu_seqlens is not None:
-        documents = check_documents(cu_seqlens, batch, tokens if ranks == 1 else None)
+        documents = check_documents(cu_seqlens, batch, tokens if ranks == 1 else None, q)
     if initial_state is not None:
         if rank > 0:
             raise ValueError(f"initial_state is given on the first rank of the group only, got one on rank {rank}")
@@ -187,6 +189,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if rows != batch or length != tokens:
             raise ValueError(
                 f"{name} must have q's batch and tokens, B = {batch} and N = {tokens}, got shape {tuple(x.shape)}"
+                + (layout_hint(q) if (rows, own) == (batch, heads) and more_heads_than_tokens(q) else "")
             )
         if heads % own:
             raise ValueError(f"{name} must have a number of heads that divides q's {heads}, got {own}")
@@ -207,7 +210,7 @@ def check_log_decay(log_decay: Tensor, q: Tensor, *, read_values: bool = True) -
     if log_decay.shape != (heads,):
         hint = ""
         if log_decay.shape == (tokens,):
-            hint = f"; q looks like (B, N, H, D), {tuple(q.shape)}, and must be (B, H, N, D): pass q.transpose(1, 2)"
+            hint = layout_hint(q)
         raise ValueError(f"log_decay must have shape (H,) = ({heads},), got {tuple(log_decay.shape)}{hint}")
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
@@ -225,7 +228,11 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
     """Shape, dtype and device of a state."""
     check_plain(name, state)
     if tuple(state.shape) != shape:
-        raise ValueError(f"{name} must have shape (B or documents, H, Dk, Dv) = {shape}, got {tuple(state.shape)}")
+        swapped = tuple(state.shape) == (shape[0], q.shape[2], *shape[2:]) and more_heads_than_tokens(q)
+        hint = layout_hint(q) if swapped else ""
+        raise ValueError(
+            f"{name} must have shape (B or documents, H, Dk, Dv) = {shape}, got {tuple(state.shape)}{hint}"
+        )
     wanted = state_dtype(q.dtype)
     if state.dtype != wanted:
         raise ValueError(f"{name} must be {wanted}, got {state.dtype}")
@@ -270,8 +277,8 @@ def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, q
         raise ValueError(f"gamma must be on q's device, {q.device}, got {gamma.device}")
 
 
-def check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple[int, ...]:
-    """The boundaries as numbers."""
+def check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None, q: Tensor | None = None) -> tuple[int, ...]:
+    """The boundaries as numbers. q: of which they are, if of one."""
     check_plain("cu_seqlens", cu_seqlens, "a tensor or None")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -284,7 +291,8 @@ def check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None) -> tuple
         raise ValueError(f"cu_seqlens: packed documents lie in one row, so B must be 1, got {batch}")
     boundaries = boundaries_of(cu_seqlens)
     if tokens is not None and boundaries[-1] != tokens:
-        raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {boundaries[-1]}")
+        hint = layout_hint(q) if q is not None and boundaries[-1] == q.shape[1] else ""
+        raise ValueError(f"cu_seqlens must end at the number of tokens, {tokens}, got {boundaries[-1]}{hint}")
     return boundaries
 
 

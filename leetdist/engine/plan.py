@@ -24,7 +24,7 @@ from leetdist.operators.problem import Problem
 from leetdist.operators.registry import operator_named
 from leetdist.sequence.agreement import Agreement, agree
 from leetdist.sequence.grid import Layout
-from leetdist.sequence.group import declared_lengths
+from leetdist.sequence.group import declared_lengths, warn_where_unjoined
 from leetdist.sequence.pipeline import best_lanes
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def plan_call(
         options = canonical_options(**options)
         kind, known = (None, None) if gates is not None else _known(q, k, v, log_decay, options)
         if known is None:
+            warn_where_unjoined()
             problem = _of_operator(describe(q, k, v, log_decay, **options), operator, gates)
             known = _local_plan(
                 problem, operator_named(problem.operator).chosen(problem, problem.tokens), raw_settings()

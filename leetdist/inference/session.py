@@ -11,9 +11,9 @@ from torch import Tensor
 
 from leetdist.inference.checks import check_count, check_tokens
 from leetdist.inference.state import State, check_like, check_states
-from leetdist.sequence.grid import LARGEST_TILE
+from leetdist.sequence.grid import LARGEST_TILE, default_tile, shard_lengths
 from leetdist.sequence.group import alone, resolve, sequence_parallel
-from leetdist.sequence.shard import gather_sequence, shard_sequence
+from leetdist.sequence.shard import cut, gather_sequence
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -164,8 +164,10 @@ class Session:
             return last[:, -1]
         # A state enters on the first rank, where the sequence begins, and comes out on every one.
         states = self.states if self.transport.rank == 0 else []
+        count = tokens.shape[1]
+        lengths = shard_lengths(count, self.transport.size, default_tile(count))  # however few tokens are left
         with sequence_parallel(self.transport):
-            last, self.states = self._run(shard_sequence(tokens, 1, self.transport), states)
+            last, self.states = self._run(cut(tokens, 1, lengths, self.transport), states)
         return gather_sequence(last, 1, self.transport)[:, -1]
 
     def _run(self, tokens: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -90,7 +90,27 @@ def stream(
 
 
 class Stream:
-    """One sequence (or a batch of one age) on its way through the operator; made by `stream`."""
+    """One sequence (or a batch of one age) on its way through the operator; made by `stream`.
+
+    `push(q, k, v)` takes the next n tokens, q (B, H, n, Dk), k (B, Hkv, n, Dk), v (B, Hkv, n, Dv), and returns their
+    outputs, (B, H, n, Dv) in q's dtype; `map(pieces)` does so for an iterator of pieces. Nothing is differentiable.
+
+    Attributes:
+        state: the `State` after what came so far, to save, fork, decode from, or go on from with another stream.
+        tokens: tokens seen so far.
+
+    Raises:
+        ValueError: a piece is wrong or does not continue what came before; `state` before the first piece.
+
+    Source: as `stream`, the chunked recurrence of RetNet, arXiv 2307.08621, eq. 7.
+
+    >>> import torch, leetdist
+    >>> prompt = leetdist.stream(torch.tensor([-0.1, -1.0]), tile=16)
+    >>> isinstance(prompt, leetdist.Stream), prompt
+    (True, Stream(nothing pushed yet, tile=16, method='block'))
+    >>> prompt.push(*(torch.randn(1, 2, 100, 16) for _ in range(3))).shape, prompt.tokens
+    (torch.Size([1, 2, 100, 16]), 100)
+    """
 
     def __init__(
         self,
@@ -108,6 +128,11 @@ class Stream:
         self._state = state
         self._options = (log_decay, scale, tile, method)
         self._transport = transport
+
+    def __repr__(self) -> str:
+        _, _, tile, method = self._options
+        so_far = f"nothing pushed yet, {tile=}, {method=}" if self._state is None else repr(self._state)
+        return f"Stream({so_far})"
 
     @property
     def state(self) -> State:

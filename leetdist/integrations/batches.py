@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 
+class Batch(dict[str, Any]):
+    """What `shard_batch` returns: a dict that says why there are no labels in it."""
+
+    def __missing__(self, name: str) -> Any:
+        hint = ""
+        if name in ("labels", "shift_labels"):
+            hint = (
+                ": the batch had neither labels nor shift_labels when it was cut. Put labels (B, N) beside input_ids, "
+                "for a language model the same tokens, with -100 where nothing is to be learnt"
+            )
+        raise KeyError(f"{name}{hint}")
+
+
 def shard_batch(
     batch: Mapping[str, Any], mesh: Mesh | None, *, ignore_index: int = IGNORED, check: bool = True
 ) -> dict[str, Any]:
@@ -62,7 +75,7 @@ def shard_batch(
     """
     if not isinstance(tokens := batch.get("input_ids"), Tensor) or tokens.ndim != 2:
         raise ValueError(f"batch must have input_ids of shape (B, N), got {_shown(batch.get('input_ids'))}")
-    whole = dict(batch)
+    whole = Batch(batch)
     for name in ("labels", "shift_labels", "attention_mask"):
         if name in whole and whole[name].shape != tokens.shape:
             raise ValueError(
@@ -130,4 +143,4 @@ def _shown(x: Any) -> str:
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
-__all__ = ["checksums", "shard_batch"]
+__all__ = ["Batch", "checksums", "shard_batch"]

@@ -17,7 +17,7 @@ from leetdist.integrations.registry import Handler
 from leetdist.mesh import all_sum, all_transports
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
-from leetdist.sequence.shard import gather_sequence, shard_sequence
+from leetdist.sequence.shard import cut, gather_sequence
 
 if TYPE_CHECKING:
     from leetdist.mesh import Mesh
@@ -193,9 +193,11 @@ class Calls:
         if self.prompt:
             if call.get("position_ids") is None:
                 call["position_ids"] = torch.arange(count, device=_tokens(call).device)[None]
+            transport = resolve(self.group)
+            assert transport is not None
             for name in _TOKENS:
                 if call.get(name) is not None:
-                    call[name] = shard_sequence(call[name], 1, self.group)
+                    call[name] = cut(call[name], 1, lengths, transport)
         else:
             self._give(None)
 

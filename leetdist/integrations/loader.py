@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from leetdist.integrations.batches import checksums, shard_batch
+from leetdist.integrations.batches import Batch, checksums, shard_batch
 from leetdist.mesh import DATA_NAMES, _dimensions, data_rank
 from leetdist.sequence.group import resolve
 
@@ -53,7 +53,8 @@ class ShardedLoader:
             divide; the data-parallel ranks draw other rows (looked at where an epoch begins); or, from `shard_batch`,
             the ranks' rows differ. Shapes and dtypes are those of `shard_batch`.
 
-    Source: the loader that INTEGRATION of this library measured: data-parallel rank = the mesh's, not the job's.
+    Source: the data-sequence hybrid parallelism of LASP, arXiv 2404.02882: rows are dealt by the data-parallel rank of
+    the mesh, not by the rank in the job.
 
     >>> import torch, leetdist
     >>> rows = [{"input_ids": torch.full((32,), i)} for i in range(6)]
@@ -101,10 +102,10 @@ class ShardedLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._batches():
             self.step += 1
-            yield {
-                name: value.to(self.device) if isinstance(value, Tensor) else value
+            yield Batch(
+                (name, value.to(self.device) if isinstance(value, Tensor) else value)
                 for name, value in shard_batch(batch, self.mesh).items()
-            }
+            )
         self.epoch, self.step = self.epoch + 1, 0
 
     def _batches(self) -> Iterator[Mapping[str, Any]]:

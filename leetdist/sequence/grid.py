@@ -41,6 +41,16 @@ def shard_lengths(total_tokens: int, ranks: int, tile: int) -> tuple[int, ...]:
     return tuple(end - begin for begin, end in pairwise([0, *ends]))
 
 
+def even_tile(total_tokens: int, ranks: int) -> int | None:
+    """The longest tile with which no rank holds a quarter more than its share; None where there is none."""
+    tile = LARGEST_TILE
+    while tile >= SMALLEST_TILE:
+        if max(shard_lengths(total_tokens, ranks, tile)) * ranks <= 1.25 * total_tokens:
+            return tile
+        tile //= 2
+    return None
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the rows of the problem lie over the ranks.

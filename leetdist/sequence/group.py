@@ -6,6 +6,7 @@ import atexit
 import math
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -104,7 +105,8 @@ def sequence_parallel(
     """
     served = None if group is None else resolve(group, transport)
     if served is None:
-        raise ValueError("group must be a ProcessGroup, a 1-D DeviceMesh or a virtual group, got None")
+        hint = f": {_unjoined()}" if _unjoined() else ""
+        raise ValueError(f"group must be a ProcessGroup, a 1-D DeviceMesh or a virtual group, got None{hint}")
     if lengths is not None:
         wanted = f"{served.size} numbers of tokens, one a rank"
         if not isinstance(cast(Any, lengths), (list, tuple)):
@@ -144,6 +146,23 @@ def check_alone(call: str) -> None:
             f"{_scope.transport.size} ranks surrounds the call. Every rank has the whole state after linear_attention "
             "or stream; decode outside of sequence_parallel"
         )
+
+
+def _unjoined() -> str:
+    """In words, that a launcher started several processes and this one has joined no process group; "" elsewhere."""
+    ranks = os.environ.get("WORLD_SIZE", "")
+    if not ranks.isdecimal() or int(ranks) < 2 or not dist.is_available() or dist.is_initialized():
+        return ""
+    return (
+        f"WORLD_SIZE is {ranks}, and this process has not joined its process group, so that dist.group.WORLD is None; "
+        "call torch.distributed.init_process_group, or leetdist.device_mesh, first"
+    )
+
+
+def warn_where_unjoined() -> None:
+    """A call without a group, in one of a launcher's processes: each of them would compute everything."""
+    if os.environ.get("RANK", "0") == "0" and (words := _unjoined()):
+        warnings.warn(f"leetdist: nothing is sharded, group is None. {words}", stacklevel=3)
 
 
 def resolve(group: Group | None, transport: str | None = None) -> Transport | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from leetdist.arguments import as_int, check_plain
 from leetdist.sequence.agreement import agree
-from leetdist.sequence.grid import default_tile, shard_lengths
-from leetdist.sequence.group import resolve
+from leetdist.sequence.grid import default_tile, even_tile, shard_lengths
+from leetdist.sequence.group import resolve, warn_where_unjoined
 from leetdist.sequence.transport import Message, Transport
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
+
+# The fullest rank's tokens over the mean, beyond which shards are worth a warning.
+UNEVEN = 1.5
 
 
 def shard_sequence(x: Tensor, dim: int, group: Group | None, *, tile: int | None = None) -> Tensor:
@@ -55,11 +59,34 @@ def shard_sequence(x: Tensor, dim: int, group: Group | None, *, tile: int | None
         if tile < 1:
             raise ValueError(f"tile must be a positive number of tokens, or None, got {tile}")
     if transport is None:
+        warn_where_unjoined()
         return x
     tokens = x.shape[dim]
-    lengths = shard_lengths(tokens, transport.size, tile or default_tile(tokens))
-    transport.note_cut(lengths[transport.rank], tokens)
+    tile = tile or default_tile(tokens)
+    lengths = shard_lengths(tokens, transport.size, tile)
+    if tokens and transport.rank == 0 and max(lengths) * transport.size > UNEVEN * tokens:
+        _warn_of_idle_ranks(lengths, tile)
+    return cut(x, dim, lengths, transport)
+
+
+def cut(x: Tensor, dim: int, lengths: tuple[int, ...], transport: Transport) -> Tensor:
+    """This rank's shard of `x`, where the ranks hold `lengths` of its tokens."""
+    transport.note_cut(lengths[transport.rank], sum(lengths))
     return x.narrow(dim, sum(lengths[: transport.rank]), lengths[transport.rank])
+
+
+def _warn_of_idle_ranks(lengths: tuple[int, ...], tile: int) -> None:
+    """Once for each text, as all warnings; nobody computes faster than the rank with the most tokens."""
+    tokens, ranks, idle = sum(lengths), len(lengths), lengths.count(0)
+    better = even_tile(tokens, ranks)
+    advice = "share it among fewer ranks"
+    if better is not None and better < tile:
+        advice += f", or pass tile={better} to shard_sequence and linear_attention (another order of sums)"
+    warnings.warn(
+        f"leetdist: {tokens:,} tokens on {ranks} ranks in tiles of {tile:,}: the fullest rank holds {max(lengths):,}, "
+        f"{f'{idle} of them none' if idle else f'the emptiest {min(lengths):,}'}; {advice}",
+        stacklevel=3,
+    )
 
 
 def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:

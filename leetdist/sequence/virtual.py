@@ -42,8 +42,8 @@ def virtual_ranks(function: Callable[[VirtualGroup], T], ranks: int) -> list[T]:
         RuntimeError: a rank has returned while another waits for it.
         KeyboardInterrupt: on Ctrl-C, at once; a rank that does something else than use the group goes on until it does.
 
-    Source: DESIGN of this library; the operator is LeetDecoding's, arXiv 2501.02573. Shapes: none of its own; tensors
-    keep the (B, H, N, D) of `linear_attention`, any of its dtypes.
+    Source: the sequence parallelism of LASP, arXiv 2404.02882, with threads as its ranks. Shapes: none of its own;
+    tensors keep the (B, H, N, D) of `linear_attention`, any of its dtypes.
 
     >>> import torch, leetdist
     >>> q, k, v = (torch.randn(1, 2, 96, 16) for _ in range(3))

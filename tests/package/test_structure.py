@@ -30,7 +30,7 @@ KNOWS = {
     "integrations": ("sequence", "engine", "api", "inference", "mesh", "nn"),
     "testing": ("sequence", "api"),
     # leetdist itself: the public names
-    "": ("sequence", "api", "decoder", "explain", "inference", "reference", "mesh", "integrations"),
+    "": ("sequence", "api", "decoder", "explain", "inference", "reference", "mesh", "nn", "integrations"),
     "launch": ("", "kernels", "sequence", "operators", "engine", "inference", "nn", "integrations", "testing"),
 }
 MOST_LINES = 400
@@ -167,6 +167,17 @@ def test_documents_point_to_what_is_there(document: Path) -> None:
         for name in pointed_at(document.read_text())
         if not any((at / name).exists() for at in (ROOT, document.parent))
     ]
+    assert not missing
+
+
+def test_source_points_to_what_is_there() -> None:
+    """Comments and docstrings name files that there are (but for results, which they may be about to write)."""
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sources()
+        for name in pointed_at(path.read_text())
+        if re.fullmatch(r"[\w./-]+\.(py|md|sh|cuh?)", name) and not (ROOT / name).exists()
+    }
     assert not missing
 
 

@@ -1,0 +1,34 @@
+"""Words for the mistake that most people make first: q, k and v as (B, N, H, D), which the shapes alone may allow."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+# More heads than any model has, none of which has a decay of its own, and next to no tokens.
+MANY_HEADS, TOKENS_A_HEAD = 512, 1 / 8
+
+
+def layout_hint(q: Tensor) -> str:
+    """The end of an error about shapes that (B, N, H, D) would explain."""
+    return f"; q looks like (B, N, H, D), {tuple(q.shape)}, and must be (B, H, N, D): pass q.transpose(1, 2)"
+
+
+def more_heads_than_tokens(q: Tensor) -> bool:
+    """Whether an error about shapes may well come from (B, N, H, D); one token is a step of decoding."""
+    return bool(q.shape[1] > q.shape[2] > 1)
+
+
+def warn_of_layout(q: Tensor, log_decay: Tensor | None) -> None:
+    """Where everything fits, and yet it is all but certain. A decay a head says that the heads are meant."""
+    heads, tokens = q.shape[1:3]
+    if log_decay is None and heads >= MANY_HEADS and 1 < tokens <= TOKENS_A_HEAD * heads:
+        warnings.warn(
+            f"leetdist: {heads} heads of {tokens} tokens and no decay{layout_hint(q)}. Where so many heads are meant, "
+            "pass their log_decay, which may be zeros",
+            stacklevel=2,
+        )
+
+
+__all__ = ["layout_hint", "more_heads_than_tokens", "warn_of_layout"]
