@@ -13,6 +13,7 @@ from leetdist.inference.state import State
 from leetdist.inference.steps import linear_attention_steps
 from leetdist.inference.stream import Stream, stream
 from leetdist.sequence.group import sequence_parallel
+from leetdist.sequence.halo import halo
 from leetdist.sequence.shard import gather_sequence, shard_sequence
 from leetdist.sequence.virtual import virtual_ranks
 
@@ -54,6 +55,7 @@ __all__ = [
     "ShardedLoader",
     "device_mesh",
     "gather_sequence",
+    "halo",
     "linear_attention",
     "linear_attention_step",
     "linear_attention_steps",

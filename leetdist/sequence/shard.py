@@ -53,7 +53,7 @@ def shard_sequence(x: Tensor, dim: int, group: Group | None, *, tile: int | None
     [256, 384, 360]
     """
     transport = resolve(group)
-    dim = _dimension("x", x, dim)
+    dim = dimension("x", x, dim)
     if tile is not None:
         tile = as_int("tile", tile, "a positive number of tokens, or None")
         if tile < 1:
@@ -120,7 +120,7 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
     transport = resolve(group)
     mine: Any
     try:
-        dim = _dimension("x_local", x_local, dim)
+        dim = dimension("x_local", x_local, dim)
         shape = list(x_local.shape)
         tokens = shape.pop(dim)
         mine = (tokens, tuple(shape), str(x_local.dtype), None if transport is None else transport.cut_from(tokens))
@@ -159,7 +159,8 @@ def check_cut(lengths: Sequence[int | None]) -> None:
         )
 
 
-def _dimension(name: str, x: Tensor, dim: int) -> int:
+def dimension(name: str, x: Tensor, dim: int) -> int:
+    """dim, counted from the front; ValueError where x has no such dimension."""
     check_plain(name, x)
     dim = as_int("dim", dim)
     if not -x.ndim <= dim < x.ndim:
@@ -180,7 +181,7 @@ class _Gather(torch.autograd.Function):
         whole = _resized(x, dim, sum(lengths))
         parts = whole.split(lengths, dim)
         parts[transport.rank].copy_(x)
-        _swap(
+        swap(
             [(x, rank) for rank in transport.others()],
             [(parts[rank], rank) for rank in transport.others()],
             transport, "a shard to gather",
@@ -193,7 +194,7 @@ class _Gather(torch.autograd.Function):
         transport, parts = ctx.transport, grad.split(ctx.lengths, ctx.dim)
         mine = parts[transport.rank]
         theirs = {rank: torch.empty_like(mine, memory_format=torch.contiguous_format) for rank in transport.others()}
-        _swap(
+        swap(
             [(parts[rank], rank) for rank in transport.others()],
             [(part, rank) for rank, part in theirs.items()],
             transport, "a gradient of the gathered sequence",
@@ -239,7 +240,7 @@ def move(x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transp
         return moved.narrow(dim, first - after[me], count) if count > 0 else moved.narrow(dim, 0, 0)
 
     here(me).copy_(there(me))
-    _swap(
+    swap(
         [(there(rank), rank) for rank in transport.others()],
         [(here(rank), rank) for rank in transport.others()],
         transport, "tokens that realign packed documents",
@@ -247,7 +248,7 @@ def move(x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transp
     return moved
 
 
-def _swap(outgoing: list[Message], incoming: list[Message], transport: Transport, what: str) -> None:
+def swap(outgoing: list[Message], incoming: list[Message], transport: Transport, what: str) -> None:
     """One exchange; the tensors without elements take no message."""
     with transport.call("exchange"):
         transport.exchange(

@@ -1,0 +1,42 @@
+"""Elementwise functions whose bits depend on the number alone, not on where in a tensor it lies.
+
+A CPU takes most numbers in vectors and the rest one by one. PyTorch's exp, log1p and arithmetic give the same bits both
+ways; its sigmoid, SiLU and softplus do not (one number in 25), so that a shard would not have the bits of the whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# From here on softplus(x) is x, in fp64 too; and exp of it is far from overflow.
+LINEAR = 40.0
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e^-x)."""
+    return 1 / (1 + torch.exp(-x)) if _by_parts(x) else torch.sigmoid(x)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x)."""
+    return x / (1 + torch.exp(-x)) if _by_parts(x) else F.silu(x)
+
+
+def silu_gradient(x: Tensor) -> Tensor:
+    """The derivative of `silu` at x."""
+    s = sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x); differentiable."""
+    if not _by_parts(x):
+        return F.softplus(x, threshold=LINEAR)
+    return torch.where(x > LINEAR, x, torch.log1p(torch.exp(x.clamp_max(LINEAR))))
+
+
+def _by_parts(x: Tensor) -> bool:
+    """Not where torch.compile makes kernels of its own."""
+    return x.is_cpu and not torch.compiler.is_compiling()
