@@ -124,9 +124,7 @@ def before_shard(
     return torch.where(inside.view(-1, *[1] * (x.ndim - 1 - dim)), found, found.new_zeros(()))
 
 
-def tokens_of(
-    x: Tensor, dim: int, lengths: tuple[int, ...], spans: Sequence[Span], transport: Transport
-) -> Tensor:
+def tokens_of(x: Tensor, dim: int, lengths: tuple[int, ...], spans: Sequence[Span], transport: Transport) -> Tensor:
     """This rank's of the `spans`, one a rank, of the sequence of which the ranks hold `lengths`; zeros outside of it.
     Differentiable: what flows into copies of a token is summed in rank order."""
     found: Tensor = _TokensOf.apply(x, dim, lengths, tuple(spans), transport)

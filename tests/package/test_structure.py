@@ -26,7 +26,7 @@ KNOWS = {
     "inference": ("arguments", "kernels", "sequence", "operators", "engine", "api"),
     "reference": (),
     "mesh": ("arguments", "sequence"),
-    "nn": ("sequence", "api"),
+    "nn": ("arguments", "kernels.common", "sequence", "api"),
     "integrations": ("sequence", "engine", "api", "inference", "mesh", "nn"),
     "testing": ("sequence", "api"),
     # leetdist itself: the public names
