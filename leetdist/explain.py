@@ -41,8 +41,8 @@ def explain(
     compiled, as by the call, for one that cannot be is not what would run.
 
     Args:
-        All as `linear_attention` takes them: (B, H, N, D) tensors, fp32, bf16, fp16 or fp64. Nothing is computed; under
-        a group all ranks call, and each gets its own text.
+        q, k, v, log_decay, and the options: as `linear_attention` takes them, (B, H, N, D) tensors, fp32, bf16, fp16 or
+            fp64. Nothing is computed; under a group all ranks call, and each gets its own text.
 
     Returns:
         Lines of text for a reader.

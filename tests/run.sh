@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that has to hold before a change lands: lint, types, the tests on the CPU, and the
-# Triton kernels interpreted on the CPU. Arguments go to pytest: bash tests/run.sh -k fold
+# Everything that has to hold before a change lands: lint, types, the documentation, the tests on the CPU,
+# and the Triton kernels interpreted on the CPU. Arguments go to pytest: bash tests/run.sh -k fold
 #
 #   LEETDIST_VENV        where the environment is made and kept (.venv-test)
 #   PYTHON               the interpreter that makes it (python3)
@@ -84,6 +84,7 @@ PATH=$(cd "$venv/bin" && pwd):$PATH # for tests that start torchrun or accelerat
 step "ruff check" "$venv/bin/ruff" check
 step "ruff format" "$venv/bin/ruff" format --check
 step "mypy" "$venv/bin/mypy"
+NO_MKDOCS_2_WARNING=1 step "mkdocs" "$venv/bin/python" -m mkdocs build --quiet --strict --site-dir "$results/site"
 step "pytest" tests cpu "not gpu and not interpreter" "$@"
 TRITON_INTERPRET=1 step "pytest, Triton interpreted" tests interpreted "interpreter" "$@"
 
