@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
 import pickle
+import secrets
 import shutil
 import socket
 import subprocess
@@ -36,10 +38,12 @@ class Outcome:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-    return port
+    """Below the range that connections get theirs from: until its user comes, no other process of a test takes it."""
+    while True:
+        port = secrets.choice(range(20_000, 30_000))
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 # Ranks that train start as forks of one server that has imported these: 10 s once, instead of in every process.

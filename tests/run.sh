@@ -4,7 +4,9 @@
 #
 #   LEETDIST_VENV        where the environment is made and kept (.venv-test)
 #   PYTHON               the interpreter that makes it (python3)
-#   LEETDIST_TEST_LIMIT  longest that one pytest process may take, in seconds (2400)
+#   LEETDIST_TEST_LIMIT  longest that one pytest step may take, in seconds (2400)
+#   LEETDIST_TEST_WORKERS  processes that run tests side by side (2: a test may start four ranks itself); 0: pytest's
+#                        own process alone, as --pdb and -s want it
 #   OMP_NUM_THREADS      threads per process (1: tests start several processes on few cores)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,7 +34,7 @@ step() {
     printf '==> %s: %d s\n' "$name" "$((SECONDS - start))"
 }
 
-# summary LEAST: the closing line, summed over the pytest processes; at least LEAST failures.
+# summary LEAST: the closing line, summed over the pytest steps; at least LEAST failures.
 summary() {
     "${PYTHON:-python3}" - "$results" "$1" <<'PY'
 import pathlib
@@ -66,15 +68,20 @@ environment() {
     echo "$want" >"$stamp"
 }
 
-# tests NAME MARKERS ARGUMENTS...: one pytest process. That no test matches is no failure here.
+# tests NAME MARKERS ARGUMENTS...: one run of pytest. That no test matches is no failure here.
 tests() {
-    local name=$1 markers=$2 status=0 limit=()
+    local name=$1 markers=$2 status=0 limit=() workers=()
     shift 2
+    # By file: what a file's tests share, a build or a run of four ranks, is made once. In the order of their names, as a
+    # single process takes them: by size, xdist's own order, those with the fewest and longest tests would be last.
+    if ((${LEETDIST_TEST_WORKERS:=2})); then
+        workers=(--numprocesses "$LEETDIST_TEST_WORKERS" --dist loadfile --no-loadscope-reorder)
+    fi
     # A test stuck in C++ never sees its own timeout.
     if command -v timeout >/dev/null; then
         limit=(timeout --kill-after=30 "${LEETDIST_TEST_LIMIT:-2400}")
     fi
-    "${limit[@]}" "$venv/bin/python" -m pytest -m "$markers" \
+    "${limit[@]}" "$venv/bin/python" -m pytest -m "$markers" ${workers[@]+"${workers[@]}"} \
         --junitxml="$results/$name.xml" "$@" </dev/null || status=$?
     ((status == 5)) || return "$status"
 }
