@@ -6,7 +6,8 @@
     LEETDIST_HOPPER=0         no kernels written for Hopper (sm_90); they round otherwise than the general ones
     LEETDIST_CACHE=folder     where compiled CUDA C++ is kept (else leetdist/ in XDG_CACHE_HOME or ~/.cache)
 
-The first two decide on a result's last bits, so the ranks of a group compare what they lead to.
+The first two decide on a result's last bits, so the ranks of a group compare what they lead to; and what Triton itself
+takes from the environment (`compiler_settings`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 BACKENDS = ("torch", "triton")
+# By these Triton makes other code of the same source, on NVIDIA GPUs: triton/knobs.py and what its own cache goes by
+# (`get_cache_invalidating_env_vars`), releases 3.5 to 3.9. Not TRITON_DEFAULT_FP_FUSION: each of our launches says
+# whether it fuses (leetdist.kernels.common.launch).
+OF_TRITON = (
+    "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "PTXAS_OPTIONS", "DISABLE_PTXAS_OPT", "TRITON_LIBDEVICE_PATH",
+    "DISABLE_LLVM_OPT", "LLVM_PASS_PLUGIN_PATH", "TRITON_PLUGIN_PATHS", "TRITON_FORCE_DISABLE_FP_FUSION",
+    "TRITON_F32_DEFAULT", "DISABLE_MMA_V3", "DISABLE_MMA_V5", "ALLOW_LHS_TMEM_LAYOUT_CONVERSION",
+    "TRITON_OVERRIDE_ARCH", "TRITON_MOCK_PTX_VERSION", "TRITON_KERNEL_OVERRIDE", "TRITON_ENABLE_ASAN",
+    "TRITON_INSTRUMENTATION_MODE", "TRITON_ENABLE_EXPERIMENTAL_CONSAN",
+)  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -45,6 +56,13 @@ def _settings(backend: str | None, hopper: str | None, interpret: str | None) ->
     if hopper not in (None, "0", "1"):
         raise ValueError(f"LEETDIST_HOPPER must be 0 or 1, got {hopper!r}")
     return Settings(backend, hopper != "0", interpret == "1")
+
+
+def compiler_settings() -> tuple[tuple[str, str], ...]:
+    """The variables that Triton compiles by and that are set, with their values as they are. Ranks compare them: one
+    that adds without fused multiply-adds has other bits."""
+    environ = os.environ
+    return tuple((name, environ[name]) for name in OF_TRITON if name in environ)
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from leetdist.kernels.common.settings import Settings
+from leetdist.kernels.common.settings import Settings, compiler_settings
 
 LARGEST_HEAD = 256
 # Tokens that are added to a state one by one. A sum of 4,096 such terms in fp32 is off by 2e-6 where nothing decays;
@@ -32,7 +32,8 @@ CUDA_EXTRA, TRITON_PACKAGE = "pip install leetdist[cuda]", "pip install -U trito
 @dataclass(frozen=True)
 class Machine:
     """A device, and what there is to compile for it. capability: of an NVIDIA GPU; triton, nvrtc: versions, None where
-    missing; no_triton, no_gluon: why what is there does not do, in words (leetdist.kernels.common.release)."""
+    missing; no_triton, no_gluon: why what is there does not do, in words (leetdist.kernels.common.release);
+    compiled_with: what the environment tells Triton (leetdist.kernels.common.settings)."""
 
     device: str
     capability: tuple[int, int] | None
@@ -41,6 +42,7 @@ class Machine:
     no_triton: str | None
     no_gluon: str | None
     nvrtc: tuple[int, int] | None
+    compiled_with: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Implementation:
         elif self.compiler == "Triton":
             where = " interpreted" if facts.interpreted else where
             by = f" by Triton {machine.triton}"
+            if machine.compiled_with and not facts.interpreted:
+                by += f" with {' '.join(f'{name}={value}' for name, value in machine.compiled_with)}"
         else:
             where = f" on{where}" if where else ""
             return f"{self.name} {machine.torch}{where}"
@@ -117,11 +121,14 @@ class Implementation:
 
 def machine_of(device: torch.device, settings: Settings) -> Machine:
     capability = _capability(device) if device.type == "cuda" else None
-    return _machine(device.type, capability, device.type == "cuda" or settings.backend == "triton")
+    compiles = device.type == "cuda" or settings.backend == "triton"
+    return _machine(device.type, capability, compiles, compiler_settings() if compiles else ())
 
 
 @cache
-def _machine(device: str, capability: tuple[int, int] | None, compiles: bool) -> Machine:
+def _machine(
+    device: str, capability: tuple[int, int] | None, compiles: bool, compiled_with: tuple[tuple[str, str], ...]
+) -> Machine:
     """Compilers are looked for, which imports them, where there is something to compile for."""
     version = torch.__version__.partition("+")[0]
     if not compiles:
@@ -130,7 +137,7 @@ def _machine(device: str, capability: tuple[int, int] | None, compiles: bool) ->
 
     return Machine(
         device, capability, version, release.version(), release.why_not_triton(), release.why_not_gluon(),
-        loader.version() if device == "cuda" else None,
+        loader.version() if device == "cuda" else None, compiled_with,
     )  # fmt: skip
 
 

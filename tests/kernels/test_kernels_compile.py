@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ if not hasattr(triton, "compile") or triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from leetdist.kernels.common import release  # noqa: E402
+from leetdist.kernels.common.settings import OF_TRITON  # noqa: E402
 from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, step  # noqa: E402
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of  # noqa: E402
 
@@ -40,7 +44,8 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
             signature[name] = "fp32" if name.endswith("scale") else "i64"
     source = ASTSource(kernel, signature, constexprs=values)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel is not step._step or step.FUSION}
+    return triton.compile(source, target=target, options=options)
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
@@ -91,3 +96,28 @@ def test_fleet_compiles(architecture: int) -> None:
     for rows, held in ((128, 32), (256, 16)):
         constants = {"REGULAR": True, "REVERSE": False, "ROWS": rows, "COLUMNS": held}
         compiled(fleet._fleet_outputs, architecture, 1, 1, torch.float32, **constants)
+
+
+def test_triton_compiles_by_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why ranks compare these variables: the same source gets other instructions, and where nothing is fused, other
+    roundings. And why not TRITON_DEFAULT_FP_FUSION: a launch that says what it wants has it."""
+
+    def code(**variables: str) -> tuple[str, bytes]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton.knobs.cache, "dir", str(tmp_path / "".join(variables)))
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            constants = {"REGULAR": True, "REVERSE": False, "CHUNK": 16, "ROWS": 16, "COLUMNS": 16}
+            constants |= {"PARTS": 1, "WEIGHTED_PARTS": 1}
+            asm = compiled(block._tile_states, 80, 4, 1, torch.bfloat16, **constants).asm
+            return asm["ptx"], asm["cubin"]
+
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    for name in OF_TRITON:
+        monkeypatch.delenv(name, raising=False)
+    ptx, cubin = code()
+    assert "fma.rn" in ptx
+    assert code(DISABLE_PTXAS_OPT="1")[1] != cubin
+    assert code(TRITON_DEFAULT_FP_FUSION="0") == (ptx, cubin)
+    if release.number() >= (3, 9):
+        assert "fma.rn" not in code(TRITON_FORCE_DISABLE_FP_FUSION="1")[0]

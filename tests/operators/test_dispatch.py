@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,9 @@ import torch.distributed as dist
 import leetdist
 from helpers import run_ranks, values
 from leetdist.engine.checks import describe
-from leetdist.kernels.common.settings import Settings
+from leetdist.kernels.common.settings import OF_TRITON, Settings
 from leetdist.launch import doctor
-from leetdist.operators import dispatch
+from leetdist.operators import dispatch, implementations
 from leetdist.operators.dispatch import Use, choose
 from leetdist.operators.implementations import (
     CANDIDATES,
@@ -144,6 +145,31 @@ def test_ranks_with_other_settings_and_compilers_have_other_names(monkeypatch: p
         assert dispatch.backend_of(on(other, monkeypatch)) != here
     monkeypatch.setenv("LEETDIST_HOPPER", "0")
     assert dispatch.backend_of(on(HOPPER, monkeypatch)) != here
+
+
+def test_ranks_whose_triton_compiles_otherwise_have_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton takes from the environment is in the name that ranks compare, and that `explain` prints."""
+    for name in OF_TRITON:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(implementations, "_capability", lambda device: (8, 0))
+
+    def name_of(**changes: str) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in changes.items():
+                patch.setenv(name, value)
+            problem = problem_of(BF16, 128, device=torch.device("cuda", 0), tile=1024)
+            return choose(Use("tile_outputs"), dispatch.facts_of(problem, 1024)).name
+
+    here = name_of()
+    assert re.fullmatch(r"Triton sm_80 by Triton [\d.]+", here)
+    for name in OF_TRITON:
+        assert name_of(**{name: "1"}) == f"{here} with {name}=1"
+    assert name_of(TRITON_FORCE_DISABLE_FP_FUSION="1", LEETDIST_BACKEND="torch").startswith("PyTorch")
+    monkeypatch.setenv("LEETDIST_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    interpreted = choose(Use("fold"), dispatch.facts_of(problem_of(), 16)).name
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    assert choose(Use("fold"), dispatch.facts_of(problem_of(), 16)).name == interpreted  # nothing is compiled
 
 
 def refuse_to_compile(*names: str) -> Any:
