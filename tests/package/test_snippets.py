@@ -213,7 +213,7 @@ def test_reference_has_every_public_name() -> None:
 
 
 def source_files() -> Iterator[Path]:
-    for folder in ("leetdist", "kernels", "launch", "tests"):
+    for folder in ("leetdist", "kernels", "launch", "tests", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
             below = path.relative_to(ROOT).parts
             if path.suffix in (".py", ".sh") and not path.is_dir() and below[:2] not in LINKS:
@@ -237,7 +237,7 @@ def messages() -> str:
     """The constant words of every error that is raised, whatever is put in between being `…`."""
     found = []
     for path in source_files():
-        if path.suffix == ".py" and "tests" not in path.relative_to(ROOT).parts:
+        if path.suffix == ".py" and path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.JoinedStr):
                     parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
