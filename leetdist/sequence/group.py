@@ -29,11 +29,16 @@ if TYPE_CHECKING:
 
 
 class _Scope(threading.local):
-    """The innermost `sequence_parallel` of this thread (a virtual rank is a thread; torch.compile knows these)."""
+    """The innermost `sequence_parallel` of this thread (a virtual rank is a thread).
 
-    group: Group | None = None
-    transport: Transport | None = None
-    lengths: tuple[int, ...] | None = None
+    torch.compile guards its graphs by the name, which is all that it reads: of a process group 2.9's Dynamo makes no
+    guard. And no value here may be the class's own: Dynamo would take that for every thread's, whatever was set since.
+    """
+
+    def __init__(self) -> None:
+        self.transport: Transport | None = None
+        self.lengths: tuple[int, ...] | None = None
+        self.name = ""
 
 
 _scope = _Scope()
@@ -119,23 +124,26 @@ def sequence_parallel(
         if not 0 < seconds < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
         served.seconds = seconds
-    before = (_scope.group, _scope.transport, _scope.lengths)
-    _scope.group, _scope.transport, _scope.lengths = group, served, lengths
-    try:
+    with _inside(served, lengths):
         yield
-    finally:
-        _scope.group, _scope.transport, _scope.lengths = before
 
 
 @contextmanager
 def alone() -> Iterator[None]:
     """Calls inside are this rank's own, whatever `sequence_parallel` surrounds them."""
-    before = (_scope.group, _scope.transport, _scope.lengths)
-    _scope.group, _scope.transport, _scope.lengths = None, None, None
+    with _inside(None, None):
+        yield
+
+
+@contextmanager
+def _inside(served: Transport | None, lengths: tuple[int, ...] | None) -> Iterator[None]:
+    before = (_scope.transport, _scope.lengths, _scope.name)
+    _scope.transport, _scope.lengths = served, lengths
+    _scope.name = "" if served is None else served.name
     try:
         yield
     finally:
-        _scope.group, _scope.transport, _scope.lengths = before
+        _scope.transport, _scope.lengths, _scope.name = before
 
 
 def check_alone(call: str) -> None:
@@ -211,9 +219,7 @@ def declared_lengths(transport: Transport) -> tuple[int, ...] | None:
 def name_of(group: Group | None) -> str:
     """What `by_name` finds the group by, "" for none; torch.compile traces this."""
     if group is None:
-        group = _scope.group
-    if group is None:
-        return ""
+        return _scope.name
     if isinstance(group, Transport):
         return group.name
     if isinstance(group, dist.ProcessGroup):
