@@ -285,35 +285,42 @@ def masked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
 
 @cache
 def costs() -> dict[str, tuple[list[int], list[float], list[float]]]:
-    """By name: lengths, seconds of a forward call, and the MiB that its process needed for it at most."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(
-        -3, 1 << 16
-    )  # M_MMAP_THRESHOLD: what a tensor took goes back to the system with it, and is counted anew
+    """By name: lengths, seconds of one core for a forward call, and the MiB that its process needed for it at most."""
+    contestants = {
+        "leetdist": (attention, 262_144),
+        "softmax attention (SDPA)": (softmax, 16_384),
+        "masked product": (masked, 4_096),
+    }
+    lengths = {name: [1024 << i for i in range(9) if 1024 << i <= most] for name, (_, most) in contestants.items()}
     found = {}
-    for name, call, longest in (
-        ("leetdist", attention, 262_144), ("softmax attention (SDPA)", softmax, 16_384),
-        ("masked product", masked, 4_096),
-    ):  # fmt: skip
-        lengths, seconds, mebibytes = [1024 << i for i in range(9) if 1024 << i <= longest], [], []
-        for length in lengths:
-            q, k, v = (torch.randn(1, 4, length, 64) for _ in range(3))
-            least, most = measure(call, q, k, v, log_decay("alibi", 4))
-            seconds.append(least)
-            mebibytes.append(most)
-        found[name] = lengths, seconds, mebibytes
-    return found
+    for measure in (seconds, mebibytes):
+        for name, (call, _) in contestants.items():
+            for length in lengths[name]:
+                q, k, v = (torch.randn(1, 4, length, 64) for _ in range(3))
+                found[name, length, measure] = measure(call, q, k, v, log_decay("alibi", 4))
+        # M_MMAP_THRESHOLD: from here on, what a tensor took goes back to the system with it, and is counted anew.
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    return {
+        name: (of, [found[name, x, seconds] for x in of], [found[name, x, mebibytes] for x in of])
+        for name, of in lengths.items()
+    }
 
 
-def measure(call: Callable[..., Tensor], *tensors: Tensor) -> tuple[float, float]:
+def seconds(call: Callable[..., Tensor], *tensors: Tensor) -> float:
     call(*tensors)
     least = math.inf
-    before = peak(reset=True)
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()  # of this process: others may be busy
         call(*tensors)
-        least = min(least, time.perf_counter() - begin)
-    return least, max(peak() - before, 0.1)
+        least = min(least, time.process_time() - begin)
+    return least
+
+
+def mebibytes(call: Callable[..., Tensor], *tensors: Tensor) -> float:
+    call(*tensors)
+    before = peak(reset=True)
+    call(*tensors)
+    return peak() - before
 
 
 def peak(*, reset: bool = False) -> float:
@@ -326,10 +333,10 @@ def peak(*, reset: bool = False) -> float:
 
 def cost(colours: dict[str, str]) -> Any:
     made, axes = figure(colours, 2)
-    for (name, (lengths, seconds, mebibytes)), colour in zip(costs().items(), SERIES, strict=False):
-        axes[0][0].plot(lengths, seconds, "o-", color=colours[colour], label=name)
-        axes[0][1].plot(lengths, mebibytes, "o-", color=colours[colour], label=name)
-    for axis, label in zip(axes[0], ("seconds", "MiB, output included"), strict=True):
+    for (name, (lengths, times, memory)), colour in zip(costs().items(), SERIES, strict=False):
+        axes[0][0].plot(lengths, times, "o-", color=colours[colour], label=name)
+        axes[0][1].plot(lengths, memory, "o-", color=colours[colour], label=name)
+    for axis, label in zip(axes[0], ("seconds of one core", "MiB, output included"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
     axes[0][0].legend(loc="upper left", fontsize=8)
     return made
