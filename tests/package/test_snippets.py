@@ -118,8 +118,9 @@ def test_a_block_that_fails_is_told(language: str, code: str, tmp_path: Path) ->
 
 
 def test_marks_are_known() -> None:
-    """A mark with a slip of the pen would leave its block unrun."""
+    """A mark with a slip of the pen would leave its block unrun, and so would an example that is in no block."""
     for page in PAGES:
+        assert ">>> " not in BLOCK.sub("", (ROOT / page).read_text()), page
         for block in blocks(page):
             known = block.mark in ("", "runnable") or ranks_of(block)
             assert known, f"{page}:{block.line}: {block.mark}"
