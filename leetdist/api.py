@@ -83,9 +83,9 @@ def linear_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exponentially decaying causal linear attention, on one device or over a sequence sharded across ranks.
 
-    For each batch entry and head, with `gamma = exp(log_decay)`:
+    For each batch entry and head, with `gamma_t = exp(log_decay)`, the same for all tokens or one for each:
 
-        S_t = gamma S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
+        S_t = gamma_t S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
 
     Differentiable in q, k, v, log_decay and initial_state (once). The result on P ranks is, bit for bit, the shards of
     the result on one device, forward and backward; also when, for the same `tile`, a sequence is split in time at a
@@ -93,9 +93,14 @@ def linear_attention(
 
     Args:
         q: (B, H, N, Dk), fp32, bf16, fp16 (fp64 too, in PyTorch's own kernels); any strides.
-        k: (B, Hkv, N, Dk), same dtype and device; Hkv divides H (grouped heads).
-        v: (B, Hkv, N, Dv).
-        log_decay: (H,) fp32, natural log of the decay a token, <= 0; None is no decay.
+        k: (B, H, N, Dk), same dtype and device. Each of q, k and v may have fewer heads, of a number that divides the
+            largest, H: then consecutive heads share one.
+        v: (B, H, N, Dv).
+        log_decay: natural log of the decay, <= 0, fp32: (H,), the same for all tokens, or (B, H, N), one a token, by
+            which the state before it decays; -inf starts anew. None is no decay. Positive values and NaN are a
+            ValueError; but where those of (B, H, N) are on a GPU, whose stream reading them would stop, outputs are NaN
+            from such a token on, unless LEETDIST_CHECK_VALUES=1 asks for the reading. Under a group (B, H, N) is this
+            rank's shard, like q, and so is its gradient.
         scale: factor of the output.
         initial_state: (B, H, Dk, Dv) fp32, or (documents, H, Dk, Dv) with `cu_seqlens`; None is zero. Under a group it
             is given on the first rank only.
@@ -123,7 +128,7 @@ def linear_attention(
         RuntimeError: a rank does not answer within the timeout of the group, or of LEETDIST_TIMEOUT (seconds).
 
     Source: LeetDecoding, arXiv 2501.02573, eq. 1; RetNet, arXiv 2307.08621, eqs. 5 to 7; Lightning Attention-2, arXiv
-    2401.04658, for the blocked form.
+    2401.04658, for the blocked form; Mamba-2, arXiv 2405.21060, section 6, for a decay a token.
 
     >>> import torch, leetdist
     >>> q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
@@ -224,7 +229,10 @@ _step_op = ops.define(
     "linear_attention_step",
     "(Tensor q, Tensor k, Tensor v, Tensor state, Tensor? log_decay, float scale) -> (Tensor, Tensor)",
     _run_step,
-    lambda q, k, v, state, log_decay, scale: (q.new_empty(*q.shape[:3], v.shape[3]), state.new_empty(state.shape)),
+    lambda q, k, v, state, log_decay, scale: (
+        q.new_empty(*state.shape[:2], 1, v.shape[3]),
+        state.new_empty(state.shape),
+    ),
 )
 
 

@@ -87,7 +87,7 @@ def explain(
 
 def _lines(problem: Problem, plan: Plan | None) -> str:
     tokens = problem.tokens if plan is None else plan.layout.offsets[-1]
-    decay = "" if problem.has_decay else ", no decay"
+    decay = ", a decay a token" if problem.operator == "token_decay" else "" if problem.has_decay else ", no decay"
     precision = "" if problem.precision is None else f", precision {problem.precision}"
     lines = {
         "problem": f"B {problem.batch}, H {problem.heads}, N {tokens:,}, Dk {problem.dk}, Dv {problem.dv}, "
@@ -159,6 +159,8 @@ def _method(problem: Problem, tokens: int) -> str:
     if problem.method != "auto":
         return f"{problem.method}: named by the caller"
     choice = choice_for(problem, tokens)
+    if not choice.seconds:
+        return f"{choice.method}: what others cost with a decay a token is not measured"
     costs = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in sorted(choice.seconds.items(), key=lambda x: x[1]))
     return (
         f"{choice.method}: at most {choice.ratios[choice.method]:.2f} x the best for 1 to 16 x 32 heads of the tile's "

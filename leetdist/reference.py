@@ -10,10 +10,14 @@ from torch import Tensor
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads = q.shape[1]
-    k, v = (x.double().repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-    log_decay = torch.zeros(heads, device=q.device) if log_decay is None else log_decay
-    return q.double(), k, v, log_decay.double()
+    """All for every head; log_decay a token: (B or 1, H, N)."""
+    heads = max(x.shape[1] for x in (q, k, v))
+    q, k, v = (x.double().repeat_interleave(heads // x.shape[1], 1) for x in (q, k, v))
+    if log_decay is None:
+        log_decay = torch.zeros(heads, device=q.device)
+    if log_decay.ndim == 1:
+        log_decay = log_decay[None, :, None].expand(1, heads, q.shape[2])
+    return q, k, v, log_decay.double()
 
 
 def recurrence(
@@ -25,10 +29,10 @@ def recurrence(
     scale: float = 1.0,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`S_t = gamma S_{t-1} + k_t v_t^T`, `o_t = scale q_t^T S_t`, token by token in fp64; differentiable.
+    """`S_t = gamma_t S_{t-1} + k_t v_t^T`, `o_t = scale q_t^T S_t`, token by token in fp64; differentiable.
 
-    Shapes: q, k (B, H, N, Dk), v (B, H, N, Dv), k and v with H or fewer heads; log_decay (H,), natural log, or None;
-    initial_state (B, H, Dk, Dv) or None. Returns o (B, H, N, Dv) and the last state (B, H, Dk, Dv), both fp64.
+    Shapes: q, k (B, H, N, Dk), v (B, H, N, Dv), each with H or fewer heads; log_decay (H,), or (B, H, N), natural log,
+    or None; initial_state (B, H, Dk, Dv) or None. Returns o (B, H, N, Dv) and the last state (B, H, Dk, Dv), both fp64.
 
     Source: LeetDecoding, arXiv 2501.02573; RetNet, arXiv 2307.08621, eq. 6 (recurrent form).
 
@@ -38,7 +42,7 @@ def recurrence(
     (torch.Size([1, 2, 5, 4]), torch.Size([1, 2, 4, 4]))
     """
     q, k, v, log_decay = _prepare(q, k, v, log_decay)
-    gamma = torch.exp(log_decay)[:, None, None]
+    gamma = torch.exp(log_decay)[..., None, None]
     batch, heads, tokens, dk = q.shape
     if initial_state is None:
         state = q.new_zeros(batch, heads, dk, v.shape[3])
@@ -46,7 +50,7 @@ def recurrence(
         state = initial_state.double()
     outputs = []
     for t in range(tokens):
-        state = gamma * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        state = gamma[:, :, t] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
         outputs.append(scale * (q[:, :, t, None, :] @ state).squeeze(2))
     return torch.stack(outputs, 2), state
 
@@ -61,10 +65,11 @@ def quadratic(
     initial_state: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """`scale ((Q K^T) . M) V + scale diag(gamma^1..N) Q S_0` in fp64, for all rows or for chosen ones; differentiable.
+    """`scale ((Q K^T) . M) V + scale diag(m) Q S_0` in fp64, for all rows or for chosen ones; differentiable.
 
-    `M_ij = gamma^(i-j)` for `i >= j`, else 0. Shapes as in `recurrence`; rows: (R,) int64, which tokens' outputs to
-    compute (all when None), so that a few rows of a long sequence stay affordable. Returns (B, H, R or N, Dv) fp64.
+    `M_ij = gamma_{j+1} ... gamma_i` for `i >= j`, else 0; `m_i = gamma_1 ... gamma_i`. Shapes as in
+    `recurrence`; rows: (R,) int64, which tokens' outputs to compute (all when None), so that a few rows of a long
+    sequence stay affordable. Returns (B, H, R or N, Dv) fp64.
 
     Source: RetNet, arXiv 2307.08621, eq. 5 (parallel form).
 
@@ -75,13 +80,15 @@ def quadratic(
     tokens = torch.arange(q.shape[2], device=q.device)
     rows = tokens if rows is None else rows
     distance = rows[:, None] - tokens
-    # gamma^0 is 1 for gamma = 0 too, and what is masked is left out, not multiplied by 0: it may be a NaN.
-    mask = torch.exp(torch.where(distance > 0, log_decay[:, None, None] * distance, 0.0))
+    # Sums of the steps from j + 1 to i, each by itself, so that a strong one costs the others no digits. What is masked
+    # is left out, not multiplied by 0: it may be a NaN, and 0 times a log-decay of -inf is one.
+    steps = torch.where(tokens[:, None] > tokens, log_decay[..., :, None], 0.0).cumsum(2)[:, :, rows]
+    mask = torch.exp(torch.where(distance >= 0, steps, 0.0))
     scores = torch.where(distance >= 0, (q[:, :, rows] @ k.mT) * mask, 0.0)
     seen_bad = (~v.isfinite()).cumsum(2)[:, :, rows] > 0
     out = torch.where(seen_bad, torch.nan, scores @ torch.where(v.isfinite(), v, 0.0))
     if initial_state is not None:
-        decay = torch.exp(log_decay[:, None] * (rows + 1))[..., None]
+        decay = torch.exp(log_decay.cumsum(2)[:, :, rows])[..., None]
         out = out + decay * (q[:, :, rows] @ initial_state.double())
     return scale * out
 

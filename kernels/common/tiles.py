@@ -70,6 +70,12 @@ class Tiles:
         """One segment: tile `j` starts at token `j * size`, and a kernel needs no table."""
         return self.num_segments == 1
 
+    def finer(self, size: int) -> tuple[Tiles, Tiles]:
+        """Tiles of `size` tokens, of which this grid's are whole multiples, and the same with each of this grid's tiles
+        a segment of its own."""
+        starts = tuple(start for start, _ in self.spans)
+        return Tiles(size, self.bounds), Tiles(size, (*starts, self.num_tokens))
+
     # Who launches with the address of a table keeps this object, and it keeps the table.
     @cached_property
     def _tables(self) -> dict[tuple[str, torch.device], torch.Tensor]:

@@ -51,7 +51,7 @@ class LinearAttention(torch.autograd.Function):
 
 def _gradients(plan: Plan, do: Tensor | None, dfinal: Tensor | None, *saved: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, states = saved
-    return backward_pass(tuple(inputs), states, do, dfinal, plan, needs_head_grads=plan.problem.needs_decay_grad)
+    return backward_pass(tuple(inputs), states, do, dfinal, plan, needs_gate_grads=plan.problem.needs_decay_grad)
 
 
 class Gradients(torch.autograd.Function):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from leetdist.sequence.group import Group
     from leetdist.sequence.transport import Transport
 
+# Those that take a log_decay, and its dimensions: which of them a call is, its log_decay says.
+DECAYS = {"constant_decay": 1, "token_decay": 3}
+
 
 def apply_operator(
     operator: str,
@@ -71,8 +74,12 @@ def apply_operator(
         "tile": tile,
         "precision": None,
     }
-    if operator == "constant_decay":
-        results = run((q, k, v, gates["log_decay"]), options, resolve(group))
+    if operator in DECAYS:
+        given = gates["log_decay"]
+        if isinstance(given, Tensor) and given.ndim != DECAYS[operator]:
+            wanted = "(H,)" if operator == "constant_decay" else "(B, H, N)"
+            raise ValueError(f"log_decay must have shape {wanted} for operator {operator!r}, got {tuple(given.shape)}")
+        results = run((q, k, v, given), options, resolve(group))
     else:
         ordered = {name: gates[name] for name in names}
         results = run((q, k, v, None), options, resolve(group), operator=operator, gates=ordered)
@@ -84,10 +91,11 @@ def run(
     options: dict[str, Any],
     transport: Transport | None,
     *,
-    operator: str = "constant_decay",
+    operator: str | None = None,
     gates: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Any]:
-    """o and the final state, None where it is not asked for. given: q, k, v, log_decay; options: as `describe`'s."""
+    """o and the final state, None where it is not asked for. given: q, k, v, log_decay; options: as `describe`'s;
+    operator, gates: as `plan_call`'s."""
     q = given[0]
     captured = (
         transport is not None and isinstance(q, Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()

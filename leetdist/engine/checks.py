@@ -13,7 +13,7 @@ from torch import Tensor
 from leetdist.arguments import as_bool, check_plain
 from leetdist.engine.hints import layout_hint, more_heads_than_tokens, warn_of_layout
 from leetdist.engine.inputs import LARGEST_TILE, canonical_options, state_dtype
-from leetdist.engine.values import boundaries_of, decays_of
+from leetdist.engine.values import bad_step, boundaries_of, decays_of
 from leetdist.operators.problem import Problem
 from leetdist.sequence.grid import Layout, default_tile
 from leetdist.sequence.shard import check_cut
@@ -47,13 +47,14 @@ def describe(
     read_values: check the values of log_decay too, which stops a GPU's stream where they are not known yet.
     """
     check_qkv(q, k, v)
-    batch, heads, tokens, dk = q.shape
+    batch, q_heads, tokens, dk = q.shape
+    heads = max(q_heads, k.shape[1], v.shape[1])
     if tokens == 0 and ranks == 1:
         raise ValueError("q: N is 0; a sequence needs at least one token")
     options = canonical_options(scale=scale, return_state=return_state, method=method, tile=tile, precision=precision)
     check_options(**options, dtype=q.dtype, sharded=sharded)
     if log_decay is not None:
-        check_log_decay(log_decay, q, read_values=read_values)
+        check_log_decay(log_decay, q, heads, read_values=read_values)
     warn_of_layout(q, log_decay)
     documents = None
     if cu_seqlens is not None:
@@ -67,8 +68,9 @@ def describe(
     learnt = log_decay is not None and log_decay.requires_grad
     return Problem(
         batch=batch,
-        heads=heads,
-        kv_heads=k.shape[1],
+        q_heads=q_heads,
+        k_heads=k.shape[1],
+        v_heads=v.shape[1],
         dk=dk,
         dv=v.shape[3],
         dtype=q.dtype,
@@ -82,6 +84,7 @@ def describe(
         has_initial=initial_state is not None,
         tokens=tokens,
         lanes=_wanted_lanes(),
+        operator="constant_decay" if log_decay is None or log_decay.ndim == 1 else "token_decay",
         **options,
     )
 
@@ -181,10 +184,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}")
         if shape[0] == 0 or shape[1] == 0 or shape[3] == 0:
             raise ValueError(f"{name} must have no empty dimension but N, got {tuple(shape)}")
-    batch, heads, tokens, dk = q.shape
+    batch, _, tokens, dk = q.shape
+    heads = max(q.shape[1], k.shape[1], v.shape[1])
     if k.shape[3] != dk:
         raise ValueError(f"k must have q's head dimension Dk = {dk}, got {k.shape[3]} (shape {tuple(k.shape)})")
-    for name, x in (("k", k), ("v", v)):
+    for name, x in (("q", q), ("k", k), ("v", v)):
         rows, own, length, _ = x.shape
         if rows != batch or length != tokens:
             raise ValueError(
@@ -192,9 +196,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
                 + (layout_hint(q) if (rows, own) == (batch, heads) and more_heads_than_tokens(q) else "")
             )
         if heads % own:
-            raise ValueError(f"{name} must have a number of heads that divides q's {heads}, got {own}")
-    if v.shape[1] != k.shape[1]:
-        raise ValueError(f"v must have as many heads as k, {k.shape[1]}, got {v.shape[1]}")
+            most = next(other for other, y in (("q", q), ("k", k), ("v", v)) if y.shape[1] == heads)
+            raise ValueError(f"{name} must have a number of heads that divides {most}'s {heads}, got {own}")
 
 
 def _autocast_hint(device: torch.device) -> str:
@@ -203,19 +206,34 @@ def _autocast_hint(device: torch.device) -> str:
     return "; autocast leaves some operations in fp32: cast q, k and v to one dtype before the call"
 
 
-def check_log_decay(log_decay: Tensor, q: Tensor, *, read_values: bool = True) -> None:
-    """Shape, dtype, device, and that no value is positive or NaN."""
+def check_log_decay(log_decay: Tensor, q: Tensor, heads: int, *, read_values: bool = True) -> None:
+    """Shape, dtype, device, and that no value is positive or NaN. Of a decay a token the values are on the GPU, and
+    read there only if LEETDIST_CHECK_VALUES=1 says so: what is no log-decay makes NaN of the outputs that see it."""
     check_plain("log_decay", log_decay, "a tensor or None")
-    heads, tokens = q.shape[1:3]
-    if log_decay.shape != (heads,):
+    batch, _, tokens, _ = q.shape
+    if log_decay.shape not in ((heads,), (batch, heads, tokens)):
         hint = ""
         if log_decay.shape == (tokens,):
             hint = layout_hint(q)
-        raise ValueError(f"log_decay must have shape (H,) = ({heads},), got {tuple(log_decay.shape)}{hint}")
+        elif log_decay.shape == (batch, tokens, heads):
+            hint = "; pass log_decay.transpose(1, 2)"
+        raise ValueError(
+            f"log_decay must have shape (H,) = ({heads},), or (B, H, N) = {(batch, heads, tokens)}, got "
+            f"{tuple(log_decay.shape)}{hint}"
+        )
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
     if log_decay.device != q.device:
         raise ValueError(f"log_decay must be on q's device, {q.device}, got {log_decay.device}")
+    if log_decay.ndim == 3:
+        bad = bad_step(log_decay, read=read_values)
+        if bad is not None:
+            row, head, token = bad
+            raise ValueError(
+                f"log_decay must be <= 0 (the natural log of a decay of at most 1), got {log_decay[bad].item()} for "
+                f"head {head} at token {token}" + (f" of batch entry {row}" if batch > 1 else "")
+            )
+        return
     decays = decays_of(log_decay, read=read_values)
     if decays is not None and decays.bad is not None:
         raise ValueError(

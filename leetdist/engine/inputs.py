@@ -58,7 +58,8 @@ def canonical_tensors(
     """
     dtype = state_dtype(q.dtype)
     if log_decay is None:
-        log_decay = torch.zeros(q.shape[1], dtype=dtype, device=q.device)
+        heads = max(q.shape[1], k.shape[1], v.shape[1])
+        log_decay = torch.zeros(heads, dtype=dtype, device=q.device)
     log_decay = contiguous(log_decay, dtype)
     if cu_seqlens is not None or highest is not None:
         log_decay = still(log_decay, cu_seqlens, highest)

@@ -61,14 +61,15 @@ def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def make_lanes(
-    heads: int, kv_heads: int, count: int, forgetting: frozenset[int] = frozenset(), mute: frozenset[int] = frozenset()
+    heads: int, apart: int, count: int, forgetting: frozenset[int] = frozenset(), mute: frozenset[int] = frozenset()
 ) -> tuple[Lane, ...]:
-    """The heads in `count` lanes, those that share a head of k and v together. Those that forget go first: they
-    wait for their neighbour only, and their outputs are computed while the others' chains run through all ranks."""
-    count = min(count, kv_heads)
-    share = heads // kv_heads
+    """The heads in `count` lanes (at most `apart`), those that share a head of q, k or v together. Those that
+    forget go first: they wait for their neighbour only, and their outputs are computed while the others' chains run
+    through all ranks."""
+    count = min(count, apart)
+    share = heads // apart
     lanes: list[Lane] = []
-    for begin, end in pairwise(lane * kv_heads // count for lane in range(count + 1)):
+    for begin, end in pairwise(lane * apart // count for lane in range(count + 1)):
         own = range(begin * share, end * share)
         lanes.append(
             Lane(

@@ -51,6 +51,10 @@ class Call:
     precision: str | None
     group: str
 
+    @property
+    def heads(self) -> int:
+        return max(self.q.shape[1], self.k.shape[1], self.v.shape[1])
+
     @classmethod
     def split(cls, args: tuple[Any, ...]) -> tuple[Call, tuple[Any, ...]]:
         """The call that an op's arguments begin with, and what follows it: of the backward op, four."""
@@ -69,8 +73,9 @@ class Call:
     def inputs(self, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """The operator's, on the grid, and the initial state, as kernels take them."""
         tensors = (self.q, self.k, self.v, self.log_decay, self.initial_state, self.cu_seqlens)
-        *tokens, decay, initial_state = canonical_tensors(*tensors, plan.highest)
-        return (*(_aligned(x, plan) for x in tokens), decay), initial_state
+        *inputs, initial_state = canonical_tensors(*tensors, plan.highest)
+        tokens = len(plan.operator.tokens)
+        return (*(_aligned(x, plan) for x in inputs[:tokens]), *inputs[tokens:]), initial_state
 
     def empty_decay(self) -> Tensor:
         return self.q.new_empty(0, dtype=torch.float32 if self.log_decay is None else self.log_decay.dtype)
@@ -149,14 +154,14 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, _ = Call.split(args)
     q, dv, dtype = call.q, call.v.shape[3], state_dtype(call.q.dtype)
     rows = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    final = q.new_empty((rows, q.shape[1], q.shape[3], dv) if call.return_state else (0,), dtype=dtype)
-    return empty_as(q, q.shape[1], dv, q.dtype), final, q.new_empty(1, dtype=dtype)
+    final = q.new_empty((rows, call.heads, q.shape[3], dv) if call.return_state else (0,), dtype=dtype)
+    return empty_as(q, call.heads, dv, q.dtype), final, q.new_empty(1, dtype=dtype)
 
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     call, (states, do, dfinal, needs_decay_grad) = Call.split(args)
     plan = call.plan()
-    count = call.q.shape[0] * call.q.shape[1] * plan.tiles.count * call.q.shape[3] * call.v.shape[3]
+    count = call.q.shape[0] * plan.problem.heads * plan.tiles.count * call.q.shape[3] * call.v.shape[3]
     if states.untyped_storage().nbytes() < count * states.element_size():
         raise RuntimeError(
             "leetdist: what the forward op saved for the backward was copied in between, and only one element came "
@@ -166,7 +171,7 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, _ = call.inputs(plan)
     dq, dk, dv, ddecay, dinitial = backward_pass(
         inputs, states, None if do is None else _aligned(row_major(do), plan),
-        dfinal if call.return_state else None, plan, needs_head_grads=needs_decay_grad,
+        dfinal if call.return_state else None, plan, needs_gate_grads=needs_decay_grad,
     )  # fmt: skip
     assert dq is not None
     assert dk is not None
@@ -175,7 +180,7 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
         _laid_out(_aligned(dq, plan, back=True), call.q),
         _laid_out(_aligned(dk, plan, back=True), call.k),
         _laid_out(_aligned(dv, plan, back=True), call.v),
-        call.empty_decay() if ddecay is None else ddecay.to(call.empty_decay().dtype),
+        call.empty_decay() if ddecay is None else _decay_gradient(ddecay, call, plan),
         states.new_empty(0) if dinitial is None else dinitial,
     )
 
@@ -187,9 +192,14 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
         empty_as(q, q.shape[1], q.shape[3], q.dtype),
         empty_as(k, k.shape[1], k.shape[3], k.dtype),
         empty_as(v, v.shape[1], v.shape[3], v.dtype),
-        call.empty_decay().new_empty(q.shape[1] if needs_decay_grad else 0),
+        call.empty_decay().new_empty(call.log_decay.shape if needs_decay_grad and call.log_decay is not None else 0),
         q.new_empty(0 if initial is None else initial.shape, dtype=state_dtype(q.dtype)),
     )
+
+
+def _decay_gradient(grad: Tensor, call: Call, plan: Plan) -> Tensor:
+    """As log_decay is: for a decay a token this rank's shard."""
+    return (_aligned(grad, plan, back=True) if grad.ndim == 3 else grad).to(call.empty_decay().dtype)
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:

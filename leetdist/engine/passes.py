@@ -71,25 +71,25 @@ def backward_pass(
     dfinal: Tensor | None,
     plan: Plan,
     *,
-    needs_head_grads: bool,
+    needs_gate_grads: bool,
 ) -> tuple[Tensor | None, ...]:
     """With R the gradient of the state at each tile's end (U what a tile's outputs add to it):
 
         U = state_gradients(do)      R = scan(U), reversed      gradients of the inputs from S, R and do
 
     Some need no R (the operator's `early` ones): they are computed while R's scan is under way. Returns the gradients
-    of the inputs (None for `heads` unless needs_head_grads), and of the initial state (on the first rank, if the call
-    has one).
+    of the inputs (None for those beside q, k and v unless needs_gate_grads), and of the initial state (on the first
+    rank, if the call has one).
     """
-    return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_head_grads)
+    return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
 
 
 def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
     inputs: Inputs
-    *inputs, flat_states, do, dfinal, plan, needs_head_grads = given  # type: ignore[assignment]
+    *inputs, flat_states, do, dfinal, plan, needs_gate_grads = given  # type: ignore[assignment]
     problem, operator, tiles, q = plan.problem, plan.operator, plan.tiles, inputs[0]
     if do is None:
-        do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], problem.dv)
+        do = q.new_zeros(q.shape[0], problem.heads, q.shape[2], problem.dv)
     do = row_major(do)
     if dfinal is not None:
         dfinal = contiguous(dfinal, dfinal.dtype)
@@ -112,15 +112,16 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         dinitial = side.scan(ends, dfinal, of_lane, plan, reverse=True)
 
         # Heads that share an input add up, in fp32, in the order of the heads.
-        wide = ends.like.dtype if problem.kv_heads < problem.heads else q.dtype
-        grads = {name: LaneTokens(x, wide, plan) for name, x in zip(operator.tokens, inputs, strict=False)}
-        late = tuple(name for name in operator.tokens if name not in operator.early)
+        wanted = operator.tokens if needs_gate_grads else operator.tokens[:3]
+        grads = {name: LaneTokens(x, ends.like.dtype, plan) for name, x in zip(wanted, inputs, strict=False)}
+        dtypes = {name: grad.wide for name, grad in grads.items()}
+        late = tuple(name for name in wanted if name not in operator.early)
 
         def put(names: tuple[str, ...], lane: Lane, compute: Callable[..., dict[str, Tensor]], *given: Any) -> None:
             with trace.span(", ".join(f"d{name}" for name in names), plan.rank, lane, q):
                 places = {name: grads[name].place(lane) for name in names}
                 for name, grad in compute(
-                    of_lane[lane], states[lane], *given, do_of[lane], tiles, places, wide
+                    of_lane[lane], states[lane], *given, do_of[lane], tiles, places, dtypes
                 ).items():
                     grads[name].put(lane, grad)
 
@@ -132,7 +133,7 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
             put(late, lane, operator.late_gradients, ends[lane])
 
         head_grads: list[Tensor | None] = [None] * len(operator.heads)
-        if needs_head_grads and operator.heads:
+        if needs_gate_grads and operator.heads:
             shares = {
                 lane: operator.head_gradients(of_lane[lane], states[lane], ends[lane], do_of[lane], tiles)
                 for lane in plan.lanes
@@ -144,7 +145,7 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         dinitial_whole = None
         if plan.any_initial:
             dinitial_whole = scan.states_to_first(in_order(dinitial, plan), plan.state_shape, plan)
-    token_grads = [grads[name].whole for name in operator.tokens]
+    token_grads = [grads[name].whole if name in grads else None for name in operator.tokens]
     return *token_grads, *head_grads, dinitial_whole if problem.has_initial else None
 
 
@@ -157,11 +158,11 @@ def _of_lane(inputs: Inputs, lane: Lane, plan: Plan) -> dict[str, Tensor]:
 
 
 def _repeated(
-    function: Any, tensors: tuple[Tensor | None, ...], plan: Plan, needs_head_grads: bool | None = None
+    function: Any, tensors: tuple[Tensor | None, ...], plan: Plan, needs_gate_grads: bool | None = None
 ) -> tuple[Tensor | None, ...]:
     """One pass; where it has been seen before, and is nothing but launches, its launches again."""
-    more = (plan,) if needs_head_grads is None else (plan, needs_head_grads)
-    if not plan.repeatable or trace.on() or needs_head_grads:
+    more = (plan,) if needs_gate_grads is None else (plan, needs_gate_grads)
+    if not plan.repeatable or trace.on() or needs_gate_grads:
         return cast(Any, function(*tensors, *more))
     from leetdist.kernels.common.replay import repeated
 
@@ -171,7 +172,7 @@ def _repeated(
     if place is None:
         return cast(Any, function(*tensors, *more))
     stream = torch.cuda.current_stream(plan.problem.device)  # which steps of the host name, and come back to
-    phase = "forward pass" if needs_head_grads is None else "backward pass"
+    phase = "forward pass" if needs_gate_grads is None else "backward pass"
     with plan.transport.call(phase), torch.cuda.stream(stream):
         return repeated(function, tensors, *more, where=(stream, place))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from leetdist.engine.checks import check_agreement, check_declared, describe, global_layout
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
-from leetdist.engine.values import Decays, decays_of, forgetting_bound
+from leetdist.engine.values import Decays, bad_step, decays_of, forgetting_bound
 from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.common.tiles import Tiles
@@ -108,14 +108,14 @@ def plan_call(
     *,
     transport: Transport | None,
     captured: bool = False,
-    operator: str = "constant_decay",
+    operator: str | None = None,
     gates: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Plan:
     """Check the arguments of one call, agree with the group's other ranks, and plan it. Options: those of `describe`.
 
     captured: whether a CUDA graph captures the call, and its backward will do with this plan.
-    gates: the inputs beside q, k and v, of another operator than the constant decay.
+    operator, gates: another operator than a decay, and its inputs beside q, k and v, by name.
 
     Raises ValueError, under a group on every rank, if any rank's arguments are wrong or the ranks' do not fit together.
     """
@@ -148,7 +148,7 @@ def plan_call(
             with transport.call("agreement"):  # the others rely on the promise, and will not be told
                 check_declared(mine, lengths, transport.rank)
     decays = None
-    if isinstance(mine, Problem) and log_decay is not None:
+    if isinstance(mine, Problem) and log_decay is not None and log_decay.ndim == 1:
         decays = decays_of(log_decay, read=options.get("read_values", True))
     agreement = agree(
         mine, transport, "the shapes and arguments of this call",
@@ -191,9 +191,9 @@ def _confirm(kernels: str, agreement: Agreement, transport: Transport) -> None:
     agreement.confirmed = True
 
 
-def _of_operator(problem: Problem, operator: str, gates: Mapping[str, Tensor] | None) -> Problem:
-    """The problem of an operator that has inputs beside q, k and v."""
-    if gates is None:
+def _of_operator(problem: Problem, operator: str | None, gates: Mapping[str, Tensor] | None) -> Problem:
+    """The problem of an operator that has other inputs beside q, k and v than a log_decay."""
+    if operator is None or gates is None:
         return problem
     kind = operator_named(operator)
     shapes = []
@@ -206,7 +206,7 @@ def _of_operator(problem: Problem, operator: str, gates: Mapping[str, Tensor] | 
         operator=operator,
         gates=tuple(shapes),
         needs_grad=problem.needs_grad or bool(learnt),
-        needs_decay_grad=not learnt.isdisjoint(kind.heads),
+        needs_decay_grad=bool(learnt),
     )
 
 
@@ -224,8 +224,11 @@ def _known(
     try:
         decay: Hashable = None
         if log_decay is not None:
-            decays = decays_of(log_decay)
-            if decays is None or decays.bad is not None:
+            if log_decay.ndim == 1:
+                decays = decays_of(log_decay)
+                if decays is None or decays.bad is not None:
+                    return None, None
+            elif bad_step(log_decay) is not None:
                 return None, None
             decay = (
                 type(log_decay), log_decay.layout, log_decay.shape, log_decay.dtype, log_decay.device,
@@ -274,7 +277,7 @@ def make_plan(
     lanes = 1
     if transport is not None and operator.writes_into_places:
         lanes = problem.lanes or best_lanes(
-            layout.batch, problem.heads, problem.kv_heads, problem.dk, problem.dv, layout.lengths, tile,
+            layout.batch, problem.heads, problem.apart, problem.dk, problem.dv, layout.lengths, tile,
             problem.device.type, forgetting=len(forgetting) / problem.heads,
             captured=captured and not mute,  # their indices are copied to the GPU, which no graph may do
         )  # fmt: skip
@@ -283,7 +286,7 @@ def make_plan(
         operator=operator,
         layout=layout,
         tiles=tiles,
-        lanes=make_lanes(problem.heads, problem.kv_heads, lanes, forgetting, mute),
+        lanes=make_lanes(problem.heads, problem.apart, lanes, forgetting, mute),
         rank=rank,
         transport=transport,
         any_initial=any_initial,

@@ -99,11 +99,13 @@ class _Fold:
         self.size = size
         if dims[DOCUMENTS] is not None:
             raise RuntimeError("leetdist: vmap over cu_seqlens is not possible: all calls have the same documents")
-        self.into_heads = heads or dims[DECAY] is not None or args[DOCUMENTS] is not None
+        constant = args[DECAY] is not None and args[DECAY].ndim - (dims[DECAY] is not None) == 1
+        self.into_heads = (constant and (heads or dims[DECAY] is not None)) or args[DOCUMENTS] is not None
         q, k, v, log_decay, initial_state = (
-            None if x is None or i == DECAY else self.together(x, dims[i]) for i, x in enumerate(args[:DOCUMENTS])
+            None if x is None or (i == DECAY and constant) else self.together(x, dims[i])
+            for i, x in enumerate(args[:DOCUMENTS])
         )
-        if args[DECAY] is not None:
+        if constant:
             log_decay = self._first(args[DECAY], dims[DECAY]).flatten() if self.into_heads else args[DECAY]
         self.call = (q, k, v, log_decay, initial_state, *args[DOCUMENTS:ARGUMENTS])
 
@@ -143,7 +145,10 @@ def _map_backward(op: Any, forward_op: Any) -> Callable[..., Any]:
             for x, dim in zip((do, dfinal), dims[ARGUMENTS + 1 : ARGUMENTS + 3], strict=True)
         )
         dq, dk, dv, ddecay, dinitial = op(*fold.call, states, do, dfinal, needs_decay_grad)
-        ddecay = ddecay.unflatten(0, (fold.size, -1)) if needs_decay_grad else ddecay.expand(fold.size, 0)
+        if needs_decay_grad and ddecay.ndim == 1:
+            ddecay = ddecay.unflatten(0, (fold.size, -1))
+        else:
+            ddecay = fold.apart(ddecay)
         return (*(fold.apart(x) for x in (dq, dk, dv)), ddecay, fold.apart(dinitial)), (0, 0, 0, 0, 0)
 
     return rule

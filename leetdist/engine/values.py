@@ -7,6 +7,7 @@ its version, memory, shape or strides change; what a result depends on is then c
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -83,6 +84,27 @@ def decays_of(log_decay: Tensor, *, read: bool = True) -> Decays | None:
     """The values of a log_decay, as `values_of`."""
     values = values_of(log_decay, read=read)
     return None if values is None else _decays(values)
+
+
+def bad_step(log_decay: Tensor, *, read: bool = True) -> tuple[int, ...] | None:
+    """(batch entry, head, token) of the first value of a decay a token that is positive or NaN; None where there is
+    none, or none is to be read: on a GPU only what LEETDIST_CHECK_VALUES=1 asks for, and outside of a capture."""
+    if not read or not (log_decay.is_cpu or _check_values()):
+        return None
+    if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    log_decay = log_decay.detach()
+    if not log_decay.numel() or bool((log_decay <= 0).all()):
+        return None
+    return tuple((~(log_decay <= 0)).nonzero()[0].tolist())
+
+
+def _check_values() -> bool:
+    """LEETDIST_CHECK_VALUES: whether values on a GPU are read, which stops its stream in every call."""
+    value = os.environ.get("LEETDIST_CHECK_VALUES", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"LEETDIST_CHECK_VALUES must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def boundaries_of(cu_seqlens: Tensor) -> tuple[int, ...]:

@@ -29,7 +29,8 @@ def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor |
     The values of index and lengths are read where they are in host memory. On a GPU that would stop the stream, so
     there the kernels look: a row with a slot or length that does not exist changes nothing and gets NaN.
     """
-    batch, heads, tokens, dk = q.shape
+    batch, _, tokens, dk = q.shape
+    heads = max(x.shape[1] for x in (q, k, v))
     check_plain("states", states)
     if states.ndim != 4 or tuple(states.shape[1:]) != (heads, dk, v.shape[3]):
         raise ValueError(
@@ -99,7 +100,8 @@ def check_decay(log_decay: Tensor) -> None:
     check_plain("log_decay", log_decay, "a tensor or None")
     if log_decay.ndim != 1 or not log_decay.shape[0]:
         raise ValueError(f"log_decay must have shape (H,), got {tuple(log_decay.shape)}")
-    check_log_decay(log_decay, log_decay[None, :, None, None])  # of a query's heads and device, all that is known
+    # Of a query's heads and device, all that is known.
+    check_log_decay(log_decay, log_decay[None, :, None, None], log_decay.shape[0])
 
 
 def check_device(device: Any) -> torch.device:

@@ -117,7 +117,7 @@ _steps_op = define(
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) states, Tensor? log_decay, float scale, Tensor? index, "
     "Tensor? lengths, Tensor(b!)? ages) -> Tensor",
     _run_steps,
-    lambda q, k, v, *_: q.new_empty(*q.shape[:3], v.shape[3]),
+    lambda q, k, v, *_: q.new_empty(q.shape[0], max(x.shape[1] for x in (q, k, v)), q.shape[2], v.shape[3]),
 )
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Tensor]
 Places = Mapping[str, Tensor | None]
+Dtypes = Mapping[str, torch.dtype]
 
 
 class Operator(ABC):
@@ -99,16 +100,23 @@ class Operator(ABC):
 
     @abstractmethod
     def early_gradients(
-        self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, places: Places, wide: torch.dtype
+        self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, places: Places, dtypes: Dtypes
     ) -> dict[str, Tensor]:
-        """Gradients of the inputs named by `early`, for all H heads: in their places, or where one is shared by several
-        heads, in `wide`."""
+        """Gradients of the inputs named by `early`, for all H heads (one that is shared by several gets one of each),
+        in these dtypes and, where there are some, places."""
 
     @abstractmethod
     def late_gradients(
-        self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles, places: Places, wide: torch.dtype
+        self,
+        x: Inputs,
+        states: Tensor,
+        ends: Tensor,
+        do: Tensor,
+        tiles: Tiles,
+        places: Places,
+        dtypes: Dtypes,
     ) -> dict[str, Tensor]:
-        """Those of the other `tokens`; ends: the gradient of the state at each tile's end."""
+        """Those of the other `tokens` that `places` names; ends: the gradient of the state at each tile's end."""
 
     @abstractmethod
     def head_gradients(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> dict[str, Tensor]:
@@ -218,21 +226,25 @@ class TileOperator(Operator):
         return self._stack(added, x, tiles, self._state)
 
     def early_gradients(
-        self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, places: Places, wide: torch.dtype
+        self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, places: Places, dtypes: Dtypes
     ) -> dict[str, Tensor]:
         return {}
 
     def late_gradients(
-        self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles, places: Places, wide: torch.dtype
+        self,
+        x: Inputs,
+        states: Tensor,
+        ends: Tensor,
+        do: Tensor,
+        tiles: Tiles,
+        places: Places,
+        dtypes: Dtypes,
     ) -> dict[str, Tensor]:
         whole = {
-            name: x[name].new_empty(
-                x[name].shape[0], self.problem.heads, *x[name].shape[2:],
-                dtype=wide if x[name].shape[1] < self.problem.heads else x[name].dtype,
-            )
-            for name in self.tokens
-        }  # fmt: skip
-        for row, number, grads in self._gradients(self.tokens, x, states, ends, do, tiles):
+            name: x[name].new_empty(x[name].shape[0], self.problem.heads, *x[name].shape[2:], dtype=dtypes[name])
+            for name in places
+        }
+        for row, number, grads in self._gradients(tuple(places), x, states, ends, do, tiles):
             for name, grad in grads.items():
                 whole[name][row, :, _span(tiles, number)] = grad[0].to(whole[name].dtype)
         return whole

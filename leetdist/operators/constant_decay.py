@@ -1,106 +1,14 @@
 """A constant decay a head: `S_t = gamma S_{t-1} + k_t v_t^T` (leetdist.linear_attention).
 
-The backward pass needs no kernel of its own. With `LA(a, b, c)_i = sum_{j<=i} gamma^(i-j) (a_i . b_j) c_j`, S the state
-at each tile's start and R the gradient of the state at its end:
-
-    o  = LA(q, k, v; S)                    summaries of (k, v)
-    dq = LA(do, v, k; S^T)                 state gradients: summaries of (q, do), reversed
-    dk = LA(v, do, q; R^T), reversed       dv = LA(k, q, do; R), reversed
-
 Source: LeetDecoding, arXiv 2501.02573; RetNet, arXiv 2307.08621, eqs. 5 to 7.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-
-from leetdist.kernels.common.tiles import Tiles
-from leetdist.operators.base import Inputs, Operator, Places
-from leetdist.operators.dispatch import part_of_tile
-from leetdist.operators.methods import kernels_for
-
-if TYPE_CHECKING:
-    from leetdist.operators.problem import Problem
+from leetdist.operators.scalar_decay import ScalarDecay
 
 
-class ConstantDecay(Operator):
-    """Inputs q, k, v and log_decay (H,); the kernels are those of the problem's method on its device."""
+class ConstantDecay(ScalarDecay):
+    """log_decay: (H,). What `fold` is told of a tile is log_decay itself, for it rounds gamma^n, n tokens' decay."""
 
     heads = ("log_decay",)
-    early = ("q",)
-
-    def __init__(self, problem: Problem, tokens: int) -> None:
-        self.kernels = kernels_for(problem, tokens)
-        self.launches_alone = self.kernels.recordable
-        self.scale, self.dtype = problem.scale, problem.dtype
-        self.writes_into_places = self.kernels.writes_into_places
-
-    @classmethod
-    def chosen(cls, problem: Problem, tokens: int) -> Hashable:
-        return kernels_for(problem, tokens)
-
-    def part_of_tile(self, tile: int) -> int:
-        return part_of_tile(self.kernels.longest_tile, tile)
-
-    def transitions(self, x: Inputs, tiles: Tiles) -> Tensor:
-        return x["log_decay"]  # gamma^n, for n tokens of a tile, is the fold's to round
-
-    def summaries(self, x: Inputs, tiles: Tiles, *, to_end: bool, out: Tensor | None) -> Tensor:
-        return self.kernels.tile_states(
-            x["k"], x["v"], x["log_decay"], tiles, reverse=False, to_end=to_end, **_into(out)
-        )
-
-    def fold(
-        self, keep: Tensor, states: Tensor, initial: Tensor | None, tiles: Tiles, *, reverse: bool, to_end: bool
-    ) -> Tensor | None:
-        return self.kernels.fold(states, initial, keep, tiles, reverse=reverse, to_end=to_end)
-
-    def outputs(self, x: Inputs, states: Tensor, tiles: Tiles, *, out: Tensor | None) -> Tensor:
-        return self.kernels.tile_outputs(
-            x["q"], x["k"], x["v"], states, x["log_decay"], tiles,
-            reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=self.dtype, **_into(out),
-        )  # fmt: skip
-
-    def state_gradients(
-        self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, *, to_end: bool, out: Tensor | None
-    ) -> Tensor:
-        return self.kernels.tile_states(
-            x["q"], do, x["log_decay"], tiles, reverse=True, scale=self.scale, to_end=to_end, **_into(out)
-        )
-
-    def early_gradients(
-        self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, places: Places, wide: torch.dtype
-    ) -> dict[str, Tensor]:
-        dq = self.kernels.tile_outputs(
-            do, x["v"], x["k"], states.mT, x["log_decay"], tiles,
-            reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=self.dtype, **_into(places["q"]),
-        )  # fmt: skip
-        return {"q": dq}
-
-    def late_gradients(
-        self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles, places: Places, wide: torch.dtype
-    ) -> dict[str, Tensor]:
-        def reversed_outputs(name: str, a: Tensor, b: Tensor, c: Tensor, ends: Tensor) -> Tensor:
-            return self.kernels.tile_outputs(
-                a, b, c, ends, x["log_decay"], tiles,
-                reverse=True, scale=self.scale, state_scale=1.0, out_dtype=wide, **_into(places[name]),
-            )  # fmt: skip
-
-        dk = reversed_outputs("k", x["v"], do, x["q"], ends.mT)
-        dv = reversed_outputs("v", x["k"], x["q"], do, ends)
-        return {"k": dk, "v": dv}
-
-    def head_gradients(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> dict[str, Tensor]:
-        shares = self.kernels.decay_gradient(
-            x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, scale=self.scale
-        )
-        return {"log_decay": shares}
-
-
-def _into(out: Tensor | None) -> dict[str, Any]:
-    """`out=` where there is one: not every method's kernels know it."""
-    return {} if out is None else {"out": out}

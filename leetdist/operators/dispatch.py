@@ -78,13 +78,21 @@ def _with_precision(function: Callable[..., Any], precision: str) -> Callable[..
 def facts_of(problem: Problem, tile: int, *, transposed: bool = False) -> Facts:
     given = settings()
     rows, columns = (problem.dv, problem.dk) if transposed else (problem.dk, problem.dv)
-    return Facts(machine_of(problem.device, given), given, problem.dtype, rows, columns, tile, problem.precision)
+    return Facts(
+        machine_of(problem.device, given), given, problem.dtype, rows, columns, tile, problem.precision,
+        problem.operator,
+    )  # fmt: skip
+
+
+def candidates(step: str, operator: str) -> tuple[Implementation, ...]:
+    """Those of the table that compute an operator's step."""
+    return tuple(candidate for candidate in CANDIDATES[step] if candidate.operator == operator)
 
 
 def choose(use: Use, facts: Facts) -> Choice:
     """The first candidate that does not refuse; ValueError in words where all do (which takes a setting)."""
     refused: list[tuple[Implementation, str]] = []
-    for candidate in CANDIDATES[use.step]:
+    for candidate in candidates(use.step, facts.operator):
         reason = candidate.refuses(facts) or _failed.get((candidate, use, facts))
         if reason is None:
             return Choice(use, facts, candidate, tuple(refused))
@@ -152,7 +160,8 @@ def rehearse(choice: Choice, problem: Problem) -> None:
     facts, use = choice.facts, choice.use
     if facts.interpreted:
         return
-    device, heads, shared = problem.device, problem.heads, problem.kv_heads
+    device, heads = problem.device, problem.heads
+    q_heads, k_heads, v_heads = problem.q_heads, problem.k_heads, problem.v_heads
     compile_for = getattr(choice.implementation.loaded(), "compile_for", None)
     if compile_for is not None:
         programs = problem.batch * heads * max(1, problem.tokens // facts.tile)
@@ -166,32 +175,36 @@ def rehearse(choice: Choice, problem: Problem) -> None:
 
     bounds = (0, TOKENS) if use.regular else (0, TOKENS // 2, TOKENS)
     tiles_ = Tiles(facts.tile, bounds)
-    decay = torch.zeros(heads, dtype=torch.float32, device=device)
+    constant = facts.operator == "constant_decay"
+    decay = torch.zeros((heads,) if constant else (1, heads, count), dtype=torch.float32, device=device)
     if type(decay) is not Tensor:
         return  # under a mode that makes other tensors, nothing can be tried
     states = torch.zeros(1, heads, tiles_.count, facts.rows, facts.columns, dtype=torch.float32, device=device)
     function, rows, columns = choice.function(), facts.rows, facts.columns
     directed: dict[str, Any] = {"reverse": use.reverse}
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if use.step == "tile_states":
-            function(tokens(shared, rows), tokens(shared, columns), decay, tiles_, **directed)
+        if use.step == "transitions":
+            function(decay, tiles_)
+        elif use.step == "tile_states":
+            function(tokens(k_heads, rows), tokens(v_heads, columns), decay, tiles_, **directed)
         elif use.step == "fold":
-            function(states, None, decay, tiles_, **directed)
+            keep = decay if constant else decay.new_ones(1, heads, tiles_.count)
+            function(states, None, keep, tiles_, **directed)
         elif use.step == "decay_gradient":
             function(
-                tokens(heads, rows), tokens(shared, rows), tokens(shared, columns), tokens(heads, columns),
+                tokens(q_heads, rows), tokens(k_heads, rows), tokens(v_heads, columns), tokens(heads, columns),
                 states, states, decay, tiles_, scale=1.0,
             )  # fmt: skip
         elif use.step in ("step", "steps"):
             more: dict[str, Any] = {"out": None} if use.step == "step" else {"index": None, "lengths": None}
             function(
-                tokens(heads, rows), tokens(shared, rows), tokens(shared, columns), states[:, :, 0].contiguous(), decay,
-                scale=1.0, **more,
+                tokens(q_heads, rows), tokens(k_heads, rows), tokens(v_heads, columns),
+                states[:, :, 0].contiguous(), decay, scale=1.0, **more,
             )  # fmt: skip
         else:
             function(
-                tokens(heads, rows), tokens(shared, rows), tokens(shared, columns), states, decay, tiles_, **directed,
-                scale=1.0, state_scale=1.0, out_dtype=torch.float32 if use.wide else facts.dtype,
+                tokens(q_heads, rows), tokens(k_heads, rows), tokens(v_heads, columns), states, decay, tiles_,
+                **directed, scale=1.0, state_scale=1.0, out_dtype=torch.float32 if use.wide else facts.dtype,
             )  # fmt: skip
 
 
@@ -201,11 +214,17 @@ _decoders: Memo[Hashable, Choice] = Memo(512)
 
 def decoder(step: str, problem: Problem) -> Choice:
     """Who computes "step" or "steps" of decoding."""
-    key = step, problem.device, problem.dtype, problem.dk, problem.dv, problem.kv_heads == problem.heads, raw_settings()
+    shared = problem.q_heads < problem.heads, problem.k_heads < problem.heads, problem.v_heads < problem.heads
+    key = step, problem.operator, problem.device, problem.dtype, problem.dk, problem.dv, shared, raw_settings()
     found = _decoders.get(key)
     if found is None:
         found = _decoders[key] = chosen(Use(step), problem, 1, compiled=True)
     return found
+
+
+def decay_itself(log_decay: Tensor, tiles: Tiles) -> Tensor:
+    """What `fold` takes of a constant decay: its powers, n tokens' decay, it rounds itself."""
+    return log_decay
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +240,7 @@ class Kernels:
     choices: tuple[Choice, ...] = ()
     used: tuple[Choice, ...] = ()
     longest_tile: int | None = None
+    transitions: Callable[..., Tensor] = decay_itself
 
     def __str__(self) -> str:
         """Names and versions: ranks with the same compute the same bits."""
@@ -242,7 +262,10 @@ def compose(outputs: str, problem: Problem, tile: int) -> Kernels:
     """The kernels of a method whose outputs are those of the step `outputs`. They may compute in parts of the tile:
     see `part_of_tile`."""
     regular, square = problem.documents is None, problem.dk == problem.dv
-    wide = problem.kv_heads < problem.heads and problem.dtype.itemsize == 2
+    wide_q, wide_k, wide_v = (
+        own < problem.heads and problem.dtype.itemsize == 2
+        for own in (problem.q_heads, problem.k_heads, problem.v_heads)
+    )
     backward = problem.needs_grad or problem.needs_initial_grad
 
     def take(step: str, tile: int, *kinds: tuple[bool, bool, bool]) -> list[Choice]:
@@ -255,7 +278,7 @@ def compose(outputs: str, problem: Problem, tile: int) -> Kernels:
             for place, (reverse, transposed, wide) in enumerate(kinds)
         ]  # fmt: skip
 
-    kinds = (False, False, False), (False, True, False), (True, True, wide), (True, False, wide)
+    kinds = (False, False, False), (False, True, wide_q), (True, True, wide_k), (True, False, wide_v)
     by_outputs = take(outputs, tile, *kinds)
     longest = [c.implementation.longest_tile for c in by_outputs if c.implementation.longest_tile is not None]
     part = part_of_tile(min(longest, default=None), tile)
@@ -264,7 +287,12 @@ def compose(outputs: str, problem: Problem, tile: int) -> Kernels:
     both = (False, False, False), (True, False, False)
     by_states, by_fold = take("tile_states", part, *both), take("fold", part, *both)
     gradient = chosen(Use("decay_gradient", regular=regular), problem, part, compiled=problem.needs_decay_grad)
-    return _composed(tuple(by_outputs), tuple(by_states), tuple(by_fold), gradient, backward, problem.needs_decay_grad)
+    keep = None
+    if candidates("transitions", problem.operator):
+        keep = chosen(Use("transitions", regular=regular), problem, part, compiled=True)
+    return _composed(
+        tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, backward, problem.needs_decay_grad
+    )
 
 
 @lru_cache(maxsize=512)
@@ -272,17 +300,19 @@ def _composed(
     outputs: tuple[Choice, ...],
     states: tuple[Choice, ...],
     fold: tuple[Choice, ...],
+    keep: Choice | None,
     gradient: Choice,
     backward: bool,
     learnt: bool,
 ) -> Kernels:
     """Plans are remembered by their kernels, so one object."""
     longest = [c.implementation.longest_tile for c in outputs if c.implementation.longest_tile is not None]
-    passes = *outputs, *states, *fold
+    passes = *outputs, *states, *fold, *([] if keep is None else [keep])
     used = [choice for choice in passes if backward or choice.use.forward] + [gradient] * learnt
     return Kernels(
         _routed(outputs), _routed(states), _routed(fold), gradient.function(),
         choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
+        transitions=decay_itself if keep is None else keep.function(),
     )  # fmt: skip
 
 
@@ -308,7 +338,9 @@ def part_of_tile(longest: int | None, tile: int) -> int:
     return next((part for part in range(longest, longest // 8, -1) if tile % part == 0), tile)
 
 
-WORDS = {"tile_states": "states", "decay_gradient": "gradient of log_decay"} | {x: x for x in ("fold", "step", "steps")}
+WORDS = {"tile_states": "states", "decay_gradient": "gradient of log_decay", "transitions": "decays of tiles"} | {
+    x: x for x in ("fold", "step", "steps")
+}
 
 
 def in_words(choices: Iterable[Choice]) -> list[dict[str, str]]:
@@ -348,7 +380,9 @@ def may_fail(backend: str) -> bool:
 
 @lru_cache(maxsize=512)
 def _backend_of(facts: Facts) -> str:
-    steps = "tile_outputs", "fleet_outputs", "token_outputs", "fold"
+    steps = [
+        step for step in ("tile_outputs", "fleet_outputs", "token_outputs", "fold") if candidates(step, facts.operator)
+    ]
     return ", ".join(dict.fromkeys(choose(Use(step), facts).name for step in steps))
 
 

@@ -57,6 +57,7 @@ class Facts:
     columns: int
     tile: int
     precision: str | None = None
+    operator: str = "constant_decay"
 
     @property
     def interpreted(self) -> bool:
@@ -67,10 +68,11 @@ class Facts:
 class Implementation:
     """One way to compute some steps. refusal: why not, in words; None: it serves.
 
-    module: under leetdist.kernels.constant_decay, with a function a step, named in `functions` where it is not called
-    as the step is. compiler: what makes its machine code. costs: the table of leetdist/operators/costs.json that was
-    measured with it. recordable: all its launches are seen by leetdist.kernels.common.recording, so that a call can be
-    repeated. longest_tile: tokens that it may add up one by one.
+    operator: whose steps, which is also the folder of leetdist.kernels where `module` is, with a function a step, named
+    in `functions` where it is not called as the step is. compiler: what makes its machine code. costs: the table of
+    leetdist/operators/costs.json that was measured with it. recordable: all its launches are seen by
+    leetdist.kernels.common.recording, so that a call can be repeated. longest_tile: tokens that it may add up one by
+    one.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Implementation:
     takes_precision: bool = False
     longest_tile: int | None = None
     functions: tuple[tuple[str, str], ...] = ()
+    operator: str = "constant_decay"
 
     def refuses(self, facts: Facts) -> str | None:
         return self.refusal(facts)
@@ -110,7 +113,7 @@ class Implementation:
         return getattr(self.loaded(), dict(self.functions).get(step, step))
 
     def loaded(self) -> Any:
-        return importlib.import_module(f"leetdist.kernels.constant_decay.{self.module}")
+        return importlib.import_module(f"leetdist.kernels.{self.operator}.{self.module}")
 
     def configuration(self, facts: Facts) -> str:
         found = getattr(self.loaded(), "configuration", None)
@@ -285,15 +288,19 @@ TRITON_STEP = Implementation("Triton", "triton.step", _triton, "Triton")
 TRITON_STEPS = Implementation("Triton", "triton.steps", _triton, "Triton")
 PYTORCH_DECODE = Implementation("PyTorch", "pytorch.decode", _pytorch)
 
+PYTORCH_A_TOKEN = Implementation("PyTorch", "pytorch.block", _pytorch, costs="cpu", operator="token_decay")
+PYTORCH_DECODE_A_TOKEN = Implementation("PyTorch", "pytorch.decode", _pytorch, operator="token_decay")
+
 # Steps of the two passes (constant_decay.pytorch.block says what each computes; the outputs of methods that go token by
 # token have names of their own), and of decoding: from the fastest to the one that serves all.
 CANDIDATES: dict[str, tuple[Implementation, ...]] = {
-    "tile_states": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH),
-    "tile_outputs": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH),
+    "transitions": (PYTORCH_A_TOKEN,),
+    "tile_states": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, PYTORCH_A_TOKEN),
+    "tile_outputs": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, PYTORCH_A_TOKEN),
     "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET),
     "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN),
-    "fold": (TRITON, PYTORCH),
-    "decay_gradient": (TRITON, PYTORCH),
-    "step": (TRITON_STEP, PYTORCH_DECODE),
-    "steps": (TRITON_STEPS, PYTORCH_DECODE),
+    "fold": (TRITON, PYTORCH, PYTORCH_A_TOKEN),
+    "decay_gradient": (TRITON, PYTORCH, PYTORCH_A_TOKEN),
+    "step": (TRITON_STEP, PYTORCH_DECODE, PYTORCH_DECODE_A_TOKEN),
+    "steps": (TRITON_STEPS, PYTORCH_DECODE, PYTORCH_DECODE_A_TOKEN),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,9 @@ class Problem:
     """One call, without its data: what every rank must agree on, and this rank's number of tokens."""
 
     batch: int
-    heads: int
-    kv_heads: int
+    q_heads: int
+    k_heads: int
+    v_heads: int
     dk: int
     dv: int
     dtype: torch.dtype
@@ -40,3 +42,13 @@ class Problem:
     operator: str = "constant_decay"
     gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
     sharded_from: int | None = None  # tokens that shard_sequence was given for a shard as long as this one
+
+    @property
+    def heads(self) -> int:
+        """Of the state: as many as the widest of q, k and v has."""
+        return max(self.q_heads, self.k_heads, self.v_heads)
+
+    @property
+    def apart(self) -> int:
+        """Into how many parts the heads can go, so that none shares a head of q, k or v with another."""
+        return math.gcd(self.q_heads, self.k_heads, self.v_heads)

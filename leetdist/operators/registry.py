@@ -10,6 +10,7 @@ from leetdist.operators.base import Operator
 # Name -> the class, or where it is: its kernels are imported when it is first used.
 _operators: dict[str, type[Operator] | str] = {
     "constant_decay": "leetdist.operators.constant_decay.ConstantDecay",
+    "token_decay": "leetdist.operators.token_decay.TokenDecay",
 }
 
 

@@ -100,7 +100,7 @@ def attention_rows(name: str, function: Callable[..., Any]) -> Iterator[Row]:
         yield bad(argument, "of a larger batch", tensor(B + 1, H, N, D), r"\b(q|k|v)\b.* B = ")
     yield bad("k", "another Dk", tensor(B, H, N, D + 1), "head dimension Dk = 16")
     yield bad("k", "3 heads", tensor(B, 3, N, D), "number of heads")
-    yield bad("v", "1 head", tensor(B, 1, N, D), "as many heads as k")
+    yield bad("v", "3 heads", tensor(B, 3, N, D), "divides v's 3, got 2")
     yield bad("q", "no tokens", {n: tensor(B, H, 0, D) for n in "qkv"}, "q: N is 0")
 
     for what, x in no_tensors(-tensor(H)):
@@ -281,7 +281,7 @@ def sharded_rows() -> Iterator[Row]:
     yield bad("k sparse", "k must be a dense", k=tensor(B, H, 32, D).to_sparse())
     yield bad("v int", "v must be float", v=tensor(B, H, 32, D).int())
     yield bad("log_decay positive", "log_decay must be <= 0", log_decay=tensor(H))
-    yield bad("heads", "disagree on heads", **{n: tensor(B, 4, 32, D) for n in "qkv"})
+    yield bad("heads", "disagree on q_heads", **{n: tensor(B, 4, 32, D) for n in "qkv"})
     yield bad("dtype", "disagree on dtype", **{n: tensor(B, H, 32, D).double() for n in "qkv"})
     yield bad("cu_seqlens", "disagree on documents", cu_seqlens=torch.tensor([0, 64]))
 

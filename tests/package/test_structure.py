@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KNOWS = {
     "kernels.common": (),
     "kernels.constant_decay": ("kernels.common",),
+    "kernels.token_decay": ("kernels.common", "kernels.constant_decay"),
     "arguments": (),
     "sequence": ("arguments", "kernels.common"),
     "operators": ("kernels", "sequence"),

@@ -15,9 +15,9 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, *, scale: float, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See leetdist.kernels.constant_decay.triton.step.step; this one is differentiable, without `out`."""
-    dtype, decay = q.dtype, _decay(log_decay, state.dtype)
-    q, k, v = _operands(q, k, v, state.dtype)
-    new = _moved(state, k, v, decay)
+    dtype = q.dtype
+    q, k, v = _operands(q, k, v, state)
+    new = _moved(state, k, v, _decay(log_decay, 0, state.dtype))
     return _output(q, new, scale).to(dtype), new if out is None else written(out, new)
 
 
@@ -35,9 +35,10 @@ def steps(
 ) -> Tensor:
     """`S_t = gamma S_{t-1} + k_t v_t^T`, `o_t = scale q_t^T S_t` for T tokens of B requests.
 
-    q: (B, H, T, Dk), k, v: (B, Hkv, T, Dk or Dv); states: (slots, H, Dk, Dv), where row b works on slot `index[b]`
-    (b without an index) and keeps what it is after `lengths[b]` tokens (T without lengths); ages: (slots,) int64, to
-    which the tokens kept are added. All T outputs are computed in any case: (B, H, T, Dv) in q's dtype.
+    q, k, v: (B, H or a divisor, T, Dk or Dv); log_decay: (H,), or (B, H, T), a token each; states: (slots, H, Dk, Dv),
+    where row b works on slot `index[b]` (b without an index) and keeps what it is after `lengths[b]` tokens (T without
+    lengths); ages: (slots,) int64, to which the tokens kept are added. All T outputs are computed in any case: (B, H,
+    T, Dv) in q's dtype.
 
     No value is read on the host, so that a CUDA graph can hold it. So a row whose index is no slot, or whose length is
     not 0 to T, changes nothing and gets NaN.
@@ -53,11 +54,11 @@ def steps(
 
     before = states if index is None else states.index_select(0, slots)
     state = before.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    q, k, v = _operands(q, k, v, state.dtype)
-    decay = _decay(log_decay, state.dtype)
+    q, k, v = _operands(q, k, v, state)
     after, outputs = state, []
     for t in range(tokens):
         token = slice(t, t + 1)
+        decay = _decay(log_decay, t, state.dtype)
         state = _moved(state, k[:, :, token], v[:, :, token], decay)
         outputs.append(_output(q[:, :, token], state, scale))
         after = state if lengths is None else torch.where((kept > t)[:, None, None, None], state, after)
@@ -82,20 +83,20 @@ def written(to: Tensor, source: Tensor, slots: Tensor | None = None) -> Tensor:
     return to.copy_(source) if slots is None else to.index_copy_(0, slots, source)
 
 
-def _operands(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    share = q.shape[1] // k.shape[1]
-    return q.to(dtype), k.to(dtype).repeat_interleave(share, 1), v.to(dtype).repeat_interleave(share, 1)
+def _operands(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> list[Tensor]:
+    """For every head of the state, in its dtype."""
+    return [x.to(state.dtype).repeat_interleave(state.shape[1] // x.shape[1], 1) for x in (q, k, v)]
 
 
-def _decay(log_decay: Tensor | None, dtype: torch.dtype) -> Decay | None:
-    """(stays, factor), each (H, 1, 1), whose sum is gamma.
+def _decay(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Decay | None:
+    """Of a token, (stays, factor), each (H, 1, 1) or, of a decay a token, (B, H, 1, 1), whose sum is gamma.
 
     gamma near 1 is rounded by up to 3e-8, the same way at every token, and 65,536 tokens would add that up to 1e-3. So
     the state of a slow decay stays, and `gamma - 1`, which has all its digits, is the factor of what is added to it.
     """
     if log_decay is None:
         return None
-    exact = log_decay.double()[:, None, None]
+    exact = (log_decay if log_decay.ndim == 1 else log_decay[:, :, token]).double()[..., None, None]
     slow = exact > -0.7
     return slow.to(dtype), torch.where(slow, torch.expm1(exact), torch.exp(exact)).to(dtype)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.pytorch.block import decay_powers
 from leetdist.kernels.constant_decay.pytorch.token_walk import TokenWalk
+from leetdist.kernels.constant_decay.pytorch.walk import decay_powers
 
 
 def tile_outputs(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.kernels.constant_decay.pytorch import block
+from leetdist.kernels.constant_decay.pytorch import walk
 
-LEAST = tl.constexpr(block.LEAST)
+LEAST = tl.constexpr(walk.LEAST)
 # Elements of the state that one program of the fold carries through all tiles.
 FOLD_BLOCK = 1024
 # Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.

@@ -12,10 +12,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from leetdist.kernels.common.gluon import async_load, barrier
-from leetdist.kernels.constant_decay.pytorch import block
+from leetdist.kernels.constant_decay.pytorch import walk
 
 LOG2E = gl.constexpr(1.4426950408889634)
-LEAST = gl.constexpr(block.LEAST)
+LEAST = gl.constexpr(walk.LEAST)
 # exp(-x) is 0 in fp32 for x from here on.
 FP32_RANGE = gl.constexpr(104.0)
 COUNTS = ["tokens", "tiles", "tile_size"]

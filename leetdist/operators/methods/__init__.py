@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.settings import raw_settings
-from leetdist.kernels.constant_decay.pytorch.block import LEAST
+from leetdist.kernels.constant_decay.pytorch.walk import LEAST
 from leetdist.operators import cost
 from leetdist.operators.dispatch import Kernels, Use, chosen, compose
 from leetdist.sequence.grid import default_tile
@@ -44,6 +44,8 @@ def _kernels_for(problem: Problem, tokens: int, _settings: tuple[str | None, ...
 def choice_for(problem: Problem, tokens: int) -> cost.Choice:
     """What "auto" takes, by the costs of the kernels that will run."""
     tile = problem.tile or default_tile(tokens)
+    if problem.operator != "constant_decay":
+        return cost.Choice("block", {}, {"block": 1.0}, "")
     if problem.device.type == "cpu":
         return cost.choose(problem, tile, where="cpu", token_scan=True)
     where = chosen(Use("tile_outputs"), problem, tile, compiled=True).implementation.costs
@@ -72,13 +74,11 @@ def attention_on_one_device(
 
     method = {"vanilla": vanilla, "recursion": recursion}[problem.method]
     dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    share = problem.heads // problem.kv_heads
     decay = q.new_zeros(problem.heads) if log_decay is None else log_decay
     plain = torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else nullcontext()
     with plain:
-        q, decay = q.to(dtype), decay.to(dtype).clamp_min(LEAST)
-        k, v = k.to(dtype), v.to(dtype)
-        k, v = (x.contiguous() if share == 1 else x.repeat_interleave(share, 1) for x in (k, v))
+        decay = decay.to(dtype).clamp_min(LEAST)
+        q, k, v = (_for_all_heads(x.to(dtype), problem.heads) for x in (q, k, v))
         rows, spans = [initial_state], [(0, problem.tokens)]
         if problem.documents is not None:
             spans = list(itertools.pairwise(problem.documents))
@@ -92,3 +92,8 @@ def attention_on_one_device(
         o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         state = torch.cat(states) if len(states) > 1 else states[0] if states else None
     return (problem.scale * o).to(problem.dtype), state
+
+
+def _for_all_heads(x: Tensor, heads: int) -> Tensor:
+    share = heads // x.shape[1]
+    return x.contiguous() if share == 1 else x.repeat_interleave(share, 1)

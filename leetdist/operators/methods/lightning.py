@@ -52,10 +52,10 @@ def outputs_of(base: Kernels) -> Callable[..., Tensor]:
     ) -> Tensor:
         """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
         if tiles.size > BLOCK:
-            tiles, inside_tiles = finer(tiles)
+            tiles, inside_tiles = tiles.finer(BLOCK)
             starts = states.transpose(1, 2).flatten(0, 1) * state_scale
             states = base.tile_states(b, c, log_decay, tiles, reverse=reverse, scale=scale)
-            base.fold(states, starts, log_decay, inside_tiles, reverse=reverse)
+            base.fold(states, starts, base.transitions(log_decay, inside_tiles), inside_tiles, reverse=reverse)
             state_scale = 1.0
         return base.tile_outputs(
             a, b, c, states, log_decay, tiles,
@@ -63,10 +63,3 @@ def outputs_of(base: Kernels) -> Callable[..., Tensor]:
         )  # fmt: skip
 
     return tile_outputs
-
-
-@lru_cache(maxsize=256)
-def finer(tiles: Tiles) -> tuple[Tiles, Tiles]:
-    """The blocks of the row, and the same blocks with each tile a segment of its own."""
-    starts = tuple(start for start, _ in tiles.spans)
-    return Tiles(BLOCK, tiles.bounds), Tiles(BLOCK, (*starts, tiles.num_tokens))

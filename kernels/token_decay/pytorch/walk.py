@@ -1,0 +1,102 @@
+"""The weights of a decay a token: exponentials of sums of log-decays, taken within a chunk.
+
+With G_i the sum of log_decay from the chunk's first token to token i, inclusive, token j weighs exp(G_i - G_j) in token
+i, the state at the chunk's start exp(G_i), and token j in the state at its end exp(G_n - G_j). A difference of two sums
+loses what the larger has no digits for: after steps of -50, fp64 would leave 1e-13 of steps of -1e-3, fp32 nothing. So
+a sum is two fp64 numbers, high and low, whose own order is the same for every chunk: that of doubling.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.constant_decay.pytorch.kept import kept
+from leetdist.kernels.constant_decay.pytorch.walk import LEAST, Chunk, Place, Walk, distances
+
+
+class TokenDecayWalk(Walk["TokenDecayChunk"]):
+    """log_decay: (B, H, N). A step that is positive or NaN makes NaN of all weights across it."""
+
+    head_dim = 1
+
+    def chunk_at(self, place: Place) -> TokenDecayChunk:
+        return TokenDecayChunk(self, place)
+
+
+class TokenDecayChunk(Chunk):
+    """Weights in the walk's dtype, each rounded once from fp64."""
+
+    @cached_property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """G, high and low, (B, H, A, C) in fp64; behind the last token it stays what it is there."""
+        place = self.place
+        steps = self.walk.log_decay.index_select(2, place.rows).double()
+        steps = torch.where(steps <= 0, steps.clamp_min(LEAST), math.nan).unflatten(2, place.outside.shape[:2])
+        if not place.full:
+            steps = steps.masked_fill(place.outside[..., 0], 0)
+        return sums_in_pairs(steps)
+
+    def _between(self, later: slice, earlier: slice) -> Tensor:
+        """exp(G_later - G_earlier) of slices of C."""
+        high, low = self.sums
+        return self._weight((high[..., later] - high[..., earlier]) + (low[..., later] - low[..., earlier]))
+
+    def _weight(self, exponent: Tensor) -> Tensor:
+        return exponent.exp_().to(self.walk.dtype)
+
+    def _from_start(self) -> Tensor:
+        high, low = self.sums
+        return self._weight(high + low)[..., None]
+
+    def _to_end(self) -> Tensor:
+        return self._between(slice(-1, None), slice(None))[..., None]
+
+    def pairs(self) -> Tensor:
+        _, seen = kept(distances, self.walk.chunk, self.walk.device, self.walk.chunk, self.walk.reverse)
+        high, low = ((x[..., :, None] - x[..., None, :]) for x in self.sums)
+        exponent = high.add_(low)
+        return self._weight((exponent.neg_() if self.walk.reverse else exponent).masked_fill_(~seen, -math.inf))
+
+    def from_state(self) -> Tensor:
+        return self._to_end() if self.walk.reverse else self._from_start()
+
+    def to_state(self) -> Tensor:
+        return self._from_start() if self.walk.reverse else self._to_end()
+
+    def across(self) -> Tensor:
+        return self._weight(self.total())[..., None, None]
+
+    def total(self) -> Tensor:
+        """G_n, (B, H, A) in fp64."""
+        high, low = self.sums
+        return high[..., -1] + low[..., -1]
+
+
+def sums_in_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Running sums of x (..., C), as the sum of two numbers of its dtype with the digits of both."""
+    high, low = x, torch.zeros_like(x)
+    distance = 1
+    while distance < x.shape[-1]:
+        a, b = high[..., distance:], high[..., :-distance]
+        total = a + b
+        part = total - a
+        lost = (a - (total - part)) + (b - part)  # what the sum has rounded away, exactly
+        low = torch.cat((low[..., :distance], low[..., distance:] + low[..., :-distance] + lost), -1)
+        high = torch.cat((high[..., :distance], total), -1)
+        distance *= 2
+    return high, low
+
+
+def running_sums(x: Tensor, dim: int) -> Tensor:
+    """Sums along `dim` up to each place, by doubling: in the same order on every device, as cumsum is not."""
+    distance = 1
+    while distance < x.shape[dim]:
+        rest = x.shape[dim] - distance
+        later = x.narrow(dim, distance, rest) + x.narrow(dim, 0, rest)
+        x = torch.cat((x.narrow(dim, 0, distance), later), dim)
+        distance *= 2
+    return x

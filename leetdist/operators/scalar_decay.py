@@ -1,0 +1,116 @@
+"""A decay that is one number a head, the same for all tokens or not: `S_t = gamma_t S_{t-1} + k_t v_t^T`.
+
+The backward pass needs no kernel of its own, but for the decays' gradient. With `LA(a, b, c)_i = sum_{j<=i} w_ij
+(a_i . b_j) c_j`, where w_ij is the product of gamma_{j+1} to gamma_i, S the state at each tile's start and R the
+gradient of the state at its end:
+
+    o  = LA(q, k, v; S)                    summaries of (k, v)
+    dq = LA(do, v, k; S^T)                 state gradients: summaries of (q, do), reversed
+    dk = LA(v, do, q; R^T), reversed       dv = LA(k, q, do; R), reversed
+
+Source: LeetDecoding, arXiv 2501.02573; RetNet, arXiv 2307.08621, eqs. 5 to 7; a decay a token: Mamba-2, arXiv
+2405.21060, section 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.operators.base import Dtypes, Inputs, Operator, Places
+from leetdist.operators.dispatch import part_of_tile
+from leetdist.operators.methods import kernels_for
+
+if TYPE_CHECKING:
+    from leetdist.operators.problem import Problem
+
+
+class ScalarDecay(Operator):
+    """Inputs q, k, v and log_decay; the kernels are those of the problem's operator and method on its device."""
+
+    early = ("q",)
+
+    def __init__(self, problem: Problem, tokens: int) -> None:
+        self.kernels = kernels_for(problem, tokens)
+        self.launches_alone = self.kernels.recordable
+        self.scale, self.dtype = problem.scale, problem.dtype
+        self.writes_into_places = self.kernels.writes_into_places
+
+    @classmethod
+    def chosen(cls, problem: Problem, tokens: int) -> Hashable:
+        return kernels_for(problem, tokens)
+
+    def part_of_tile(self, tile: int) -> int:
+        return part_of_tile(self.kernels.longest_tile, tile)
+
+    def transitions(self, x: Inputs, tiles: Tiles) -> Tensor:
+        return self.kernels.transitions(x["log_decay"], tiles)
+
+    def summaries(self, x: Inputs, tiles: Tiles, *, to_end: bool, out: Tensor | None) -> Tensor:
+        return self.kernels.tile_states(
+            x["k"], x["v"], x["log_decay"], tiles, reverse=False, to_end=to_end, **_into(out)
+        )
+
+    def fold(
+        self, keep: Tensor, states: Tensor, initial: Tensor | None, tiles: Tiles, *, reverse: bool, to_end: bool
+    ) -> Tensor | None:
+        return self.kernels.fold(states, initial, keep, tiles, reverse=reverse, to_end=to_end)
+
+    def outputs(self, x: Inputs, states: Tensor, tiles: Tiles, *, out: Tensor | None) -> Tensor:
+        return self.kernels.tile_outputs(
+            x["q"], x["k"], x["v"], states, x["log_decay"], tiles,
+            reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=self.dtype, **_into(out),
+        )  # fmt: skip
+
+    def state_gradients(
+        self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, *, to_end: bool, out: Tensor | None
+    ) -> Tensor:
+        return self.kernels.tile_states(
+            x["q"], do, x["log_decay"], tiles, reverse=True, scale=self.scale, to_end=to_end, **_into(out)
+        )
+
+    def early_gradients(
+        self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, places: Places, dtypes: Dtypes
+    ) -> dict[str, Tensor]:
+        dq = self.kernels.tile_outputs(
+            do, x["v"], x["k"], states.mT, x["log_decay"], tiles,
+            reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=dtypes["q"], **_into(places["q"]),
+        )  # fmt: skip
+        return {"q": dq}
+
+    def late_gradients(
+        self,
+        x: Inputs,
+        states: Tensor,
+        ends: Tensor,
+        do: Tensor,
+        tiles: Tiles,
+        places: Places,
+        dtypes: Dtypes,
+    ) -> dict[str, Tensor]:
+        def reversed_outputs(name: str, a: Tensor, b: Tensor, c: Tensor, ends: Tensor) -> Tensor:
+            return self.kernels.tile_outputs(
+                a, b, c, ends, x["log_decay"], tiles,
+                reverse=True, scale=self.scale, state_scale=1.0, out_dtype=dtypes[name], **_into(places[name]),
+            )  # fmt: skip
+
+        dk = reversed_outputs("k", x["v"], do, x["q"], ends.mT)
+        dv = reversed_outputs("v", x["k"], x["q"], do, ends)
+        return {"k": dk, "v": dv}
+
+    def decay_gradient(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> Tensor:
+        """As the kernels give it: a number a tile, or a token."""
+        return self.kernels.decay_gradient(
+            x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, scale=self.scale
+        )
+
+    def head_gradients(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> dict[str, Tensor]:
+        return {name: self.decay_gradient(x, states, ends, do, tiles) for name in self.heads}
+
+
+def _into(out: Tensor | None) -> dict[str, Any]:
+    """`out=` where there is one: not every method's kernels know it."""
+    return {} if out is None else {"out": out}

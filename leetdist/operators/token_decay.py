@@ -1,0 +1,35 @@
+"""A decay a head and token: `S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T` (leetdist.linear_attention), as in Mamba-2 and
+simple gated linear attention.
+
+Source: Mamba-2, arXiv 2405.21060, section 6; GLA, arXiv 2312.06635, table 1.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.operators.base import Dtypes, Inputs, Places
+from leetdist.operators.scalar_decay import ScalarDecay
+
+
+class TokenDecay(ScalarDecay):
+    """log_decay: (B, H, N), -inf allowed: the state starts anew. `fold` is told one factor a tile, (B, H, tiles)."""
+
+    tokens = ("q", "k", "v", "log_decay")
+
+    def late_gradients(
+        self,
+        x: Inputs,
+        states: Tensor,
+        ends: Tensor,
+        do: Tensor,
+        tiles: Tiles,
+        places: Places,
+        dtypes: Dtypes,
+    ) -> dict[str, Tensor]:
+        grads = super().late_gradients(x, states, ends, do, tiles, places, dtypes)
+        if "log_decay" in places:
+            grad, place = self.decay_gradient(x, states, ends, do, tiles), places["log_decay"]
+            grads["log_decay"] = grad if place is None else place.copy_(grad)
+        return grads
