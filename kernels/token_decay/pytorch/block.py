@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
@@ -123,7 +124,7 @@ def _decay_gradient(
         read = ((q_i @ start).mul_(do_i) * chunk.from_state()).sum(-1)
         near = (near + running_sums(read.flip(-1), -1).flip(-1)).mul_(scale)
         written = ((k_i @ end).mul_(v_i) * chunk.to_state()).sum(-1)
-        before = running_sums(written, -1) - written
+        before = running_sums(F.pad(written[..., :-1], (1, 0)), -1)  # taking the last away again would leave rounding
         kept = (start * end).mul_(chunk.across()).sum((-1, -2))[..., None]
         chunk.put(total, (near + before + kept)[..., None])
     return total[..., 0].to(log_decay.dtype)
