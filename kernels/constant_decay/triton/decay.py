@@ -40,7 +40,7 @@ def decay_gradient(
             (
                 q, k, v, do, states, state_grads, log_decay, out, _table(tiles, q.device),
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-                heads, heads // k.shape[1], heads // v.shape[1],
+                heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
                 q.shape[2], tiles.count, tiles.size, rows, columns, scale,
             ),
             {
@@ -103,7 +103,7 @@ def _rounded_to_tf32(x):
 def _decay_gradient(
     q, k, v, do, states, state_grads, log_decay, out, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    do_batch, do_head, do_token, heads, k_share, v_share, tokens, tiles, tile_size, rows, columns, scale,
+    do_batch, do_head, do_token, heads, q_share, k_share, v_share, tokens, tiles, tile_size, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def _decay_gradient(
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     column = tl.program_id(1) * COLUMNS
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
-    q += batch * q_batch + head * q_head
+    q += batch * q_batch + head // q_share * q_head
     k += batch * k_batch + head // k_share * k_head
     v += batch * v_batch + head // v_share * v_head
     do += batch * do_batch + head * do_head

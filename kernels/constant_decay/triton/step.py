@@ -26,39 +26,50 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """`new = gamma state + k v^T`, `o = scale * q^T new`.
 
-    q: (B, H, 1, Dk); k: (B, Hkv, 1, Dk); v: (B, Hkv, 1, Dv); state: (B, H, Dk, Dv) fp32; log_decay: (H,), any stride,
-    fp32 or fp64, or None.
+    q, k: (B, H or fewer, 1, Dk); v: (B, H or fewer, 1, Dv); state: (B, H, Dk, Dv) fp32; log_decay: (H,), any stride,
+    (B, H, 1), or None; fp32 or fp64.
     The new state goes to `out`, which may be `state` itself, or to a fresh tensor. Returns (B, H, 1, Dv) and the state.
     """
-    batch, heads, _, rows = q.shape
-    columns = v.shape[3]
+    batch, heads, rows, columns = state.shape
     if state.stride(-1) != 1:
         state = state.contiguous()
     new = torch.empty(state.shape, dtype=state.dtype, device=state.device) if out is None else out
     o = torch.empty(batch, heads, 1, columns, dtype=q.dtype, device=q.device)
     block = min(COLUMNS, padded(columns))
+    decays, stride, by_token = canonical_decays(log_decay)
     launch(
         _step,
         (batch * heads, ceil_div(columns, block)),
         (
-            q, k, v, state, log_decay, o, new,
+            q, k, v, state, decays, o, new,
             q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3),
             v.stride(0), v.stride(1), v.stride(3), *state.stride()[:3], *new.stride(),
-            0 if log_decay is None else log_decay.stride(0),
-            heads, heads // k.shape[1], rows, columns, scale,
+            stride,
+            heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1], rows, columns, scale,
         ),
-        {"ROWS": padded(rows), "COLUMNS": block},
+        {"ROWS": padded(rows), "COLUMNS": block, "BY_TOKEN": by_token},
         num_warps=WARPS,
         enable_fp_fusion=FUSION,
     )  # fmt: skip
     return o, new
 
 
+def canonical_decays(log_decay: Tensor | None) -> tuple[Tensor | None, int, bool]:
+    """As the kernels take them: decays, their stride, and whether there is one a token, (B, H, T), then contiguous."""
+    if log_decay is None:
+        return None, 0, False
+    if log_decay.ndim == 1:
+        return log_decay, log_decay.stride(0), False
+    return log_decay.contiguous(), 0, True
+
+
 @triton.jit
-def decay(log_decay):
+def decay(log_decay, BY_TOKEN: tl.constexpr):
     """gamma as a sum: what of a state stays, 1 or 0, and the factor of what is added to it: see
-    leetdist.kernels.constant_decay.pytorch.decode._decay."""
+    leetdist.kernels.constant_decay.pytorch.decode._decay. One a token is data, and where positive makes NaN."""
     exact = tl.load(log_decay).to(tl.float64)
+    if BY_TOKEN:
+        exact = tl.where(exact <= 0, exact, float("nan"))
     gamma, slow = tl.exp(exact), exact > -0.7
     return tl.where(slow, 1.0, 0.0), tl.where(slow, gamma - 1.0, gamma).to(tl.float32)
 
@@ -80,7 +91,8 @@ def _step(
     q, k, v, state, log_decay, o, new,
     q_batch, q_head, q_dim, k_batch, k_head, k_dim, v_batch, v_head, v_dim,
     state_batch, state_head, state_row, new_batch, new_head, new_row, new_column, decay_head,
-    heads, share, rows, columns, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    heads, q_share, k_share, v_share, rows, columns, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     head, batch = program % heads, program // heads
@@ -88,14 +100,14 @@ def _step(
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     state += batch * state_batch + head * state_head
     held = tl.load(state + i[:, None] * state_row + j[None, :], mask=inside, other=0.0)
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head // share * k_head
-    v += batch * v_batch + head // share * v_head
+    q += batch * q_batch + head // q_share * q_head
+    k += batch * k_batch + head // k_share * k_head
+    v += batch * v_batch + head // v_share * v_head
     q_i = tl.load(q + i * q_dim, mask=i < rows, other=0.0).to(tl.float32)
     k_i = tl.load(k + i * k_dim, mask=i < rows, other=0.0).to(tl.float32)
     v_j = tl.load(v + j * v_dim, mask=j < columns, other=0.0).to(tl.float32)
     if log_decay is not None:
-        held = moved(held, k_i, v_j, *decay(log_decay + head * decay_head))
+        held = moved(held, k_i, v_j, *decay(log_decay + (program if BY_TOKEN else head * decay_head), BY_TOKEN))
     else:
         held = added(held, k_i, v_j)
     new += batch * new_batch + head * new_head

@@ -10,7 +10,7 @@ from torch import Tensor
 from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
-from leetdist.kernels.constant_decay.triton.step import COLUMNS, FUSION, WARPS, added, decay, moved
+from leetdist.kernels.constant_decay.triton.step import COLUMNS, FUSION, WARPS, added, canonical_decays, decay, moved
 
 
 def steps(
@@ -25,20 +25,23 @@ def steps(
     lengths: Tensor | None,
     ages: Tensor | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.decode.steps. A state that keeps no token is not written."""
-    batch, heads, tokens, rows = q.shape
-    columns = v.shape[3]
+    """See leetdist.kernels.constant_decay.pytorch.decode.steps. A state that keeps no token is not written. log_decay:
+    (H,), (B, H, T), or None."""
+    batch, _, tokens, rows = q.shape
+    heads, columns = states.shape[1], v.shape[3]
     o = torch.empty(batch, heads, tokens, columns, dtype=q.dtype, device=q.device)
     block = min(COLUMNS, padded(columns))
+    decays, stride, by_token = canonical_decays(log_decay)
     launch(
         _steps,
         (batch * heads, ceil_div(columns, block)),
         (
-            q, k, v, states, log_decay, o, index, lengths, ages,
-            *q.stride(), *k.stride(), *v.stride(), *states.stride(), *map(_stride, (log_decay, index, lengths)),
-            heads, heads // k.shape[1], states.shape[0], tokens, rows, columns, scale,
+            q, k, v, states, decays, o, index, lengths, ages,
+            *q.stride(), *k.stride(), *v.stride(), *states.stride(), stride, _stride(index), _stride(lengths),
+            heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1], states.shape[0],
+            tokens, rows, columns, scale,
         ),
-        {"ROWS": padded(rows), "COLUMNS": block},
+        {"ROWS": padded(rows), "COLUMNS": block, "BY_TOKEN": by_token},
         num_warps=WARPS,
         enable_fp_fusion=FUSION,
     )  # fmt: skip
@@ -54,8 +57,8 @@ def _steps(
     q, k, v, states, log_decay, o, index, lengths, ages,
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim, v_batch, v_head, v_token, v_dim,
     state_slot, state_head, state_row, state_column, decay_head, index_row, length_row,
-    heads, share, slots, tokens, rows, columns, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    heads, q_share, k_share, v_share, slots, tokens, rows, columns, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     head, batch = program % heads, program // heads
@@ -72,17 +75,19 @@ def _steps(
     states += slot * state_slot + head * state_head
     pointers = states + i[:, None] * state_row + j[None, :] * state_column
     held = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    if log_decay is not None:
-        stays, factor = decay(log_decay + head * decay_head)
-    q += batch * q_batch + head * q_head + i * q_dim
-    k += batch * k_batch + head // share * k_head + i * k_dim
-    v += batch * v_batch + head // share * v_head + j * v_dim
+    if log_decay is not None and not BY_TOKEN:
+        stays, factor = decay(log_decay + head * decay_head, False)
+    q += batch * q_batch + head // q_share * q_head + i * q_dim
+    k += batch * k_batch + head // k_share * k_head + i * k_dim
+    v += batch * v_batch + head // v_share * v_head + j * v_dim
     o += program * tokens * columns + j
     for t in range(tokens):
         q_i = tl.load(q + t * q_token, mask=i < rows, other=0.0).to(tl.float32)
         k_i = tl.load(k + t * k_token, mask=i < rows, other=0.0).to(tl.float32)
         v_j = tl.load(v + t * v_token, mask=j < columns, other=0.0).to(tl.float32)
         if log_decay is not None:
+            if BY_TOKEN:
+                stays, factor = decay(log_decay + program * tokens + t, True)
             held = moved(held, k_i, v_j, stays, factor)
         else:
             held = added(held, k_i, v_j)
