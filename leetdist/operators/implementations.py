@@ -288,19 +288,23 @@ TRITON_STEP = Implementation("Triton", "triton.step", _triton, "Triton")
 TRITON_STEPS = Implementation("Triton", "triton.steps", _triton, "Triton")
 PYTORCH_DECODE = Implementation("PyTorch", "pytorch.decode", _pytorch)
 
+TRITON_A_TOKEN = Implementation(
+    "Triton", "triton.block", _triton, "Triton", recordable=True, takes_precision=True, operator="token_decay"
+)
+TRITON_DECODE_A_TOKEN = Implementation("Triton", "triton.decode", _triton, "Triton", operator="token_decay")
 PYTORCH_A_TOKEN = Implementation("PyTorch", "pytorch.block", _pytorch, costs="cpu", operator="token_decay")
 PYTORCH_DECODE_A_TOKEN = Implementation("PyTorch", "pytorch.decode", _pytorch, operator="token_decay")
 
 # Steps of the two passes (constant_decay.pytorch.block says what each computes; the outputs of methods that go token by
 # token have names of their own), and of decoding: from the fastest to the one that serves all.
 CANDIDATES: dict[str, tuple[Implementation, ...]] = {
-    "transitions": (PYTORCH_A_TOKEN,),
-    "tile_states": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, PYTORCH_A_TOKEN),
-    "tile_outputs": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, PYTORCH_A_TOKEN),
+    "transitions": (TRITON_A_TOKEN, PYTORCH_A_TOKEN),
+    "tile_states": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
+    "tile_outputs": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET),
     "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN),
-    "fold": (TRITON, PYTORCH, PYTORCH_A_TOKEN),
-    "decay_gradient": (TRITON, PYTORCH, PYTORCH_A_TOKEN),
-    "step": (TRITON_STEP, PYTORCH_DECODE, PYTORCH_DECODE_A_TOKEN),
-    "steps": (TRITON_STEPS, PYTORCH_DECODE, PYTORCH_DECODE_A_TOKEN),
+    "fold": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
+    "decay_gradient": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
+    "step": (TRITON_STEP, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
+    "steps": (TRITON_STEPS, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
 }

@@ -18,10 +18,10 @@ from triton.compiler import ASTSource  # noqa: E402
 from leetdist.kernels.constant_decay.triton import step, steps  # noqa: E402
 
 
-def compiled(kernel: Any, dtype: str, rows: int, columns: int) -> Any:
+def compiled(kernel: Any, dtype: str, rows: int, columns: int, by_token: bool) -> Any:
     """As the launcher would: unit strides are constants, and pointers aligned."""
     constants = {name: 1 for name in kernel.arg_names if name.endswith(("_dim", "_column"))}
-    constants |= {"ROWS": rows, "COLUMNS": columns}
+    constants |= {"ROWS": rows, "COLUMNS": columns, "BY_TOKEN": by_token}
     signature = {name: "i32" for name in kernel.arg_names}
     signature |= dict.fromkeys(("q", "k", "v", "o"), dtype) | dict.fromkeys(("index", "lengths", "ages"), "*i64")
     signature |= dict.fromkeys(("states", "state", "new", "log_decay"), "*fp32") | {"scale": "fp32"}
@@ -44,9 +44,10 @@ def layouts_of_sums(ttgir: str) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize(("rows", "columns"), [(128, step.COLUMNS), (16, 32)])
-def test_one_token_and_several_are_the_same_operations(dtype: str, rows: int, columns: int) -> None:
+@pytest.mark.parametrize("by_token", [False, True])
+def test_one_token_and_several_are_the_same_operations(dtype: str, rows: int, columns: int, by_token: bool) -> None:
     """In the same layout and unfused (but for what says fma), they round alike: tests on a GPU compare the bits."""
-    one, several = (compiled(kernel, dtype, rows, columns) for kernel in (step._step, steps._steps))
+    one, several = (compiled(kernel, dtype, rows, columns, by_token) for kernel in (step._step, steps._steps))
     operations = [Counter(re.findall(r"\b(fma|mul|add)(?:\.rn)?\.f32", x.asm["ptx"])) for x in (one, several)]
     layouts = [layouts_of_sums(x.asm["ttgir"]) for x in (one, several)]
     assert operations[0] == operations[1]

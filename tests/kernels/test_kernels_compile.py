@@ -18,6 +18,7 @@ from leetdist.kernels.common import release  # noqa: E402
 from leetdist.kernels.common.settings import OF_TRITON  # noqa: E402
 from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, step  # noqa: E402
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of  # noqa: E402
+from leetdist.kernels.token_decay.triton import gradient, sums  # noqa: E402
 
 # Shared memory that one program may use, bytes: the CUDA programming guide's table of compute capabilities.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -29,7 +30,8 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
     """Compile a kernel: `*_dtype` arguments are pointers to inputs, counts and strides are 64-bit."""
     pointers = {"out": NAMES[dtype] if kernel is block._tile_outputs else "*fp32", "table": "*i64"}
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
-    pointers |= {"state": "*fp32", "new": "*fp32", "decays": "*fp32"}
+    pointers |= {"state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
+    pointers |= {"kept": "*fp16", "units": "*fp32", "sums": "*fp32", "keep": "*fp32"}
     signature, values = {}, {}
     for name in kernel.arg_names:
         if name in constants:
@@ -51,7 +53,6 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", NAMES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) -> None:
-    parts = parts_of(dtype, "high")  # the most that 16-bit dtypes take
     # Compiling takes seconds: the usual size in both directions, the largest where operands are widest, a small one.
     shapes = {
         torch.bfloat16: [(128, 128, False), (128, 128, True), (64, 16, False)],
@@ -59,36 +60,76 @@ def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) ->
         torch.float32: [(256, 256, True)],
     }
     for rows, columns, reverse in shapes[dtype]:
-        config, outputs = block_config(rows, columns, dtype, TILE), block_config(rows, columns, dtype, TILE, parts)
-        common = {"REGULAR": True, "CHUNK": config.chunk}
-        kernels = [
-            (block._tile_states, config.stages, block.states_block(rows, config), config.columns),
-            (block._tile_outputs, outputs.stages, padded(rows), outputs.columns),
-            (decay._decay_gradient, 1, padded(rows), decay.slope_columns(config)),
-        ]
-        for kernel, stages, block_rows, block_columns in kernels:
-            constants = common | {"ROWS": block_rows, "COLUMNS": block_columns}
-            if kernel is decay._decay_gradient:
-                constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
-            else:
-                constants |= {"REVERSE": reverse, "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted}
-            if kernel is block._tile_outputs:
-                constants |= {"STATE_PARTS": parts.state, "SCORE_PARTS": parts.scores}
-            result = compiled(kernel, architecture, config.warps, stages, dtype, **constants)
-            name = f"{kernel.__name__} {rows}x{columns} sm_{architecture} {dtype}"
-            assert result.metadata.shared <= SHARED_MEMORY[architecture], name
-            print(name, "shared", result.metadata.shared, "bytes")
+        fits(architecture, dtype, rows, columns, reverse=reverse, by_token=False)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_kernels_of_a_decay_a_token_compile_and_fit(architecture: int) -> None:
+    fits(architecture, torch.bfloat16, 128, 64, reverse=True, by_token=True)  # Mamba-2's
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_gradient_of_a_decay_a_token_fits_where_it_is_widest(architecture: int) -> None:
+    kernel, *options, constants = of_gradient(256, 256, torch.float32)
+    result = compiled(kernel, architecture, *options, torch.float32, REGULAR=True, **constants)
+    assert result.metadata.shared <= SHARED_MEMORY[architecture]
+
+
+def of_gradient(rows: int, columns: int, dtype: torch.dtype):
+    """The kernel of d log_decay token by token, its warps, stages and constants."""
+    found = gradient.gradient_config(rows, columns, dtype, TILE)
+    constants = {"CHUNK": found.chunk, "ROWS": padded(rows), "COLUMNS": found.columns}
+    constants["PARTS"] = 2 if dtype == torch.float32 else 1
+    return gradient._decay_gradient, found.warps, found.stages, constants
+
+
+def fits(architecture: int, dtype: torch.dtype, rows: int, columns: int, *, reverse: bool, by_token: bool) -> None:
+    """The kernels of both passes for a state of rows x columns."""
+    parts = parts_of(dtype, "high")  # the most that 16-bit dtypes take
+    config, outputs = block_config(rows, columns, dtype, TILE), block_config(rows, columns, dtype, TILE, parts)
+    common = {"REGULAR": True, "CHUNK": config.chunk}
+    directed = {"REVERSE": reverse, "BY_TOKEN": by_token, "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted}
+    states = {"ROWS": block.states_block(rows, config), "COLUMNS": config.columns, **directed}
+    of_outputs = {"ROWS": padded(rows), "COLUMNS": outputs.columns, **directed}
+    kernels = [
+        (block._tile_states, config.warps, config.stages, states),
+        (
+            block._tile_outputs, outputs.warps, outputs.stages,
+            {**of_outputs, "STATE_PARTS": parts.state, "SCORE_PARTS": parts.scores},
+        ),
+    ]  # fmt: skip
+    if by_token:
+        kernels.append(of_gradient(rows, columns, dtype))
+    else:
+        constants = {"ROWS": padded(rows), "COLUMNS": decay.slope_columns(config)}
+        constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
+        kernels.append((decay._decay_gradient, config.warps, 1, constants))
+    for kernel, warps, stages, constants in kernels:
+        result = compiled(kernel, architecture, warps, stages, dtype, **(common | constants))
+        name = f"{kernel.__name__} {rows}x{columns} sm_{architecture} {dtype}"
+        assert result.metadata.shared <= SHARED_MEMORY[architecture], name
+        print(name, "shared", result.metadata.shared, "bytes")
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_fold_compiles(architecture: int) -> None:
     constants = {"REGULAR": False, "REVERSE": True, "HAS_INITIAL": True, "BLOCK": fold.FOLD_BLOCK}
-    compiled(fold._fold, architecture, 4, 1, torch.float32, **constants)
+    for by_token in (False, True):
+        compiled(fold._fold, architecture, 4, 1, torch.float32, **constants, BY_TOKEN=by_token)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_sums_compile(architecture: int) -> None:
+    constants = {"REGULAR": False, "ROWS": 16, "ANCHOR_": 64}
+    for other in ("sums", "keep"):
+        compiled(sums._sums, architecture, 4, 1, torch.float32, **constants, **{other: None})
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_step_compiles(architecture: int) -> None:
-    compiled(step._step, architecture, step.WARPS, 1, torch.bfloat16, ROWS=128, COLUMNS=step.COLUMNS)
+    constants = {"ROWS": 128, "COLUMNS": step.COLUMNS}
+    for by_token in (False, True):
+        compiled(step._step, architecture, step.WARPS, 1, torch.bfloat16, **constants, BY_TOKEN=by_token)
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)

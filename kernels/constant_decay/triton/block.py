@@ -13,24 +13,31 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.common.launch import launch
-from leetdist.kernels.common.memory import empty_outputs, empty_states
+from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded, parts_of
 from leetdist.kernels.constant_decay.triton.decay import decay_gradient
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _decay_of, _powers, _span, _table, fold
+from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table, fold
 from leetdist.kernels.constant_decay.triton.parts import (
     LARGE,
     SMALLEST,
     in_parts,
     load_chunk,
-    lost,
     not_finite,
+    power_of_2,
     product,
     seen_from,
-    to_state,
     unit,
     units,
+)
+from leetdist.kernels.constant_decay.triton.weights import (
+    gate_of,
+    lost_across,
+    seen_weights,
+    weight_across,
+    weights_from_state,
+    weights_to_state,
 )
 
 __all__ = ["decay_gradient", "fold", "tile_outputs", "tile_states"]
@@ -51,8 +58,11 @@ def tile_states(
     out: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_states; `precision` is that of `linear_attention`."""
-    batch, heads = b.shape[0], log_decay.shape[0]
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_states; `precision` is that of `linear_attention`.
+
+    Instead of (H,) log-decays, sums of a decay a token (leetdist.kernels.token_decay.triton.sums.token_sums).
+    """
+    batch, heads = b.shape[0], heads_of(log_decay)
     rows, columns = b.shape[3], c.shape[3]
     config = block_config(rows, columns, b.dtype, tiles.size)
     if out is None:
@@ -72,6 +82,7 @@ def tile_states(
             {
                 "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": config.chunk, "ROWS": block_rows,
                 "COLUMNS": config.columns, "PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted,
+                "BY_TOKEN": log_decay.ndim > 1,
             },
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -93,8 +104,8 @@ def tile_outputs(
     out: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """See constant_decay.pytorch.block.tile_outputs. `states` may be a transposed view; `precision` as above."""
-    batch, heads = a.shape[0], log_decay.shape[0]
+    """See constant_decay.pytorch.block.tile_outputs. `states` may be a transposed view; the others as above."""
+    batch, heads = a.shape[0], heads_of(log_decay)
     rows, columns = a.shape[3], c.shape[3]
     parts = parts_of(a.dtype, precision)
     config = block_config(rows, columns, a.dtype, tiles.size, parts)
@@ -115,7 +126,7 @@ def tile_outputs(
             {
                 "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": config.chunk, "ROWS": padded(rows),
                 "COLUMNS": config.columns, "PARTS": parts.inputs, "STATE_PARTS": parts.state,
-                "SCORE_PARTS": parts.scores, "WEIGHTED_PARTS": parts.weighted,
+                "SCORE_PARTS": parts.scores, "WEIGHTED_PARTS": parts.weighted, "BY_TOKEN": log_decay.ndim > 1,
             },
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -142,6 +153,7 @@ def _tile_states(
     tokens, tiles, tile_size, unread, rows, columns, scale,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     UNITS: tl.constexpr = b.dtype.element_ty == tl.float32
     dtype: tl.constexpr = tl.float16 if UNITS else b.dtype.element_ty
@@ -151,20 +163,29 @@ def _tile_states(
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     b += batch * b_batch + head // b_share * b_head
     c += batch * c_batch + head // c_share * c_head
-    g = _decay_of(log_decay, head)
+    gate = gate_of(log_decay, batch, head, heads, start, tokens, BY_TOKEN)
 
     state = tl.zeros((ROWS, COLUMNS), tl.float32)
     chunks = tl.where(tile == unread, 0, tl.cdiv(length, CHUNK))
-    # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
-    reach = FP32_RANGE / tl.maximum(-g, 1e-9)
-    reach = tl.minimum(reach, tile_size * 1.0).to(tl.int32)
-    for step in range(tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0), chunks):
+    first = 0
+    if not BY_TOKEN:
+        # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of
+        # them.
+        reach = FP32_RANGE / tl.maximum(-gate, 1e-9)
+        reach = tl.minimum(reach, tile_size * 1.0).to(tl.int32)
+        first = tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0)
+    for step in range(first, chunks):
         offset = (chunks - 1 - step if REVERSE else step) * CHUNK
         count = tl.minimum(length - offset, CHUNK)
         b_i = load_chunk(b, b_token, start + offset, count, row, rows, CHUNK, ROWS)
         c_i = load_chunk(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        weight = to_state(g, count, REVERSE, CHUNK)
+        weight = weights_to_state(gate, offset, count, REVERSE, CHUNK, BY_TOKEN)
         factor = scale
+        if BY_TOKEN and REVERSE and dtype == tl.float16:
+            # The first token's is the largest, and fp16 would lose all of a chunk that begins with a strong decay.
+            largest = power_of_2(weight_across(gate, offset, 1))
+            weight /= largest
+            factor *= largest
         if UNITS:
             b_unit, b_inverse = unit(b_i)
             c_unit, c_inverse = unit(c_i)
@@ -173,7 +194,7 @@ def _tile_states(
             factor *= b_unit * c_unit
         b_i, b_small = in_parts(tl.trans(b_i.to(tl.float32) * weight[:, None]), dtype, WEIGHTED_PARTS)
         c_i, c_small = in_parts(c_i, dtype, PARTS)
-        state += state * lost(g, count)
+        state += state * lost_across(gate, offset, count, BY_TOKEN)
         state += product(b_i, b_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * factor
 
     i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
@@ -182,10 +203,11 @@ def _tile_states(
 
 @triton.jit
 def _walk_outputs(
-    a, b, c, states, g, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
+    a, b, c, states, gate, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
     column, rows, columns, scale, state_scale, added_scale,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    STATE_PARTS: tl.constexpr, SCORE_PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr, AGAIN: tl.constexpr,
+    STATE_PARTS: tl.constexpr, SCORE_PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
+    BY_TOKEN: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a tile, and the last state. AGAIN: with zeros for what is not finite in b, c and the state, and
     NaN from there on, in its column of c and of the state, for a row of b in all."""
@@ -216,8 +238,10 @@ def _walk_outputs(
             lost_row = tl.max(lost_b.to(tl.int32), 1)[:, None] > 0
             lost_from = tl.minimum(lost_from, tl.min(tl.where(lost_c | lost_row, walked[:, None], CHUNK), 0))
         distance = seen_from(REVERSE, CHUNK)
-        decay, weight = tl.where(distance >= 0, _powers(g, distance), 0.0) * scale, to_state(g, count, REVERSE, CHUNK)
-        from_state = _powers(g, count - 1 - position if REVERSE else position + 1) * state_scale
+        sees = distance >= 0
+        decay = tl.where(sees, seen_weights(gate, offset, count, distance, REVERSE, CHUNK, BY_TOKEN), 0.0) * scale
+        weight = weights_to_state(gate, offset, count, REVERSE, CHUNK, BY_TOKEN)
+        from_state = weights_from_state(gate, offset, count, REVERSE, CHUNK, BY_TOKEN) * state_scale
         near_unit, s_unit, s_inverse, added_unit = 1.0, 1.0, 1.0, added_scale
         if UNITS:
             a_unit, inverse = units(a_i)
@@ -251,7 +275,7 @@ def _walk_outputs(
             lost_from = tl.where(lost_from < CHUNK, 0, CHUNK)
         pointers = out + (start + offset + position)[:, None] * out_token + j[None, :]
         tl.store(pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :])
-        state += state * lost(g, count)
+        state += state * lost_across(gate, offset, count, BY_TOKEN)
         state += product(weighted, w_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * added_unit
     return state
 
@@ -264,7 +288,7 @@ def _tile_outputs(
     heads, a_share, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale, state_scale, added_scale,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, STATE_PARTS: tl.constexpr,
-    SCORE_PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
+    SCORE_PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
@@ -274,17 +298,17 @@ def _tile_outputs(
     b += batch * b_batch + head // b_share * b_head
     c += batch * c_batch + head // c_share * c_head
     out += batch * out_batch + head * out_head
-    g = _decay_of(log_decay, head)
+    gate = gate_of(log_decay, batch, head, heads, start, tokens, BY_TOKEN)
     states += batch * state_batch + head * state_head + tile * state_tile
     state = _walk_outputs(
-        a, b, c, states, g, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
+        a, b, c, states, gate, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
         column, rows, columns, scale, state_scale, added_scale,
-        REVERSE, CHUNK, ROWS, COLUMNS, PARTS, STATE_PARTS, SCORE_PARTS, WEIGHTED_PARTS, AGAIN=False,
+        REVERSE, CHUNK, ROWS, COLUMNS, PARTS, STATE_PARTS, SCORE_PARTS, WEIGHTED_PARTS, BY_TOKEN, AGAIN=False,
     )  # fmt: skip
     # A score of 0 times a NaN or an infinity of a later token is NaN. Each of these is in the last state too.
     if tl.max(not_finite(state).to(tl.int32)) > 0:
         _walk_outputs(
-            a, b, c, states, g, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
+            a, b, c, states, gate, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
             column, rows, columns, scale, state_scale, added_scale,
-            REVERSE, CHUNK, ROWS, COLUMNS, PARTS, STATE_PARTS, SCORE_PARTS, WEIGHTED_PARTS, AGAIN=True,
+            REVERSE, CHUNK, ROWS, COLUMNS, PARTS, STATE_PARTS, SCORE_PARTS, WEIGHTED_PARTS, BY_TOKEN, AGAIN=True,
         )  # fmt: skip

@@ -21,7 +21,10 @@ COUNTS = ["tokens", "tiles", "tile_size", "unread", "to_end"]
 def fold(
     states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool, to_end: bool = True
 ) -> Tensor | None:
-    """See leetdist.kernels.constant_decay.pytorch.block.fold. One rounding rule: a fused multiply-add."""
+    """See leetdist.kernels.constant_decay.pytorch.block.fold. One rounding rule: a fused multiply-add.
+
+    Instead of (H,) log-decays, the factor of each tile (leetdist.kernels.token_decay.triton.sums.transitions).
+    """
     batch, heads, _, dk, dv = states.shape
     rows, final = batch * tiles.num_segments, None
     if to_end:
@@ -38,7 +41,10 @@ def fold(
                 _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size,
                 int(to_end), dk * dv,
             ),
-            {"REGULAR": tiles.regular, "REVERSE": reverse, "HAS_INITIAL": initial is not None, "BLOCK": FOLD_BLOCK},
+            {
+                "REGULAR": tiles.regular, "REVERSE": reverse, "HAS_INITIAL": initial is not None, "BLOCK": FOLD_BLOCK,
+                "BY_TOKEN": log_decay.ndim > 1,
+            },
         )  # fmt: skip
     return final
 
@@ -79,18 +85,27 @@ def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr)
     return tl.load(states + tile * size, mask=tl.where(step < count, inside, False), other=0.0)
 
 
+@triton.jit
+def _kept(keep, step, count, first, end, REVERSE: tl.constexpr):
+    """The factor of the tile that is `step` tiles into the fold; nothing behind the last."""
+    return tl.load(keep + (end - 1 - step if REVERSE else first + step), mask=step < count, other=0.0)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _fold(
     states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, to_end, size,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     head, segment = program % heads, program // heads % num_segments
     batch = program // heads // num_segments
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
-    g = _decay_of(log_decay, head)
+    if BY_TOKEN:
+        log_decay += (batch * heads + head) * tiles
+    else:
+        g = _decay_of(log_decay, head)
     states += (batch * heads + head) * tiles * size + element
     first, end = tl.load(segments + segment), tl.load(segments + segment + 1)
 
@@ -104,11 +119,21 @@ def _fold(
     added_1 = _added(states, 1, read, first, end, size, inside, REVERSE)
     added_2 = _added(states, 2, read, first, end, size, inside, REVERSE)
     added_3 = _added(states, 3, read, first, end, size, inside, REVERSE)
+    if BY_TOKEN:
+        keep_0 = _kept(log_decay, 0, count, first, end, REVERSE)
+        keep_1 = _kept(log_decay, 1, count, first, end, REVERSE)
+        keep_2 = _kept(log_decay, 2, count, first, end, REVERSE)
+        keep_3 = _kept(log_decay, 3, count, first, end, REVERSE)
     for step in range(count):
         tile = end - 1 - step if REVERSE else first + step
         _, length = _span(table, tile, tokens, tile_size, REGULAR)
         added_4 = _added(states, step + 4, read, first, end, size, inside, REVERSE)
         tl.store(states + tile * size, carry, mask=inside)
-        carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
+        if BY_TOKEN:
+            carry = tl.fma(carry, tl.zeros_like(carry) + keep_0, added_0)
+            keep_0, keep_1, keep_2 = keep_1, keep_2, keep_3
+            keep_3 = _kept(log_decay, step + 4, count, first, end, REVERSE)
+        else:
+            carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
         added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
     tl.store(final + program * size + element, carry, mask=tl.where(to_end == 1, inside, False))

@@ -44,6 +44,12 @@ def units(x):
 
 
 @triton.jit
+def power_of_2(x):
+    """The largest up to x, which is not below zero; the smallest normal number at least."""
+    return tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def in_parts(x, dtype: tl.constexpr, PARTS: tl.constexpr):
     """x as (large, small) part; with one part, the second means nothing."""
     large = x.to(dtype)
@@ -69,7 +75,12 @@ def product(a, a_small, b, b_small, A: tl.constexpr, B: tl.constexpr):
 def lost(log_decay, count):
     """gamma^count - 1, to fp32's accuracy however slow the decay: an error of exp would be made anew in each chunk, and
     always to the same side."""
-    y = log_decay * count.to(tl.float32)
+    return expm1(log_decay * count.to(tl.float32))
+
+
+@triton.jit
+def expm1(y):
+    """exp(y) - 1 for y up to 0."""
     series = 1.0 + y / 8
     for n in tl.static_range(6):
         series = 1.0 + y * series * (1.0 / (7 - n))

@@ -1,0 +1,92 @@
+"""Sums of log-decays in Triton, token by token and of whole tiles.
+
+They are sums of integers, multiples of UNIT, so no bit depends on the order in which threads take them. UNIT is far
+below what a weight's last bit is worth: a million tokens, each rounded to the same side, are off by 3e-8.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
+from leetdist.kernels.constant_decay.triton.weights import ANCHOR
+
+# exp of it is 0 in fp32; of -inf, differences would be NaN. A block of such sums fits into 64 bits.
+LEAST = tl.constexpr(-128.0)
+UNIT = tl.constexpr(2.0**-44)
+# Tokens that one program sums at a time.
+BLOCK = 1024
+
+
+def token_sums(log_decay: Tensor, tiles: Tiles) -> Tensor:
+    """Of each token, the log-decays from the last ANCHOR in its tile up to it: (B, H, N, 2) fp32, whose two numbers add
+    up to the sum to within 2^-48 of it.
+
+    log_decay: (B, H, N) fp32, any strides. A decay that is positive or NaN makes NaN of the sums from it on.
+    """
+    batch, heads, tokens = log_decay.shape
+    sums = torch.empty(batch, heads, tokens, 2, dtype=torch.float32, device=log_decay.device)
+    _launch(log_decay, tiles, sums, None)
+    return sums
+
+
+def sums_of(log_decay: Tensor, tiles: Tiles) -> Tensor:
+    """`token_sums`, unless they are given."""
+    return log_decay if log_decay.ndim == 4 else token_sums(log_decay, tiles)
+
+
+def transitions(log_decay: Tensor, tiles: Tiles) -> Tensor:
+    """Of each tile, the factor with which it takes over the state before it: (B, H, tiles) fp32, rounded once."""
+    keep = torch.empty(*log_decay.shape[:2], tiles.count, dtype=torch.float32, device=log_decay.device)
+    _launch(log_decay, tiles, None, keep)
+    return keep
+
+
+def _launch(log_decay: Tensor, tiles: Tiles, sums: Tensor | None, keep: Tensor | None) -> None:
+    batch, heads, tokens = log_decay.shape
+    programs = batch * heads * tiles.count
+    if programs:
+        launch(
+            _sums,
+            (programs,),
+            (
+                log_decay, sums, keep, _table(tiles, log_decay.device), *log_decay.stride(),
+                heads, tokens, tiles.count, tiles.size,
+            ),
+            {"REGULAR": tiles.regular, "ROWS": BLOCK // ANCHOR.value, "ANCHOR_": ANCHOR.value},
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _sums(
+    log_decay, sums, keep, table, decay_batch, decay_head, decay_token, heads, tokens, tiles, tile_size,
+    REGULAR: tl.constexpr, ROWS: tl.constexpr, ANCHOR_: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    log_decay += batch * decay_batch + head * decay_head + start * decay_token
+    total = tl.zeros((), tl.float64)
+    for offset in range(0, length, ROWS * ANCHOR_):
+        i = offset + tl.arange(0, ROWS)[:, None] * ANCHOR_ + tl.arange(0, ANCHOR_)[None, :]
+        g = tl.load(log_decay + i.to(tl.int64) * decay_token, mask=i < length, other=0.0)
+        bad = tl.where(g <= 0, 0, 1)  # NaN too
+        counted = (tl.where(g > LEAST, g, LEAST).to(tl.float64) * (1.0 / UNIT)).to(tl.int64)
+        counted = tl.where(bad == 1, 0, counted)
+        if sums is not None:
+            summed = tl.cumsum(counted, 1).to(tl.float64) * UNIT
+            summed = tl.where(tl.cumsum(bad, 1) > 0, float("nan"), summed)
+            high = summed.to(tl.float32)
+            pointers = sums + 2 * ((batch * heads + head) * tokens + start + i)
+            tl.store(pointers, high, mask=i < length)
+            tl.store(pointers + 1, (summed - high.to(tl.float64)).to(tl.float32), mask=i < length)
+        if keep is not None:
+            block = tl.sum(tl.sum(counted, 1), 0).to(tl.float64) * UNIT
+            total += tl.where(tl.max(tl.max(bad, 1), 0) > 0, float("nan"), block)
+    if keep is not None:
+        tl.store(keep + program, tl.exp(total).to(tl.float32))
