@@ -1,30 +1,63 @@
-"""`python -m leetdist.launch NAME ...`, also under torchrun (`-m leetdist.launch NAME`): calls that module's `main`."""
+"""`leetdist NAME ...`, or `python -m leetdist.launch NAME ...`, also under torchrun: calls that module's `main`."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
 
-COMMANDS = {
-    "verify": "is the operator on these ranks equal to one device, bit for bit?",
-    "plan": "what will a sharded call cost on P ranks: time, bytes, memory; with a plot",
-    "doctor": "what has this machine, what will run on it, and what to install for the faster",
-    "train": "train on long sharded sequences, under torchrun, accelerate or deepspeed",
-    "generate": "continue a text: prompt over all ranks, then token by token",
-    "demo": "train and run a small language model over one long sharded text",
-}
+import leetdist
+from leetdist.launch.commands import COMMANDS, after_the_first, in_words
+from leetdist.launch.ranks import is_launched, start
 
 
-def main(argv: list[str]) -> int:
-    if not argv or argv[0] not in COMMANDS:
-        lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+def usage() -> str:
+    lines = [f"  {name:<10} {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"leetdist {leetdist.__version__}: exponentially decaying causal linear attention over sharded sequences",
+            "\nusage: leetdist COMMAND [options]      (python -m leetdist.launch COMMAND does the same)\n",
+            *lines,
+            "\nleetdist COMMAND --help shows its options, their defaults and examples",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code of the command that the arguments name."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("\n".join(["usage: python -m leetdist.launch COMMAND [--help]", *lines]))
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
-    result: int = importlib.import_module(f"leetdist.launch.{argv[0]}").main(argv[1:])
+            print(usage())
+        return 0
+    if name == "--version":
+        print(f"leetdist {leetdist.__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        after_the_first()
+        print(
+            f"leetdist: there is no command {name!r}{f', but {near[0]}' if near else ''}; the commands are "
+            f"{', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    parser = COMMANDS[name].parser()
+    processes = getattr(parser.parse_args(rest), "processes", None)
+    if processes is not None and not is_launched():
+        return start(processes, [name, *rest])
+    if processes not in (None, int(os.environ.get("WORLD_SIZE", "1"))):
+        parser.error(f"argument --ranks: {processes}, and the launcher started {os.environ['WORLD_SIZE']} processes")
+    try:
+        result: int = importlib.import_module(f"leetdist.launch.{name}").main(rest)
+    except ModuleNotFoundError as error:
+        if in_words(error) == str(error):  # none of ours to install: a fault
+            raise
+        after_the_first()
+        raise SystemExit(f"leetdist {name}: {in_words(error)}") from None
     return result
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

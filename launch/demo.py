@@ -1,7 +1,5 @@
-"""Train a small byte-level language model over one long text that is sharded over the ranks, and let it go on.
-
-    bash launch/demo.sh                     makes an environment, installs leetdist, and runs this on 4 ranks
-    torchrun --nproc-per-node 4 -m leetdist.launch demo
+"""`leetdist demo`: train a small byte-level language model over one text that is sharded over the ranks, and let it go
+on.
 
 Shows the loss, the speed, the memory a rank, and whether the sharded attention of the trained model equals one device
 bit for bit: its outputs, final state and every gradient.
@@ -10,10 +8,11 @@ bit for bit: its outputs, final state and every gradient.
 from __future__ import annotations
 
 import argparse
-import resource
-import sysconfig
+import re
+import textwrap
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,36 +22,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import leetdist
+from leetdist.integrations import checkpoint
+from leetdist.launch import commands
 from leetdist.launch.model import Config, LanguageModel
-from leetdist.launch.runtime import Arguments, Rank, joined, one_message
+from leetdist.launch.progress import Bar, memory_gib
+from leetdist.launch.ranks import is_launched, start, usual_ranks
+from leetdist.launch.runtime import Rank, joined, one_message
 from leetdist.launch.text import load_tokens
 from leetdist.sequence.group import alone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass
 class Report:
     """What the closing table says."""
 
+    lengths: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     tokens_per_s: list[float] = field(default_factory=list)
     continuation: str = ""
     unequal: list[str] = field(default_factory=list)
     compared: tuple[str, ...] = ()
     memory_gib: list[float] = field(default_factory=list)
+    saved: Path | None = None
+    word: str = ""
+    """One of the text's."""
 
 
 def main(argv: list[str]) -> int:
-    parser = Arguments("demo", __doc__)
-    parser.add_argument("--tokens", type=int, default=131_072, help="bytes of text, over all ranks (131072)")
-    parser.add_argument("--text", default=sysconfig.get_path("stdlib"), help="file or folder (Python's own library)")
-    parser.add_argument("--steps", type=int, default=8, help="optimiser steps, all on the one text (8)")
-    parser.add_argument("--new", type=int, default=64, help="bytes to generate (64)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model's products (fp32)")
-    parser.add_argument("--model", default="mini", help="mini (0.3M parameters), tiny, 10m or 100m (mini)")
-    options = parser.parse_args(argv)
+    options = commands.demo().parse_args(argv)
+    if not is_launched():
+        return start(options.processes or usual_ranks(options.device), ["demo", *argv])
     with joined(options.device) as rank:
         report = run(options, rank)
         if rank.first:
@@ -61,27 +63,42 @@ def main(argv: list[str]) -> int:
 
 
 def run(options: argparse.Namespace, rank: Rank) -> Report:
+    """Trains, compares, generates and keeps the model: what there is to tell."""
     with one_message():
         text, vocabulary = load_tokens(options.text, limit=options.tokens + 1)
         if len(text) <= options.tokens:
             raise SystemExit(f"--tokens {options.tokens}: {options.text} has {len(text)} bytes, one more is wanted")
+        options.out.mkdir(parents=True, exist_ok=True)
+    word = re.search(rb"[A-Za-z]{3,}", bytes(text.tolist()))
+    report = Report(word="import" if word is None else word[0].decode())
     text = text.long().to(rank.device)[None]
-    rank.print(
-        f"{options.tokens:,} bytes of {options.text} over {rank.size} ranks ({rank.device.type}, {rank.backend})"
-    )
+    rank.print(f"{options.tokens:,} bytes of {options.text}, {rank.size} ranks ({rank.device.type}, {rank.backend})")
     torch.manual_seed(0)
     model = LanguageModel(Config.preset(options.model, vocabulary)).to(rank.device)
-    report = Report()
     world = dist.group.WORLD
     assert world is not None
     with leetdist.sequence_parallel(world):
         inputs, labels = (leetdist.shard_sequence(x, 1, None) for x in (text[:, :-1], text[:, 1:]))
+        report.lengths = rank.gather(inputs.shape[1], "its shard's length")
+        rank.print(f"tokens on each rank: {', '.join(f'{count:,}' for count in report.lengths)}")
         train(model, inputs, labels, options, rank, report)
         rank.print("is the sharded attention equal to one device? ...")
         compare(model, inputs, options, rank, report)
         generate(model, text, options, rank, report)
+    with one_message():
+        report.saved = checkpoint.write_atomically(
+            options.out, options.steps, lambda folder: save(model, folder, rank), keep=1
+        )
     report.memory_gib = rank.gather(memory_gib(rank.device), "its memory")
     return report
+
+
+def save(model: LanguageModel, folder: Path, rank: Rank) -> None:
+    """What `leetdist generate` reads."""
+    from safetensors.torch import save_file
+
+    if rank.first:
+        save_file(model.state_dict(), folder / "model.safetensors")
 
 
 def train(
@@ -89,6 +106,7 @@ def train(
 ) -> None:
     """Each rank computes the loss of its shard; the sum of the ranks' gradients is the gradient of the whole."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    bar = Bar(options.steps, wanted=rank.first)
     for step in range(options.steps):
         begin = time.perf_counter()
         with torch.autocast(rank.device.type, torch.bfloat16, enabled=options.dtype == "bf16"):
@@ -105,10 +123,11 @@ def train(
         report.losses.append(float(mean))
         seconds = time.perf_counter() - begin
         report.tokens_per_s.append(options.tokens / seconds)
-        rank.print(
-            f"step {step + 1}/{options.steps}: loss {report.losses[-1]:.4f} nats a byte, "
-            f"{report.tokens_per_s[-1]:,.0f} tokens/s, {seconds:.1f} s"
-        )
+        line = f"loss {report.losses[-1]:.4f} nats a byte, {report.tokens_per_s[-1]:,.0f} tokens/s"
+        bar.update(step + 1, line)
+        if not bar.shown and (step + 1) % max(1, options.steps // 10) == 0:
+            rank.print(f"step {step + 1}/{options.steps}: {line}")
+    bar.stop()
 
 
 def compare(model: LanguageModel, inputs: Tensor, options: argparse.Namespace, rank: Rank, report: Report) -> None:
@@ -165,29 +184,34 @@ def generate(model: LanguageModel, text: Tensor, options: argparse.Namespace, ra
     report.continuation = bytes(drawn).decode(errors="replace")
 
 
-def memory_gib(device: torch.device) -> float:
-    """This rank's peak: of the GPU's memory that torch allocated, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def drawn(values: list[float], width: int = 40) -> str:
+    """The values over time as a row of blocks, from 0 to the largest."""
+    most = max(values)
+    picked = [values[i * len(values) // width] for i in range(width)] if len(values) > width else values
+    return "".join(BLOCKS[round(value / most * (len(BLOCKS) - 1))] for value in picked)
 
 
 def show(options: argparse.Namespace, rank: Rank, report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    losses, holding = report.losses, sum(length > 0 for length in report.lengths)
     verdict = "yes, bit for bit" if not report.unequal else f"NO: {', '.join(report.unequal)}"
-    table = Table(title="leetdist: one text over several ranks", show_header=False, title_justify="left")
-    first_layer = "the first layer's" if options.steps else "an untrained layer's"
+    verdict += f" ({', '.join(report.compared)}; {holding} of {rank.size} ranks hold tokens)"
     rows = {
         "ranks": f"{rank.size} x {rank.device.type} ({rank.backend})",
-        "tokens": f"{options.tokens:,} bytes, {options.tokens // rank.size:,} a rank",
-        "loss, nats a byte": ", ".join(f"{loss:.3f}" for loss in report.losses) or "-",
-        "tokens/s, median step": f"{median(report.tokens_per_s):,.0f}" if report.losses else "-",
-        "peak memory a rank, GiB": ", ".join(f"{gib:.2f}" for gib in report.memory_gib),
-        f"{first_layer} attention = one device": f"{verdict} ({', '.join(report.compared)})",
+        "tokens": f"{options.tokens:,}; on each rank {', '.join(f'{count:,}' for count in report.lengths)}",
+        "loss, nats a byte": f"{losses[0]:.3f} {drawn(losses)} {losses[-1]:.3f}" if losses else "not trained",
+        "tokens/s, median": f"{median(report.tokens_per_s):,.0f}" if losses else "-",
+        "memory a rank, GiB": ", ".join(f"{gib:.2f}" for gib in report.memory_gib),
+        "equal to one device": verdict,
         "goes on with": repr(report.continuation),
     }
+    print()
     for name, value in rows.items():
-        table.add_row(name, value)
-    Console(width=110).print(table)
+        first, *rest = textwrap.wrap(value, 88) or [""]
+        print("\n".join([f"  {name:<20} {first}", *(" " * 23 + line for line in rest)]))
+    print(
+        f"\n  Trained on {options.tokens:,} bytes for {options.steps} steps, it can spell a little of them and knows "
+        f"nothing else.\n  Kept in {report.saved}; it goes on with\n\n"
+        f'    leetdist generate --model {options.out} --prompt "{report.word} " --temperature 0.7\n\n'
+        f"  It knows more of it after --steps 500. To train on a text of your own: leetdist train --text FILE "
+        f"--ranks {rank.size}"
+    )

@@ -1,4 +1,4 @@
-"""`python -m leetdist.launch doctor`: what this machine has, and what will run on it for a few typical calls.
+"""`leetdist doctor`: what this machine has, and what will run on it for a few typical calls.
 
 For each call: the kernels by name, version and configuration; for each faster one, why not; and what to install for it.
 On a GPU the kernels are compiled first, as a call would, for what cannot be compiled does not run. `--json`: the same
@@ -7,7 +7,6 @@ for programs.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import platform
@@ -20,6 +19,8 @@ import torch
 import leetdist
 from leetdist.engine.checks import describe
 from leetdist.kernels.common.settings import settings
+from leetdist.launch import commands
+from leetdist.launch.runtime import choose_device
 from leetdist.operators.dispatch import Choice, decoder, in_words, refusals
 from leetdist.operators.methods import choice_for, kernels_for
 from leetdist.operators.problem import Problem
@@ -36,16 +37,9 @@ CALLS = (
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="leetdist.launch doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu; without it the GPU if there is one")
-    args = parser.parse_args(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args = commands.doctor().parse_args(argv)
+    device = choose_device(args.device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            parser.error(f"--device {args.device}: torch.cuda is not available")
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     found = {"machine": machine(), "device": str(device), "calls": calls(device)}
     print(json.dumps(found, indent=2) if args.json else in_lines(found))

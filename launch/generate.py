@@ -1,19 +1,9 @@
-"""Continue a text: the prompt over all ranks, then token by token. Prints the text as it comes, then the figures.
-
-    python -m leetdist.launch generate --model runs/demo --prompt "Once upon a time"
-    torchrun --nproc-per-node 4 -m leetdist.launch generate --model runs/demo --prompt-file book.txt
-    accelerate launch --multi_gpu --num_processes 4 -m leetdist.launch generate --model FOLDER --prompt-file book.txt
-
-The model is a checkpoint of `leetdist.launch train`, or a Hugging Face folder. The ranks share the prompt: each
-computes its shard of every piece, and all end with the state of the whole. The first goes on alone; with --everywhere
-all do, each with a draw of its own. A prompt's state can be kept (--save-state) and gone on from (--load-state), on any
-number of ranks. Memory does not grow with the prompt (but for the softmax layers of a Hugging Face model).
-"""
+"""`leetdist generate`: the prompt over all ranks, then token by token."""
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +15,10 @@ from torch import Tensor
 
 from leetdist.inference.files import load_states, save_states
 from leetdist.inference.session import Session, fingerprint
+from leetdist.launch import commands
 from leetdist.launch.loading import Text, load_hugging_face, load_language_model
-from leetdist.launch.runtime import Arguments, Rank, joined, one_message, positive
+from leetdist.launch.progress import memory_gib
+from leetdist.launch.runtime import Rank, joined, one_message
 
 HOUR = 3600.0
 
@@ -57,7 +49,7 @@ class HuggingFace:
 
 
 def main(argv: list[str]) -> int:
-    options = _parser().parse_args(argv)
+    options = commands.generate().parse_args(argv)
     # The others wait for the one that decodes.
     with joined(options.device, timeout_s=options.timeout_hours * HOUR) as rank:
         return run(options, rank)
@@ -67,14 +59,15 @@ def run(options: argparse.Namespace, rank: Rank) -> int:
     begin = time.perf_counter()
     with one_message():
         session, text = _load(options, rank)
-        prompt = options.prompt
+        prompt = "\n" if options.prompt is None else options.prompt
         if options.prompt_file:
             prompt = Path(options.prompt_file).read_bytes().decode(errors="replace")
         tokens = torch.tensor([text.encode(prompt)], dtype=torch.long, device=rank.device)
         if not tokens.numel():
             raise SystemExit("the prompt is empty: a text to continue has at least one token")
-    rank.print(f"{options.model}: {text.name}, loaded in {time.perf_counter() - begin:.1f} s")
-    rank.print(f"prompt: {tokens.shape[1]:,} tokens over {rank.size} ranks ({rank.device.type}, {rank.backend})\n")
+    say = (lambda _: None) if options.json else rank.print
+    say(f"{options.model}: {text.name}, loaded in {time.perf_counter() - begin:.1f} s")
+    say(f"prompt: {tokens.shape[1]:,} tokens over {rank.size} ranks ({rank.device.type}, {rank.backend})\n")
 
     dist.barrier()
     begin = time.perf_counter()
@@ -83,21 +76,34 @@ def run(options: argparse.Namespace, rank: Rank) -> int:
     first_s = time.perf_counter() - begin
     if options.save_state and rank.first:
         assert isinstance(session, Session)
-        save_states(options.save_state, session.keep(), model=_identity(session))
+        with one_message():
+            save_states(options.save_state, session.keep(), model=_identity(session))
     produced: list[int] = []
     begin = time.perf_counter()
     if rank.first or options.everywhere:
         for piece in text.spoken(_counted(first, drawn, produced)):
-            if rank.first:
+            if rank.first and not options.json:
                 print(piece, end="", flush=True)
     decode_s = time.perf_counter() - begin
 
-    if options.everywhere and rank.size > 1:
-        for other, theirs in enumerate(rank.gather(produced, "what it produced")[1:], 1):
-            rank.print(f"\n\n[rank {other}] {''.join(text.spoken(iter(theirs)))}")
-    rank.print(
+    everyone = rank.gather(produced, "what it produced") if options.everywhere and rank.size > 1 else [produced]
+    texts = ["".join(text.spoken(iter(theirs))) for theirs in everyone]
+    for other, theirs in enumerate(texts[1:], 1):
+        say(f"\n\n[rank {other}] {theirs}")
+    figures = {
+        "prompt_tokens": tokens.shape[1],
+        "first_token_s": first_s,
+        "tokens": len(produced),
+        "tokens_per_s": max(0, len(produced) - 1) / max(decode_s, 1e-9),
+        "memory_gib": memory_gib(rank.device),
+        "ranks": rank.size,
+    }
+    if options.json:
+        rank.print(json.dumps({"texts": texts, **figures}))
+    say(
         f"\n\ntime to first token {first_s:.3f} s ({tokens.shape[1] / first_s:,.0f} tokens/s of prompt); "
-        f"{len(produced)} tokens, {max(0, len(produced) - 1) / max(decode_s, 1e-9):,.1f} tokens/s; {_memory(rank)}"
+        f"{len(produced)} tokens, {figures['tokens_per_s']:,.1f} tokens/s; {figures['memory_gib']:.2f} GiB of "
+        f"{'GPU ' if rank.device.type == 'cuda' else ''}memory at most (rank 0)"
     )
     return 0
 
@@ -108,14 +114,15 @@ def _load(options: argparse.Namespace, rank: Rank) -> tuple[Continues, Text]:
     dtype = getattr(torch, options.dtype)
     if (folder / "config.json").exists():
         if options.load_state or options.save_state:
-            raise SystemExit("--load-state and --save-state are for checkpoints of leetdist.launch train")
+            raise SystemExit("--load-state and --save-state are for checkpoints of leetdist train")
         model, text = load_hugging_face(folder, rank.device, dtype, group)
         return HuggingFace(model), text
     language_model, text = load_language_model(folder, rank.device, dtype, options.tokenizer, options.trust)
     session = Session(language_model, group, piece=options.piece)
     if options.load_state:
         session.resume(load_states(options.load_state, model=_identity(session), device=rank.device))
-        rank.print(f"{options.load_state}: the state after {session.tokens:,} tokens")
+        if not options.json:
+            rank.print(f"{options.load_state}: the state after {session.tokens:,} tokens")
     return session, text
 
 
@@ -152,32 +159,3 @@ def _counted(first: int, rest: Iterator[int], produced: list[int]) -> Iterator[i
     for token in rest:
         produced.append(token)
         yield token
-
-
-def _memory(rank: Rank) -> str:
-    if rank.device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(rank.device) / 2**30:.2f} GiB of GPU memory at most (rank 0)"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory at most (rank 0)"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Arguments("leetdist.launch generate", __doc__)
-    add = parser.add_argument
-    add("--model", required=True, help="folder: a checkpoint of leetdist.launch train, or of Hugging Face")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="\n", help="the text to continue (default: a line break)")
-    prompt.add_argument("--prompt-file", help="a file with the text to continue")
-    add("--tokens", type=positive, default=200, help="how many to produce (default: 200)")
-    add("--temperature", type=float, default=0.0, help="of the draw; 0 takes the likeliest token (default: 0)")
-    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all (default: 0)")
-    add("--seed", type=int, default=0, help="of the draw (default: 0)")
-    add("--everywhere", action="store_true", help="every rank goes on from the prompt, with a draw of its own")
-    add("--save-state", help="keep the state after the prompt in this file")
-    add("--load-state", help="go on from a state kept with --save-state, before the prompt")
-    add("--piece", type=positive, default=65_536, help="tokens a rank takes in at a time (default: 65536)")
-    add("--tokenizer", help="of a checkpoint that was trained with one (default: bytes)")
-    add("--trust", nargs="+", default=[], metavar="NAME", help="let the checkpoint unpickle this: module.name ...")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
-    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    add("--timeout-hours", type=float, default=24.0, help="how long ranks wait for each other (default: 24)")
-    return parser

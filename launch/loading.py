@@ -15,12 +15,11 @@ from torch import Tensor
 import leetdist
 from leetdist.integrations.checkpoint import MANIFEST, damage, latest
 from leetdist.integrations.pickles import check_pickles
+from leetdist.launch.commands import PRESETS
 from leetdist.launch.model import Config, LanguageModel
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
-
-PRESETS = ("tiny", "10m", "100m")
 
 
 class Text(Protocol):
@@ -111,7 +110,7 @@ def _weights(folder: Path, trust: Collection[str]) -> dict[str, Tensor]:
         check_pickles(folder / "pytorch_model", trust)
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="pytorch_model"))
     raise SystemExit(
-        f"{folder} holds neither a Hugging Face model (config.json) nor a checkpoint of leetdist.launch train "
+        f"{folder} holds neither a Hugging Face model (config.json) nor a checkpoint of leetdist train "
         "(model.safetensors, pytorch_model_fsdp_0 or pytorch_model)"
     )
 

@@ -1,4 +1,4 @@
-"""`python -m leetdist.launch plan`: what a sharded call will cost on P ranks, before anybody buys them.
+"""`leetdist plan`: what a sharded call will cost on P ranks, before anybody buys them.
 
 Predicts time on the GPUs, exposed communication, bytes on the wire and memory a rank from `leetdist.sequence.pipeline`,
 prints a table, and draws strong and weak scaling beside LASP's, LASP-2's and ZeCO's formulas. The constants are H200s'
@@ -8,8 +8,9 @@ as measured, or `--measure`d here, or given: `--set hop=2e-5 link=4e10`.
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +18,52 @@ import torch
 
 from leetdist.engine.checks import describe
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.launch.runtime import Arguments
+from leetdist.launch import commands
 from leetdist.operators.methods import kernels_for
 from leetdist.sequence import pipeline
 from leetdist.sequence.grid import default_tile
 from leetdist.sequence.pipeline import Job, Machine
 from leetdist.testing.equality import lightning_slopes
 
-HEAD = (
-    "ranks", "tokens", "lanes", "forward ms", "exposed us", "fwd+bwd ms", "exposed us", "efficiency", "sent MiB",
-    "saved MiB", "LASP ms", "LASP-2 ms", "ZeCO ms",
-)  # fmt: skip
+# What is predicted, as programs read it, and the head of its column.
+COLUMNS = {
+    "ranks": "ranks", "tokens": "tokens", "lanes": "lanes", "forward_ms": "forward ms",
+    "forward_exposed_us": "exposed us", "both_ms": "fwd+bwd ms", "both_exposed_us": "exposed us",
+    "efficiency": "efficiency", "sent_mib": "sent MiB", "saved_mib": "saved MiB", "lasp_ms": "LASP ms",
+    "lasp2_ms": "LASP-2 ms", "zeco_ms": "ZeCO ms",
+}  # fmt: skip
+DIGITS = {"us": 0, "mib": 1}  # of a column whose name ends so; 3 of others
 
 
 def main(argv: list[str]) -> int:
-    parser = Arguments("leetdist.launch plan", __doc__)
-    parser.add_argument("--ranks", type=int, required=True, help="the largest number of ranks")
-    parser.add_argument("--tokens", type=int, required=True, help="of the whole sequence")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=1, help="times, bytes and memory are for so many layers")
-    parser.add_argument("--bytes", type=int, default=2, help="of an element of q")
-    parser.add_argument("--slopes", action="store_true", help="decays of Lightning Attention instead of none")
-    parser.add_argument("--measure", action="store_true", help="measure the kernels on this machine first")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="constants of the machine")
-    parser.add_argument("--plot", type=Path, help="draw strong and weak scaling into this file")
+    parser = commands.plan()
     args = parser.parse_args(argv)
-    if min(args.ranks, args.tokens, args.heads, args.dim, args.batch, args.layers) < 1:
-        parser.error("--ranks, --tokens, --heads, --dim, --batch and --layers must be positive")
     machine = _given(measure(args.heads, args.dim) if args.measure else Machine(), args.set, parser)
     job = Job(args.ranks, args.tokens, args.heads, args.dim, args.dim, args.batch, itemsize=args.bytes)
     forgetting = _forgetting(job) if args.slopes else 0
 
+    counts = _counts(args.ranks)
+    share = forgetting / args.heads
+    scaling = {
+        name: [_row(each, machine, args.layers, share) for each in jobs]
+        for name, jobs in (("strong", _strong(job, counts)), ("weak", _weak(job, counts)))
+    }
+    if args.plot is not None:
+        draw(job, machine, counts, share, args.plot)
+    if args.json:
+        found = {"machine": asdict(machine), "tile": job.grid, "state_bytes": job.state_bytes, "forgetting": forgetting}
+        print(json.dumps({**found, **scaling}, indent=2))
+        return 0
     print(f"machine: {', '.join(f'{f.name} {getattr(machine, f.name)}' for f in fields(machine))}")
     print(f"tile {job.grid} tokens; a state of {job.state_bytes / 2**20:.2f} MiB travels a hop and pass")
     print(f"heads that wait for their neighbour only: {forgetting} of {args.heads}")
-    counts = _counts(args.ranks)
-    for name, jobs in (("strong", _strong(job, counts)), ("weak", _weak(job, counts))):
+    for name, rows in scaling.items():
         print(f"\n{name} scaling")
-        rows = [_row(each, machine, args.layers, forgetting / args.heads) for each in jobs]
-        widths = [max(len(row[i]) for row in [HEAD, *rows]) for i in range(len(HEAD))]
-        for row in [HEAD, *rows]:
-            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+        lines = [tuple(COLUMNS.values()), *(tuple(_cells(row)) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     if args.plot is not None:
-        draw(job, machine, counts, forgetting / args.heads, args.plot)
         print(f"\n{args.plot}")
     return 0
 
@@ -173,18 +175,24 @@ def _efficiency(job: Job, machine: Machine, total: float) -> float:
     return sum(part.total for part in alone) / total
 
 
-def _row(job: Job, machine: Machine, layers: int, forgetting: float) -> tuple[str, ...]:
+def _row(job: Job, machine: Machine, layers: int, forgetting: float) -> dict[str, float]:
+    """What COLUMNS names, of one job."""
     lanes, there, back = _costs(job, machine, forgetting)
     both = there.total + back.total
-    peers = (
-        f"{layers * formula(job, machine) * 1e3:.3f}" for formula in (pipeline.lasp, pipeline.lasp2, pipeline.zeco)
-    )
-    return (
-        f"{job.ranks}", f"{job.tokens}", f"{lanes}", f"{layers * there.total * 1e3:.3f}",
-        f"{layers * there.exposed * 1e6:.0f}", f"{layers * both * 1e3:.3f}",
-        f"{layers * (there.exposed + back.exposed) * 1e6:.0f}", f"{_efficiency(job, machine, both):.3f}",
-        f"{layers * 2 * max(job.sent_bytes()) / 2**20:.1f}", f"{layers * job.saved_bytes() / 2**20:.1f}", *peers,
+    peers = [layers * formula(job, machine) * 1e3 for formula in (pipeline.lasp, pipeline.lasp2, pipeline.zeco)]
+    values = (
+        job.ranks, job.tokens, lanes, layers * there.total * 1e3, layers * there.exposed * 1e6, layers * both * 1e3,
+        layers * (there.exposed + back.exposed) * 1e6, _efficiency(job, machine, both),
+        layers * 2 * max(job.sent_bytes()) / 2**20, layers * job.saved_bytes() / 2**20, *peers,
     )  # fmt: skip
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _cells(row: dict[str, float]) -> list[str]:
+    return [
+        str(value) if isinstance(value, int) else f"{value:.{DIGITS.get(name.rpartition('_')[2], 3)}f}"
+        for name, value in row.items()
+    ]
 
 
 def draw(job: Job, machine: Machine, counts: list[int], forgetting: float, path: Path) -> None:

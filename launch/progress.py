@@ -1,4 +1,4 @@
-"""What a training run shows and writes down: a progress bar or lines, metrics.jsonl, and accelerate's trackers."""
+"""What a run shows and writes down: a progress bar or lines, metrics.jsonl, and accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,41 @@ import torch
 from torch import Tensor
 
 
+class Bar:
+    """rich's progress bar, on a terminal and where rich is installed; elsewhere nothing."""
+
+    def __init__(self, total: int, done: int = 0, *, wanted: bool = True) -> None:
+        self._bar: Any = None
+        if not wanted or not sys.stdout.isatty():
+            return
+        try:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Rich
+        except ImportError:
+            return
+        self._bar = Rich(MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
+        self._bar.add_task("", total=total, completed=done, line="")
+        self._bar.start()
+
+    @property
+    def shown(self) -> bool:
+        return self._bar is not None
+
+    def update(self, done: int, line: str = "") -> None:
+        if self._bar is not None:
+            self._bar.update(0, completed=done, line=line)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
 class Progress:
     """Counts the steps; the first rank shows and logs loss, gradient norm, tokens/s and memory of each."""
 
@@ -24,7 +59,7 @@ class Progress:
         self.step = 0
         self.first: bool = accelerator.is_main_process
         self.file: Path = options.out / "metrics.jsonl"
-        self.bar: Any = None
+        self.bar = Bar(0, wanted=False)
         self.then = 0.0
 
     def state_dict(self) -> dict[str, int]:
@@ -50,8 +85,7 @@ class Progress:
             new = self.file.with_suffix(".part")
             new.write_text("".join(kept))
             os.replace(new, self.file)
-            if sys.stdout.isatty():
-                self.bar = _bar(self.options.steps, self.step)
+            self.bar = Bar(self.options.steps, self.step)
         if self.accelerator.log_with:
             plain = {k: v for k, v in vars(self.options).items() if isinstance(v, bool | int | float | str)}
             self.accelerator.init_trackers("tensorboard", config=plain)
@@ -76,14 +110,13 @@ class Progress:
             f"loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  "
             f"{values['tokens_per_s']:,.0f} tokens/s  {values['memory_gib']:.1f} GiB"
         )
-        if self.bar is not None:
-            self.bar.update(0, completed=self.step, line=line)
+        if self.bar.shown:
+            self.bar.update(self.step, line)
         elif self.step % max(1, self.options.steps // 20) == 0 or self.step == 1:
             print(f"step {self.step:>6}  {line}", flush=True)
 
     def end(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.stop()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -103,16 +136,3 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _bar(steps: int, done: int) -> Any:
-    """rich's progress bar, or None where rich is not installed."""
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-    except ImportError:
-        return None
-    bar = Bar(MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
-    bar.add_task("", total=steps, completed=done, line="")
-    bar.start()
-    return bar

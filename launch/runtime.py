@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from leetdist.integrations.checkpoint import CheckpointError
+from leetdist.launch.commands import after_the_first, in_words
 from leetdist.sequence.group import resolve
-
-# How long a host's other ranks leave it to the first to say what is wrong; its launcher then ends them.
-LATER_SECONDS = 3.0
-
-
-def after_the_first() -> None:
-    """What is wrong with the arguments is wrong on all ranks; one message is enough."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(LATER_SECONDS)
 
 
 @contextmanager
@@ -34,34 +24,11 @@ def one_message() -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, CheckpointError) as error:
         after_the_first()
-        raise SystemExit(str(error)) from error
+        raise SystemExit(in_words(error)) from error
     except SystemExit as error:
         if isinstance(error.code, str):
             after_the_first()
         raise
-
-
-class Arguments(argparse.ArgumentParser):
-    """A parser whose complaints, and help, come from one rank of a host; with the text above them as it is."""
-
-    def __init__(self, prog: str, description: str | None) -> None:
-        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message: str) -> NoReturn:
-        after_the_first()
-        super().error(message)
-
-    def print_help(self, file: Any = None) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            super().print_help(file)
-
-
-def positive(text: str) -> int:
-    """An argument's type: an integer that is at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
 
 
 @dataclass(frozen=True)
@@ -96,7 +63,10 @@ def choose_device(wanted: str) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"--device {wanted}: this machine has no GPU that torch {torch.__version__} can use")
-    return torch.device(wanted)
+    chosen = torch.device(wanted)
+    if (chosen.index or 0) >= max(1, torch.cuda.device_count()):
+        raise SystemExit(f"--device {wanted}: this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on")
+    return chosen
 
 
 @contextmanager

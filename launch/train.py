@@ -1,6 +1,6 @@
 """Train a language model on sequences that no single GPU holds. Copy this file and change it.
 
-    python -m leetdist.launch train --text book.txt
+    leetdist train --text book.txt
     torchrun --nproc-per-node 8 -m leetdist.launch.train --text books/ --sequence-parallel 4 --tokens 1048576
     accelerate launch --config_file launch/configs/fsdp2.yaml launch/train.py --text books/ --sequence-parallel 4
     deepspeed --num_gpus 8 launch/train.py --deepspeed-config launch/configs/zero3.json --text books/
@@ -16,7 +16,6 @@ import importlib.util
 import math
 import os
 import sys
-import sysconfig
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,52 +31,18 @@ from torch.utils.data import DataLoader
 
 import leetdist
 from leetdist.integrations import checkpoint
+from leetdist.launch import commands
+from leetdist.launch.commands import PRESETS
 from leetdist.launch.model import Config, LanguageModel
 from leetdist.launch.progress import Progress
 from leetdist.launch.resume import described, differences
-from leetdist.launch.runtime import Arguments, one_message, positive
+from leetdist.launch.runtime import one_message
 from leetdist.launch.text import Windows, load_tokens
-
-PRESETS = ("tiny", "10m", "100m")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Arguments("train", __doc__)
-    add = parser.add_argument
-    add("--text", default=sysconfig.get_path("stdlib"), help="file, folder or data set (default: Python's own library)")
-    add("--tokenizer", help="name or folder of a transformers tokenizer (default: bytes)")
-    add("--model", default="tiny", help=f"{', '.join(PRESETS)}, or a transformers model's name or folder")
-    add("--tokens", type=positive, default=8192, help="tokens in a sequence, over all its ranks")
-    add("--batch", type=positive, help="sequences a step, over all ranks (default: one for each data-parallel rank)")
-    add(
-        "--micro-batch",
-        type=positive,
-        default=1,
-        help="sequences at once on a data-parallel rank (1); others add up",
-    )
-    add("--sequence-parallel", type=int, default=0, help="ranks that share a sequence (default: all)")
-    add("--steps", type=positive, default=200)
-    add("--seconds", type=float, help="stop, and save, after the first step that ends later than this")
-    add("--lr", type=float, default=3e-4)
-    add("--warmup", type=int, default=20, help="steps")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--precision", choices=("no", "bf16"), help="default: the launcher's own setting, else bf16 on GPUs")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward")
-    add("--fsdp", action="store_true", help="FSDP2 without an accelerate config, as under torchrun")
-    add("--deepspeed-config", "--deepspeed_config", help="JSON file; DeepSpeed instead of DDP or FSDP2")
-    add("--out", type=Path, default=Path("runs/train"), help="checkpoints, metrics.jsonl and TensorBoard logs")
-    add("--save-every", type=int, default=100, help="steps; 0 saves at the end only, -1 never")
-    add("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, if there is one")
-    add("--changed", nargs="+", default=[], metavar="OPTION", help="resume although these options are others: text ...")
-    add("--trust", nargs="+", default=[], metavar="NAME", help="let the checkpoint unpickle this: module.name ...")
-    add("--seed", type=int, default=0)
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # of the deepspeed launcher
-    return parser.parse_args(argv)
 
 
 def make_accelerator(options: argparse.Namespace) -> Accelerator:
     """accelerate, however we were launched; on a machine without a GPU over gloo."""
-    cuda = torch.cuda.is_available()
+    cuda, several = torch.cuda.is_available(), asked_for_several()
     how: dict[str, Any] = {"mixed_precision": options.precision}
     if options.precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and cuda:
         how["mixed_precision"] = "bf16"
@@ -101,6 +66,11 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
         raise SystemExit(
             f"accelerate sees {accelerator.num_processes} of {dist.get_world_size()} processes: see launch/README.md"
         )
+    if several:
+        accelerator.print(
+            "accelerate launch was asked for several processes and started one, as it does on a CPU and without "
+            "--multi_gpu: this trains on one rank. torchrun starts several, and so does leetdist train --ranks"
+        )
     fsdp = options.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if fsdp and accelerator.distributed_type != DistributedType.FSDP:
         accelerator.print("accelerate has FSDP2 on GPUs only: this is DDP")
@@ -111,11 +81,19 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def asked_for_several() -> bool:
+    """Whether `accelerate launch` started one process where it was asked for more: it then names a master, and no
+    ranks."""
+    return {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+
+
 def make_model(options: argparse.Namespace, vocabulary: int) -> nn.Module:
     if options.model in PRESETS:
         return LanguageModel(Config.preset(options.model, vocabulary), checkpointing=options.checkpointing)
     from transformers import AutoModelForCausalLM
 
+    if not Path(options.model).is_dir() and os.environ.get("RANK", "0") == "0":
+        print(f"--model {options.model}: none of {', '.join(PRESETS)}, and no folder: asking Hugging Face", flush=True)
     model = AutoModelForCausalLM.from_pretrained(options.model)
     if options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -139,7 +117,7 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    begin, options = time.monotonic(), parse(argv)
+    begin, options = time.monotonic(), commands.train().parse_args(argv)
     joined_before = dist.is_initialized()
     with one_message():
         mesh = leetdist.device_mesh(options.sequence_parallel or None)  # (1) data parallel x sequence parallel
@@ -176,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{options.tokens:,} a step; {mesh.size()} ranks, {mesh['sp'].size()} a sequence, "
             f"{accelerator.distributed_type.value}, {accelerator.device}{resumed}"
         )
+        saved = None
         while progress.step < options.steps:
             for batch in loader:
                 for group in optimizer.param_groups:
@@ -185,11 +164,12 @@ def main(argv: list[str] | None = None) -> int:
                 last = progress.step == options.steps or out_of_time(begin, options.seconds, accelerator.device)
                 now = options.save_every and not progress.step % options.save_every
                 if options.save_every >= 0 and (last or now):
-                    checkpoint.write_atomically(options.out, progress.step, accelerator.save_state, about=about)
+                    saved = checkpoint.write_atomically(options.out, progress.step, accelerator.save_state, about=about)
                 if last:
                     options.steps = progress.step
                     break
         progress.end()
+        accelerator.print(closing(saved, options), flush=True)
     if not joined_before:
         if mesh.size() > 1:
             dist.barrier()  # without it, 5 of 160 runs aborted when the first rank left
@@ -208,6 +188,18 @@ def resume(accelerator: Accelerator, about: dict[str, Any], options: argparse.Na
         accelerator.print(f"not as before: {words}", flush=True)
     accelerator.load_state(str(path))
     return f", from step {step}"
+
+
+def closing(saved: Path | None, options: argparse.Namespace) -> str:
+    """Where the run is now, and what to do with it."""
+    figures = f"metrics: {options.out / 'metrics.jsonl'}"
+    if saved is None:
+        return f"nothing saved (--save-every {options.save_every}); {figures}"
+    tokenizer = f" --tokenizer {options.tokenizer}" if options.tokenizer else ""
+    further = f"leetdist generate --model {options.out}{tokenizer} --prompt 'Once upon a time'"
+    if options.model not in PRESETS:
+        further = "the same command with --resume and more --steps goes on"
+    return f"saved: {saved}; {figures}\n{further}"
 
 
 def out_of_time(begin: float, seconds: float | None, device: torch.device) -> bool:

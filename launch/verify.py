@@ -1,68 +1,70 @@
-"""Is the operator on these ranks equal to one device, bit for bit, forward and backward?
-
-    torchrun --nproc-per-node 4 -m leetdist.launch verify
-    python -m leetdist.launch verify --virtual 8
-
-Goes through a table of shapes, dtypes and decays, computes each on the ranks and on one device, and compares outputs,
-states and gradients with torch.equal. Exit code 1 where anything differs.
-"""
+"""`leetdist verify`: a table of calls on these ranks and on one device, compared with torch.equal."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import leetdist
-from leetdist.launch.runtime import Arguments, choose_device, joined
+from leetdist.launch import commands
+from leetdist.launch.progress import Bar
+from leetdist.launch.ranks import is_launched
+from leetdist.launch.runtime import choose_device, joined, one_message
 from leetdist.sequence.group import resolve
 from leetdist.sequence.transport import Transport
 from leetdist.testing.equality import Case, check, standard_cases
 
+VIRTUAL = 4  # ranks, where nobody says how many
+
 
 def main(argv: list[str]) -> int:
-    parser = Arguments("leetdist.launch verify", __doc__)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--virtual", type=int, default=0, help="use this many virtual ranks in one process instead")
-    parser.add_argument("--long", type=int, help="add a case of this many tokens, 8 heads, 128 x 128, bf16")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
-    options = parser.parse_args(argv)
-    if options.virtual:
-        device = choose_device(options.device)
-        results = leetdist.virtual_ranks(
-            lambda group: run(group, device, options, print_lines=group.rank == 0), options.virtual
-        )
+    options = commands.verify().parse_args(argv)
+    if options.virtual or not is_launched():
+        with one_message():
+            device = choose_device(options.device)
+            results = leetdist.virtual_ranks(
+                lambda group: run(group, device, options, speaks=group.rank == 0), options.virtual or VIRTUAL
+            )
         return int(any(results))
     with joined(options.device) as rank:
         transport = resolve(dist.group.WORLD)
         assert transport is not None
-        return int(run(transport, rank.device, options, print_lines=rank.first))
+        return int(run(transport, rank.device, options, speaks=rank.first))
 
 
-def run(transport: Transport, device: torch.device, options: argparse.Namespace, *, print_lines: bool) -> bool:
+def run(transport: Transport, device: torch.device, options: argparse.Namespace, *, speaks: bool) -> bool:
     """All cases on one rank; True if anything differs on any rank."""
-    show = partial(print, flush=True) if print_lines else lambda *_: None
     cases = standard_cases(device, long=options.long)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    show(f"{len(cases)} cases on {transport.size} ranks against one device: {name}, torch {torch.__version__}")
-    failed = 0
-    for number, case in enumerate(cases, 1):
-        begin = time.perf_counter()
-        problems = _everywhere(case, transport, device, options.seed + number)
-        seconds = time.perf_counter() - begin
-        verdict = "DIFFERS" if problems else "equal"
-        show(f"[{number:2}/{len(cases)}] {verdict:<8}{seconds:6.1f} s  {case}")
-        for problem in problems:
-            show(f"        {problem}")
-        failed += bool(problems)
-    show(
-        f"{failed} of {len(cases)} cases differ"
-        if failed
-        else f"all {len(cases)} cases equal, bit for bit: o, state, dq, dk, dv, dS_0, d log_decay"
-    )
+    in_lines = speaks and not options.json
+    if in_lines:
+        print(f"{len(cases)} cases on {transport.size} ranks against one device: {name}, torch {torch.__version__}")
+    rows: list[dict[str, Any]] = []
+    with Bar(len(cases), wanted=in_lines) as bar:
+        for number, case in enumerate(cases, 1):
+            bar.update(number - 1, str(case))
+            begin = time.perf_counter()
+            problems = _everywhere(case, transport, device, options.seed + number)
+            seconds = time.perf_counter() - begin
+            rows.append({"case": str(case), "equal": not problems, "seconds": seconds, "differences": problems})
+            if in_lines:
+                verdict = "DIFFERS" if problems else "equal"
+                print(f"[{number:2}/{len(cases)}] {verdict:<8}{seconds:6.1f} s  {case}", flush=True)
+                for problem in problems:
+                    print(f"        {problem}", flush=True)
+        bar.update(len(cases))
+    failed = sum(not row["equal"] for row in rows)
+    if in_lines:
+        everything = f"all {len(cases)} cases equal, bit for bit: o, state, dq, dk, dv, dS_0, d log_decay"
+        print(f"{failed} of {len(cases)} cases differ" if failed else everything)
+    elif speaks:
+        found = {"ranks": transport.size, "device": name, "torch": str(torch.__version__), "equal": not failed}
+        print(json.dumps({**found, "cases": rows}, indent=2))
     return failed > 0
 
 

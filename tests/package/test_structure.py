@@ -31,7 +31,18 @@ KNOWS = {
     "testing": ("sequence", "api"),
     # leetdist itself: the public names
     "": ("sequence", "api", "decoder", "explain", "inference", "reference", "mesh", "nn", "integrations"),
-    "launch": ("", "kernels", "sequence", "operators", "engine", "inference", "nn", "integrations", "testing"),
+    "launch": (
+        "",
+        "kernels",
+        "reference",
+        "sequence",
+        "operators",
+        "engine",
+        "inference",
+        "nn",
+        "integrations",
+        "testing",
+    ),
 }
 MOST_LINES = 400
 

@@ -1,0 +1,271 @@
+"""The command line: every command's help, what is wrong in one line, JSON for scripts, processes by --ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import free_port
+from leetdist.launch import __main__ as entry
+from leetdist.launch import bench, demo, doctor, plan
+from leetdist.launch.commands import COMMANDS, EXTRAS, Arguments
+
+JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def leetdist(*arguments: object, prefix: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in which nobody's launcher shows."""
+    clean = {name: value for name, value in os.environ.items() if name not in JOB}
+    return subprocess.run(
+        [sys.executable, *prefix, "-m", "leetdist.launch", *map(str, arguments)],
+        env={**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is said, in one line, of arguments that are wrong."""
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(entry.main(list(arguments)))
+    assert ended.value.code != 0
+    said = ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err
+    assert said.strip().count("\n") == 0, said
+    return said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_that_the_parser_takes_and_defaults(name: str) -> None:
+    parser = COMMANDS[name].parser()
+    text = parser.format_help()
+    examples = text.partition("examples:\n")[2].strip().splitlines()
+    assert examples
+    own = [shlex.split(line.split("   ")[0]) for line in map(str.strip, examples) if line.startswith("leetdist ")]
+    assert own
+    for words in own:
+        assert words[1] == name
+        parser.parse_args(words[2:])
+    shown = " ".join(text.split())
+    for action in parser._actions:
+        assert action.help, action.option_strings
+        if isinstance(action.default, (str, int, float)) and action.default not in (False, argparse.SUPPRESS):
+            assert f"(default: {action.default})" in shown, action.option_strings
+
+
+def test_every_command_is_a_module_and_imports_no_extra_for_its_help() -> None:
+    """Without any extra, help and wrong arguments come as they do with all of them."""
+    without = f"""
+import sys
+import torch  # which looks for NumPy itself
+sys.modules.update(dict.fromkeys({tuple(EXTRAS)!r}))
+from leetdist.launch.__main__ import main
+"""
+    for name in COMMANDS:
+        assert (ROOT / "launch" / f"{name}.py").is_file()
+    every = f"""
+for name in {list(COMMANDS)!r}:
+    try:
+        main([name, '--help'])
+    except SystemExit:
+        pass
+main(['train'])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", without + every], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout.count("usage: leetdist ") == len(COMMANDS)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "leetdist train: accelerate is needed and not installed: pip install 'leetdist[accelerate]' "
+        "(in a clone '.[accelerate]')\n"
+    )
+
+
+def test_usage_versions_and_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(["--help"]) == entry.main([]) == 0
+    said = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"  {name:<10} {command.about}" in said
+    assert entry.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("leetdist 0.")
+    assert "there is no command 'verfy', but verify" in refused(capsys, "verfy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("demo --steps -1", "argument --steps: must be at least 0, got -1"),
+        ("demo --ranks abc", "argument --ranks: must be a whole number, got 'abc'"),
+        ("demo --device tpu", "argument --device: must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        ("demo --model huge", "argument --model: invalid choice: 'huge' (choose from "),
+        ("demo --step 3", "unrecognized arguments: --step 3"),
+        ("verify --virtual 0", "argument --virtual: must be at least 1, got 0"),
+        ("doctor --device cuda:x", "argument --device: must be auto, cpu, cuda or cuda:N, got 'cuda:x'"),
+        ("plan --ranks 4", "the following arguments are required: --tokens"),
+        ("plan --ranks 4 --tokens 1e5", "argument --tokens: must be a whole number, got '1e5'"),
+        ("plan --ranks 4 --tokens 99 --set hop=x", "--set hop=x: 'x' is no number"),
+        ("generate --prompt x", "the following arguments are required: --model"),
+        ("generate --model x --temperature -1", "argument --temperature: must be a number of at least 0, got '-1'"),
+        ("train --lr nan", "argument --lr: must be a number of at least 0, got 'nan'"),
+        ("bench --dtype int8", "argument --dtype: invalid choice: 'int8' (choose from "),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, *arguments.split())
+    assert said.startswith(f"leetdist {arguments.split()[0]}: {words}")
+    assert f"leetdist {arguments.split()[0]} --help" in said
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in ("verify", "bench", "doctor"):
+        assert refused(capsys, name, "--device", "cuda").startswith("--device cuda: this machine has no GPU that torch")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert refused(capsys, "bench", "--device", "cuda:2") == "--device cuda:2: this machine has 2 GPUs, from cuda:0 on"
+
+
+def test_the_demo_trains_compares_keeps_and_is_gone_on_from(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two three four " * 50)
+    options = ("--text", tmp_path / "text.txt", "--tokens", 300, "--steps", 2, "--new", 5, "--out", tmp_path / "out")
+    done = leetdist("demo", "--ranks", 2, *options)
+    assert done.returncode == 0, done.stdout
+    assert "tokens on each rank: 128, 172" in done.stdout
+    assert "yes, bit for bit (o, state, dq, dk, dv, dlog_decay; 2 of 2 ranks hold tokens)" in " ".join(
+        done.stdout.split()
+    )
+    (line,) = (line.strip() for line in done.stdout.splitlines() if line.strip().startswith("leetdist generate"))
+    assert line == f'leetdist generate --model {tmp_path / "out"} --prompt "one " --temperature 0.7'
+    goes_on = leetdist("generate", "--model", tmp_path / "out", "--prompt", "one ", "--tokens", 7, "--json")
+    found = json.loads(goes_on.stdout)
+    assert (found["prompt_tokens"], found["tokens"], found["ranks"], len(found["texts"])) == (4, 7, 1, 1)
+
+
+def test_the_demo_says_once_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line from all ranks, and nothing of torchrun's."""
+    done = leetdist("demo", "--ranks", 2, "--out", tmp_path, "--text", "no/such/text")
+    assert done.returncode == 1
+    assert done.stdout.startswith("--text no/such/text: no such file or folder; to read a data set of that name, ")
+    assert done.stdout.strip().count("\n") == 0, done.stdout
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    said = refused(capsys, "demo", "--text", __file__, "--tokens", "9999999", "--device", "cpu")
+    assert said == f"--tokens 9999999: {__file__} has {Path(__file__).stat().st_size} bytes, one more is wanted"
+
+
+def test_accelerate_that_starts_one_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --num_processes 2` on a CPU, by the environment of its only process."""
+    pytest.importorskip("accelerate")
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    from leetdist.launch.train import asked_for_several
+
+    given = ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "train.py"]
+    for name in ("MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert not asked_for_several()
+    before = dict(os.environ)
+    for processes, several in ((1, False), (2, True)):
+        arguments = launch_command_parser().parse_args([*given[:-1], "--num_processes", str(processes), given[-1]])
+        _, environment = prepare_simple_launcher_cmd_env(arguments)
+        for name, value in environment.items():
+            if before.get(name) != value:
+                monkeypatch.setenv(name, value)
+        assert asked_for_several() == several
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun under accelerate, which starts all of them
+    assert not asked_for_several()
+
+
+def test_a_run_ends_with_where_it_is_and_what_next(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from leetdist.launch.train import closing
+
+    options = COMMANDS["train"].parser().parse_args(["--out", str(tmp_path)])
+    saved, further = closing(tmp_path / "step-00000200", options).splitlines()
+    assert saved == f"saved: {tmp_path / 'step-00000200'}; metrics: {tmp_path / 'metrics.jsonl'}"
+    COMMANDS["generate"].parser().parse_args(shlex.split(further)[2:])
+    assert f"--model {tmp_path} " in further
+    options = COMMANDS["train"].parser().parse_args(["--out", str(tmp_path), "--model", "a/model"])
+    assert "--resume" in closing(tmp_path, options)
+    assert closing(None, options).startswith("nothing saved (--save-every 100)")
+
+
+def test_another_number_of_ranks_than_the_launchers_is_refused() -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
+    done = leetdist("verify", "--ranks", 3, prefix=torchrun)
+    assert done.stdout.count("argument --ranks: 3, and the launcher started 2 processes") == 1
+
+
+def test_json_of_each_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan.main(["--ranks", "4", "--tokens", "65536", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["ranks"] for row in found["strong"]] == [1, 2, 4]
+    assert found["strong"][2]["forward_ms"] < found["strong"][0]["forward_ms"]
+    assert plan.main(["--ranks", "4", "--tokens", "65536"]) == 0
+    cell = f"{found['weak'][1]['both_ms']:.3f}"
+    assert cell in capsys.readouterr().out
+
+    assert doctor.main(["--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "cpu"
+
+    few = [case for number, case in enumerate(entry_cases()) if number in (1, 7)]
+    monkeypatch.setattr("leetdist.launch.verify.standard_cases", lambda *_, **__: few)
+    from leetdist.launch import verify
+
+    assert verify.main(["--virtual", "3", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ranks"], found["equal"], len(found["cases"])) == (3, True, 2)
+    monkeypatch.setattr("leetdist.launch.verify.check", lambda *_: ["o differs"])
+    assert verify.main(["--virtual", "2", "--device", "cpu", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["equal"]
+    assert found["cases"][0]["differences"] == ["o differs", "o differs"]
+
+
+def entry_cases() -> list[Any]:
+    import torch
+
+    from leetdist.testing.equality import standard_cases
+
+    return standard_cases(torch.device("cpu"))
+
+
+def test_bench_times_what_is_right_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "COPIED", 1 << 16)
+    options = ["--device", "cpu", "--tokens", "600", "--heads", "2", "--dim", "16", "--repeat", "3"]
+    assert bench.main([*options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["call"] for row in rows] == ["forward", "forward + backward", "step of decoding"]
+    assert all(0 < row["error"] < 1e-5 and row["milliseconds"] > 0 for row in rows)
+
+    right = bench.leetdist.linear_attention
+    monkeypatch.setattr(bench.leetdist, "linear_attention", lambda *given, **options: 1.01 * right(*given, **options))
+    assert bench.main(options) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert ["WRONG" in line for line in lines[-3:]] == [True, True, False]
+
+
+def test_the_losses_are_drawn() -> None:
+    assert demo.drawn([4.0, 2.0, 0.0]) == "█▄ "
+    assert len(demo.drawn([1.0] * 1000)) == 40
+
+
+def test_a_parser_takes_no_shortened_options() -> None:
+    parser = Arguments("x", "What it is.", "leetdist x")
+    parser.add_argument("--everything", action="store_true", help="all of it")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--every"])
