@@ -68,14 +68,15 @@ environment() {
     echo "$want" >"$stamp"
 }
 
-# tests NAME MARKERS ARGUMENTS...: one run of pytest. That no test matches is no failure here.
+# tests NAME DEALT MARKERS ARGUMENTS...: one run of pytest, whose workers are dealt files ("loadfile") or single tests
+# ("worksteal"). That no test matches is no failure here.
 tests() {
-    local name=$1 markers=$2 status=0 limit=() workers=()
-    shift 2
-    # By file: what a file's tests share, a build or a run of four ranks, is made once. In the order of their names, as a
-    # single process takes them: by size, xdist's own order, those with the fewest and longest tests would be last.
+    local name=$1 dealt=$2 markers=$3 status=0 limit=() workers=()
+    shift 3
+    # Files in the order of their names, as a single process takes them: by the number of their tests, xdist's own order,
+    # the longest tests, which are few, would come last.
     if ((${LEETDIST_TEST_WORKERS:=2})); then
-        workers=(--numprocesses "$LEETDIST_TEST_WORKERS" --dist loadfile --no-loadscope-reorder)
+        workers=(--numprocesses "$LEETDIST_TEST_WORKERS" --dist "$dealt" --no-loadscope-reorder)
     fi
     # A test stuck in C++ never sees its own timeout.
     if command -v timeout >/dev/null; then
@@ -92,8 +93,9 @@ step "ruff check" "$venv/bin/ruff" check
 step "ruff format" "$venv/bin/ruff" format --check
 step "mypy" "$venv/bin/mypy"
 NO_MKDOCS_2_WARNING=1 step "mkdocs" "$venv/bin/python" -m mkdocs build --quiet --strict --site-dir "$results/site"
-step "pytest" tests cpu "not gpu and not interpreter" "$@"
-TRITON_INTERPRET=1 step "pytest, Triton interpreted" tests interpreted "interpreter" "$@"
+# By file: what the tests of a file share, a build or a run of four ranks, is made once.
+step "pytest" tests cpu loadfile "not gpu and not interpreter" "$@"
+TRITON_INTERPRET=1 step "pytest, Triton interpreted" tests interpreted worksteal "interpreter" "$@"
 
 printf '\n'
 closing=$(summary 0)
