@@ -5,9 +5,13 @@
 #   bash tests/versions.sh triton-3.7 ...   some (names: bash tests/versions.sh --list)
 #
 # Each cell installs one other release in a temporary folder, runs the tests that depend on it and writes a line of
-# tests/versions.txt: cell, release, tests, result, date, commit. Everything else is as tests/requirements.txt says, in
-# the environment of tests/run.sh (LEETDIST_VENV, .venv-test), which must be there. LEETDIST_VERSIONS: a folder where
-# what was installed is kept for the next time.
+# tests/versions.txt: cell, release, tests, result, date, commit. So that a line is of that commit, nothing but this table
+# may differ from it. Everything else is as tests/requirements.txt says, in the environment of tests/run.sh
+# (LEETDIST_VENV, .venv-test), which must be there.
+#
+#   LEETDIST_VERSIONS       a folder where what was installed is kept for the next time
+#   LEETDIST_VERSION_LIMIT  longest that the tests of one cell may take, in seconds (3600)
+#   LEETDIST_TEST_WORKERS   processes that run a cell's tests side by side (2)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 top=$PWD
@@ -21,8 +25,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLE
 export TRITON_CACHE_DIR=$scratch/triton-cache
 unset TRITON_INTERPRET
 
-compiled="tests/kernels/test_kernels_compile.py tests/kernels/test_hopper_compile.py tests/kernels/test_hopper_wide.py
-    tests/inference/test_inference_compile.py"
+# Compile tests of kernels, whatever their number; Triton 3.5 has no Gluon that theirs could be written in.
+compiled=$(grep -lE "GPUTarget" tests/*/test_*.py | paste -sd' ')
+compiled_old=$(grep -lE "GPUTarget" tests/*/test_*.py | xargs grep -LiE "gluon|hopper" | paste -sd' ')
 launched="tests/kernels/test_launcher.py tests/kernels/test_replay.py"
 torch="tests/engine/test_engine.py tests/engine/test_exactness.py tests/engine/test_errors.py tests/operators
     tests/engine/test_engine_compile.py tests/engine/test_ways_of_calling.py tests/sequence/test_distributed.py"
@@ -44,12 +49,14 @@ cell() {
 run() {
     local cell=$1 specs=$2 tests=$3 marker=${4:-} folder=$kept/$1 with=$python path=$top status=0
     local install=(-m pip install --quiet --disable-pip-version-check --root-user-action=ignore)
+    local workers=(--numprocesses "${LEETDIST_TEST_WORKERS:-2}" --dist loadfile)
+    [[ $marker == interpreter ]] && workers=(--numprocesses "${LEETDIST_TEST_WORKERS:-2}" --dist worksteal)
     if [[ $cell == torch-* ]]; then # with all that it needs, in an environment of its own
         with=$folder/bin/python
         if [[ ! -d $folder ]]; then
             "$python" -m venv "$folder"
             # shellcheck disable=SC2086
-            "$with" "${install[@]}" $specs numpy pytest pytest-timeout hypothesis || return
+            "$with" "${install[@]}" $specs numpy pytest pytest-timeout pytest-xdist hypothesis || return
         fi
     else
         # shellcheck disable=SC2086
@@ -67,7 +74,8 @@ print(f", triton {triton.__version__}")' 2>/dev/null || true)
     echo "==> $cell: $names"
     [[ $marker == interpreter ]] && export TRITON_INTERPRET=1
     # shellcheck disable=SC2086
-    PATH=$(dirname "$with"):$PATH PYTHONPATH=$path "$with" -m pytest -q --tb=short -p no:cacheprovider \
+    PATH=$(dirname "$with"):$PATH PYTHONPATH=$path timeout --kill-after=30 "${LEETDIST_VERSION_LIMIT:-3600}" \
+        "$with" -m pytest -q --tb=short -p no:cacheprovider "${workers[@]}" \
         -m "${marker:-not gpu and not interpreter}" $tests >"$scratch/log" 2>&1 || status=$?
     unset TRITON_INTERPRET
     tail -n 25 "$scratch/log" | grep -E "^(FAILED|ERROR)|passed|failed|error" || tail -n 25 "$scratch/log"
@@ -88,8 +96,13 @@ keep() {
 
 wanted=("$@")
 red=()
+if [[ ${wanted[*]:-} != --list && -n $(git status --porcelain -- . ":!$table") ]]; then
+    echo "the tree is not its commit; commit, or run this in a clean clone:"
+    git status --short -- . ":!$table"
+    exit 2
+fi
 # The kernels are compiled for sm_80, sm_90 and sm_100, those in Gluon for sm_90.
-cell triton-3.5 "triton==3.5.*" "tests/kernels/test_kernels_compile.py $launched"
+cell triton-3.5 "triton==3.5.*" "$compiled_old $launched"
 for release in 3.6 3.7 3.8 3.9; do
     cell "triton-$release" "triton==$release.*" "$compiled $launched"
 done
