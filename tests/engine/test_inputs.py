@@ -28,7 +28,8 @@ def arguments(heads: int = 4, tokens: int = 45) -> dict[str, Tensor]:
         return torch.randn(*shape, generator=generator)
 
     return {
-        "q": normal(1, heads, tokens, 16), "k": normal(1, heads // 2, tokens, 16), "v": normal(1, heads // 2, tokens, 24),
+        "q": normal(1, heads, tokens, 16),
+        "k": normal(1, heads // 2, tokens, 16), "v": normal(1, heads // 2, tokens, 24),
         "log_decay": -normal(heads).abs(), "initial_state": normal(1, heads, 16, 24),
         "do": normal(1, heads, tokens, 24), "dstate": normal(1, heads, 16, 24),
     }  # fmt: skip
