@@ -27,7 +27,10 @@ def oracle(case: Case, tensors: Tensors) -> dict[str, torch.Tensor]:
             states.append(initial if case.initial else tensors.dstate[rows].double() * 0)
             continue
         q, k, v = (leaves[name][:, :, begin:end] for name in "qkv")
-        o, state = reference.recurrence(q, k, v, leaves.get("log_decay"), scale=case.scale, initial_state=initial)
+        decay = leaves.get("log_decay")
+        if decay is not None and decay.ndim == 3:
+            decay = decay[:, :, begin:end]
+        o, state = reference.recurrence(q, k, v, decay, scale=case.scale, initial_state=initial)
         outputs.append(o)
         states.append(state)
     o, state = torch.cat(outputs, 2), torch.cat(states)

@@ -293,6 +293,13 @@ TRITON_A_TOKEN = Implementation(
 )
 TRITON_DECODE_A_TOKEN = Implementation("Triton", "triton.decode", _triton, "Triton", operator="token_decay")
 PYTORCH_A_TOKEN = Implementation("PyTorch", "pytorch.block", _pytorch, costs="cpu", operator="token_decay")
+PYTORCH_FLEET_A_TOKEN = Implementation(
+    "PyTorch", "pytorch.fleet", _pytorch, functions=(("fleet_outputs", "tile_outputs"),), operator="token_decay"
+)
+PYTORCH_BY_TOKEN_A_TOKEN = Implementation(
+    "PyTorch", "pytorch.causal_dot_product", _always,
+    longest_tile=ONE_BY_ONE, functions=(("token_outputs", "tile_outputs"),), operator="token_decay",
+)  # fmt: skip
 PYTORCH_DECODE_A_TOKEN = Implementation("PyTorch", "pytorch.decode", _pytorch, operator="token_decay")
 
 # Steps of the two passes (constant_decay.pytorch.block says what each computes; the outputs of methods that go token by
@@ -301,8 +308,8 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "transitions": (TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "tile_states": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "tile_outputs": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
-    "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET),
-    "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN),
+    "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET, PYTORCH_FLEET_A_TOKEN),
+    "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN, PYTORCH_BY_TOKEN_A_TOKEN),
     "fold": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "decay_gradient": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "step": (TRITON_STEP, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),

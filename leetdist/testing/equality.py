@@ -16,6 +16,13 @@ from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.transport import Transport
 
 DECAYS = {"slow": 0.9999, "fast": 0.1, "gone": 1e-30}
+# Of a decay a token, in turn over tokens and heads: strong ones among weak, and the state started anew.
+STEPS = {
+    "tokens": (-1e-3, -0.3, -1e-5, -2.0, -1e-2, 0.0, -50.0),
+    "restarts": (-0.1, -1e-3, -math.inf, -0.0, -1e-4, -110.0, -0.02, -1e-30, -1e30),
+    "slow tokens": (-1e-4, -1e-6, -2e-4),
+    "no steps": (0.0,),
+}
 EXTREMES = (-math.inf, -110.0, -1e-30, -1e30, -2.0, -0.0)
 
 
@@ -32,7 +39,8 @@ class Case:
     """One call to compare: shapes, dtype, decay and how the sequence is cut.
 
     decay is one of "none", "lightning", "mixed" (lightning with a head of no decay and one that forgets at once),
-    "extreme" (log-decays from EXTREMES in turn), or a key of DECAYS. With `learnt`, log_decay needs a gradient.
+    "extreme" (log-decays from EXTREMES in turn), a key of DECAYS, or of STEPS: a decay a token. With `learnt`,
+    log_decay needs a gradient. kv_heads: of k and v, and q_heads, v_heads: of one of q and v, where not `heads`.
     `uneven` gives ranks growing shares of the tiles, `shards` tokens by rank. Without `final` nobody asks for the final
     state, and what only that needs is left out.
     """
@@ -43,6 +51,8 @@ class Case:
     batch: int = 1
     heads: int = 4
     kv_heads: int | None = None
+    q_heads: int | None = None
+    v_heads: int | None = None
     dtype: torch.dtype = torch.float32
     scale: float = 1.0
     decay: str = "lightning"
@@ -57,7 +67,7 @@ class Case:
     shards: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        heads = f"{self.heads}" if self.kv_heads is None else f"{self.heads}/{self.kv_heads}"
+        heads = "/".join(map(str, dict.fromkeys((self.heads, *self.shared))))
         extras = [
             name
             for name, on in (
@@ -77,9 +87,20 @@ class Case:
         shape = f"B {self.batch} H {heads} N {self.tokens} D {self.dk}x{self.dv}"
         return ", ".join([f"{shape} {name} decay {self.decay}", *extras])
 
+    @property
+    def shared(self) -> tuple[int, int, int]:
+        """Heads of q, k and v."""
+        kv_heads = self.kv_heads or self.heads
+        return self.q_heads or self.heads, kv_heads, self.v_heads or kv_heads
+
     def log_decay(self) -> Tensor | None:
         if self.decay == "none":
             return None
+        if self.decay in STEPS:
+            steps = torch.tensor(STEPS[self.decay], dtype=torch.float32, device="cpu")
+            # Each token takes another than its neighbours, heads and batch entries at the same token too.
+            place = torch.arange(self.batch * self.heads * self.tokens, device="cpu") * 7 // 5
+            return steps[place % len(steps)].view(self.batch, self.heads, self.tokens)
         if self.decay == "extreme":
             return torch.tensor(
                 [EXTREMES[head % len(EXTREMES)] for head in range(self.heads)], dtype=torch.float32, device="cpu"
@@ -125,14 +146,14 @@ def make_tensors(case: Case, device: torch.device, seed: int) -> Tensors:
             return normal(case.batch, case.tokens, heads, dim).transpose(1, 2)
         return normal(case.batch, heads, case.tokens, dim)
 
-    kv_heads = case.kv_heads or case.heads
+    q_heads, k_heads, v_heads = case.shared
     states = case.batch if case.documents is None else len(case.documents) - 1
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
     state = (states, case.heads, case.dk, case.dv)
     inputs = {
-        "q": rows(case.heads, case.dk) * case.dk**-0.5,
-        "k": rows(kv_heads, case.dk),
-        "v": rows(kv_heads, case.dv),
+        "q": rows(q_heads, case.dk) * case.dk**-0.5,
+        "k": rows(k_heads, case.dk),
+        "v": rows(v_heads, case.dv),
     }
     log_decay = case.log_decay()
     if log_decay is not None:
@@ -153,7 +174,8 @@ def compute(case: Case, tensors: Tensors, transport: Transport | None) -> dict[s
     for name, x in tensors.inputs.items():
         if name == "initial_state" and rank > 0:
             continue
-        leaf = shard(x).detach() if name in ("q", "k", "v") else x.detach().clone()
+        per_token = name in ("q", "k", "v") or (name == "log_decay" and x.ndim == 3)
+        leaf = shard(x).detach() if per_token else x.detach().clone()
         leaves[name] = leaf.requires_grad_(case.learnt or name != "log_decay")
     documents = None if case.documents is None else torch.tensor(case.documents, dtype=torch.int64, device="cpu")
     results: Any = linear_attention(
@@ -202,9 +224,9 @@ def differences(
     tile = case.tile or default_tile(case.tokens)
     first = sum(lengths[:rank])
     for name, whole in single.items():
-        per_token = name in ("o", "dq", "dk", "dv")
+        per_token = name in ("o", "dq", "dk", "dv") or (name == "dlog_decay" and whole.ndim == 3)
         expected = whole.narrow(2, first, lengths[rank]) if per_token else whole
-        if name == "dlog_decay" and rank > 0:
+        if name == "dlog_decay" and rank > 0 and not per_token:
             expected = torch.zeros_like(whole)  # the ranks' sum is the gradient: the first rank has it all
         if name not in ours and name == "dinitial_state" and rank > 0:
             continue
@@ -256,6 +278,10 @@ def standard_cases(device: torch.device, *, long: int | None = None) -> list[Cas
         Case(1000, decay="mixed", uneven=True, final=False),
         Case(999, 24, 40, decay="slow", batch=2, dtype=bf16, initial=True, final=False),
         Case(900, decay="slow", documents=(0, 130, 130, 500, 900), final=False),
+        Case(1000, 24, 40, batch=2, decay="tokens", uneven=True, initial=True),
+        Case(900, 16, 32, decay="restarts", documents=(0, 130, 130, 500, 900), initial=True, q_heads=1, kv_heads=2),
+        Case(640, 32, 16, decay="slow tokens", dtype=bf16, q_heads=2, kv_heads=2, v_heads=4, uneven=True, scale=0.3),
+        Case(512, decay="no steps", final=False, q_heads=2, model_layout=True),
     ]
     if device.type == "cuda":
         for dtype in (bf16, fp16, fp32):

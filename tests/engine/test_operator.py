@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 
@@ -26,6 +27,9 @@ CASES = [
     Case(96, 256, 200, heads=1, decay="slow"),
     Case(700, 32, 16, heads=2, decay="slow", tile=512, scale=0.2, initial=True),  # several chunks a tile
     Case(300, 16, 24, heads=6, decay="extreme", tile=256, initial=True),
+    Case(333, 32, 48, heads=4, q_heads=1, kv_heads=2, v_heads=4, decay="tokens", batch=2, initial=True),
+    Case(700, 16, 32, heads=2, decay="restarts", documents=(0, 1, 1, 600, 700), initial=True, tile=512, scale=0.2),
+    Case(520, 24, 16, heads=4, v_heads=1, decay="slow tokens", model_layout=True),
 ]
 INTERPRETED_CASES = [
     Case(1, 16, 16, heads=1),
@@ -112,14 +116,23 @@ def test_oracles_agree() -> None:
     rows = torch.tensor([0, 17, 49])
     torch.testing.assert_close(reference.quadratic(q, k, v, log_decay, **options), o)
     torch.testing.assert_close(reference.quadratic(q, k, v, log_decay, rows=rows, **options), o[:, :, rows])
+    every = log_decay[:, None].expand(2, 4, 50)
+    assert torch.equal(reference.recurrence(q, k, v, every, **options)[0], o)
+    steps = -torch.rand(2, 4, 50)
+    steps[:, 1, 20:30] = torch.tensor([-50.0, -math.inf]).repeat(5)
+    o, _ = reference.recurrence(q, k, v, steps, **options)
+    torch.testing.assert_close(reference.quadratic(q, k, v, steps, rows=rows, **options), o[:, :, rows])
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 33])
-def test_gradcheck(tokens: int) -> None:
+def test_gradcheck(tokens: int, by_token: bool) -> None:
     """Every gradient of outputs and final state, by finite differences in fp64."""
     shape = {"dtype": torch.float64, "requires_grad": True}
     q, k, v = (torch.randn(1, heads, tokens, dim, **shape) for heads, dim in ((2, 3), (1, 3), (1, 4)))
     log_decay = torch.tensor([-0.05, -1.0], **shape)
+    if by_token:
+        log_decay = (-torch.rand(1, 2, tokens, dtype=torch.float64) - 1e-3).requires_grad_()
     initial = torch.randn(1, 2, 3, 4, **shape)
 
     def function(q, k, v, log_decay, initial):
@@ -130,15 +143,18 @@ def test_gradcheck(tokens: int) -> None:
     assert torch.autograd.gradcheck(function, (q, k, v, log_decay, initial))
 
 
-def test_step_continues_a_sequence() -> None:
-    q, k, v = (torch.randn(2, 4, 20, 16) for _ in range(3))
-    k, v, log_decay = k[:, :2], v[:, :2], -torch.rand(4)
+@pytest.mark.parametrize("by_token", [False, True])
+def test_step_continues_a_sequence(by_token: bool) -> None:
+    q, k, v = (torch.randn(2, heads, 20, 16) for heads in (1, 2, 4))
+    log_decay = -torch.rand(2, 4, 20) if by_token else -torch.rand(4)
     whole = leetdist.linear_attention(q, k, v, log_decay, scale=0.25)
     first = [x[:, :, :15] for x in (q, k, v)]
-    _, state = leetdist.linear_attention(*first, log_decay, scale=0.25, return_state=True)
+    before = log_decay[:, :, :15] if by_token else log_decay
+    _, state = leetdist.linear_attention(*first, before, scale=0.25, return_state=True)
     for t in range(15, 20):
         token = [x[:, :, t : t + 1] for x in (q, k, v)]
-        o, state = leetdist.linear_attention_step(*token, state, log_decay, scale=0.25)
+        own = log_decay[:, :, t : t + 1] if by_token else log_decay
+        o, state = leetdist.linear_attention_step(*token, state, own, scale=0.25)
         assert reference.relative_error(o, whole[:, :, t : t + 1]) < 1e-6
 
 
@@ -147,7 +163,9 @@ def test_step_gradcheck() -> None:
     q, k, v = (torch.randn(1, 2, 1, 3, **shape) for _ in range(3))
     state, log_decay = torch.randn(1, 2, 3, 3, **shape), torch.tensor([-0.1, -1.0], **shape)
     step = leetdist.linear_attention_step
-    assert torch.autograd.gradcheck(lambda *x: step(*x, scale=0.5), (q, k, v, state, log_decay))
+    by_token = torch.tensor([[[-0.1], [-1.0]]], **shape)
+    for decay in (log_decay, by_token):
+        assert torch.autograd.gradcheck(lambda *x: step(*x, scale=0.5), (q, k, v, state, decay))
 
 
 def test_gradients_only_where_wanted() -> None:
@@ -173,3 +191,56 @@ def test_last_dimension_need_not_be_contiguous() -> None:
     q, k, v = (torch.randn(1, 2, 16, 40).mT for _ in range(3))
     expected = leetdist.linear_attention(*(x.contiguous() for x in (q, k, v)))
     assert torch.equal(leetdist.linear_attention(q, k, v), expected)
+
+
+def test_a_decay_of_zeros_is_no_decay() -> None:
+    """To the last bit, forward and backward; and one that is the same for all tokens is a constant one, to rounding."""
+    q, k, v, do = (torch.randn(2, heads, 300, 16) for heads in (4, 2, 4, 4))
+    initial, dstate = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+
+    def results(log_decay: torch.Tensor | None) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, initial)]
+        o, state = leetdist.linear_attention(
+            *leaves[:3], log_decay, initial_state=leaves[3], return_state=True, tile=256
+        )
+        return [o, state, *torch.autograd.grad([o, state], leaves, [do, dstate])]
+
+    for x, y in zip(results(torch.zeros(2, 4, 300)), results(None), strict=True):
+        assert torch.equal(x, y)
+    constant = torch.tensor([-1e-3, -0.1, -3.0, 0.0])
+    for x, y in zip(results(constant[:, None].expand(2, 4, 300)), results(constant), strict=True):
+        assert reference.relative_error(x, y) < 5e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["slow", "strong and weak", "restarts"])
+def test_decays_keep_their_digits(kind: str, dtype: torch.dtype) -> None:
+    """100,000 tokens of -1e-6; steps of -50 among others of -1e-3, which a running sum would round away; -inf."""
+    tokens = 100_000 if kind == "slow" else 3000
+    q, k, v = (torch.randn(1, 1, tokens, 16).to(dtype) for _ in range(3))
+    steps = torch.full((1, 1, tokens), -1e-6 if kind == "slow" else -1e-3)
+    if kind != "slow":
+        steps[..., torch.rand(tokens) < 0.2] = -50.0 if kind == "strong and weak" else -math.inf
+    do = torch.zeros_like(v)
+    do[:, :, -700:] = torch.randn(700, 16)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, steps)]
+    o = leetdist.linear_attention(*leaves)
+    exact = [x.double().requires_grad_() for x in (q, k, v, steps)]
+    rows = torch.arange(tokens - 700, tokens)
+    expected = _by_chunks(*exact)
+    grads = torch.autograd.grad(o, leaves, do)
+    theirs = torch.autograd.grad(expected, exact, do.double())
+    bound = 2e-6 if dtype == torch.float32 else 2e-3
+    assert reference.relative_error(o[:, :, rows], expected[:, :, rows]) < bound
+    for name, x, y in zip(("dq", "dk", "dv", "dlog_decay"), grads, theirs, strict=True):
+        assert reference.relative_error(x, y) < bound, name
+
+
+def _by_chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """The definition in fp64, differentiable: 250 tokens at a time by the quadratic form, their state carried on."""
+    state, outputs = torch.zeros(1, 1, q.shape[3], v.shape[3], dtype=torch.float64), []
+    for q_i, k_i, v_i, g_i in zip(*(x.split(250, 2) for x in (q, k, v, steps)), strict=True):
+        outputs.append(reference.quadratic(q_i, k_i, v_i, g_i, initial_state=state))
+        behind = torch.nn.functional.pad(g_i[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+        state = torch.exp(g_i.sum(-1))[..., None, None] * state + (k_i * torch.exp(behind)[..., None]).mT @ v_i
+    return torch.cat(outputs, 2)

@@ -13,7 +13,9 @@ import leetdist
 from leetdist import reference
 from leetdist.decoder import METHOD_OF
 from leetdist.engine.checks import METHODS, ONE_DEVICE, describe
-from leetdist.kernels.constant_decay.pytorch.fleet import decayed_cumsum
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.pytorch.fleet import ConstantPowers, decayed_cumsum
+from leetdist.kernels.constant_decay.pytorch.token_walk import TokenWalk
 from leetdist.operators import cost
 from leetdist.operators.dispatch import part_of_tile
 from leetdist.testing.equality import Case, check
@@ -29,10 +31,13 @@ TABLE = [
     Case(131, 16, 40, heads=2, decay="none", model_layout=True),
     Case(129, 12, 12, heads=2, decay="slow", documents=(0, 1, 1, 65, 129), initial=True, scale=2.0),
     Case(100, 8, 12, heads=6, decay="extreme", initial=True, tile=32),
+    Case(77, 24, 8, heads=4, q_heads=2, kv_heads=1, v_heads=4, decay="tokens", batch=2, initial=True, tile=32),
+    Case(129, 12, 12, heads=2, decay="restarts", documents=(0, 1, 1, 65, 129), initial=True, scale=2.0),
 ]
 LONG = [
     Case(601, 8, 12, heads=2, decay="slow", tile=512, scale=0.3, initial=True),
     Case(530, 8, 8, heads=3, decay="mixed", tile=512),
+    Case(601, 8, 12, heads=2, decay="restarts", tile=512, scale=0.3, initial=True),
 ]
 
 
@@ -55,9 +60,11 @@ def test_ranks_equal_one_device(method: str, ranks: int, seed: int) -> None:
     cases = [
         Case(300, 16, 24, heads=2, initial=True, uneven=True, tile=32, scale=0.5),
         Case(150, 8, 8, heads=2, documents=(0, 20, 20, 97, 150), initial=True, tile=16, decay="mixed"),
+        Case(150, 8, 12, heads=4, q_heads=2, decay="tokens", batch=2, initial=True, tile=16, uneven=True),
+        Case(150, 8, 8, heads=2, documents=(0, 20, 20, 97, 150), tile=16, decay="restarts"),
     ]
     if method == "lightning":
-        cases.append(Case(2100, 8, 8, heads=1, tile=512))
+        cases += [Case(2100, 8, 8, heads=1, tile=512, decay=decay) for decay in ("lightning", "tokens")]
     for case in cases:
         assert not differing(replace(case, method=method), ranks, CPU, seed)
 
@@ -65,10 +72,11 @@ def test_ranks_equal_one_device(method: str, ranks: int, seed: int) -> None:
 @pytest.mark.parametrize("method", SHARDED)
 def test_a_larger_batch_changes_no_bit(method: str) -> None:
     q, k, v = (torch.randn(3, 2, 90, 16) for _ in range(3))
-    log_decay = torch.tensor([-0.1, -0.01])
-    together = leetdist.linear_attention(q, k, v, log_decay, method=method, tile=32)
-    alone = leetdist.linear_attention(q[1:2], k[1:2], v[1:2], log_decay, method=method, tile=32)
-    assert torch.equal(together[1:2], alone)
+    for log_decay in (torch.tensor([-0.1, -0.01]), -torch.rand(3, 2, 90)):
+        together = leetdist.linear_attention(q, k, v, log_decay, method=method, tile=32)
+        own = log_decay[1:2] if log_decay.ndim == 3 else log_decay
+        alone = leetdist.linear_attention(q[1:2], k[1:2], v[1:2], own, method=method, tile=32)
+        assert torch.equal(together[1:2], alone)
 
 
 @pytest.mark.interpreter
@@ -147,10 +155,13 @@ def test_slow_decays_do_not_drift(method: str) -> None:
 def test_decayed_cumsum_never_overflows() -> None:
     """The textbook form divides by gamma^t, which is 0 in fp32 after two tokens here."""
     x = torch.randn(1, 1, 100, 3)
-    log_decay = torch.tensor([-60.0])
-    torch.testing.assert_close(decayed_cumsum(x, log_decay), x)
+
+    def powers(log_decay: float) -> ConstantPowers:
+        return ConstantPowers(torch.tensor([log_decay]), TokenWalk(Tiles(100, (0, 100)), CPU, False), x.dtype)
+
+    torch.testing.assert_close(decayed_cumsum(x[:, :, None], powers(-60.0))[:, :, 0], x)
     exact = torch.stack([x[0, 0, : t + 1].double().sum(0) for t in range(100)])
-    assert reference.relative_error(decayed_cumsum(x, torch.zeros(1))[0, 0], exact) < 1e-6
+    assert reference.relative_error(decayed_cumsum(x[:, :, None], powers(0.0))[0, 0, 0], exact) < 1e-6
 
 
 @pytest.mark.parametrize("method", ONE_DEVICE)

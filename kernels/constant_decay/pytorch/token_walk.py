@@ -15,6 +15,7 @@ class TokenWalk:
     """The order in which all tiles are walked: token `w` of the walk is row `rows[tile, w]`, unless `outside`."""
 
     def __init__(self, tiles: Tiles, device: torch.device, reverse: bool) -> None:
+        self.reverse = reverse
         self.rows, self.outside, self.inside, self.where = kept(_order, tiles.num_tokens, device, tiles, reverse)
 
     def take(self, x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.constant_decay.pytorch.kept import kept
+from leetdist.kernels.constant_decay.pytorch.token_walk import TokenWalk
 from leetdist.kernels.constant_decay.pytorch.walk import LEAST, Chunk, Place, Walk, distances
 
 
@@ -34,8 +35,7 @@ class TokenDecayChunk(Chunk):
     def sums(self) -> tuple[Tensor, Tensor]:
         """G, high and low, (B, H, A, C) in fp64; behind the last token it stays what it is there."""
         place = self.place
-        steps = self.walk.log_decay.index_select(2, place.rows).double()
-        steps = torch.where(steps <= 0, steps.clamp_min(LEAST), math.nan).unflatten(2, place.outside.shape[:2])
+        steps = checked(self.walk.log_decay.index_select(2, place.rows)).unflatten(2, place.outside.shape[:2])
         if not place.full:
             steps = steps.masked_fill(place.outside[..., 0], 0)
         return sums_in_pairs(steps)
@@ -74,6 +74,18 @@ class TokenDecayChunk(Chunk):
         """G_n, (B, H, A) in fp64."""
         high, low = self.sums
         return high[..., -1] + low[..., -1]
+
+
+def checked(log_decay: Tensor) -> Tensor:
+    """In fp64 and finite; NaN where it is no log-decay: positive, or NaN."""
+    log_decay = log_decay.double()
+    return torch.where(log_decay <= 0, log_decay.clamp_min(LEAST), math.nan)
+
+
+def in_walk(log_decay: Tensor, walk: TokenWalk) -> Tensor:
+    """(B, H, N) as (B, H, tiles, steps) in the order of a walk token by token, `checked`; 0 where a tile has no more
+    tokens."""
+    return walk.take(checked(log_decay)[..., None], log_decay.shape[1], torch.float64)[..., 0]
 
 
 def sums_in_pairs(x: Tensor) -> tuple[Tensor, Tensor]:

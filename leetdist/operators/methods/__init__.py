@@ -86,9 +86,10 @@ def attention_on_one_device(
         outputs, states = [], []
         for (begin, end), row in zip(spans, rows, strict=True):
             q_i, k_i, v_i = (q, k, v) if len(spans) == 1 else (x[:, :, begin:end] for x in (q, k, v))
-            outputs.append(method.attention(q_i, k_i, v_i, decay, row))
+            g_i = decay if decay.ndim == 1 or len(spans) == 1 else decay[:, :, begin:end]
+            outputs.append(method.attention(q_i, k_i, v_i, g_i, row))
             if problem.return_state:
-                states.append(vanilla.state_after(k_i, v_i, decay, row))
+                states.append(vanilla.state_after(k_i, v_i, g_i, row))
         o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         state = torch.cat(states) if len(states) > 1 else states[0] if states else None
     return (problem.scale * o).to(problem.dtype), state

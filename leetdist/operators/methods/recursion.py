@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leetdist.operators.methods.vanilla import from_state, masked_product, powers
+from leetdist.operators.methods.vanilla import from_state, masked_product
+from leetdist.operators.methods.weights import weights_of
 
 LEAF = 64
 
@@ -28,15 +29,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state:
         half *= 2
     # Zeros behind the last token add nothing, and their own outputs are dropped.
     q_i, k_i, v_i = (pad(x, (0, 0, 0, half - tokens)).unflatten(2, (-1, LEAF)) for x in (q, k, v))
-    o = masked_product(q_i, k_i, v_i, log_decay)
+    weights = weights_of(log_decay if log_decay.ndim == 1 else pad(log_decay, (0, half - tokens)))
+    o = masked_product(q_i, k_i, v_i, weights.pairs(LEAF))
     half = LEAF
     while half < o.shape[2] * o.shape[3]:
         # (B, H, pairs, 2, half, D): left and right halves
         q_i, k_i, v_i, o = (x.flatten(2, 3).unflatten(2, (-1, 2, half)) for x in (q_i, k_i, v_i, o))
-        position = torch.arange(half, device=q.device)
-        handed = powers(log_decay, half - 1 - position)[:, None] * k_i[:, :, :, 0]
-        left = handed.mT @ v_i[:, :, :, 0]
-        right = powers(log_decay, position + 1)[:, None] * (q_i[:, :, :, 1] @ left)
+        left_end, right_start = weights.to_end(half), weights.from_start(half)
+        if left_end.shape[-3] > 1:  # one for each segment, of which every second is a left half
+            left_end, right_start = left_end[..., 0::2, :, :], right_start[..., 1::2, :, :]
+        left = (left_end * k_i[:, :, :, 0]).mT @ v_i[:, :, :, 0]
+        right = right_start * (q_i[:, :, :, 1] @ left)
         o = torch.stack((o[:, :, :, 0], o[:, :, :, 1] + right), 3).flatten(3, 4)
         q_i, k_i, v_i = (x.flatten(3, 4) for x in (q_i, k_i, v_i))
         half *= 2
