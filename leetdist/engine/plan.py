@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from leetdist.arguments import is_plain
 from leetdist.engine.checks import check_agreement, check_declared, describe, global_layout
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
@@ -228,7 +229,7 @@ def _known(
                 decays = decays_of(log_decay)
                 if decays is None or decays.bad is not None:
                     return None, None
-            elif bad_step(log_decay) is not None:
+            elif not is_plain(log_decay) or bad_step(log_decay) is not None:
                 return None, None
             decay = (
                 type(log_decay), log_decay.layout, log_decay.shape, log_decay.dtype, log_decay.device,

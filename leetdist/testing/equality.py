@@ -279,7 +279,17 @@ def standard_cases(device: torch.device, *, long: int | None = None) -> list[Cas
         Case(999, 24, 40, decay="slow", batch=2, dtype=bf16, initial=True, final=False),
         Case(900, decay="slow", documents=(0, 130, 130, 500, 900), final=False),
         Case(1000, 24, 40, batch=2, decay="tokens", uneven=True, initial=True),
-        Case(900, 16, 32, decay="restarts", documents=(0, 130, 130, 500, 900), initial=True, q_heads=1, kv_heads=2),
+        Case(
+            900,
+            16,
+            32,
+            decay="restarts",
+            documents=(0, 130, 130, 500, 900),
+            initial=True,
+            q_heads=1,
+            kv_heads=2,
+            v_heads=4,
+        ),
         Case(640, 32, 16, decay="slow tokens", dtype=bf16, q_heads=2, kv_heads=2, v_heads=4, uneven=True, scale=0.3),
         Case(512, decay="no steps", final=False, q_heads=2, model_layout=True),
     ]

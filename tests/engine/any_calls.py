@@ -60,14 +60,17 @@ class Call:
 
     def __str__(self) -> str:
         shapes = {name: (tuple(x.shape), x.dtype) for name, x in self.given.items() if isinstance(x, Tensor)}
-        return f"{shapes} {self.given.get('log_decay')} {self.options} shards {self.lengths}"
+        decay = self.given.get("log_decay")
+        shown = decay if decay is None or decay.ndim == 1 else "a decay a token"
+        return f"{shapes} {shown} {self.options} shards {self.lengths}"
 
 
 def draw(rng: random.Random, *, sharded: bool) -> Call:
     generator = torch.Generator().manual_seed(rng.randrange(1 << 31))
     dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    heads, kv_heads = rng.choice([(1, 1), (2, 1), (4, 2), (3, 3)])
+    shared = rng.choice([(1, 1, 1), (2, 1, 1), (4, 2, 2), (3, 3, 3), (1, 1, 4), (6, 2, 3)])
+    heads = max(shared)
     tokens, dk, dv = rng.choice([1, 2, 15, 16, 33, 97, 200]), rng.choice([1, 3, 16, 17]), rng.choice([1, 2, 16, 24])
     tile = rng.choice([16, 32, 64])
     documents = None
@@ -81,12 +84,13 @@ def draw(rng: random.Random, *, sharded: bool) -> Call:
         return x[:1].expand(shape) if rng.random() < 0.1 else x
 
     given: dict[str, Any] = {
-        "q": normal(batch, heads, tokens, dk), "k": normal(batch, kv_heads, tokens, dk),
-        "v": normal(batch, kv_heads, tokens, dv),
+        name: normal(batch, own, tokens, dim) for name, own, dim in zip("qkv", shared, (dk, dk, dv), strict=True)
     }  # fmt: skip
     if rng.random() < 0.8:
-        values = [rng.choice([0.0, -1e-4, -0.1, -2.0, -30.0, -110.0, -1e4, -math.inf]) for _ in range(heads)]
-        given["log_decay"] = torch.tensor(values, dtype=rng.choice([wide, torch.float64]), device="cpu")
+        shape = rng.choice([(heads,), (batch, heads, tokens)])
+        strong = [-30.0, -110.0, -1e4, -math.inf] if rng.random() < 0.8 else []
+        values = rng.choices([0.0, -1e-4, -0.1, -2.0, *strong], k=math.prod(shape))
+        given["log_decay"] = torch.tensor(values, dtype=rng.choice([wide, torch.float64]), device="cpu").view(shape)
     if rng.random() < 0.4:
         given["initial_state"] = normal(rows, heads, dk, dv, dtype=wide)
     if documents:
@@ -122,7 +126,7 @@ def compute(call: Call, rng: random.Random | None, group: Any = None, *, grad: b
     for name, x in call.given.items():
         if name == "initial_state" and rank > 0:
             continue
-        x = shard(x) if name in "qkv" else x
+        x = shard(x) if name in "qkv" or (name == "log_decay" and x.ndim == 3) else x
         if name == "cu_seqlens":
             views[name] = form(x)
             continue
@@ -151,10 +155,10 @@ def oracle(call: Call) -> dict[str, Tensor]:
         if begin == end:
             states.append(torch.zeros_like(call.dstate[:1]).double() if initial is None else initial)
             continue
+        decay = given.get("log_decay")
+        own = decay[:, :, begin:end] if decay is not None and decay.ndim == 3 else decay
         parts = (given[name][:, :, begin:end] for name in "qkv")
-        o, state = reference.recurrence(
-            *parts, given.get("log_decay"), scale=call.options["scale"], initial_state=initial
-        )
+        o, state = reference.recurrence(*parts, own, scale=call.options["scale"], initial_state=initial)
         outputs.append(o)
         states.append(state)
     return {"o": torch.cat(outputs, 2), "state": torch.cat(states)}
@@ -197,7 +201,7 @@ def faults(seed: int, *, sharded: bool) -> list[str]:
         parts = leetdist.virtual_ranks(rank, len(call.lengths)) if sharded else [rank(None)]
     for name in parts[0]:
         mine = [part[name] for part in parts if name in part]
-        if name in ("o", "dq", "dk", "dv"):
+        if name in ("o", "dq", "dk", "dv") or (name == "dlog_decay" and mine[0].ndim == 3):
             whole = torch.cat(mine, 2)
         elif name == "dlog_decay":
             whole = torch.stack(mine).sum(0)

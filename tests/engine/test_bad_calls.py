@@ -115,6 +115,21 @@ def attention_rows(name: str, function: Callable[..., Any]) -> Iterator[Row]:
             x[head] = value
             yield bad("log_decay", f"{value} for head {head}", x, f"log_decay must be <= 0 .*for head {head}")
     yield bad("log_decay", "on meta", -tensor(H, device="meta"), "log_decay must be on q's device")
+    every = -tensor(B, H, N)
+    for what, x in no_tensors(every):
+        yield bad("log_decay", f"a token {what}", x)
+    for dtype in (torch.float16, torch.bfloat16, torch.int64):
+        yield bad("log_decay", f"a token {dtype}", every.to(dtype), "log_decay must be float32")
+    for shape in [(B, H, N + 1), (B, 1, N), (B + 1, H, N), (H, N), (B, N, H + 1), (B, 0, N)]:
+        yield bad("log_decay", f"a token of shape {shape}", -tensor(*shape), r"or \(B, H, N\) = \(1, 2, 40\)")
+    yield bad("log_decay", "a token, transposed", every.mT, r"pass log_decay\.transpose\(1, 2\)")
+    yield bad("log_decay", "a token on meta", every.to("meta"), "log_decay must be on q's device")
+    for value in (NAN, INF, 1e-38):
+        x = every.clone()
+        x[0, 1, 17] = value
+        yield bad("log_decay", f"{value} at token 17", x, "log_decay must be <= 0 .*for head 1 at token 17$")
+    two = {n: tensor(2, H, N, D) for n in "qkv"} | {"log_decay": torch.stack([every[0], x[0]])}
+    yield bad("log_decay", "positive in the second row", two, "head 1 at token 17 of batch entry 1")
     model = {n: tensor(B, N, H, D) for n in "qkv"}
     yield bad("log_decay", "of (B, N, H, D)", model, r"log_decay .*q looks like \(B, N, H, D\)")
 
@@ -281,6 +296,9 @@ def sharded_rows() -> Iterator[Row]:
     yield bad("k sparse", "k must be a dense", k=tensor(B, H, 32, D).to_sparse())
     yield bad("v int", "v must be float", v=tensor(B, H, 32, D).int())
     yield bad("log_decay positive", "log_decay must be <= 0", log_decay=tensor(H))
+    yield bad("log_decay a token", "disagree on", log_decay=-tensor(B, H, 32))
+    yield bad("log_decay a token of the whole", "log_decay must have shape", log_decay=-tensor(B, H, 64))
+    yield bad("log_decay positive at a token", "log_decay must be <= 0", log_decay=tensor(B, H, 32))
     yield bad("heads", "disagree on q_heads", **{n: tensor(B, 4, 32, D) for n in "qkv"})
     yield bad("dtype", "disagree on dtype", **{n: tensor(B, H, 32, D).double() for n in "qkv"})
     yield bad("cu_seqlens", "disagree on documents", cu_seqlens=torch.tensor([0, 64]))

@@ -47,6 +47,7 @@ def assert_causal(
     device: torch.device = CPU,
     gradients: bool = True,
     log_decay: tuple[float, ...] = (-0.1, -1e-3, -1.0, 0.0),
+    by_token: bool = False,
     **options: object,
 ) -> None:
     """One bad element after the other at each of `tokens`: all that it does not reach has the bits it has without it,
@@ -60,6 +61,9 @@ def assert_causal(
         name: torch.randn(batch, count, bounds[-1], dim).to(device, dtype) for name, (count, dim) in shapes.items()
     }
     inputs["log_decay"] = torch.tensor(log_decay[:most], device=device)
+    if by_token:
+        spread = torch.rand(batch, most, bounds[-1], device=device) * 1.9
+        inputs["log_decay"] = inputs["log_decay"][:, None] * spread
     without = computed(inputs, gradients, **options)
     for token, (operand, reached) in itertools.product(tokens, REACH.items()):
         if operand == "do" and not gradients:
@@ -93,12 +97,13 @@ def positions(*edges: int) -> list[int]:
     return sorted({token for edge in edges for token in (edge - 1, edge)} | between)
 
 
+@pytest.mark.parametrize("by_token", [False, True], ids=["a decay a head", "a decay a token"])
 @pytest.mark.parametrize("method", METHODS)
-def test_on_the_cpu(method: str) -> None:
+def test_on_the_cpu(method: str, by_token: bool) -> None:
     gradients = method not in ONE_DEVICE
     # Lightning's blocks are 256 tokens, block's chunks 128, recursion's leaves 64.
     tile = {"block": 256, "lightning": 512}.get(method, 32)
-    options = {"method": method, "gradients": gradients} | ({"tile": tile} if gradients else {})
+    options = {"method": method, "gradients": gradients, "by_token": by_token} | ({"tile": tile} if gradients else {})
     length = 2 * tile + tile // 4 if tile > 32 else 150
     assert_causal([0, *positions(tile // 2, tile), length - 1], bounds=(0, length), **options)
     assert_causal([39, 40, random.randrange(40, 99), 99, 149], bounds=(0, 40, 40, 100, 150), **options)

@@ -18,7 +18,8 @@ from helpers import assert_leaves_out_the_last
 from leetdist.engine import scan as scan_module
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch import block
-from leetdist.testing.equality import Case, check, compute, differences, make_tensors, standard_cases
+from leetdist.kernels.token_decay.pytorch import block as token_block
+from leetdist.testing.equality import STEPS, Case, check, compute, differences, make_tensors, standard_cases
 from oracle import differing
 
 CPU = torch.device("cpu")
@@ -36,7 +37,9 @@ def cut_cases(draw: st.DrawFn) -> tuple[Case, int]:
     tokens = draw(st.integers(1, 400))
     tile = draw(st.sampled_from([16, 32, 64, 256]))
     ranks = draw(st.integers(1, 8))
-    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]))
+    heads, q_heads, kv_heads, v_heads = draw(
+        st.sampled_from([(1, 1, 1, 1), (2, 2, 1, 1), (4, 4, 2, 2), (3, 3, 3, 3), (4, 1, 1, 4), (6, 2, 6, 3)])
+    )
     documents = draw(st.none() | st.lists(st.integers(0, tokens), max_size=4).map(sorted))
     cuts = sorted(draw(st.lists(st.integers(0, -(-tokens // tile)), min_size=ranks - 1, max_size=ranks - 1)))
     ends = [*(min(tokens, cut * tile) for cut in cuts), tokens]
@@ -46,10 +49,12 @@ def cut_cases(draw: st.DrawFn) -> tuple[Case, int]:
         draw(st.sampled_from([1, 2, 24, 33, 64])),
         batch=draw(st.integers(1, 3)) if documents is None else 1,
         heads=heads,
+        q_heads=q_heads,
         kv_heads=kv_heads,
+        v_heads=v_heads,
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
         scale=draw(st.sampled_from([1.0, -0.3])),
-        decay=draw(st.sampled_from(["none", "mixed", "slow", "fast", "gone"])),
+        decay=draw(st.sampled_from(["none", "mixed", "slow", "fast", "gone", "tokens", "restarts"])),
         documents=None if documents is None else (0, *documents, tokens),
         initial=draw(st.booleans()),
         final=draw(st.booleans()),
@@ -83,42 +88,44 @@ def test_virtual_ranks_on_a_gpu(ranks: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("dk", "dv"), [(64, 64), (17, 33)])
-def test_split_in_time(dtype: torch.dtype, dk: int, dv: int) -> None:
-    assert_split_in_time(Case(1000, dk, dv, tile=64, dtype=dtype), (64, 640), CPU)
+@pytest.mark.parametrize(("dk", "dv", "decay"), [(64, 64, "mixed"), (17, 33, "mixed"), (17, 33, "tokens")])
+def test_split_in_time(dtype: torch.dtype, dk: int, dv: int, decay: str) -> None:
+    assert_split_in_time(Case(1000, dk, dv, tile=64, dtype=dtype, decay=decay), (64, 640), CPU)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_split_in_time_on_a_gpu(dtype: torch.dtype) -> None:
-    assert_split_in_time(Case(9000, 128, 128, tile=512, dtype=dtype), (1024, 5120), torch.device("cuda"))
+    for decay in ("mixed", "tokens"):
+        case = Case(9000, 128, 128, tile=512, dtype=dtype, decay=decay)
+        assert_split_in_time(case, (1024, 5120), torch.device("cuda"))
 
 
 @pytest.mark.interpreter
 def test_split_in_time_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "LEETDIST_BACKEND", "triton")
-    assert_split_in_time(Case(75, 16, 24, tile=16, heads=2), (16, 48), CPU)
+    assert_split_in_time(Case(75, 16, 24, tile=16, heads=2, decay="mixed"), (16, 48), CPU)
 
 
 def assert_split_in_time(case: Case, cuts: tuple[int, int], device: torch.device) -> None:
     """A call cut at two tile boundaries, state carried over, forward and backward."""
-    case = replace(case, decay="mixed", initial=True, learnt=False)
+    case = replace(case, initial=True, learnt=case.decay in STEPS)
     tensors = make_tensors(case, device, 1)
     whole = compute(case, tensors, None)
-    leaves = {n: x.detach().requires_grad_(n != "log_decay") for n, x in tensors.inputs.items()}
+    leaves = {n: x.detach().requires_grad_(n != "log_decay" or case.learnt) for n, x in tensors.inputs.items()}
+    decay = leaves["log_decay"]
     state, outputs = leaves["initial_state"], []
     first, second = cuts
     for part in (slice(0, first), slice(first, second), slice(second, None)):
         q, k, v = (leaves[name][:, :, part] for name in "qkv")
-        o, state = leetdist.linear_attention(
-            q, k, v, leaves["log_decay"], initial_state=state, return_state=True, tile=case.tile
-        )
+        own = decay[:, :, part] if decay.ndim == 3 else decay
+        o, state = leetdist.linear_attention(q, k, v, own, initial_state=state, return_state=True, tile=case.tile)
         outputs.append(o)
     torch.autograd.backward([*outputs, state], [*tensors.do.tensor_split(cuts, 2), tensors.dstate])
     assert torch.equal(torch.cat(outputs, 2), whole["o"])
     assert torch.equal(state, whole["state"])
     for name, x in leaves.items():
-        if name != "log_decay":
+        if x.requires_grad:
             assert torch.equal(x.grad, whole[f"d{name}"]), name
 
 
@@ -160,17 +167,18 @@ def test_a_tile_that_is_left_out_is_not_computed(tokens: int, reverse: bool) -> 
     assert_leaves_out_the_last(block, b, c, log_decay, Tiles(64, (0, tokens)), reverse=reverse)
 
 
-def test_packed_documents_are_their_own_calls() -> None:
+@pytest.mark.parametrize("decay", ["mixed", "tokens"])
+def test_packed_documents_are_their_own_calls(decay: str) -> None:
     documents = (0, 100, 164, 165, 700)
-    case = Case(700, 32, 48, documents=documents, tile=64, decay="mixed", initial=True, learnt=False)
+    case = Case(700, 32, 48, documents=documents, tile=64, decay=decay, initial=True, learnt=False)
+    log_decay = case.log_decay()
     tensors = make_tensors(case, CPU, 2)
     packed = compute(case, tensors, None)
     for row, (begin, end) in enumerate(itertools.pairwise(documents)):
         q, k, v = (tensors.inputs[n][:, :, begin:end].detach().requires_grad_() for n in "qkv")
         initial = tensors.inputs["initial_state"][row : row + 1].detach().requires_grad_()
-        o, state = leetdist.linear_attention(
-            q, k, v, case.log_decay(), initial_state=initial, return_state=True, tile=64
-        )
+        own = log_decay[:, :, begin:end] if log_decay.ndim == 3 else log_decay
+        o, state = leetdist.linear_attention(q, k, v, own, initial_state=initial, return_state=True, tile=64)
         torch.autograd.backward([o, state], [tensors.do[:, :, begin:end], tensors.dstate[row : row + 1]])
         assert torch.equal(o, packed["o"][:, :, begin:end])
         assert torch.equal(state, packed["state"][row : row + 1])
@@ -179,44 +187,50 @@ def test_packed_documents_are_their_own_calls() -> None:
             assert torch.equal(x.grad, packed[name][:, :, begin:end]), name
 
 
-def test_batch_and_threads_change_nothing() -> None:
-    case = Case(500, 48, 32, batch=3, decay="mixed", learnt=False)
+@pytest.mark.parametrize("decay", ["mixed", "tokens"])
+def test_batch_and_threads_change_nothing(decay: str) -> None:
+    case = Case(500, 48, 32, batch=3, decay=decay, learnt=decay in STEPS)
     tensors = make_tensors(case, CPU, 3)
     together = compute(case, tensors, None)
     threads = torch.get_num_threads()
     for row in range(case.batch):
         torch.set_num_threads(1 + row % 2)
-        inputs = {n: x if n == "log_decay" else x[row : row + 1] for n, x in tensors.inputs.items()}
+        inputs = {n: x if x.ndim == 1 else x[row : row + 1] for n, x in tensors.inputs.items()}
         alone = type(tensors)(inputs, tensors.do[row : row + 1], tensors.dstate[row : row + 1])
         for name, x in compute(case, alone, None).items():
             assert torch.equal(x, together[name][row : row + 1]), name
     torch.set_num_threads(threads)
 
 
-def test_run_to_run() -> None:
-    case = Case(700, decay="mixed")
+@pytest.mark.parametrize("decay", ["mixed", "tokens"])
+def test_run_to_run(decay: str) -> None:
+    case = Case(700, decay=decay)
     tensors = make_tensors(case, CPU, 4)
     first, second = compute(case, tensors, None), compute(case, tensors, None)
     assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
-def test_a_broken_association_is_caught(monkeypatch: pytest.MonkeyPatch, forgotten: Any) -> None:
+@pytest.mark.parametrize(("decay", "kernels"), [("slow", block), ("slow tokens", token_block)])
+def test_a_broken_association_is_caught(
+    decay: str, kernels: Any, monkeypatch: pytest.MonkeyPatch, forgotten: Any
+) -> None:
     """The tempting scan, `S_p = gamma^L S_{p-1} + S_local`, is right to rounding and fails the check: so the check
     can fail."""
-    case = Case(1000, decay="slow", learnt=False)
+    case = Case(1000, decay=decay, learnt=False)
 
-    def regrouped(states, initial, log_decay, tiles, *, reverse, to_end):
-        local = exact(states, None, log_decay, tiles, reverse=reverse, to_end=to_end)
+    def regrouped(states, initial, keep, tiles, *, reverse, to_end=True):
+        local = exact(states, None, keep, tiles, reverse=reverse, to_end=to_end)
         if initial is None:
             return local
-        powers = torch.exp(log_decay.double()[:, None] * torch.arange(tiles.num_tokens + 1)).float()
-        for tile, (start, tokens) in enumerate(tiles.spans):
-            passed = tiles.num_tokens - start - tokens if reverse else start
-            states[:, :, tile] += powers[:, passed, None, None] * initial
-        return None if local is None else local + powers[:, tiles.num_tokens, None, None] * initial
+        passed = torch.ones_like(initial)  # of the state that comes, until this tile
+        for tile in reversed(range(tiles.count)) if reverse else range(tiles.count):
+            states[:, :, tile] += passed * initial
+            factor = torch.exp(keep * tiles.spans[tile][1]) if keep.ndim == 1 else keep[:, :, tile]
+            passed = passed * factor[..., None, None]
+        return None if local is None else local + passed * initial
 
-    exact = block.fold
-    monkeypatch.setattr(block, "fold", regrouped)
+    exact = kernels.fold
+    monkeypatch.setattr(kernels, "fold", regrouped)
     found = leetdist.virtual_ranks(lambda group: check(case, group, CPU, 0), 4)
     assert {d.tensor for result in found for d in result} >= {"o", "dq", "dk", "dv"}
     assert any("tile" in str(d) for result in found for d in result)
