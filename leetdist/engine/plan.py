@@ -225,6 +225,10 @@ def _known(
     try:
         decay: Hashable = None
         if log_decay is not None:
+            if (
+                not log_decay.is_floating_point()
+            ):  # a complex -1 is equal to the real one, and would be remembered for it
+                return None, None
             if log_decay.ndim == 1:
                 decays = decays_of(log_decay)
                 if decays is None or decays.bad is not None:
