@@ -64,10 +64,10 @@ def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) 
 
 
 def text(source: str) -> str:
-    """The source with what it includes, which is in the same folder."""
+    """The source with what it includes, wherever beside it that is."""
     path = SOURCES / source
     return re.sub(
-        r'^#include "(.*)"$', lambda found: text(str(path.with_name(found[1]))), path.read_text(), flags=re.MULTILINE
+        r'^#include "(.*)"$', lambda found: text(str(path.parent / found[1])), path.read_text(), flags=re.MULTILINE
     )
 
 

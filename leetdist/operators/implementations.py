@@ -288,6 +288,10 @@ TRITON_STEP = Implementation("Triton", "triton.step", _triton, "Triton")
 TRITON_STEPS = Implementation("Triton", "triton.steps", _triton, "Triton")
 PYTORCH_DECODE = Implementation("PyTorch", "pytorch.decode", _pytorch)
 
+CUDA_HOPPER_A_TOKEN = Implementation(
+    "CUDA C++", "cuda.hopper", _cuda_hopper, "NVRTC",
+    costs="sm_90", features="a", recordable=True, operator="token_decay",
+)  # fmt: skip
 TRITON_A_TOKEN = Implementation(
     "Triton", "triton.block", _triton, "Triton", recordable=True, takes_precision=True, operator="token_decay"
 )
@@ -306,12 +310,18 @@ PYTORCH_DECODE_A_TOKEN = Implementation("PyTorch", "pytorch.decode", _pytorch, o
 # token have names of their own), and of decoding: from the fastest to the one that serves all.
 CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "transitions": (TRITON_A_TOKEN, PYTORCH_A_TOKEN),
-    "tile_states": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
-    "tile_outputs": (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
+    "tile_states": (
+        CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH,
+        CUDA_HOPPER_A_TOKEN, TRITON_A_TOKEN, PYTORCH_A_TOKEN,
+    ),
+    "tile_outputs": (
+        CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH,
+        CUDA_HOPPER_A_TOKEN, TRITON_A_TOKEN, PYTORCH_A_TOKEN,
+    ),
     "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET, PYTORCH_FLEET_A_TOKEN),
     "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN, PYTORCH_BY_TOKEN_A_TOKEN),
     "fold": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "decay_gradient": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "step": (TRITON_STEP, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
     "steps": (TRITON_STEPS, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
-}
+}  # fmt: skip

@@ -29,11 +29,14 @@ def assert_seen_only_behind(
     device=CPU,
     heads=2,
     out_dtype=None,
+    by_token=False,
 ):
     """One bad element of b or c after the other, and several at once."""
     a, b, c = (torch.randn(1, heads, tiles.num_tokens, dim).to(device, dtype) for dim in (rows, rows, columns))
     states = torch.randn(1, heads, tiles.count, rows, columns).to(device, torch.promote_types(dtype, torch.float32))
     log_decay = torch.linspace(-0.01, -0.1, heads, device=device)
+    if by_token:
+        log_decay = log_decay[:, None] * torch.rand(1, heads, tiles.num_tokens, device=device)
     options = {"reverse": reverse, "scale": 0.5, "state_scale": 1.0, "out_dtype": out_dtype or dtype}
     without = tile_outputs(a, b, c, states, log_decay, tiles, **options)
     assert without.isfinite().all()
@@ -93,6 +96,7 @@ def test_on_a_gpu(reverse, dtype):
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize(
     ("rows", "columns", "heads"),
     [
@@ -106,10 +110,10 @@ def test_on_a_gpu(reverse, dtype):
         (128, 128, 90),
     ],
 )
-def test_hopper_cuda(rows, columns, heads, reverse, dtype):
+def test_hopper_cuda(rows, columns, heads, by_token, reverse, dtype):
     """Also with more tiles than multiprocessors, where other warpgroups share a tile."""
     hopper = pytest.importorskip("leetdist.kernels.constant_decay.cuda.hopper")
-    shape = {"rows": rows, "columns": columns, "dtype": dtype, "heads": heads}
+    shape = {"rows": rows, "columns": columns, "dtype": dtype, "heads": heads, "by_token": by_token}
     assert_on_a_gpu(hopper.tile_outputs, reverse=reverse, **shape)
 
 

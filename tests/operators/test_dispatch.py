@@ -80,6 +80,7 @@ def facts(machine: Machine, dtype: torch.dtype, rows: int, columns: int, tile: i
         (facts(HOPPER, BF16, 128, 128, settings=ASKED), "Gluon sm_90 by Triton 3.6.0", ["BACKEND"]),
         (facts(HOPPER, BF16, 128, 128, settings=PLAIN), "Triton sm_90 by Triton 3.6.0", ["HOPPER"] * 3),
         (facts(CPU, FP32, 16, 16, settings=INTERPRETED), "Triton interpreted by Triton 3.6.0", [""] * 3),
+        (facts(HOPPER, FP16, 128, 64, operator="token_decay"), "CUDA C++ sm_90a by NVRTC 13.0", []),
     ],
     ids=str,
 )  # fmt: skip

@@ -100,6 +100,9 @@ __device__ __forceinline__ void store(Word to, float x) {
 __device__ __forceinline__ void store(Word to, Word x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
+__device__ __forceinline__ void store(Word to, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+}
 
 __device__ __forceinline__ Word load_word(Word from) {
     Word x;
@@ -173,6 +176,11 @@ template <int WIDTH> __device__ __forceinline__ void fetch(Word to, const Map& m
                      " [%0], [%1, {%2, %3, %4, %5}], [%6];"
                      ::"r"(to + block * BLOCK), "l"(&map), "r"(at.column + block * 64), "r"(at.token), "r"(at.head),
                        "r"(at.batch), "r"(arrival) : "memory");
+}
+// The same of a few bytes: multiples of 16, from where multiples of 16 are.
+__device__ __forceinline__ void fetch_bytes(Word to, const char* from, int bytes, Word arrival) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(arrival) : "memory");
 }
 template <int WIDTH> __device__ __forceinline__ void write(const Map& map, Place at, Word from) {
 #pragma unroll

@@ -1,7 +1,7 @@
 """Launches of tile_states.cu and tile_outputs.cu: Hopper (sm_90), bf16 and fp16, head sizes of 64, 128 and 256.
 
-Shapes and meaning are those of constant_decay.pytorch.block. The order of every sum depends on the head sizes and the
-tile length alone.
+Shapes and meaning are those of constant_decay.pytorch.block, and with a log_decay (B, H, N) those of
+token_decay.pytorch.block. The order of every sum depends on the head sizes and the tile length alone.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
-from leetdist.kernels.common.memory import empty_outputs, empty_states
+from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tensor_map import MAP_BYTES, TensorMap, tensor_map
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
 THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
-# Beside the chunks: barriers and what rounds the first address up to 1,024; for each warpgroup, tables.
-OTHERS = {"tile_states": (1536, 256), "tile_outputs": (1536, 1280)}
+BARRIERS = 1536  # bytes for them, and for what rounds the first address up to 1,024
+# Bytes of a warpgroup's tables: of a constant decay, and of a decay a token.
+TABLES = {"tile_states": (256, 4 * 256), "tile_outputs": (1280, 4 * 960)}
+SLOT = 272  # bytes in which a chunk's log-decays come
 AGAIN = "tile_outputs again"  # the second compilation of tile_outputs.cu, for tiles with NaNs and infinities
 OUTPUTS = ("tile_outputs", AGAIN)  # launched one behind the other
 
@@ -41,15 +43,15 @@ def tile_states(
         out = empty_states(b, c, log_decay, tiles)
     if not out.numel():
         return out
-    heads = log_decay.shape[0]
+    heads, token = heads_of(log_decay), log_decay.ndim == 3
     programs = b.shape[0] * heads * tiles.count
     columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
     kept: list[Tensor] = []
-    launch = _kernel("tile_states", b.shape[3], columns, groups, b.dtype, False, reverse, b.device)
+    launch = _kernel("tile_states", b.shape[3], columns, groups, b.dtype, False, reverse, token, b.device)
     launch(
         (programs * splits,), THREADS * groups,
         *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(),
-        *_tiles(tiles, b, log_decay), splits, tiles.unread(reverse, to_end), float(scale),
+        *_tiles(tiles, log_decay, splits, b, c), tiles.unread(reverse, to_end), float(scale),
     )  # fmt: skip
     return out
 
@@ -73,7 +75,7 @@ def tile_outputs(
         out = empty_outputs(a, c, log_decay, out_dtype)
     if not out.numel():
         return out
-    heads = log_decay.shape[0]
+    heads, token = heads_of(log_decay), log_decay.ndim == 3
     kept: list[Tensor] = []
     wide, target = out.dtype != a.dtype, out
     if not wide and _map(out) is None:
@@ -85,11 +87,11 @@ def tile_outputs(
         *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept),
         states.data_ptr(), *states.stride(),
         bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
-        *_tiles(tiles, b, log_decay), splits,
+        *_tiles(tiles, log_decay, splits, a, b, c),
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
     )  # fmt: skip
     for name in OUTPUTS:
-        launch = _kernel(name, a.shape[3], columns, groups, a.dtype, wide, reverse, a.device)
+        launch = _kernel(name, a.shape[3], columns, groups, a.dtype, wide, reverse, token, a.device)
         launch((programs * splits,), THREADS * groups, *arguments)
     if target is not out:
         out.copy_(target)
@@ -105,11 +107,14 @@ def compile_for(
     reverse: bool,
     programs: int,
     device: torch.device,
+    *,
+    token: bool = False,
 ) -> None:
-    """Compile the kernels that `step` ("tile_states" or "tile_outputs") will launch for so many tiles of all heads."""
+    """Compile the kernels that `step` ("tile_states" or "tile_outputs") will launch for so many tiles of all heads.
+    token: for a decay a token."""
     held, groups, _ = shares(programs, rows, columns, _multiprocessors(device))
     for name in OUTPUTS if step == "tile_outputs" else (step,):
-        _kernel(name, rows, held, groups, dtype, wide and step == "tile_outputs", reverse, device)
+        _kernel(name, rows, held, groups, dtype, wide and step == "tile_outputs", reverse, token, device)
 
 
 def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
@@ -134,46 +139,60 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def shared_memory(name: str, rows: int, columns: int, groups: int) -> int:
+def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool = False) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
     if name == "tile_states":
-        chunks_b = chunks_c = 3 if rows <= 128 else 2 * groups
+        chunks_b = chunks_c = slots = 3 if rows <= 128 else 2 * groups
         chunks_a = 0
     elif rows <= 128:
-        chunks_a = chunks_b = chunks_c = 2
+        chunks_a = chunks_b = chunks_c = slots = 2
     else:
         chunks_a, chunks_b, chunks_c = (1, 1, 2) if groups == 1 else (2, 3, 2)
+        slots = chunks_a
     operands = (chunks_a + chunks_b) * rows + chunks_c * groups * columns
     scores = 0 if name == "tile_states" else 1 if groups == 1 else chunks_b
-    block, each = OTHERS["tile_states" if name == "tile_states" else "tile_outputs"]
+    each = TABLES["tile_states" if name == "tile_states" else "tile_outputs"][token]
     if name == AGAIN:
         each += 4 * (columns + 4)  # from which token on each column is lost
-    return (operands // 64 + scores) * BLOCK + block + groups * each
+    return (operands // 64 + scores) * BLOCK + BARRIERS + groups * each + (slots * SLOT if token else 0)
 
 
 def defines(
-    name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool
+    name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool, token: bool = False
 ) -> tuple[tuple[str, int], ...]:
-    """What a kernel is compiled with; `wide`: for outputs in fp32."""
-    return (
+    """What a kernel is compiled with; `wide`: for outputs in fp32; `token`: for a decay a token."""
+    made = (
         ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
         ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name == AGAIN)),
     )  # fmt: skip
+    return (*made, ("TOKEN", 1)) if token else made
 
 
 @cache
 def _kernel(
-    name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool, device: torch.device
+    name: str,
+    rows: int,
+    columns: int,
+    groups: int,
+    dtype: torch.dtype,
+    wide: bool,
+    reverse: bool,
+    token: bool,
+    device: torch.device,
 ) -> loader.Kernel:
-    made = defines(name, rows, columns, groups, dtype, wide, reverse)
-    memory = shared_memory(name, rows, columns, groups)
+    made = defines(name, rows, columns, groups, dtype, wide, reverse, token)
+    memory = shared_memory(name, rows, columns, groups, token)
     step = name.split()[0]
     return loader.kernel(f"constant_decay/cuda/{step}.cu", step, device, made, shared_memory=memory, features="a")
 
 
-def _tiles(tiles: Tiles, b: Tensor, log_decay: Tensor) -> tuple[int, ...]:
-    table = 0 if tiles.regular else tiles.table(b.device).data_ptr()
-    return log_decay.data_ptr(), table, log_decay.shape[0], tiles.count, tiles.size, b.shape[2]
+def _tiles(tiles: Tiles, log_decay: Tensor, splits: int, *operands: Tensor) -> tuple[int, ...]:
+    """Where the tiles are, and the decays; of a decay a token also how many heads share an operand at most."""
+    heads, table = heads_of(log_decay), 0 if tiles.regular else tiles.table(log_decay.device).data_ptr()
+    found = log_decay.data_ptr(), table, heads, tiles.count, tiles.size, tiles.num_tokens, splits
+    if log_decay.ndim == 1:
+        return found
+    return *found, *log_decay.stride()[:2], max(heads // x.shape[1] for x in operands)
 
 
 def _operand(x: Tensor, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:

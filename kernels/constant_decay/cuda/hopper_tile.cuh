@@ -23,33 +23,40 @@ constexpr int HELD = ROWS / 2;  // numbers of a part of the state that a thread 
 constexpr int ROWS_BYTES = ROWS * CHUNK * 2, COLUMNS_BYTES = COLUMNS * CHUNK * 2;
 constexpr bool LAST_FETCHES = ROWS > 128;  // or else the block's first thread does, when all have met
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LEAST = -1e4f;
-
-// A log-decay: -inf means the same as LEAST, but gamma^0 would be NaN. NaN stays, which max would drop.
-__device__ float bounded(float log_decay) { return log_decay < LEAST ? LEAST : log_decay; }
 
 #define OPERAND(x) const __grid_constant__ Map x, Offset x##_share
 #define TILES const float *log_decay, const Offset *table, Offset heads, Offset tiles, Offset tile_size, Offset tokens, \
-              Offset splits
+              Offset splits TOKENS
+#define TILE log_decay, table, heads, tiles, tile_size, tokens, splits TOKENS_
+#if TOKEN  // log_decay (B, H, N), of which so many heads share an operand
+#define TOKENS , Offset decay_batch, Offset decay_head, Offset together
+#define TOKENS_ , decay_batch, decay_head, together
+#else
+#define TOKENS
+#define TOKENS_
+#endif
 
 // The tile of this block, and the chunks of it that are walked. `column`: the block's first; `own`: the warpgroup's.
 struct Tile {
     int program, column, own, number, head, batch, start, length, all, chunks;
 
-    __device__ __forceinline__ Tile(TILES) {
+    __device__ __forceinline__ Tile(TILES) {  // program: its number, head by head
         program = blockIdx.x / unsigned(splits), column = blockIdx.x % unsigned(splits) * (GROUPS * COLUMNS);
         own = column + group_number() * COLUMNS;
+#if TOKEN  // heads that share an operand come one after the other, tile by tile: the second cache serves all but one
+        const unsigned set = program / unsigned(together) / unsigned(tiles), sets = unsigned(heads) / unsigned(together);
+        number = program / unsigned(together) % unsigned(tiles);
+        head = set % sets * unsigned(together) + program % unsigned(together);
+        batch = set / sets;
+        program = (batch * int(heads) + head) * int(tiles) + number;
+#else
         number = program % unsigned(tiles);
         head = program / unsigned(tiles) % unsigned(heads);
         batch = program / unsigned(tiles) / unsigned(heads);
+#endif
         start = int(table ? table[2 * number] : number * tile_size);
         length = int(table ? table[2 * number + 1] : min(tokens - start, tile_size));
         all = chunks = (length + CHUNK - 1) / CHUNK;
-    }
-    // Leave out chunks whose tokens are so far from the state that gamma^distance is 0 in fp32 (from e^-104 on).
-    __device__ __forceinline__ void within_reach(float log_gamma) {
-        const int reach = int(min(104.0f / max(-log_gamma, 1e-9f), float(length)));
-        chunks = min(all, (reach + CHUNK - 1) / CHUNK + 1);
     }
     // First token of a chunk, counted from the tile's; from the farthest chunk to the one beside the state.
     __device__ __forceinline__ int first(int step) const {
@@ -61,19 +68,32 @@ struct Tile {
     }
 };
 
-// (high, low) of `scale` times gamma^(steps from token i to the state at the chunk's end), two tokens at a time.
-constexpr int WEIGHTS_BYTES = CHUNK / 2 * 8;
-__device__ __forceinline__ void write_weights(Word to, float g, float scale, int count) {
-    const int thread = thread_number();
-    if (thread >= CHUNK / 2) return;
-    const int token = 2 * thread, steps = REVERSE ? token + 1 : count - 1 - token;
-    // Rounded here, not fused with the subtraction below in one kernel and not in another.
-    const float x = __fmul_rn(exp2_(g * float(max(steps, 0))), scale);
-    const float y = __fmul_rn(exp2_(g * float(max(REVERSE ? steps + 1 : steps - 1, 0))), scale);
+// The weights of tokens 2 i and 2 i + 1 as 16-bit numbers, high and then low.
+__device__ __forceinline__ void store_pair(Word pairs, int i, float x, float y) {
     const Word high = pack(x, y);
-    store(to + thread * 8, high);
-    store(to + thread * 8 + 4, pack(x - unpack(high, 0), y - unpack(high, 1)));
+    store(pairs + i * 8, high);
+    store(pairs + i * 8 + 4, pack(x - unpack(high, 0), y - unpack(high, 1)));
 }
+
+// o, transposed, times what `from` holds for each of a chunk's tokens, from `first` on. PAIRS: two are loaded at once.
+template <bool PAIRS> __device__ __forceinline__ void fade_outputs(float (&o)[32], const float (&unit)[2], Word from,
+                                                                  int first) {
+    from += (2 * (threadIdx.x % 4) + first) * 4;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+        float f[2];
+        if (PAIRS) load(from + 2 * i * 4, f[0], f[1]);
+        else f[0] = load(from + 2 * i * 4), f[1] = load(from + 2 * i * 4 + 4);
+#pragma unroll
+        for (int j = 0; j < 4; j++) o[i + j] *= f[j % 2] * unit[j / 2];
+    }
+}
+
+#if TOKEN
+#include "../../token_decay/cuda/hopper_weights.cuh"
+#else
+#include "hopper_weights.cuh"
+#endif
 
 // Where a thread finds its numbers of a block of 64 tokens x 64 columns, as an operand on the left, transposed: the
 // columns are the product's rows. And as outputs, which lie in registers alike.

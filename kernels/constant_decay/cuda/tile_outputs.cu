@@ -25,6 +25,7 @@ constexpr int HELD_STEPS = STEPS / HALVES;
 constexpr int STAGE = 2 * ROWS_BYTES + COLUMNS_BYTES;
 // Chunks of a and of b in shared memory, where they are fetched one by one; of c there are two.
 constexpr int A_STAGES = GROUPS == 1 ? 1 : 2, B_STAGES = GROUPS == 1 ? 1 : 3;
+constexpr int A_SLOTS = LAST_FETCHES ? A_STAGES : 2;  // places of a
 constexpr bool TURNS = GROUPS == 2;
 // Places of scores. With turns, as many as of chunks of b: who has b of step i + 3 knows that all are done with step i.
 constexpr int SEEN = TURNS ? B_STAGES : GROUPS;
@@ -67,62 +68,13 @@ __device__ __forceinline__ void hold(const float (&state)[HELD], const float (&p
     }
 }
 
-// Tables of decays, for all chunks.
-struct Tables {
-    static constexpr int BYTES = 2 * 128 * 4 + WEIGHTS_BYTES;
-    Word decays, from_state, weights;
-
-    __device__ __forceinline__ Tables(Word base) {
-        decays = base, from_state = decays + 128 * 4, weights = from_state + 128 * 4;
-    }
-    __device__ __forceinline__ void set(float g, float scale, float state_scale, float added_scale) const {
-        // scale gamma^distance at 63 + distance, where a token sees only those that are not ahead of it.
-        const int i = thread_number(), distance = REVERSE ? 63 - i : i - 63;
-        store(decays + i * 4, distance < 0 ? 0.0f : exp2_(g * float(distance)) * scale);
-        // Reversed, chunks of fewer tokens read it from further on.
-        store(from_state + i * 4, exp2_(g * float(REVERSE ? max(63 - i, 0) : i + 1)) * state_scale);
-        write_weights(weights, g, added_scale, CHUNK);
-    }
-    // scores, decayed and rounded, to shared memory
-    __device__ __forceinline__ void decay(const float (&scores)[32], Word seen) const {
-        const int lane = threadIdx.x % 32, row = thread_number() / 32 * 16;
-        const Word from = decays + (63 + row + lane / 4 - 2 * (lane % 4)) * 4;
-        const Word to = seen + (row + (lane & 15)) * 128 + ((lane >> 4 ^ lane) & 7) * 16;
-        float table[9][2];  // by how many times 8 tokens a row lies after a column, from 1 down to -7
-#pragma unroll
-        for (int i = 0; i < 18; i++) table[i / 2][i % 2] = load(from + (8 - i / 2 * 8 - i % 2) * 4);
-#pragma unroll
-        for (int step = 0; step < 4; step++) {
-            Word x[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {  // 8 rows further for odd i, 8 columns for the second two
-                const float(&d)[2] = table[1 - i % 2 + 2 * step + i / 2];
-                x[i] = pack(scores[8 * step + 2 * i] * d[0], scores[8 * step + 2 * i + 1] * d[1]);
-            }
-            store_matrices(to ^ step * 32, x);
-        }
-    }
-    // o, transposed, times the decay from the state at the start of a chunk of `count` tokens
-    __device__ __forceinline__ void fade(float (&o)[32], const float (&unit)[2], int count) const {
-        const Word from = from_state + (2 * (threadIdx.x % 4) + (REVERSE ? CHUNK - count : 0)) * 4;
-#pragma unroll
-        for (int i = 0; i < 32; i += 4) {
-            float f[2];
-            if (REVERSE) f[0] = load(from + 2 * i * 4), f[1] = load(from + 2 * i * 4 + 4);  // aligned to one
-            else load(from + 2 * i * 4, f[0], f[1]);
-#pragma unroll
-            for (int j = 0; j < 4; j++) o[i + j] *= f[j % 2] * unit[j / 2];
-        }
-    }
-};
-
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, AGAIN ? 1 : ROWS + COLUMNS == 128 ? 3 : 2 / GROUPS)
 tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
              Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
              Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
              float added_scale, int* again) {
     if (AGAIN && !again[blockIdx.x]) return;
-    const Tile tile(log_decay, table, heads, tiles, tile_size, tokens, splits);
+    const Tile tile(TILE);
     const int thread = thread_number(), group = group_number(), lane = thread % 32, warp = thread / 32;
     float state[PARTS][HELD];
     states += tile.batch * state_batch + tile.head * state_head + tile.number * state_tile;
@@ -137,11 +89,14 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     const Word base = shared_memory(), all_b = base + A_STAGES * ROWS_BYTES;
     const Word own_c = all_b + B_STAGES * ROWS_BYTES + group * 2 * COLUMNS_BYTES;
     const Word all_seen = LAST_FETCHES ? all_b + B_STAGES * ROWS_BYTES + GROUPS * 2 * COLUMNS_BYTES : base + 2 * STAGE;
-    const Tables tables(all_seen + SEEN * BLOCK + group * (Tables::BYTES + Lost::BYTES));
-    const Lost lost(tables.decays + Tables::BYTES);
+    const Word slots = all_seen + SEEN * BLOCK, all_tables = slots + A_SLOTS * SLOT;
+    Tables tables;
+    tables.place(all_tables + group * (Tables::BYTES + Lost::BYTES), tile, log_decay TOKENS_);
+    const Lost lost(all_tables + group * (Tables::BYTES + Lost::BYTES) + Tables::BYTES);
     auto place_a = [&](int step) {
-        return LAST_FETCHES ? base + step % A_STAGES * ROWS_BYTES : base + step % 2 * STAGE;
+        return base + step % A_SLOTS * (LAST_FETCHES ? ROWS_BYTES : STAGE);
     };
+    auto slot = [&](int step) { return slots + step % A_SLOTS * SLOT; };
     auto place_b = [&](int step) {
         return LAST_FETCHES ? all_b + step % B_STAGES * ROWS_BYTES : place_a(step) + ROWS_BYTES;
     };
@@ -149,11 +104,11 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         return LAST_FETCHES ? own_c + step % 2 * COLUMNS_BYTES : place_a(step) + 2 * ROWS_BYTES;
     };
     // A barrier for each place of a, b, c and scores, or one for the first three, and how many warps have read a and b.
-    const Word arrivals = all_seen + SEEN * BLOCK + GROUPS * (Tables::BYTES + Lost::BYTES);
+    const Word arrivals = all_tables + GROUPS * (Tables::BYTES + Lost::BYTES);
     const Word arrivals_b = arrivals + A_STAGES * 8, arrivals_c = arrivals_b + B_STAGES * 8;
     const Word arrivals_seen = arrivals_c + GROUPS * 2 * 8;
     const Word read_a = arrivals_seen + SEEN * 8, read_b = read_a + A_STAGES * 4;
-    auto arrival_a = [&](int step) { return arrivals + step % (LAST_FETCHES ? A_STAGES : 2) * 8; };
+    auto arrival_a = [&](int step) { return arrivals + step % A_SLOTS * 8; };
     auto arrival_b = [&](int step) { return LAST_FETCHES ? arrivals_b + step % B_STAGES * 8 : arrival_a(step); };
     auto arrival_c = [&](int step) {
         return LAST_FETCHES ? arrivals_c + group * 16 + step % 2 * 8 : arrival_a(step);
@@ -161,8 +116,9 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     auto arrival_seen = [&](int step) { return arrivals_seen + step % SEEN * 8; };
     auto fetch_a = [&](int step) {
         if (step >= tile.chunks) return;
-        expect(arrival_a(step), LAST_FETCHES ? ROWS_BYTES : STAGE);
+        expect(arrival_a(step), (LAST_FETCHES ? ROWS_BYTES : STAGE) + tables.bytes(tile.count(step)));
         fetch<ROWS>(place_a(step), a, tile.chunk(step, a_share), arrival_a(step));
+        tables.fetch(slot(step), tile.first(step), tile.count(step), arrival_a(step));
     };
     auto fetch_b = [&](int step) {
         if (step >= tile.chunks) return;
@@ -191,8 +147,8 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         for (int step = 0; step < (LAST_FETCHES ? B_STAGES : 1); step++) fetch_b(step);
     }
     fetch_c(0);
-    const float g = bounded(log_decay[tile.head]) * LOG2E;
-    tables.set(g, scale, state_scale, added_scale);
+    tables.start(tile, log_decay TOKENS_);
+    tables.set(scale, state_scale, added_scale);
 
     out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.own;
     // Outputs of a chunk, whose place in shared memory was that of its c; fp32 outputs leave from the registers.
@@ -218,7 +174,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         const Word a_i = place_a(step), b_i = place_b(step), c_i = place_c(step);
         const Word seen = all_seen + (TURNS ? step % SEEN : group) * BLOCK;
         const int count = tile.count(step);
-        wait_arrival(arrival_a(step), step / (LAST_FETCHES ? A_STAGES : 2) & 1);
+        wait_arrival(arrival_a(step), step / A_SLOTS & 1);
         auto wait_b = [&] {
             if (LAST_FETCHES) wait_arrival(arrival_b(step), step / B_STAGES & 1);
         };
@@ -265,7 +221,8 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 product(o_i, held[i], by_rows(a_i) + along_rows(half * HELD_STEPS + i), half * HELD_STEPS + i);
             end_products();
         };
-        const float faded = exp2_(g * float(count));
+        float faded = tables.faded(count);
+        if (LAST_FETCHES) tables.read(slot(step), count, faded);
         if (TURNS) {
             if (step % 2 == turn) {
                 wait_b();
@@ -290,6 +247,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             start_from_state(0, 1);
         } else {
             start_scores();
+            tables.read(slot(step), count, faded);
             start_from_state(0, 0);
         }
         if (!TURNS) {
@@ -320,7 +278,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             if (part < PARTS - 1) {
                 wait_products<0>();
             } else {  // the state comes last: there are no registers for the operands of both
-                weighted[0].set(x[0], tables.weights);
+                weighted[0].set(x[0], tables.pairs);
                 if (!LAST_FETCHES) fade(state[0], faded);
                 advance(state[0], weighted[0], b_i);
                 if (LAST_FETCHES && is_last(read_a + step % A_STAGES * 4)) fetch_a(step + A_STAGES);
@@ -348,7 +306,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         }
 #pragma unroll
         for (int part = 1; part < PARTS; part++) {
-            weighted[part].set(x[part], tables.weights);
+            weighted[part].set(x[part], tables.pairs);
             fade(state[part], faded);
             advance(state[part], weighted[part], b_i);
         }

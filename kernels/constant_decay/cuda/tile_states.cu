@@ -7,19 +7,21 @@ constexpr int STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
 
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 2 / GROUPS)
 tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scale) {
-    Tile tile(log_decay, table, heads, tiles, tile_size, tokens, splits);
+    Tile tile(TILE);
     if (tile.number == unread) return;
-    const float log_gamma = bounded(log_decay[tile.head]), g = log_gamma * LOG2E;
-    tile.within_reach(log_gamma);
-    const Word base = shared_memory(), all_weights = base + STAGES * STAGE;
-    const Word weights = all_weights + group_number() * WEIGHTS_BYTES;
-    const Word arrivals = all_weights + GROUPS * WEIGHTS_BYTES, counters = arrivals + STAGES * 8;
+    Weights weights;
+    weights.start(tile, log_decay TOKENS_);
+    weights.leave_out(tile);
+    const Word base = shared_memory(), slots = base + STAGES * STAGE, all_weights = slots + STAGES * SLOT;
+    weights.place(all_weights + group_number() * Weights::BYTES, tile, log_decay TOKENS_);
+    const Word arrivals = all_weights + GROUPS * Weights::BYTES, counters = arrivals + STAGES * 8;
     auto fetch_chunk = [&](int step) {
         if (step >= tile.chunks) return;
         const Word to = base + step % STAGES * STAGE, arrival = arrivals + step % STAGES * 8;
-        expect(arrival, STAGE);
+        expect(arrival, STAGE + weights.bytes(tile.count(step)));
         fetch<ROWS>(to, b, tile.chunk(step, b_share), arrival);
         fetch<GROUPS * COLUMNS>(to + ROWS_BYTES, c, tile.chunk(step, c_share, tile.column), arrival);
+        weights.fetch(slots + step % STAGES * SLOT, tile.first(step), tile.count(step), arrival);
     };
     if (threadIdx.x == 0)
         for (int stage = 0; stage < STAGES; stage++) {
@@ -30,7 +32,7 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scal
     __syncthreads();
     if (threadIdx.x == 0)
         for (int step = 0; step < STAGES - !LAST_FETCHES; step++) fetch_chunk(step);
-    write_weights(weights, g, 1.0f, CHUNK);
+    weights.set(1.0f, CHUNK);
     if (LAST_FETCHES) meet();
 
     float state[PARTS][HELD];
@@ -46,18 +48,19 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scal
         if (!LAST_FETCHES && threadIdx.x == 0) fetch_chunk(step + STAGES - 1);
         if (count < CHUNK) {  // both warpgroups write the same zeros to b
             zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
-            write_weights(weights, g, 1.0f, count);
+            weights.set(1.0f, count);
             publish();
             meet();
         }
         wait_products<0>();  // for ptxas, which does not see that none is under way
-        const float faded = exp2_(g * float(count));
+        float faded = weights.faded(count);
+        weights.read(slots + step % STAGES * SLOT, count, faded);
         Weighted weighted[PARTS];
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             Word x[4][4];
             load_left(c_i + part * BLOCK + place_transposed(), x);
-            weighted[part].set(x, weights);
+            weighted[part].set(x, weights.pairs);
             fade(state[part], faded);
             advance(state[part], weighted[part], b_i);
         }

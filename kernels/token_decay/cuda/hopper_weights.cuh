@@ -1,0 +1,168 @@
+// The weights of a decay a token, made by each warp for itself, chunk by chunk, from 64 log-decays: 256 bytes that come
+// with the chunk's operands. The names are those of kernels/constant_decay/cuda/hopper_weights.cuh.
+//
+// Let G_i be the sum of a chunk's log-decays up to token i. A token i sees an earlier token j by exp(G_i - G_j), and long
+// sums lose what their difference would tell. So none are subtracted: sums stay in blocks of 8 tokens (4 lanes of a warp,
+// two tokens each), where `upto` is what there is from the block's start to a token, inclusive, and `behind` what
+// there is from there to its end; and the sums of whole blocks make `earlier` and `later`. Then
+//
+//     token i from the state at the chunk's start     exp(earlier + upto)      reversed: to the state there
+//     token j to the state at the chunk's end         exp(behind + later)      reversed: from the state there
+//     token i from token j of the block before        exp(behind_j) exp(upto_i)
+//
+// with factors for the blocks in between. Only in one and the same block are there differences, of sums of at most 8
+// numbers. A sum depends on no token that its result does not see: where a NaN is, all from there on is NaN.
+
+constexpr int SLOT = CHUNK * 4 + 16;  // from the 16 bytes on in which the first of them lies
+
+// A log-decay to base 2, so bounded that it decays to 0 all the same, but sums of it are numbers; NaN if positive.
+__device__ __forceinline__ float bounded(float x) { return x < -127.0f ? -127.0f : x; }
+__device__ __forceinline__ float step_of(float log_decay) {
+    return log_decay > 0.0f ? __int_as_float(0x7fffffff) : bounded(log_decay * LOG2E);
+}
+__device__ __forceinline__ float at_most_0(float x) { return x > 0.0f ? 0.0f : x; }
+
+// A lane's two tokens.
+struct Sums {
+    float upto[2], behind[2], total, earlier, later, all;
+    float earlier_half, later_half;  // of the blocks of the same 16 tokens
+
+    __device__ __forceinline__ Sums(float x, float y) {
+        constexpr unsigned WARP = 0xffffffffu;
+        const int lane = threadIdx.x % 32;
+        const float own = x + y, beside = __shfl_xor_sync(WARP, own, 1);
+        const float far = __shfl_xor_sync(WARP, own + beside, 2);
+        const float before = (lane & 1 ? beside : 0.0f) + (lane & 2 ? far : 0.0f);
+        const float after = (lane & 1 ? 0.0f : beside) + (lane & 2 ? 0.0f : far);
+        upto[0] = before + x, upto[1] = before + own;
+        behind[0] = y + after, behind[1] = after;
+        total = all = bounded(own + beside + far);
+        earlier = later = 0.0f;
+#pragma unroll
+        for (int apart = 4; apart < 32; apart *= 2) {
+            const float others = __shfl_xor_sync(WARP, all, apart);
+            earlier += lane & apart ? others : 0.0f;
+            later += lane & apart ? 0.0f : others;
+            all += others;
+            if (apart == 4) earlier_half = earlier, later_half = later;
+        }
+    }
+};
+
+template <bool OUTPUTS> struct TokenWeights {
+    // A warp's: pairs; then from the state, of columns, and of its 16 rows: their factors, `since` and `toward`.
+    static constexpr int PAIRS = CHUNK / 2 * 8, OTHERS = OUTPUTS ? 2 * CHUNK * 4 + 3 * 16 * 4 : 0;
+    static constexpr int BYTES = WARPS * (PAIRS + OTHERS);
+    Word pairs, from_state, columns, rows;
+    const float* first_decay;  // of the tile
+    int shift;                 // in bytes, of the first from the 16 bytes that it lies in
+    float scale = 1.0f, state_scale = 1.0f, added_scale = 1.0f;
+
+    __device__ __forceinline__ void start(const Tile&, const float* TOKENS) const {}
+    __device__ __forceinline__ void place(Word base, const Tile& tile, const float* log_decay TOKENS) {
+        pairs = base + thread_number() / 32 * (PAIRS + OTHERS);
+        from_state = pairs + PAIRS, columns = from_state + CHUNK * 4, rows = columns + CHUNK * 4;
+        first_decay = log_decay + tile.batch * decay_batch + tile.head * decay_head + tile.start;
+        shift = int(Long(first_decay) & 15);
+    }
+    __device__ __forceinline__ void leave_out(Tile&) const {}
+    // The 16 bytes around a number are always there.
+    __device__ __forceinline__ int bytes(int count) const { return (shift + 4 * count + 15) & ~15; }
+    __device__ __forceinline__ void fetch(Word slot, int first, int count, Word arrival) const {
+        fetch_bytes(slot, reinterpret_cast<const char*>(first_decay + first) - shift, bytes(count), arrival);
+    }
+    __device__ __forceinline__ void set(float, int) const {}
+    __device__ __forceinline__ float faded(int) const { return 0.0f; }  // not known before it is read
+
+    // Make a chunk's tables; faded: what it leaves of the state before it.
+    __device__ __forceinline__ void read(Word slot, int count, float& faded) const {
+        const int lane = threadIdx.x % 32, warp = thread_number() / 32;
+        const Word from = slot + shift + 2 * lane * 4;
+        // Behind the last token there is nothing, or another document.
+        const float x = 2 * lane < count ? step_of(load(from)) : 0.0f;
+        const float y = 2 * lane + 1 < count ? step_of(load(from + 4)) : 0.0f;
+        const Sums sums(x, y);
+        faded = exp2_(sums.all);
+        const float(&toward)[2] = REVERSE ? sums.upto : sums.behind, (&since)[2] = REVERSE ? sums.behind : sums.upto;
+        const float blocks_toward = REVERSE ? sums.earlier : sums.later, blocks_since = REVERSE ? sums.later : sums.earlier;
+        __syncwarp();  // all have read what is written now
+        // Rounded here, not fused with the subtraction in one kernel and not in another.
+        store_pair(pairs, lane, __fmul_rn(exp2_(toward[0] + blocks_toward), added_scale),
+                   __fmul_rn(exp2_(toward[1] + blocks_toward), added_scale));
+        if (OUTPUTS) {
+            store(from_state + lane * 8, exp2_(since[0] + blocks_since) * state_scale,
+                  exp2_(since[1] + blocks_since) * state_scale);
+            // Columns up to the warp's 16 rows: what they see of them through all blocks in between.
+            const float seen = __shfl_sync(0xffffffffu, blocks_since, REVERSE ? 8 * warp + 4 : 8 * warp);
+            const float between = at_most_0(seen - (blocks_since + sums.total));
+            const bool behind = REVERSE ? lane >= 8 * warp + 8 : lane < 8 * warp;
+            store(columns + lane * 8, behind ? exp2_(toward[0] + between) : 0.0f,
+                  behind ? exp2_(toward[1] + between) : 0.0f);
+            if (lane / 8 == warp) {
+                const Word to = rows + lane % 8 * 8;
+                const float half = REVERSE ? sums.later_half : sums.earlier_half;
+                store(to, exp2_(since[0] + half) * scale, exp2_(since[1] + half) * scale);
+                store(to + 64, since[0], since[1]);
+                store(to + 128, toward[0], toward[1]);
+            }
+        }
+        __syncwarp();
+    }
+};
+
+using Weights = TokenWeights<false>;
+
+struct Tables : TokenWeights<true> {
+    __device__ __forceinline__ void set(float scale_, float state_scale_, float added_scale_) {
+        scale = scale_, state_scale = state_scale_, added_scale = added_scale_;
+    }
+    // scores, decayed and rounded, to shared memory
+    __device__ __forceinline__ void decay(const float (&scores)[32], Word seen) const {
+        const int lane = threadIdx.x % 32, warp = thread_number() / 32, row = lane / 4, column = 2 * (lane % 4);
+        const Word to = seen + (warp * 16 + (lane & 15)) * 128 + ((lane >> 4 ^ lane) & 7) * 16;
+        const float of_row[2] = {load(rows + row * 4), load(rows + row * 4 + 32)};
+#pragma unroll
+        for (int step = 0; step < 4; step++) {
+            float d[4][2];  // 8 rows further for odd numbers, 8 columns for the second two
+            if (step == warp) {
+                within(row, column, d);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    float of_column[2];
+                    load(columns + (16 * step + 4 * i + column) * 4, of_column[0], of_column[1]);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) d[i + j / 2][j % 2] = of_row[j / 2] * of_column[j % 2];
+                }
+            }
+            Word x[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) x[i] = pack(scores[8 * step + 2 * i] * d[i][0], scores[8 * step + 2 * i + 1] * d[i][1]);
+            store_matrices(to ^ step * 32, x);
+        }
+    }
+    // The decays within the warp's 16 tokens, times scale: two blocks of 8, and from one of them to the other.
+    __device__ __forceinline__ void within(int row, int column, float (&d)[4][2]) const {
+        const Word since = rows + 64, toward = rows + 128;
+        const int near = REVERSE ? 2 : 1;  // where rows see the other block's columns
+        float of_column[2];
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+            const float of_row = load(since + (row + 8 * block) * 4);
+            load(since + (column + 8 * block) * 4, of_column[0], of_column[1]);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const bool sees = REVERSE ? column + j >= row : column + j <= row;
+                d[3 * block][j] = sees ? exp2_(of_row - of_column[j]) * scale : 0.0f;
+            }
+        }
+        const float of_row = load(since + (REVERSE ? row : row + 8) * 4);
+        load(toward + (REVERSE ? column + 8 : column) * 4, of_column[0], of_column[1]);
+#pragma unroll
+        for (int j = 0; j < 2; j++) d[near][j] = exp2_(of_row + of_column[j]) * scale, d[3 - near][j] = 0.0f;
+    }
+    // o, transposed, times the decay from the state at a chunk's start
+    __device__ __forceinline__ void fade(float (&o)[32], const float (&unit)[2], int) const {
+        fade_outputs<true>(o, unit, from_state, 0);
+    }
+};

@@ -1,0 +1,87 @@
+"""The CUDA C++ kernels for Hopper on a machine without a GPU: compiled by the host's compiler for emulated_hopper.h."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leetdist.kernels.common import loader, tensor_map
+from leetdist.kernels.constant_decay.cuda import hopper
+
+HERE = Path(__file__).parent
+HEADER = "constant_decay/cuda/hopper.cuh"
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()  # until the process ends
+
+
+@cache
+def _library(source: str, name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    made = Path(_folder().name, hashlib.sha256(repr((source, defines)).encode()).hexdigest()[:16])
+    made.with_suffix(".cuh").write_text(loader.text(source).replace(loader.text(HEADER), ""))
+    macros = [f"-D{macro}={value}" for macro, value in (*defines, ("KERNEL", name), ("TEXT", f'"{made}.cuh"'))]
+    command = [
+        compiler,
+        "-O2",
+        "-fno-gnu-unique",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-w",
+        "-Wno-psabi",
+        "-ffp-contract=off",
+        *macros,
+    ]
+    subprocess.run([*command, str(HERE / "emulated_hopper.cpp"), "-o", f"{made}.so"], check=True)
+    return ctypes.CDLL(f"{made}.so")
+
+
+def _kernel(source: str, name: str, device: Any, defines: Any, *, shared_memory: int, features: str) -> Any:
+    assert features == "a"
+    library = _library(source, name, defines)
+
+    def launch(grid: tuple[int, ...], block: int, *arguments: Any) -> None:
+        held = loader.Arguments(arguments)
+        library.run(
+            ctypes.c_void_p(held.places), ctypes.c_uint(grid[0]), ctypes.c_int(block), ctypes.c_int(shared_memory)
+        )
+
+    return launch
+
+
+def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> bytes | None:
+    if address % 16 or any(stride % 8 for stride, size in zip(strides[:3], shape, strict=False) if size > 1):
+        return None
+    return struct.pack("=16q", address, *(2 * stride for stride in strides[:3]), shape[2], *[0] * 11)
+
+
+@contextmanager
+def emulated(multiprocessors: int = 132) -> Iterator[None]:
+    """`hopper`'s functions run on CPU tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_map, "_maps", {})
+        patch.setattr(tensor_map, "_encode", _encode)
+        patch.setattr(hopper, "_multiprocessors", lambda device: multiprocessors)
+        patch.setattr(loader, "kernel", _kernel)
+        hopper._kernel.cache_clear()
+        try:
+            yield
+        finally:
+            hopper._kernel.cache_clear()

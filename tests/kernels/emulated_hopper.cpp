@@ -1,0 +1,25 @@
+// tile_states or tile_outputs for Hopper on a CPU; TEXT is their source without hopper.cuh, KERNEL the name.
+#include "emulated_hopper.h"
+#include <utility>
+#include TEXT
+
+template <class T> T copied(const void* from) {  // which need not be aligned as T is
+    T x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+template <class... A, size_t... i> void call(void (*kernel)(A...), void** arguments, std::index_sequence<i...>) {
+    kernel(copied<A>(arguments[i])...);
+}
+template <class... A> void call(void (*kernel)(A...), void** arguments) {
+    call(kernel, arguments, std::index_sequence_for<A...>{});
+}
+// arguments: the address of each, as the driver takes them; memory: bytes that a block asks for.
+extern "C" void run(void** arguments, unsigned blocks, int threads, int memory) {
+    block_bytes = memory - 1024;  // as much may be lost to where blocks begin
+    emulator.run(blocks, 1, threads, [=] {
+        if (threadIdx.x == 0) std::memset(block_memory, 0xff, sizeof block_memory);  // NaN, until it is written
+        __syncthreads();
+        call(KERNEL, arguments);
+    });
+}

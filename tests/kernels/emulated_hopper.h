@@ -1,0 +1,239 @@
+// kernels/constant_decay/cuda/hopper.cuh for the CPU: the same names, done at once by ordinary means. What is emulated is
+// which numbers meet; swizzles, barriers and the order of a thread's instructions are real, timing is not.
+#pragma once
+#include "emulated_cuda.h"
+
+#include <map>
+
+typedef unsigned short Bits;
+typedef unsigned int Word;
+typedef unsigned long long Long;
+typedef long long Offset;
+
+constexpr int CHUNK = 64, THREADS = 128, WARPS = 4, BLOCK = 64 * 64 * 2;
+
+#define __grid_constant__
+#define __forceinline__ inline
+inline unsigned __float_as_uint(float x) {
+    unsigned y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
+inline float __int_as_float(int x) { return __uint_as_float(unsigned(x)); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+
+// ------------------------------------------------------------------------------------------------ warpgroups
+
+inline int thread_number() { return threadIdx.x % THREADS; }
+inline int group_number() { return threadIdx.x / THREADS; }
+inline int group_arrived[2];
+inline unsigned group_generation[2];
+inline void meet() { emulator.barrier(group_arrived[group_number()], group_generation[group_number()], THREADS); }
+inline void __syncwarp() {
+    const int warp = threadIdx.x / 32;
+    emulator.barrier(emulator.warp_arrived[warp], emulator.warp_generation[warp], 32);
+}
+inline Word warp_words[Emulator::LARGEST][4];
+// What another lane holds, as soon as all of the warp are here.
+template <int n> void exchange(const Word (&own)[n], int first, int lanes, Word (&found)[n * 8]) {
+    for (int i = 0; i < n; i++) warp_words[threadIdx.x][i] = own[i];
+    __syncwarp();
+    for (int lane = 0; lane < lanes; lane++)
+        for (int i = 0; i < n; i++) found[lane * n + i] = warp_words[threadIdx.x / 32 * 32 + first + lane][i];
+    __syncwarp();
+}
+template <class T> T shuffled(T x, int lane) {
+    std::memcpy(warp_words[threadIdx.x], &x, 4);
+    __syncwarp();
+    std::memcpy(&x, warp_words[threadIdx.x / 32 * 32 + lane], 4);
+    __syncwarp();
+    return x;
+}
+template <class T> T __shfl_sync(unsigned, T x, int lane) { return shuffled(x, lane); }
+
+// ------------------------------------------------------------------------------------------------ numbers
+
+inline float exp2_(float x) {
+    const float y = std::exp2(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
+inline Bits to_bits(double x) {  // to the nearest, or the even one of two
+#if HALF
+    const _Float16 y = _Float16(x);
+    Bits bits;
+    std::memcpy(&bits, &y, 2);
+    return bits;
+#else
+    if (x != x) return 0x7fff;
+    const float near = float(x);
+    const unsigned bits = __float_as_uint(near);
+    return (bits & 0x7f800000u) == 0x7f800000u ? bits >> 16 : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+#endif
+}
+inline float from_bits(Bits bits) {
+#if HALF
+    _Float16 y;
+    std::memcpy(&y, &bits, 2);
+    return float(y);
+#else
+    return __uint_as_float(unsigned(bits) << 16);
+#endif
+}
+inline Word pack(float low, float high) { return to_bits(low) | Word(to_bits(high)) << 16; }
+inline float unpack(Word x, int place) { return from_bits(x >> 16 * place); }
+inline Word times(Word a, Word b) { return pack(unpack(a, 0) * unpack(b, 0), unpack(a, 1) * unpack(b, 1)); }
+inline Word times_plus(Word a, Word b, Word c) {
+    auto one = [&](int i) { return to_bits(double(unpack(a, i)) * unpack(b, i) + unpack(c, i)); };
+    return one(0) | Word(one(1)) << 16;
+}
+inline bool not_finite(float x) { return !std::isfinite(x); }
+inline bool not_finite(Word x, int place) { return !std::isfinite(unpack(x, place)); }
+inline Word minus(Word x) { return x ^ 0x80008000u; }
+
+// ------------------------------------------------------------------------------------------------ shared memory
+
+alignas(1024) inline char block_memory[232448];  // what a block may have
+inline Word block_bytes;                           // what it asked for
+inline Word shared_memory() { return 0; }
+template <class T> T& at(Word place) {
+    if (place % sizeof(T) || place + sizeof(T) > block_bytes) __builtin_trap();
+    return *reinterpret_cast<T*>(block_memory + place);
+}
+inline float load(Word from) { return at<float>(from); }
+inline void load(Word from, float& x, float& y) { at<Long>(from), x = load(from), y = load(from + 4); }
+inline void load(Word from, Word& x, Word& y) { at<Long>(from), x = at<Word>(from), y = at<Word>(from + 4); }
+inline void store(Word to, float x) { at<float>(to) = x; }
+inline void store(Word to, Word x) { at<Word>(to) = x; }
+inline void store(Word to, float x, float y) { at<Long>(to), store(to, x), store(to + 4, y); }
+inline Word load_word(Word from) { return at<Word>(from); }
+inline void store_least(Word to, int x) { at<int>(to) = std::min(at<int>(to), x); }
+
+// Lane 8 m + r names row r of matrix m; lane l holds numbers 2 (l % 4) and the next of row l / 4, or transposed.
+inline void load_transposed(Word from, Word (&x)[4]) {
+    const Word own[1] = {from};
+    const int lane = threadIdx.x % 32;
+    for (int m = 0; m < 4; m++) {
+        Word rows[8];
+        exchange<1>(own, 8 * m, 8, rows);
+        x[m] = 0;
+        for (int i = 0; i < 2; i++) x[m] |= Word(at<Bits>(rows[2 * (lane % 4) + i] + lane / 4 * 2)) << 16 * i;
+    }
+}
+template <bool transposed> void store_four(Word to, const Word (&x)[4]) {
+    const Word own[1] = {to};
+    const int lane = threadIdx.x % 32;
+    for (int m = 0; m < 4; m++) {
+        Word rows[8];
+        exchange<1>(own, 8 * m, 8, rows);
+        for (int i = 0; i < 2; i++) {
+            const Bits one = x[m] >> 16 * i;
+            if (transposed) at<Bits>(rows[2 * (lane % 4) + i] + lane / 4 * 2) = one;
+            else at<Bits>(rows[lane / 4] + (2 * (lane % 4) + i) * 2) = one;
+        }
+    }
+    __syncwarp();
+}
+inline void store_transposed(Word to, const Word (&x)[4]) { store_four<true>(to, x); }
+inline void store_matrices(Word to, const Word (&x)[4]) { store_four<false>(to, x); }
+inline void publish() {}
+
+// ------------------------------------------------------------------------------------------------ copies
+
+struct alignas(64) Map {
+    Long words[16];  // address, bytes from one to the next batch entry, head and token, and how many tokens there are
+};
+struct Place {
+    int column, token, head, batch;
+};
+struct Arrival {
+    int wanted = 1, missing = 1, bytes = 0, flips = 0;
+    void look() {
+        if (missing == 0 && bytes == 0) ++flips, missing = wanted;
+    }
+};
+inline std::map<Word, Arrival> arrivals_;
+inline void init_arrival(Word arrival, int arrivals = 1) { at<Long>(arrival), arrivals_[arrival] = {arrivals, arrivals}; }
+inline void arrive(Word arrival) { --arrivals_.at(arrival).missing, arrivals_.at(arrival).look(); }
+inline void expect(Word arrival, int bytes) { arrivals_.at(arrival).bytes += bytes, arrive(arrival); }
+inline void arrived_bytes(Word arrival, int bytes) { arrivals_.at(arrival).bytes -= bytes, arrivals_.at(arrival).look(); }
+inline void wait_arrival(Word arrival, int parity) {
+    while ((arrivals_.at(arrival).flips & 1) == parity) emulator.yield();
+}
+inline bool is_last(Word counter) {
+    __syncwarp();
+    return thread_number() % 32 == 0 && at<Word>(counter)++ % (WARPS * GROUPS) == WARPS * GROUPS - 1;
+}
+// Where a number of a block lies, which begins where 1,024 bytes do.
+inline Word swizzled(Word chunk, int row, int column) {
+    return chunk + column / 64 * BLOCK + row * 128 + ((column % 64 / 8 ^ row % 8) & 7) * 16 + column % 8 * 2;
+}
+template <class F> void each_number(const Map& map, Place place, int width, F function) {
+    for (int row = 0; row < 64; row++)
+        for (int column = 0; column < width; column++) {
+            const bool inside = Long(place.token + row) < map.words[4];
+            const Long bytes = place.batch * map.words[1] + place.head * map.words[2];
+            function(row, column,
+                     inside ? reinterpret_cast<Bits*>(map.words[0] + bytes + (place.token + row) * map.words[3]) +
+                                  place.column + column : nullptr);
+        }
+}
+template <int WIDTH> void fetch(Word to, const Map& map, Place place, Word arrival) {
+    if (to % 1024) __builtin_trap();
+    each_number(map, place, WIDTH, [&](int row, int column, Bits* x) { at<Bits>(swizzled(to, row, column)) = x ? *x : 0; });
+    arrived_bytes(arrival, WIDTH * 64 * 2);
+}
+inline void fetch_bytes(Word to, const char* from, int bytes, Word arrival) {
+    if (to % 16 || Long(from) % 16 || bytes % 16 || bytes <= 0) __builtin_trap();
+    at<char>(to + bytes - 1), std::memcpy(block_memory + to, from, bytes);
+    arrived_bytes(arrival, bytes);
+}
+template <int WIDTH> void write(const Map& map, Place place, Word from) {
+    each_number(map, place, WIDTH, [&](int row, int column, Bits* x) { if (x) *x = at<Bits>(swizzled(from, row, column)); });
+}
+inline void wait_writes() {}
+template <int WIDTH> void zero_rows(Word chunk, int count) {
+    for (int i = thread_number(); i < WIDTH / 2 * CHUNK; i += THREADS)
+        if (i / 32 % CHUNK >= count) store(chunk + i * 4, Word(0));
+}
+
+// ------------------------------------------------------------------------------------------------ products
+
+// An operand: where its chunk begins, and above that the first number or row that is summed over.
+inline Long by_rows(Word chunk) { return chunk; }
+inline Long by_columns(Word chunk) { return chunk; }
+inline Long along_rows(int step) { return Long(16 * step) << 32; }
+inline Long along_columns(int step) { return Long(16 * step) << 32; }
+inline float operand(Long x, int row, int column) { return from_bits(at<Bits>(swizzled(Word(x), row, column))); }
+
+// x (64 x n / 2, of which a thread has those of its two rows) (+)= left right
+template <int n, class Left, class Right> void multiply(float (&x)[n], int add, Left left, Right right) {
+    const int lane = threadIdx.x % 32;
+    float rows[2][16];
+    for (int i = 0; i < 32; i++) rows[i / 16][i % 16] = left(i / 16, i % 16);
+    for (int i = 0; i < n; i++) {
+        float sum = add ? x[i] : 0.0f;
+        for (int k = 0; k < 16; k++) sum += rows[i / 2 % 2][k] * right(k, 8 * (i / 4) + 2 * (lane % 4) + i % 2);
+        x[i] = sum;
+    }
+}
+// A left operand in registers: of a thread's two rows, numbers 2 (lane % 4) and the next, and those 8 further on.
+struct Registers {
+    Word quad[32];
+    explicit Registers(const Word (&a)[4]) { exchange<4>(a, threadIdx.x % 32 / 4 * 4, 4, quad); }
+    float operator()(int row, int k) const { return unpack(quad[k % 8 / 2 * 4 + row + k / 8 * 2], k % 2); }
+};
+inline void product(float (&x)[32], Long a, Long b, int add) {
+    const int row = thread_number() / 32 * 16 + threadIdx.x % 32 / 4;
+    multiply(x, add, [&](int i, int k) { return operand(a, row + 8 * i, int(a >> 32) + k); },
+             [&](int k, int column) { return operand(b, column, int(b >> 32) + k); });
+}
+inline void product(float (&x)[32], const Word (&a)[4], Long b, int add) {
+    multiply(x, add, Registers(a), [&](int k, int column) { return operand(b, column, int(b >> 32) + k); });
+}
+template <int n> void add_product(float (&x)[n], const Word (&a)[4], Long b) {
+    multiply(x, 1, Registers(a), [&](int k, int column) { return operand(b, int(b >> 32) + k, column); });
+}
+inline void begin_products() {}
+inline void end_products() {}
+template <int under_way> void wait_products() {}
+template <class T> void here(T&) {}
