@@ -16,12 +16,16 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from common.cases import SUITES, Case
-from common.contestants import Contestant, contestants
+from common.cases import SUITES as PLAIN
+from common.cases import Case
+from common.contestants import Contestant
+from common.everyone import contestants
 from common.measure import Result, copy_bandwidth, run_case
 from common.report import machine, save, table
 from common.warm import warm
+from suites import gated
 
+SUITES = {**PLAIN, "gated": gated.SUITE}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -6,6 +6,7 @@ They share no code with the library, are slow on purpose, and every test compare
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -80,9 +81,11 @@ def quadratic(
     tokens = torch.arange(q.shape[2], device=q.device)
     rows = tokens if rows is None else rows
     distance = rows[:, None] - tokens
-    # Sums of the steps from j + 1 to i, each by itself, so that a strong one costs the others no digits. What is masked
-    # is left out, not multiplied by 0: it may be a NaN, and 0 times a log-decay of -inf is one.
-    steps = torch.where(tokens[:, None] > tokens, log_decay[..., :, None], 0.0).cumsum(2)[:, :, rows]
+    # Sums of the steps from j + 1 to i, for each row from i backwards: no differences, in which a strong one would cost
+    # others their digits. What is masked is left out, not multiplied by 0: it may be a NaN, and 0 times a log-decay of
+    # -inf is one.
+    steps = torch.where(distance >= 0, log_decay[:, :, None], 0.0)
+    steps = F.pad(steps[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
     mask = torch.exp(torch.where(distance >= 0, steps, 0.0))
     scores = torch.where(distance >= 0, (q[:, :, rows] @ k.mT) * mask, 0.0)
     seen_bad = (~v.isfinite()).cumsum(2)[:, :, rows] > 0

@@ -24,10 +24,11 @@ class Case:
     dk: int = 128
     dv: int = 128
     dtype: str = "bf16"
-    decay: str = "slopes"  # or "none"
+    decay: str = "slopes"  # or "none", or "token": one a head and token, as Mamba-2's dt A
     passes: tuple[str, ...] = ("forward", "forward + backward")
     graph: bool = False  # replayed from a CUDA graph
     switches: bool = False  # also with the `precision` that the dtype can be asked for
+    groups: int | None = None  # heads of q and k, fewer than v's, as in Mamba-2, and then the scale is 1
 
     @property
     def name(self) -> str:
@@ -36,10 +37,12 @@ class Case:
             parts.append(f"H={self.heads}")
         if self.dk != 128 or self.dv != 128:
             parts.append(f"D={self.dk}" if self.dk == self.dv else f"Dk={self.dk} Dv={self.dv}")
+        if self.groups is not None:
+            parts.append(f"G={self.groups}")
         if self.dtype != "bf16":
             parts.append(self.dtype)
         if self.decay != "slopes":
-            parts.append("no decay")
+            parts.append({"none": "no decay", "token": "a decay a token"}[self.decay])
         if self.graph:
             parts.append("CUDA graph")
         return " ".join(parts)
@@ -50,12 +53,27 @@ class Case:
 
     def floor_bytes(self, which: str) -> int:
         """Bytes that must move: each input read once, each output written once."""
-        tokens = self.batch * self.heads * self.tokens * self.element
         if which == "step":
             return self.batch * self.heads * self.dk * self.dv * 4 * 2
+        k, v, decay = self.tensors()
         if which == "forward":
-            return tokens * 2 * (self.dk + self.dv)  # q k v o
-        return tokens * (6 * self.dk + 5 * self.dv)  # and q k v do dq dk dv, o not
+            return 2 * k + 2 * v + decay  # q k v o, log_decay
+        return 6 * k + 5 * v + 3 * decay  # and q k v do dq dk dv, log_decay and its gradient; o not
+
+    def output_bytes(self, which: str) -> int:
+        """Of what a call returns."""
+        k, v, decay = self.tensors()
+        return {"forward": v, "forward + backward": 2 * k + 2 * v + decay}.get(which, 0)
+
+    def tensors(self) -> tuple[int, int, int]:
+        """Bytes of k (and q), of v (and o), and of decays a token."""
+        tokens = self.batch * self.tokens
+        k = tokens * (self.groups or self.heads) * self.dk * self.element
+        return k, tokens * self.heads * self.dv * self.element, tokens * self.heads * 4 * (self.decay == "token")
+
+    @property
+    def scale(self) -> float:
+        return float(self.dk**-0.5) if self.groups is None else 1.0
 
     def flops(self, which: str) -> int:
         """Of the recurrence, which no form undercuts: a state update and a product with it for each output."""

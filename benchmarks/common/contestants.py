@@ -10,7 +10,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Inputs:
-    """q, k: (B, N, H, Dk); v, do: (B, N, H, Dv); state: (B, H, Dk, Dv) fp32 where a token is decoded."""
+    """q, k: (B, N, H or groups, Dk); v, do: (B, N, H, Dv); state: (B, H, Dk, Dv) fp32 where a token is decoded.
+    log_decay: (H,), or a decay a token, (B, H, N), and then gate, the same as (B, N, H)."""
 
     q: Tensor
     k: Tensor
@@ -36,6 +37,7 @@ class Inputs:
     log_decay: Tensor
     scale: float
     state: Tensor | None
+    gate: Tensor | None = None
 
 
 class Contestant:
@@ -47,6 +49,7 @@ class Contestant:
     passes: tuple[str, ...] = ("forward", "forward + backward")
     operator = "decaying linear attention"
     compiles = True  # at first use
+    gate = "gate"  # the one of Inputs' decays a token that it takes
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -63,10 +66,15 @@ class Contestant:
         raise NotImplementedError
 
     def gradients(self, x: Inputs, do: Tensor) -> tuple[Tensor, ...]:
-        """Forward and backward: dq, dk, dv."""
-        leaves = [y.detach().requires_grad_() for y in (x.q, x.k, x.v)]
-        o = self.forward(Inputs(*leaves, x.do, x.log_decay, x.scale, x.state))
-        return torch.autograd.grad(o, leaves, do)
+        """Forward and backward: dq, dk, dv, and of a decay a token the gradient, (B, N, H)."""
+        names = ["q", "k", "v"] + ([] if x.gate is None else [self.gate])
+        leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
+        grads = torch.autograd.grad(self.forward(replace(x, **leaves)), list(leaves.values()), do)
+        return (*grads[:3], grads[3].transpose(1, 2)) if "log_decay" in leaves else grads
+
+    def comparable(self, x: Inputs, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What `gradients` returned, as those of x."""
+        return grads
 
     def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """One token: o (B, 1, H, Dv) and the new state."""
@@ -83,6 +91,7 @@ class Ours(Contestant):
     name = "leetdist"
     devices = ("cuda", "cpu")
     passes = ("step", "forward", "forward + backward")
+    gate = "log_decay"
 
     def __init__(self, revision: str | None = None, precision: str | None = None) -> None:
         self.modules: dict[str, ModuleType] | None = None
@@ -150,7 +159,7 @@ def _load(revision: str) -> dict[str, ModuleType]:
 
 
 class Fla(Contestant):
-    """flash-linear-attention's simple_gla with one fixed decay a head."""
+    """flash-linear-attention's simple_gla, with one fixed decay a head or one a token."""
 
     module = "fla"
 
@@ -163,14 +172,16 @@ class Fla(Contestant):
         # A recurrence over all tokens, one after another, is the peer where fp32 accuracy is asked for.
         slow = self.function == "fused_recurrent" and case.dtype != "fp32" and which != "step"
         slow |= self.function == "fused_chunk" and case.tokens > 131072  # there, chunk is 2.5 times as fast
-        return super().serves(case, which, device) and not slow and not self._only_chunks(which)
+        fits = not slow and case.groups is None  # as many heads of q as of v
+        return super().serves(case, which, device) and fits and not self._only_chunks(which)
 
     def _only_chunks(self, which: str) -> bool:
         return which == "step" and self.function != "fused_recurrent"
 
     def _call(self, x: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
         operator = getattr(importlib.import_module("fla.ops.simple_gla"), f"{self.function}_simple_gla")
-        return operator(x.q, x.k, x.v, g_gamma=x.log_decay, scale=x.scale, **options)
+        decay = {"g_gamma": x.log_decay} if x.gate is None else {"g": x.gate}
+        return operator(x.q, x.k, x.v, **decay, scale=x.scale, **options)
 
     def forward(self, x: Inputs) -> Tensor:
         return self._call(x)[0]
@@ -190,6 +201,7 @@ class Softmax(Contestant):
     def serves(self, case: Case, which: str, device: str) -> bool:
         limit = 32768 if device == "cuda" else 8192
         fits = case.tokens <= limit and case.dtype != "fp32" if device == "cuda" else True
+        fits = fits and case.decay != "token"  # its suite has peers enough
         return super().serves(case, which, device) and fits and max(case.dk, case.dv) <= 128
 
     def forward(self, x: Inputs) -> Tensor:
@@ -250,13 +262,3 @@ class MiniMax(Contestant):
             layer.output_gate = lambda hidden: hidden.new_full((), float("inf"))  # sigmoid: 1
             self.layer, self.key = layer, key
         return self.layer
-
-
-def contestants(base: str | None) -> tuple[list[Contestant], dict[str, str]]:
-    """Everyone who can run here, and who cannot and why."""
-    everyone: list[Contestant] = [Ours(), Ours(precision="tf32"), Ours(precision="high")]
-    if base is not None:
-        everyone.append(Ours(base))
-    everyone += [Fla("chunk"), Fla("fused_chunk"), Fla("fused_recurrent"), MiniMax(), Softmax()]
-    missing = {c.name: reason for c in everyone if (reason := c.missing())}
-    return [c for c in everyone if c.name not in missing], missing

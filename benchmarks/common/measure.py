@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -73,8 +74,14 @@ def draw(case: Case, device: str, seed: int) -> Inputs:
     if case.passes == ("step",):
         state = torch.empty(case.batch, case.heads, case.dk, case.dv, device=device)
         state.normal_(generator=generator)
-    q, k, v, do = (normal(*tokens, d) for d in (case.dk, case.dk, case.dv, case.dv))
-    return Inputs(q, k, v, do, case.log_decay(device), case.dk**-0.5, state)
+    v, do = normal(*tokens, case.dv), normal(*tokens, case.dv)
+    q, k = (normal(*tokens[:2], case.groups or case.heads, case.dk) for _ in range(2))
+    if case.decay != "token":
+        return Inputs(q, k, v, do, case.log_decay(device), case.scale, state)
+    # As Mamba-2 begins: dt from 0.001 to 0.1, each as likely by its logarithm, times A from -1 to -16.
+    dt = torch.empty(tokens, device=device).uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp_()
+    gate = -dt * torch.linspace(1, 16, case.heads, device=device)
+    return Inputs(q, k, v, do, gate.transpose(1, 2).contiguous(), case.scale, state, gate)
 
 
 @contextlib.contextmanager
@@ -96,33 +103,41 @@ def check(contestant: Contestant, case: Case, which: str, inputs: Inputs) -> flo
         return max(relative_error(o[:1], expected), relative_error(state[:1], end))
     device = inputs.q.device
     rows = torch.tensor(checked_rows(case.tokens), device=device)
-    heads = torch.linspace(0, case.heads - 1, CHECKED_HEADS, device=device).long()
+    groups = torch.linspace(0, (case.groups or case.heads) - 1, CHECKED_HEADS, device=device).long()
+    share = inputs.v.shape[2] // inputs.q.shape[2]
+    heads = (groups[:, None] * share + torch.arange(share, device=device)).flatten()  # all of a group
+
+    def chosen(x: Tensor) -> Tensor:
+        """A head's or group's tokens of the first batch entry."""
+        return x[:1, :, heads if x.shape[2] == case.heads else groups].transpose(1, 2)
 
     def exact() -> list[Tensor]:
-        return [x[:1, :, heads].transpose(1, 2).double() for x in (inputs.q, inputs.k, inputs.v)]
+        """q, k, v and decays."""
+        decay = inputs.log_decay[heads] if inputs.gate is None else chosen(inputs.gate)
+        return [*(chosen(x).double() for x in (inputs.q, inputs.k, inputs.v)), decay.double()]
 
     if which == "forward":
         with torch.no_grad(), poisoned():
             o = contestant.forward(inputs)
         with torch.no_grad():
-            expected = contestant.reference(*exact(), inputs.log_decay[heads], inputs.scale, rows)
-        return relative_error(o[:1, rows][:, :, heads].transpose(1, 2), expected)
+            expected = contestant.reference(*exact(), inputs.scale, rows)
+        return relative_error(chosen(o[:, rows]), expected)
     # The gradient of the checked rows alone reaches every token, and is affordable in fp64.
     do = torch.zeros_like(inputs.do)
     do[:, rows] = inputs.do[:, rows]
     with poisoned():  # whole gradients and fp64 are not held together: a million tokens fit into 80 GB
-        grads = [x[:1, :, heads].transpose(1, 2) for x in contestant.gradients(inputs, do)]
-    do = do[:1, rows][:, :, heads].transpose(1, 2).double()
+        grads = [chosen(x) for x in contestant.comparable(inputs, contestant.gradients(inputs, do))]
     parts = [x.requires_grad_() for x in exact()]
-    expected = contestant.reference(*parts, inputs.log_decay[heads], inputs.scale, rows)
-    wanted = torch.autograd.grad(expected, parts, do)
-    return max(relative_error(x, y) for x, y in zip(grads, wanted, strict=True))
+    expected = contestant.reference(*parts, inputs.scale, rows)
+    wanted = torch.autograd.grad(expected, parts, chosen(do[:, rows]).double())
+    return max(relative_error(x, y) for x, y in zip(grads, wanted, strict=False))  # of decays only where they are data
 
 
 def _step_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
     assert inputs.state is not None
     q, k, v = (x[:1].transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
-    o, state = recurrence(q, k, v, inputs.log_decay, scale=inputs.scale, initial_state=inputs.state[:1])
+    decay = inputs.log_decay if inputs.gate is None else inputs.log_decay[:1]
+    o, state = recurrence(q, k, v, decay, scale=inputs.scale, initial_state=inputs.state[:1])
     return o.transpose(1, 2), state
 
 
@@ -257,6 +272,4 @@ def _peak(call: Callable[[], object], case: Case, which: str) -> int:
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    tokens = case.batch * case.tokens * case.heads * case.element
-    outputs = {"forward": case.dv, "forward + backward": 2 * case.dk + 2 * case.dv}.get(which, 0)
-    return torch.cuda.max_memory_allocated() - before - tokens * outputs
+    return torch.cuda.max_memory_allocated() - before - case.output_bytes(which)

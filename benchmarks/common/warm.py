@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks
 
 import torch
 from common.cases import Case
-from common.contestants import Contestant, Ours, contestants
+from common.contestants import Contestant, Ours
+from common.everyone import contestants
 from common.measure import call_of, draw
 
 # Tokens. No peer compiles a kernel for a length; ours has others where a GPU has more multiprocessors than tiles.

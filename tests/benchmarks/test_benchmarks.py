@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def benchmarks(monkeypatch):
     """Its modules, which are scripts beside each other and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = [f"common.{name}" for name in ("cases", "contestants", "measure", "report", "warm")]
-    names += ["run", "leetdecoding", "suites.leetdecoding.report"]
+    names = [f"common.{name}" for name in ("cases", "contestants", "everyone", "measure", "report", "warm")]
+    names += ["run", "leetdecoding", "suites.leetdecoding.report", "suites.gated"]
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield {name.removeprefix("common."): importlib.import_module(name) for name in names}
@@ -99,8 +99,30 @@ def test_floors_count_every_tensor_once(benchmarks):
     assert case.floor_bytes("forward + backward") == (q + k + v + o) + (q + k + v + o) + (q + k + v)
 
 
+def test_a_decay_a_token_is_checked_with_its_gradient(benchmarks):
+    """Of all heads of a group; floors count what groups share once."""
+    ours, cases = benchmarks["contestants"].Ours, benchmarks["cases"]
+
+    class Forgets(ours):
+        name = "wrong"
+
+        def gradients(self, x, do):
+            *others, decays = super().gradients(x, do)
+            return (*others, decays * 1.1)
+
+    case = cases.Case(2, 100, heads=4, dk=16, dv=8, dtype="fp32", decay="token", groups=2)
+    options = {"device": "cpu", "bandwidth": 1e9, "rounds": 1, "say": lambda text: None}
+    run_case = benchmarks["measure"].run_case
+    right, wrong = run_case("test", case, "forward + backward", [ours(), Forgets()], **options)
+    assert right.error < 1e-6
+    assert "wrong" in wrong.note
+    assert case.floor_bytes("forward") == 2 * 100 * 4 * (2 * 2 * 16 + 2 * 4 * 8 + 4)
+    (step,) = run_case("test", cases.replace(case, tokens=1, passes=("step",)), "step", [ours()], **options)
+    assert step.error < 1e-6
+
+
 def test_every_case_has_its_own_name(benchmarks):
-    for _, cases in benchmarks["cases"].SUITES.values():
+    for _, cases in benchmarks["run"].SUITES.values():
         assert len({case.name for case in cases}) == len(cases)
     assert "lengths" in benchmarks["run"].listing()
 

@@ -96,7 +96,11 @@ def test_runnable_bash_blocks_run(block: Block, tmp_path: Path) -> None:
     for entry in ROOT.iterdir():
         if not entry.name.startswith("."):
             (tmp_path / entry.name).symlink_to(entry)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = tmp_path / ".bin" / "leetdist"  # as an installation makes it, but of this tree
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m leetdist.launch "$@"\n')
+    command.chmod(0o755)
+    path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["bash", "-euo", "pipefail", "-c", block.code]
     done = subprocess.run(
