@@ -101,7 +101,7 @@ def test_emulated_against_fp64(rows, columns, dtype, reverse, kind):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_against_fp64(dtype, reverse, kind, tiles):
-    for rows, columns in ((64, 64), (64, 128), (128, 64), (128, 128), (256, 64), (128, 256), (256, 256)):
+    for rows, columns in ((64, 64), (64, 128), (128, 64), (128, 256), (256, 64), (256, 256)):
         for wide in (False, True):
             compare("cuda", tiles, rows, columns, dtype, reverse=reverse, kind=kind, wide=wide, size=1e6)
 

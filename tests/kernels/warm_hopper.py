@@ -13,14 +13,14 @@ from leetdist.kernels.constant_decay.cuda import hopper
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def compiled(name: str, held: tuple[int, int, int], dtype: torch.dtype, wide: bool, reverse: bool) -> int:
-    made = hopper.defines(name, *held, dtype, wide, reverse)
+def compiled(name: str, held: tuple[int, int, int], dtype: torch.dtype, wide: bool, reverse: bool, token: bool) -> int:
+    made = hopper.defines(name, *held, dtype, wide, reverse, token)
     return len(loader.cubin(f"constant_decay/cuda/{name.split()[0]}.cu", "sm_90a", made))
 
 
 if __name__ == "__main__":
     held = [(rows, columns, 1) for rows in (128, 64) for columns in (128, 64)] + [(256, 64, 1), (256, 64, 2)]
-    shapes = list(itertools.product(held, DTYPES, (False, True), (False, True)))
+    shapes = list(itertools.product(held, DTYPES, (False, True), (False, True), (False, True)))
     jobs = [(name, *shape) for name in hopper.OUTPUTS for shape in shapes]
     jobs += [("tile_states", *shape) for shape in shapes if not shape[2]]
     with ProcessPoolExecutor() as pool:
