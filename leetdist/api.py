@@ -175,10 +175,11 @@ def linear_attention_step(
 
     Args:
         q: (B, H, 1, Dk), fp32, bf16, fp16 or fp64.
-        k: (B, Hkv, 1, Dk), same dtype and device; Hkv divides H.
-        v: (B, Hkv, 1, Dv).
+        k: (B, H, 1, Dk), same dtype and device. Each of q, k and v may have fewer heads, which divide the largest.
+        v: (B, H, 1, Dv).
         state: (B, H, Dk, Dv) fp32 (fp64 with fp64 inputs), as `linear_attention` returns it.
-        log_decay: (H,) fp32, natural log, <= 0 (-inf: each token starts anew); None is no decay.
+        log_decay: (H,) fp32, or (B, H, 1), this token's; natural log, <= 0 (-inf: the token starts anew); None is no
+            decay.
         scale: factor of the output.
         inplace: write the new state over `state` and return it (what a captured graph wants); not differentiable.
 

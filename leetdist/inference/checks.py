@@ -144,11 +144,14 @@ def check_piece(
     )  # fmt: skip
     if after is None:
         return
-    _, keys, _ = after
+    _, keys, values = after
     if k.dtype != keys.dtype:
         raise ValueError(f"this piece must have the dtype of those before it, {keys.dtype}, got {k.dtype}")
-    if k.shape[1] != keys.shape[1]:
-        raise ValueError(f"k must have as many heads as in the pieces before, {keys.shape[1]}, got {k.shape[1]}")
+    for name, x, before in (("k", k, keys), ("v", v, values)):
+        if x.shape[1] != before.shape[1]:
+            raise ValueError(
+                f"{name} must have as many heads as in the pieces before, {before.shape[1]}, got {x.shape[1]}"
+            )
 
 
 def check_shards(everyone: list[Any], rank: int, tile: int) -> tuple[int, int, int]:

@@ -94,8 +94,18 @@ class StatePool:
             self._used.remove(slot)
             heapq.heappush(self._free, slot)
 
-    def steps(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """`linear_attention_steps` on the slots in `index`, (B,), which then are `lengths` tokens older.
+    def steps(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        log_decay: Tensor | None = None,
+    ) -> Tensor:
+        """`linear_attention_steps` on the slots in `index`, (B,), which then are `lengths` tokens older; log_decay:
+        (B, H, T), where each token has a decay of its own, and only there.
 
         ValueError where a row names a slot that nobody holds, or keeps tokens in `idle`; on a GPU, where the values of
         `index` are not read, such a row changes what is in that slot, and nothing else.
@@ -103,8 +113,13 @@ class StatePool:
         if index is None:
             raise ValueError("index must be a tensor that names the slot of each row, got None")
         self._check_index(index, lengths)
+        if (log_decay is not None) != self._like.by_token:
+            raise ValueError(
+                f"log_decay must {'' if self._like.by_token else 'not '}be given: the pool's states are of "
+                f"{'a decay a token' if self._like.by_token else 'one decay for all tokens'}"
+            )
         return advance(
-            q, k, v, self.states, self._like.log_decay,
+            q, k, v, self.states, self._like.log_decay if log_decay is None else log_decay,
             scale=self._like.scale, index=index, lengths=lengths, ages=self.tokens,
         )  # fmt: skip
 

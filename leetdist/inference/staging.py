@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-Piece = tuple[Tensor, Tensor, Tensor]
+Piece = tuple[Tensor, ...]  # q, k, v and, of a decay a token, log_decay
 
 
 class Staging:
@@ -43,10 +43,11 @@ class Staging:
         return out
 
     def _enqueue(self, compute: Callable[..., Tensor], piece: Piece, lead: int) -> tuple[Tensor, torch.cuda.Event]:
-        q, _, v = piece
+        q, _, v = piece[:3]
         if not q.shape[2]:
             raise ValueError("q: N is 0; a piece needs at least one token")
-        out = _empty_like((*q.shape[:3], v.shape[3]), q, device="cpu", pin_memory=True)
+        heads = max(x.shape[1] for x in piece)
+        out = _empty_like((q.shape[0], heads, q.shape[2], v.shape[3]), q, device="cpu", pin_memory=True)
         current = torch.cuda.current_stream(self.device)
         ends = [lead, *range(lead + self.window, q.shape[2], self.window), q.shape[2]]
         begin = 0
@@ -79,16 +80,16 @@ class Staging:
 
 
 def _token_major(x: Tensor) -> bool:
-    """Whether x, (B, H, N, D), is the view of a (B, N, H, D) tensor."""
+    """Whether x, (B, H, N, ...), is the view of a (B, N, H, ...) tensor."""
     return x.stride(1) < x.stride(2)
 
 
 def _empty_like(shape: tuple[int, ...], like: Tensor, **options: object) -> Tensor:
-    """An empty (B, H, N, D) tensor with its dimensions in memory as `like` has them."""
+    """An empty (B, H, N, ...) tensor with its dimensions in memory as `like` has them."""
     if not _token_major(like):
         return torch.empty(shape, dtype=like.dtype, **options)  # type: ignore[call-overload]
-    batch, heads, tokens, dim = shape
-    return torch.empty(batch, tokens, heads, dim, dtype=like.dtype, **options).transpose(1, 2)  # type: ignore[call-overload]
+    batch, heads, tokens, *rest = shape
+    return torch.empty(batch, tokens, heads, *rest, dtype=like.dtype, **options).transpose(1, 2)  # type: ignore[call-overload]
 
 
 def _copy(to: Tensor, source: Tensor) -> None:

@@ -26,9 +26,9 @@ class State:
 
     Attributes:
         boundary: (B, H, Dk, Dv) fp32 (fp64 for fp64 inputs), the state at the start of the open tile.
-        k: (B, Hkv, n, Dk), the keys of the open tile, n < tile, in the dtype of the inputs.
-        v: (B, Hkv, n, Dv), its values.
-        log_decay: (H,) fp32, natural log.
+        k: (B, H or a divisor, n, Dk), the keys of the open tile, n < tile, in the dtype of the inputs.
+        v: (B, H or a divisor, n, Dv), its values.
+        log_decay: fp32, natural log: (H,), or of a decay a token (B, H, n), that of the open tile.
         tokens: tokens seen so far.
         tile: tile length in tokens.
         scale: factor of the outputs.
@@ -75,6 +75,11 @@ class State:
         return self.k.shape[2]
 
     @property
+    def by_token(self) -> bool:
+        """Whether each token has a decay of its own."""
+        return self.log_decay.ndim == 3
+
+    @property
     def device(self) -> torch.device:
         return self.boundary.device
 
@@ -85,12 +90,11 @@ class State:
             return self.boundary
         no_query = self.k.new_zeros(1).expand(*self.boundary.shape[:2], *self.k.shape[2:])
         with torch.no_grad():
-            return run(self, no_query, self.k, self.v)[1]
+            return run(self, no_query, self.k, self.v, self.log_decay)[1]
 
     def after(self, state: Tensor, tokens: int) -> State:
         """After `tokens` more tokens of decoding led to `state`; the tile grid begins anew at this token."""
-        k, v = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (self.k, self.v))
-        return replace(self, boundary=state, k=k, v=v, tokens=self.tokens + tokens)
+        return replace(self, boundary=state, tokens=self.tokens + tokens, **no_tokens(self.k, self.v, self.log_decay))
 
     def fork(self, copies: int) -> State:
         """Each row `copies` times, one beside the other."""
@@ -102,7 +106,8 @@ class State:
         """These rows of the batch, (R,) int64, in this order."""
         check_rows(rows, self.boundary.shape[0])
         rows = rows.to(self.device)
-        parts = {name: getattr(self, name)[rows] for name in ("boundary", "k", "v")}
+        names = ("boundary", "k", "v", "log_decay") if self.by_token else ("boundary", "k", "v")
+        parts = {name: getattr(self, name)[rows] for name in names}
         return replace(self, **parts)
 
     def to(self, device: torch.device | str) -> State:
@@ -111,11 +116,17 @@ class State:
         return replace(self, **parts)
 
 
-def run(state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def no_tokens(k: Tensor, v: Tensor, log_decay: Tensor) -> dict[str, Any]:
+    """The parts of an open tile without tokens; no slices, which would keep all of a piece alive."""
+    parts = {"k": k, "v": v, "log_decay": log_decay}
+    return {name: x if x.ndim == 1 else x.new_empty(*x.shape[:2], 0, *x.shape[3:]) for name, x in parts.items()}
+
+
+def run(state: State, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
     """The operator from the state's boundary on, on this rank alone: outputs, and the state after them."""
     with alone():
         return linear_attention(
-            q, k, v, state.log_decay,
+            q, k, v, log_decay,
             scale=state.scale, initial_state=state.boundary, return_state=True,
             method=state.method, tile=state.tile,
         )  # fmt: skip
@@ -124,10 +135,10 @@ def run(state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def check_state(state: State) -> None:
     """The parts of a state fit together; values of its tensors are not read."""
     for name in ("boundary", "k", "v", "log_decay"):
-        x, ndim = getattr(state, name), 1 if name == "log_decay" else 4
-        if not isinstance(x, Tensor) or x.ndim != ndim or x.layout != torch.strided:
+        x, ndims = getattr(state, name), (1, 3) if name == "log_decay" else (4,)
+        if not isinstance(x, Tensor) or x.ndim not in ndims or x.layout != torch.strided:
             got = f"{x.layout} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a dense tensor of {ndim} dimensions, got {got}")
+            raise ValueError(f"{name} must be a dense tensor of {' or '.join(map(str, ndims))} dimensions, got {got}")
         if x.device != state.boundary.device:
             raise ValueError(f"{name} must be on boundary's device, {state.boundary.device}, got {x.device}")
     boundary, k, v, log_decay = state.boundary, state.k, state.v, state.log_decay
@@ -141,10 +152,15 @@ def check_state(state: State) -> None:
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be of a dtype that linear_attention takes, got {x.dtype}")
         if (x.shape[0], x.shape[2]) != (batch, k.shape[2]):
-            wanted = f"(B, Hkv, n, D) = ({batch}, Hkv, {k.shape[2]}, D)"
+            wanted = f"(B, heads, n, D) = ({batch}, heads, {k.shape[2]}, D)"
             raise ValueError(f"{name} must have shape {wanted}, as boundary and k have it, got {tuple(x.shape)}")
-        if not x.shape[1] or heads % x.shape[1] or x.shape[1] != k.shape[1]:
-            raise ValueError(f"{name} must have k's number of heads, a divisor of {heads}, got {x.shape[1]}")
+        if not x.shape[1] or heads % x.shape[1]:
+            raise ValueError(f"{name} must have a number of heads that divides boundary's {heads}, got {x.shape[1]}")
+    if log_decay.ndim == 3 and log_decay.shape != (batch, heads, k.shape[2]):
+        raise ValueError(
+            f"log_decay must have shape (H,), or (B, H, n) = ({batch}, {heads}, {k.shape[2]}), got "
+            f"{tuple(log_decay.shape)}"
+        )
     if k.shape[3] != dk:
         raise ValueError(f"k must have boundary's Dk = {dk}, got shape {tuple(k.shape)}")
     if log_decay.dtype not in (torch.float32, torch.float64):
@@ -159,7 +175,7 @@ def check_whole(name: str, state: Any) -> None:
     """A state that is used. One that is only compared with may be of parts that do not compute together."""
     if not isinstance(state, State):
         raise ValueError(f"{name} must be a State, got {type(state).__name__}")
-    if state.log_decay.shape[0] != state.boundary.shape[1]:
+    if not state.by_token and state.log_decay.shape[0] != state.boundary.shape[1]:
         raise ValueError(
             f"{name}: log_decay must have shape (H,) = ({state.boundary.shape[1]},), got {tuple(state.log_decay.shape)}"
         )
@@ -209,6 +225,11 @@ def check_like(state: State, like: State) -> None:
             raise ValueError(f"the state's {name} is {got.dtype}, wanted {wanted.dtype}")
     if state.boundary.shape[2] != like.boundary.shape[2]:
         raise ValueError(f"the state has Dk = {state.boundary.shape[2]}, wanted {like.boundary.shape[2]}")
+    if state.by_token != like.by_token:
+        made, wanted = ("a decay a token" if x.by_token else "a decay a head" for x in (state, like))
+        raise ValueError(f"the state was made with {made}, wanted {wanted}")
+    if state.by_token:
+        return
     if state.log_decay is not like.log_decay and not torch.equal(state.log_decay.cpu(), like.log_decay.cpu()):
         raise ValueError(
             f"the state was made with log_decay {_shown(state.log_decay)}, wanted {_shown(like.log_decay)}"

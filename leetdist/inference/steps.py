@@ -32,10 +32,11 @@ def linear_attention_steps(
 
     Args:
         q: (B, H, T, Dk), fp32, bf16, fp16 or fp64.
-        k: (B, Hkv, T, Dk), same dtype and device; Hkv divides H.
-        v: (B, Hkv, T, Dv).
+        k: (B, H, T, Dk), same dtype and device. Each of q, k and v may have fewer heads, which divide the largest.
+        v: (B, H, T, Dv).
         states: (slots, H, Dk, Dv) fp32 (fp64 with fp64 inputs), or bf16, then rounded once a call; changed in place.
-        log_decay: (H,) fp32, natural log, <= 0 (-inf: each token starts anew); None is no decay.
+        log_decay: (H,) fp32, or (B, H, T), one a token; natural log, <= 0 (-inf: the token starts anew); None is no
+            decay.
         scale: factor of the output.
         index: (B,) int32 or int64, the slot of each row, all different; None: row b is slot b. Rows of length 0 may
             share a slot, which pads a batch to the size a CUDA graph was captured with (see `StatePool.idle`).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from leetdist.api import linear_attention
 from leetdist.inference.checks import check_decay, check_device, check_options, check_piece, check_shards
 from leetdist.inference.staging import Staging
-from leetdist.inference.state import State, check_continues, run
+from leetdist.inference.state import State, check_continues, no_tokens, run
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from leetdist.sequence.group import Group
     from leetdist.sequence.transport import Transport
 
-Piece = tuple[Tensor, Tensor, Tensor]
+Piece = tuple[Tensor, ...]  # q, k, v and, of a decay a token, log_decay
 # Tiles that a piece from elsewhere is cut into for the trip to the device: of 32 bf16 heads of 128, two windows of
 # 65,536 tokens take 3.2 GB, and the copy of one (30 ms) hides its compute and all that the host does.
 WINDOW_TILES = 8
@@ -49,7 +49,7 @@ def stream(
     use `linear_attention_steps`.
 
     Args:
-        log_decay: (H,) fp32, natural log, <= 0; None is no decay.
+        log_decay: (H,) fp32, natural log, <= 0; None is no decay, or one that each piece brings for its tokens.
         scale: factor of the output.
         tile: tile length in tokens, a power of two >= 16. None: 8,192, what `linear_attention` chooses for itself for
             sequences of 524,288 tokens and more.
@@ -62,7 +62,8 @@ def stream(
             state. Pieces but the last have a multiple of `tile` tokens. None takes the surrounding
             `sequence_parallel`.
 
-    Pieces: q (B, H, n, Dk), k (B, Hkv, n, Dk), v (B, Hkv, n, Dv); outputs (B, H, n, Dv) in their dtype.
+    Pieces: q, k (B, H, n, Dk), v (B, H, n, Dv), each with H heads or fewer, and for a decay a token also log_decay
+    (B, H, n); outputs (B, H, n, Dv) in their dtype.
 
     Raises:
         ValueError: an argument or a piece is wrong, or does not continue what came before.
@@ -80,7 +81,8 @@ def stream(
     """
     if state is not None:
         check_continues(state, log_decay=log_decay, scale=scale, tile=tile, method=method)
-        log_decay, scale, tile, method = state.log_decay, state.scale, state.tile, state.method
+        log_decay = None if state.by_token else state.log_decay
+        scale, tile, method = state.scale, state.tile, state.method
     tile = LARGEST_TILE if tile is None else tile
     method = "block" if method == "auto" else method
     check_options(scale, tile, method)
@@ -92,8 +94,9 @@ def stream(
 class Stream:
     """One sequence (or a batch of one age) on its way through the operator; made by `stream`.
 
-    `push(q, k, v)` takes the next n tokens, q (B, H, n, Dk), k (B, Hkv, n, Dk), v (B, Hkv, n, Dv), and returns their
-    outputs, (B, H, n, Dv) in q's dtype; `map(pieces)` does so for an iterator of pieces. Nothing is differentiable.
+    `push(q, k, v)` takes the next n tokens, q, k (B, H, n, Dk), v (B, H, n, Dv), and returns their outputs, (B, H, n,
+    Dv) in q's dtype; `push(q, k, v, log_decay)`, from the first piece to the last, those of a decay a token, (B, H, n);
+    `map(pieces)` does so for an iterator of pieces. Nothing is differentiable.
 
     Attributes:
         state: the `State` after what came so far, to save, fork, decode from, or go on from with another stream.
@@ -154,9 +157,9 @@ class Stream:
     def _open(self) -> int:
         return 0 if self._state is None else self._state.open
 
-    def push(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def push(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
         """The outputs of the next n tokens, where the piece is."""
-        (o,) = self.map([(q, k, v)])
+        (o,) = self.map([(q, k, v) if log_decay is None else (q, k, v, log_decay)])
         return o
 
     @torch.no_grad()
@@ -170,105 +173,123 @@ class Stream:
         device = first[0].device if self.device is None else self.device
         if device.type != "cuda" or first[0].device == device:
             for piece in everything:
-                q, k, v = (x.to(device) for x in piece)
-                yield self._advance(q, k, v).to(piece[0].device)
+                yield self._advance(*(x.to(device) for x in piece)).to(piece[0].device)
         else:
             staging = Staging(device, WINDOW_TILES * self._tile)
             yield from staging.map(self._advance, everything, lambda: -self._open % self._tile)
 
-    def _advance(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _advance(self, *piece: Tensor) -> Tensor:
         if self._transport is not None:
-            return self._advance_shard(q, k, v, self._transport)
-        state = self._checked(q, k, v)
-        tokens = q.shape[2]
+            return self._advance_shard(piece, self._transport)
+        state, tokens = self._checked(piece), piece[0].shape[2]
         head = min(-state.open % state.tile, tokens)
         tail = (tokens - head) % state.tile
         outputs = []
         for part, whole_tiles in ((head, False), (tokens - head - tail, True), (tail, False)):
             if not part:
                 continue
-            (q_i, q), (k_i, k), (v_i, v) = ((x[:, :, :part], x[:, :, part:]) for x in (q, k, v))
+            now, piece = (tuple(x[:, :, span] for x in piece) for span in (slice(part), slice(part, None)))
             if whole_tiles:
-                o, boundary = run(state, q_i, k_i, v_i)
+                o, boundary = run(state, *_with_decay(now, state))
                 state = replace(state, boundary=boundary, tokens=state.tokens + part)
             else:
-                o, state = _into_open_tile(state, q_i, k_i, v_i)
+                o, state = _into_open_tile(state, *now)
             outputs.append(o)
         self._state = state
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
-    def _advance_shard(self, q: Tensor, k: Tensor, v: Tensor, transport: Transport) -> Tensor:
+    def _advance_shard(self, piece: Piece, transport: Transport) -> Tensor:
         """The whole tiles of the piece over all ranks; its short last tile where it is, and then known to all."""
         checked: State | ValueError
         try:
-            checked = self._checked(q, k, v, transport.size)
+            checked = self._checked(piece, transport.size)
         except ValueError as error:
             checked = error
-        mine = checked if isinstance(checked, ValueError) else (q.shape[2], self.tokens, self._open)
+        mine = checked if isinstance(checked, ValueError) else (piece[0].shape[2], self.tokens, self._open)
         everyone = transport.gather_objects(mine, "the lengths of this piece")
         owner, tail, whole = check_shards(everyone, transport.rank, self._tile)
         assert isinstance(checked, State)
         state, outputs = checked, []
         last = tail if transport.rank == owner else 0
-        begin = q.shape[2] - last
+        begin = piece[0].shape[2] - last
         if whole:
+            q, k, v, log_decay = _with_decay(tuple(x[:, :, :begin] for x in piece), state)
             o, boundary = linear_attention(
-                q[:, :, :begin], k[:, :, :begin], v[:, :, :begin], state.log_decay,
+                q, k, v, log_decay,
                 scale=state.scale, initial_state=state.boundary if transport.rank == 0 else None,
                 return_state=True, method=state.method, group=transport, tile=state.tile,
             )  # fmt: skip
             state = replace(state, boundary=boundary, tokens=state.tokens + whole)
             outputs.append(o)
         if tail:
-            q, k, v = (
-                x[:, :, begin:].contiguous() if last else x.new_zeros(*x.shape[:2], tail, x.shape[3]) for x in (q, k, v)
+            q, *others = (
+                x[:, :, begin:].contiguous() if last else x.new_zeros(*x.shape[:2], tail, *x.shape[3:]) for x in piece
             )
-            k, v = (_from_owner(x, owner, transport) for x in (k, v))
+            others = [_from_owner(x, owner, transport) for x in others]
             transport.flush()
-            o, state = _into_open_tile(state, q, k, v)
+            o, state = _into_open_tile(state, q, *others)
             outputs.append(o[:, :, tail - last :])
         self._state = state
         return torch.cat(outputs, 2)
 
-    def _checked(self, q: Tensor, k: Tensor, v: Tensor, ranks: int = 1) -> State:
+    def _checked(self, piece: Piece, ranks: int = 1) -> State:
         """The state that this piece continues: an empty one for the first."""
-        state = self._state
+        state, (given, scale, tile, method) = self._state, self._options
+        q, k, v, *own = piece
+        if len(own) > 1:
+            raise ValueError(f"a piece must be q, k, v and perhaps log_decay, got {len(piece)} tensors")
+        if own and own[0].ndim != 3:
+            raise ValueError(f"log_decay of a piece must have shape (B, H, n), got {tuple(own[0].shape)}")
+        if own and given is not None:
+            raise ValueError("log_decay must not be given with a piece, the stream has one for all tokens")
+        if state is not None and state.by_token != bool(own):
+            raise ValueError(
+                f"log_decay must {'' if state.by_token else 'not '}be given with this piece, as with those before it"
+            )
+        log_decay = own[0] if own else given if state is None else state.log_decay
+        after = None if state is None else (state.boundary, state.k, state.v)
+        check_piece(q, k, v, log_decay, scale, tile, method, ranks=ranks, after=after)
         if state is not None:
-            check_piece(
-                q, k, v, state.log_decay, state.scale, state.tile, state.method, ranks=ranks,
-                after=(state.boundary, state.k, state.v),
-            )  # fmt: skip
             return state
-        log_decay, scale, tile, method = self._options
-        check_piece(q, k, v, *self._options, ranks=ranks)
-        batch, heads, _, dk = q.shape
+        heads = max(x.shape[1] for x in (q, k, v))
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         if log_decay is None:
             log_decay = torch.zeros(heads, dtype=torch.float32, device=q.device)
         with torch.inference_mode(False):  # what is kept is nobody else's to change, and of use outside too
-            log_decay = log_decay.detach().to(q.device, copy=True)
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            if own:
+                log_decay = log_decay.new_empty(log_decay.shape, dtype=dtype)  # of which no token is kept
+            else:
+                log_decay = log_decay.detach().to(q.device, copy=True)
         return State(
-            boundary=torch.zeros(batch, heads, dk, v.shape[3], dtype=dtype, device=q.device),
-            k=_no_tokens(k), v=_no_tokens(v),
-            log_decay=log_decay, tokens=0, tile=tile, scale=scale, method=method,
+            boundary=torch.zeros(q.shape[0], heads, q.shape[3], v.shape[3], dtype=dtype, device=q.device),
+            **no_tokens(k, v, log_decay), tokens=0, tile=tile, scale=scale, method=method,
         )  # fmt: skip
 
 
-def _into_open_tile(state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+def _with_decay(piece: Piece, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A piece and what decays it."""
+    q, k, v, *own = piece
+    return q, k, v, own[0] if own else state.log_decay
+
+
+def _into_open_tile(state: State, q: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> tuple[Tensor, State]:
     """The outputs of tokens that end in the open tile, or with it, and the state after them.
 
     The open tile is computed again from its start. Its earlier rows stand in as zeros: an output depends on its own
-    row of q alone.
+    row of q alone. own: the tokens' decays, if each has one.
     """
     before, tokens = state.open, q.shape[2]
+    log_decay = state.log_decay
     k, v = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
+    if own:
+        log_decay = torch.cat((log_decay, own[0].to(log_decay.dtype)), 2)
     padded = torch.cat((q.new_zeros(*q.shape[:2], before, q.shape[3]), q), 2)
-    o, after = run(state, padded, k, v)
+    o, after = run(state, padded, k, v, log_decay)
     boundary = state.boundary
+    parts: dict[str, Any] = {"k": k, "v": v, "log_decay": log_decay}
     if before + tokens == state.tile:
-        boundary, k, v = after, _no_tokens(k), _no_tokens(v)
-    state = replace(state, boundary=boundary, k=k, v=v, tokens=state.tokens + tokens)
-    return o[:, :, before:], state
+        boundary, parts = after, no_tokens(**parts)
+    return o[:, :, before:], replace(state, boundary=boundary, **parts, tokens=state.tokens + tokens)
 
 
 def _from_owner(x: Tensor, owner: int, transport: Transport) -> Tensor:
@@ -279,11 +300,6 @@ def _from_owner(x: Tensor, owner: int, transport: Transport) -> Tensor:
     for rank in transport.others():
         transport.send(x, rank, what)
     return x
-
-
-def _no_tokens(x: Tensor) -> Tensor:
-    """Not a slice of x, which would keep all of x alive."""
-    return x.new_empty(*x.shape[:2], 0, x.shape[3])
 
 
 __all__ = ["Stream", "stream"]

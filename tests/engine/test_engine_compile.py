@@ -19,7 +19,7 @@ from leetdist.sequence.virtual import VirtualGroup
 pytestmark = pytest.mark.real_empty  # opcheck compares what autograd fills in
 
 
-def inputs(tokens: int, *, kv_heads: int = 2, layout: bool = False) -> list[Tensor]:
+def inputs(tokens: int, *, kv_heads: int = 2, layout: bool = False, by_token: bool = False) -> list[Tensor]:
     generator = torch.Generator().manual_seed(tokens)
 
     def rows(heads: int, dim: int) -> Tensor:
@@ -27,16 +27,26 @@ def inputs(tokens: int, *, kv_heads: int = 2, layout: bool = False) -> list[Tens
             return torch.randn(1, tokens, heads, dim, generator=generator).transpose(1, 2)
         return torch.randn(1, heads, tokens, dim, generator=generator)
 
-    return [rows(4, 16), rows(kv_heads, 16), rows(kv_heads, 24), torch.tensor([-0.01, -0.2, -3.0, -200.0])]
+    decay = torch.tensor([-0.01, -0.2, -3.0, -200.0])
+    if by_token:
+        decay = decay[None, :, None] * torch.rand(1, 4, tokens, generator=generator)
+    return [rows(4, 16), rows(kv_heads, 16), rows(kv_heads, 24), decay]
 
 
-@pytest.mark.parametrize("case", ["plain", "grouped, model layout", "packed", "initial and final state", "no decay"])
+CASES = ["plain", "grouped, model layout", "packed", "initial and final state", "no decay"]
+
+
+@pytest.mark.parametrize("case", [*CASES, "a decay a token, grouped, packed", "a decay a token, state, fewer q"])
 def test_opcheck(case: str) -> None:
-    q, k, v, g = inputs(100, kv_heads=2 if "grouped" in case else 4, layout="layout" in case)
+    q, k, v, g = inputs(
+        100, kv_heads=2 if "grouped" in case else 4, layout="layout" in case, by_token="a token" in case
+    )
+    if "fewer q" in case:
+        q = q[:, :2]
     initial, documents = None, None
     if "state" in case:
         initial = torch.randn(1, 4, 16, 24, requires_grad=True)
-    if case == "packed":
+    if "packed" in case:
         documents = torch.tensor([0, 30, 100])
     decay = None if case == "no decay" else g.requires_grad_()
     args = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -64,11 +74,12 @@ def same(a: list[Tensor], b: list[Tensor]) -> None:
         assert relative_error(x, y) < 1e-5
 
 
+@pytest.mark.parametrize("by_token", [False, True], ids=["a decay a head", "a decay a token"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_one_device(backend: str) -> None:
+def test_one_device(backend: str, by_token: bool) -> None:
     compiled = torch.compile(network, fullgraph=True, backend=backend)
     for tokens in (100, 61):
-        args = inputs(tokens)
+        args = inputs(tokens, by_token=by_token)
         same(gradients(compiled, args), gradients(network, args))
 
 
@@ -99,22 +110,22 @@ def test_saved_states_are_not_to_be_copied() -> None:
 
 def test_virtual_ranks() -> None:
     """A compiled graph knows a virtual rank by name, too."""
-    args = inputs(128)
+    for args in (inputs(128), inputs(128, by_token=True)):
 
-    def rank(group: VirtualGroup) -> Tensor:
-        compiled = torch.compile(leetdist.linear_attention, fullgraph=True, backend="eager")
-        local = [leetdist.shard_sequence(x, 2, group) for x in args[:3]]
-        o: Tensor = compiled(*local, args[3], group=group)
-        return o
+        def rank(group: VirtualGroup, args: list[Tensor] = args) -> Tensor:
+            compiled = torch.compile(leetdist.linear_attention, fullgraph=True, backend="eager")
+            local = [leetdist.shard_sequence(x, 2, group) if x.ndim > 1 else x for x in args]
+            o: Tensor = compiled(*local, group=group)
+            return o
 
-    shards = leetdist.virtual_ranks(rank, 3)
-    assert torch.equal(torch.cat(shards, 2), leetdist.linear_attention(*args))
+        shards = leetdist.virtual_ranks(rank, 3)
+        assert torch.equal(torch.cat(shards, 2), leetdist.linear_attention(*args))
 
 
-def over_ranks(rank: int) -> None:
-    args = inputs(256)
+def over_ranks(rank: int, by_token: bool) -> None:
+    args = inputs(256, by_token=by_token)
     group = dist.group.WORLD
-    local = [leetdist.shard_sequence(x, 2, group).clone() for x in args[:3]] + args[3:]
+    local = [leetdist.shard_sequence(x, 2, group).clone() if x.ndim > 1 else x for x in args]
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     same(gradients(compiled, local, group), gradients(network, local, group))
 
@@ -156,5 +167,6 @@ def over_ranks(rank: int) -> None:
     same(gradients(torch.compile(checkpointed, fullgraph=True, backend="aot_eager"), local), gradients(layer, local))
 
 
-def test_over_ranks() -> None:
-    values(run_ranks(over_ranks, 2, timeout_s=60))
+@pytest.mark.parametrize("by_token", [False, True])
+def test_over_ranks(by_token: bool) -> None:
+    values(run_ranks(over_ranks, 2, by_token, timeout_s=60))

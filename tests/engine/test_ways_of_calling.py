@@ -20,10 +20,12 @@ pytestmark = pytest.mark.real_empty
 DECAY = torch.tensor([-0.1, -0.5])
 
 
-def inputs(tokens: int = 40) -> list[Tensor]:
+def inputs(tokens: int = 40, *, by_token: bool = False) -> list[Tensor]:
     """q, k, v of three calls, and a decay of each."""
     generator = torch.Generator().manual_seed(tokens)
     tensors = [torch.randn(3, 1, 2, tokens, 16, generator=generator) for _ in range(3)]
+    if by_token:
+        return [*tensors, -torch.rand(3, 1, 2, tokens, generator=generator)]
     return [*tensors, torch.stack([DECAY, 2 * DECAY, 3 * DECAY])]
 
 
@@ -56,6 +58,9 @@ MAPPED: dict[str, Callable[..., Any]] = {
     "vmap of documents": lambda f: vmap(
         lambda q, k, v, g: f(q, k, v, DECAY, cu_seqlens=torch.tensor([0, 1, q.shape[2]]), return_state=True)
     ),
+    "vmap of documents, each its decay": lambda f: vmap(
+        lambda q, k, v, g: f(q, k, v, g, cu_seqlens=torch.tensor([0, 1, q.shape[2]]), return_state=True)
+    ),
     "vmap of states": lambda f: vmap(
         lambda q, k, v, g: f(q, k, v, DECAY, initial_state=k[:, :, :16].mT @ v[:, :, :16], return_state=True)
     ),
@@ -76,18 +81,25 @@ def check(transform: Callable[..., Any], args: list[Tensor], compiled: bool) -> 
         assert relative_error(x, y) < 2e-6
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+HOWS = pytest.mark.parametrize(
+    ("compiled", "by_token"),
+    [(False, False), (True, False), (False, True)],
+    ids=["eager", "compiled", "a decay a token"],
+)
+
+
+@HOWS
 @pytest.mark.parametrize("name", SINGLE)
-def test_torch_func(name: str, compiled: bool) -> None:
+def test_torch_func(name: str, compiled: bool, by_token: bool) -> None:
     if compiled and name == "jacfwd" and torch.__version__ < (2, 10):
         pytest.skip("Dynamo of torch 2.9 traces no jacfwd, of any function")
-    check(SINGLE[name], [x[0] for x in inputs(3 if "jac" in name else 40)], compiled)
+    check(SINGLE[name], [x[0] for x in inputs(3 if "jac" in name else 40, by_token=by_token)], compiled)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@HOWS
 @pytest.mark.parametrize("name", MAPPED)
-def test_vmap(name: str, compiled: bool) -> None:
-    check(MAPPED[name], inputs(), compiled)
+def test_vmap(name: str, compiled: bool, by_token: bool) -> None:
+    check(MAPPED[name], inputs(by_token=by_token), compiled)
 
 
 def test_vmap_is_a_larger_batch() -> None:
@@ -172,6 +184,9 @@ def test_meta_tensors() -> None:
     o = leetdist.linear_attention(*x, decay)
     o.sum().backward()
     assert (o.device.type, o.shape, x[0].grad.shape) == ("meta", (1, 2, 40, 16), (1, 2, 40, 16))
+    by_token = torch.empty(1, 2, 40, device="meta", requires_grad=True)
+    leetdist.linear_attention(x[0][:, :1], *x[1:], by_token).sum().backward()
+    assert by_token.grad.shape == (1, 2, 40)
     with pytest.raises(ValueError, match="k must have"):
         leetdist.linear_attention(x[0], x[1][..., :8], x[2], decay)
 

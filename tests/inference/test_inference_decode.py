@@ -20,11 +20,12 @@ def inputs(batch: int, tokens: int, kv_heads: int = H, dtype: torch.dtype = torc
     return [torch.randn(batch, h, tokens, d).to(dtype) for h, d in zip(heads, (DK, DK, DV), strict=True)]
 
 
-def one_by_one(tensors: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+def one_by_one(tensors: list[Tensor], state: Tensor, log_decay: Tensor = LOG_DECAY) -> tuple[Tensor, Tensor]:
     """The oracle: linear_attention_step for each token."""
     outputs = []
     for t in range(tensors[0].shape[2]):
-        o, state = leetdist.linear_attention_step(*(x[:, :, t : t + 1] for x in tensors), state, LOG_DECAY, scale=0.3)
+        own = log_decay if log_decay.ndim == 1 else log_decay[:, :, t : t + 1]
+        o, state = leetdist.linear_attention_step(*(x[:, :, t : t + 1] for x in tensors), state, own, scale=0.3)
         outputs.append(o)
     return torch.cat(outputs, 2), state
 
@@ -124,18 +125,22 @@ def test_steps_of_any_slots_are_single_steps(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]), "dtype")
     torch.manual_seed(batch)
     tensors = inputs(batch, tokens, data.draw(st.sampled_from([1, 2, 4]), "kv heads"), dtype)
+    log_decay = LOG_DECAY
+    if data.draw(st.booleans(), "by token"):
+        log_decay = LOG_DECAY[:, None] * torch.rand(batch, H, tokens)
     pool = torch.randn(7, H, DK, DV)
     before = pool.clone()
     o = leetdist.linear_attention_steps(
-        *tensors, pool, LOG_DECAY, scale=0.3, index=torch.tensor(slots), lengths=torch.tensor(lengths)
+        *tensors, pool, log_decay, scale=0.3, index=torch.tensor(slots), lengths=torch.tensor(lengths)
     )
     for row, (slot, kept) in enumerate(zip(slots, lengths, strict=True)):
         mine = [x[row : row + 1] for x in tensors]
-        expected, _ = one_by_one(mine, before[slot : slot + 1])
+        own = log_decay if log_decay.ndim == 1 else log_decay[row : row + 1]
+        expected, _ = one_by_one(mine, before[slot : slot + 1], own)
         assert torch.equal(o[row : row + 1], expected)
-        _, state = (
-            one_by_one([x[:, :, :kept] for x in mine], before[slot : slot + 1]) if kept else (0, before[slot][None])
-        )
+        state = before[slot][None]
+        if kept:
+            _, state = one_by_one([x[:, :, :kept] for x in mine], state, own)
         assert torch.equal(pool[slot : slot + 1], state)
     others = [slot for slot in range(7) if slot not in slots]
     assert torch.equal(pool[others], before[others])
@@ -143,13 +148,44 @@ def test_steps_of_any_slots_are_single_steps(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_steps_agree_with_the_reference(dtype: torch.dtype) -> None:
-    tensors = inputs(2, 6, dtype=dtype)
-    states = torch.randn(2, H, DK, DV, dtype=dtype)
-    expected, last = recurrence(*tensors, LOG_DECAY, scale=0.3, initial_state=states)
-    o = leetdist.linear_attention_steps(*tensors, states, LOG_DECAY, scale=0.3)
-    bound = 1e-6 if dtype == torch.float32 else 1e-14
-    assert relative_error(o, expected) < bound
-    assert relative_error(states, last) < bound
+    q, k, v = inputs(2, 6, dtype=dtype)
+    by_token = torch.where(torch.rand(2, H, 6) < 0.2, -float("inf"), -torch.rand(2, H, 6)).to(dtype)
+    for tensors, log_decay in (((q, k, v), LOG_DECAY), ((q[:, :1], k[:, :2], v), by_token)):
+        states = torch.randn(2, H, DK, DV, dtype=dtype)
+        expected, last = recurrence(*tensors, log_decay, scale=0.3, initial_state=states)
+        o = leetdist.linear_attention_steps(*tensors, states, log_decay, scale=0.3)
+        bound = 1e-6 if dtype == torch.float32 else 1e-14
+        assert relative_error(o, expected) < bound
+        assert relative_error(states, last) < bound
+
+
+def test_a_pool_of_a_decay_a_token() -> None:
+    """Each step brings its decays; what is taken out goes on as a stream."""
+    stream = leetdist.stream(scale=0.3, tile=16)
+    stream.push(*inputs(2, 21), -torch.rand(2, H, 21))
+    pool = leetdist.StatePool(3, like=stream.state)
+    slots = torch.tensor(pool.put(stream.state)[::-1])
+    tensors, decay = inputs(2, 1), -torch.rand(2, H, 1)
+    alone = stream.state.now[[1, 0]].clone()
+    o = pool.steps(*tensors, slots, log_decay=decay)
+    expected, after = leetdist.linear_attention_step(*tensors, alone, decay, scale=0.3)
+    assert torch.equal(o, expected)
+    assert torch.equal(pool.states[slots], after)
+    with pytest.raises(ValueError, match="log_decay must be given: the pool's states are of a decay a token"):
+        pool.steps(*tensors, slots)
+    taken = pool.take(int(slots[0]))
+    assert (taken.tokens, taken.log_decay.shape) == (22, (1, H, 0))
+    more, own = inputs(1, 20), -torch.rand(1, H, 20)
+    o = leetdist.stream(state=taken).push(*more, own)
+    options = {"scale": 0.3, "method": "block", "tile": 16}
+    assert torch.equal(o, leetdist.linear_attention(*more, own, initial_state=after[:1], **options))
+    constant = leetdist.stream(LOG_DECAY, scale=0.3, tile=16)
+    constant.push(*inputs(1, 3))
+    with pytest.raises(ValueError, match="made with a decay a head, wanted a decay a token"):
+        pool.put(constant.state)
+    with pytest.raises(ValueError, match="log_decay must not be given: the pool's states are of one decay"):
+        other = leetdist.StatePool(3, like=constant.state)
+        other.steps(*inputs(1, 1), torch.tensor(other.put(constant.state)), log_decay=own[..., :1])
 
 
 def test_drafts_are_verified_and_rolled_back_exactly() -> None:

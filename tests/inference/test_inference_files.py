@@ -21,9 +21,10 @@ from leetdist.inference.state import State
 LOG_DECAY = torch.tensor([0.0, -0.5])
 
 
-def made(tokens: int = 37, dtype: torch.dtype = torch.bfloat16, tile: int = 16) -> State:
-    stream = leetdist.stream(LOG_DECAY, tile=tile)
-    stream.push(*(torch.randn(2, 2, tokens, 8).to(dtype) for _ in range(3)))
+def made(tokens: int = 37, dtype: torch.dtype = torch.bfloat16, tile: int = 16, *, by_token: bool = False) -> State:
+    stream = leetdist.stream(None if by_token else LOG_DECAY, tile=tile)
+    own = [-torch.rand(2, 2, tokens)] if by_token else []
+    stream.push(*(torch.randn(2, 2, tokens, 8).to(dtype) for _ in range(3)), *own)
     return stream.state
 
 
@@ -37,12 +38,13 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tokens", [32, 37])
 def test_everything_comes_back(tmp_path: Path, tokens: int, dtype: torch.dtype) -> None:
-    states = {"first": made(tokens, dtype), "second": made(tokens, dtype)}
+    states = {"first": made(tokens, dtype), "second": made(tokens, dtype, by_token=True)}
     path = tmp_path / "states.safetensors"
     leetdist.save_states(path, states, model="m")
     loaded = leetdist.load_states(path, model="m", like=states)
-    more = [torch.randn(2, 2, 20, 8).to(dtype) for _ in range(3)]
+    q, k, v = (torch.randn(2, 2, 20, 8).to(dtype) for _ in range(3))
     for name, state in states.items():
+        more = [q, k, v, *([-torch.rand(2, 2, 20)] if state.by_token else [])]
         again = loaded[name]
         assert (again.tokens, again.tile, again.scale, again.method) == (tokens, 16, 1.0, "block")
         for part in ("boundary", "k", "v", "log_decay", "now"):
@@ -218,7 +220,7 @@ def test_a_state_prints_as_a_line_and_has_parts_that_fit() -> None:
         ({"method": "vanilla"}, "method must be one that works tile by tile"),
         ({"scale": float("inf")}, "scale must be a finite number"),
         ({"boundary": None}, "boundary must be a dense tensor of 4 dimensions, got NoneType"),
-        ({"k": state.k[:, :, :3]}, r"v must have shape \(B, Hkv, n, D\) = \(2, Hkv, 3, D\)"),
+        ({"k": state.k[:, :, :3]}, r"v must have shape \(B, heads, n, D\) = \(2, heads, 3, D\)"),
         ({"log_decay": torch.zeros(2, dtype=torch.int64)}, "log_decay must be float32"),
     ):
         with pytest.raises(ValueError, match=message):

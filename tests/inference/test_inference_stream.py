@@ -26,6 +26,12 @@ def inputs(tokens: int, batch: int = 1, kv_heads: int = H, dtype: torch.dtype = 
     return [torch.randn(batch, h, tokens, d).to(dtype) for h, d in zip(heads, (DK, DK, DV), strict=True)]
 
 
+def steps(batch: int, tokens: int) -> Tensor:
+    """A decay a token: weak and strong ones, and the state started anew."""
+    values = torch.tensor([-1e-3, -0.2, 0.0, -1e-2, -50.0, -float("inf")])
+    return values[torch.randint(len(values), (batch, H, tokens))]
+
+
 def pieces_of(tensors: list[Tensor], cuts: list[int]) -> list[list[Tensor]]:
     """The tensors cut at these tokens."""
     bounds = [0, *sorted(set(cuts)), tensors[0].shape[2]]
@@ -42,9 +48,13 @@ def test_any_pieces_give_the_bits_of_one_call(data: st.DataObject) -> None:
     torch.manual_seed(tokens)
     tensors = inputs(tokens, data.draw(st.integers(1, 3), "batch"), data.draw(st.sampled_from([1, 2, 4])), dtype)
     options = {"scale": 0.3, "tile": tile, "method": data.draw(st.sampled_from(TILED), "method")}
-    o, last = leetdist.linear_attention(*tensors, LOG_DECAY, return_state=True, **options)
+    by_token = data.draw(st.booleans(), "by token")
+    if by_token:
+        tensors.append(steps(tensors[0].shape[0], tokens))
+    given = () if by_token else (LOG_DECAY,)
+    o, last = leetdist.linear_attention(*tensors, *given, return_state=True, **options)
 
-    stream = leetdist.stream(LOG_DECAY, **options)
+    stream = leetdist.stream(*given, **options)
     outputs = [stream.push(*piece) for piece in pieces_of(tensors, cuts)]
     assert torch.equal(torch.cat(outputs, 2), o)
     assert torch.equal(stream.state.now, last)
@@ -130,15 +140,18 @@ def test_one_token_at_a_time_over_several_tiles() -> None:
     assert torch.equal(torch.cat(list(outputs), 2), o)
 
 
-def test_a_stream_goes_on_from_a_state_forked_and_selected() -> None:
-    prompt, rest = inputs(50), inputs(40, batch=3)
-    stream = leetdist.stream(LOG_DECAY, scale=0.5, tile=16)
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_stream_goes_on_from_a_state_forked_and_selected(by_token: bool) -> None:
+    prompt, rest, given = inputs(50), inputs(40, batch=3), (LOG_DECAY,)
+    if by_token:
+        prompt, rest, given = [*prompt, steps(1, 50)], [*rest, steps(3, 40)], ()
+    stream = leetdist.stream(*given, scale=0.5, tile=16)
     stream.push(*prompt)
     forked = leetdist.stream(state=stream.state.fork(3))
     outputs = forked.push(*rest)
     for row in range(3):
         whole = [torch.cat((p, r[row : row + 1]), 2) for p, r in zip(prompt, rest, strict=True)]
-        o, last = leetdist.linear_attention(*whole, LOG_DECAY, scale=0.5, method="block", tile=16, return_state=True)
+        o, last = leetdist.linear_attention(*whole, *given, scale=0.5, method="block", tile=16, return_state=True)
         assert torch.equal(outputs[row : row + 1], o[:, :, 50:])
         assert torch.equal(forked.state.select(torch.tensor([row])).now, last)
     assert stream.tokens == 50  # the fork left it alone
@@ -179,23 +192,44 @@ def test_wrong_pieces_are_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype of those before it, torch.float32, got torch.bfloat16"):
         stream.push(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert stream.tokens == 20
+    decay = steps(2, 20)
+    with pytest.raises(ValueError, match="log_decay must not be given with a piece, the stream has one"):
+        stream.push(q, k, v, decay)
+    bare = leetdist.stream(tile=16)
+    bare.push(q, k, v)
+    with pytest.raises(ValueError, match="log_decay must not be given with this piece"):
+        bare.push(q, k, v, decay)
+    own = leetdist.stream(tile=16)
+    for bad, message in ((decay[..., :5], "log_decay must have shape"), (-decay + 1, "log_decay must be <= 0")):
+        with pytest.raises(ValueError, match=message):
+            own.push(q, k, v, bad)
+    with pytest.raises(ValueError, match=r"log_decay of a piece must have shape \(B, H, n\)"):
+        own.push(q, k, v, LOG_DECAY)
+    own.push(q, k, v, decay)
+    with pytest.raises(ValueError, match="log_decay must be given with this piece"):
+        own.push(q, k, v)
+    with pytest.raises(ValueError, match=r"v must have as many heads as in the pieces before, 2, got 4"):
+        own.push(q, k, torch.cat((v, v), 1), decay)
     with pytest.raises(ValueError, match="method must be one that works tile by tile, got 'vanilla'"):
         leetdist.stream(method="vanilla").push(q, k, v)
     with pytest.raises(ValueError, match="tile must be a power of two"):
         leetdist.stream(tile=24).push(q, k, v)
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_a_sharded_stream_is_the_local_one(ranks: int) -> None:
+def test_a_sharded_stream_is_the_local_one(ranks: int, by_token: bool) -> None:
     """Pieces over ranks, the last one short; every rank ends with the same state and goes on alone."""
-    pieces = pieces_of(inputs(16 * 23 + 5), [16 * 10, 16 * 11])
-    more = inputs(9)
-    alone = leetdist.stream(LOG_DECAY, tile=16)
+    tensors, more, given = inputs(16 * 23 + 5), inputs(9), (LOG_DECAY,)
+    if by_token:
+        tensors, more, given = [*tensors, steps(1, 16 * 23 + 5)], [*more, steps(1, 9)], ()
+    pieces = pieces_of(tensors, [16 * 10, 16 * 11])
+    alone = leetdist.stream(*given, tile=16)
     expected = torch.cat([alone.push(*piece) for piece in pieces], 2)
 
     def run(group: leetdist.sequence.virtual.VirtualGroup) -> tuple[list[Tensor], State, Tensor]:
         with leetdist.sequence_parallel(group):
-            stream = leetdist.stream(LOG_DECAY, tile=16)
+            stream = leetdist.stream(*given, tile=16)
             outputs = [stream.push(*(leetdist.shard_sequence(x, 2, group, tile=16) for x in piece)) for piece in pieces]
             state = stream.state
         return outputs, state, leetdist.stream(state=state).push(*more)
