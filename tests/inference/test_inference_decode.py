@@ -183,9 +183,10 @@ def test_a_pool_of_a_decay_a_token() -> None:
     constant.push(*inputs(1, 3))
     with pytest.raises(ValueError, match="made with a decay a head, wanted a decay a token"):
         pool.put(constant.state)
+    other = leetdist.StatePool(3, like=constant.state)
+    first = torch.tensor(other.put(constant.state))
     with pytest.raises(ValueError, match="log_decay must not be given: the pool's states are of one decay"):
-        other = leetdist.StatePool(3, like=constant.state)
-        other.steps(*inputs(1, 1), torch.tensor(other.put(constant.state)), log_decay=own[..., :1])
+        other.steps(*inputs(1, 1), first, log_decay=own[..., :1])
 
 
 def test_drafts_are_verified_and_rolled_back_exactly() -> None:
