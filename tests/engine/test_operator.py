@@ -38,6 +38,8 @@ INTERPRETED_CASES = [
     Case(60, 16, 16, heads=1, documents=(0, 20, 20, 60), initial=True, tile=16),
     Case(150, 16, 16, heads=1, decay="slow", tile=128, scale=0.2, initial=True),  # several chunks a tile
     Case(70, 16, 16, heads=6, decay="extreme", tile=64, initial=True),
+    Case(150, 16, 24, heads=2, q_heads=1, decay="tokens", tile=128, scale=0.2, initial=True),
+    Case(50, 16, 16, heads=2, decay="restarts", documents=(0, 20, 20, 50), initial=True, tile=16),
 ]
 
 
@@ -79,6 +81,30 @@ def test_gpu_long(dtype: torch.dtype, seed: int) -> None:
     error = reference.relative_error(o[:, heads][:, :, rows], exact)
     print(f"{dtype}: relative error at 131,072 tokens {error:.2e}")
     assert error <= BOUNDS[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(BOUNDS)[1:], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("decay", ["tokens", "slow tokens"])
+def test_gpu_long_with_a_decay_a_token(decay: str, dtype: torch.dtype, seed: int) -> None:
+    """131,072 tokens, on sampled rows; the gradients that these send to every token."""
+    case = Case(131_072, 128, 64, heads=2, q_heads=1, dtype=dtype, decay=decay)
+    tensors = make_tensors(case, torch.device("cuda"), seed)
+    leaves = [tensors.inputs[name].requires_grad_() for name in ("q", "k", "v", "log_decay")]
+    rows = torch.randint(case.tokens, (64,), device="cuda").unique()
+    o = leetdist.linear_attention(*leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = reference.quadratic(*exact, rows=rows)
+    do = torch.zeros_like(tensors.do)
+    do[:, :, rows] = tensors.do[:, :, rows]
+    grads = torch.autograd.grad(o, leaves, do)
+    wanted = torch.autograd.grad(expected, exact, do[:, :, rows].double())
+    bounds = [BOUNDS[dtype], *[GRADIENT_FACTOR * BOUNDS[dtype]] * 3]
+    bounds += [{torch.float32: 2e-6, torch.bfloat16: 2e-3}.get(dtype, BOUNDS[dtype])]  # of log_decay
+    found = [(o[:, :, rows], expected), *zip(grads, wanted, strict=True)]
+    errors = [reference.relative_error(x, y) for x, y in found]
+    print(f"{dtype}, {decay}: relative errors of o, dq, dk, dv, d log_decay {' '.join(f'{e:.1e}' for e in errors)}")
+    assert all(error <= bound for error, bound in zip(errors, bounds, strict=True))
 
 
 @pytest.mark.gpu
