@@ -31,7 +31,12 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
     pointers = {"out": NAMES[dtype] if kernel is block._tile_outputs else "*fp32", "table": "*i64"}
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
     pointers |= {"state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
-    pointers |= {"kept": "*fp16", "units": "*fp32", "sums": "*fp32", "keep": "*fp32"}
+    pointers |= {
+        "kept": NAMES[torch.float16 if dtype == torch.float32 else dtype],
+        "units": "*fp32",
+        "sums": "*fp32",
+        "keep": "*fp32",
+    }
     signature, values = {}, {}
     for name in kernel.arg_names:
         if name in constants:

@@ -12,8 +12,8 @@ No term is a difference of larger ones (the textbook's sum of q . dq - k . dk is
 decay). E wants S and R of the same chunk, whose walks go in opposite directions: a program walks its tile forward and
 keeps the states, then backward with R.
 
-Operands of the products are fp16 numbers in units (leetdist.kernels.constant_decay.triton.parts): beside 16-bit inputs
-one each, which rounds to 2^-12 where bf16 would to 2^-9, beside fp32 two.
+Operands of the products (leetdist.kernels.constant_decay.triton.parts): of fp32 two fp16 numbers in units; beside
+16-bit inputs one number, but of tokens on their way to a state two, or states would be as inexact as their terms.
 
 Source: Mamba-2, arXiv 2405.21060, appendix on gradients, for the form by chunks.
 """
@@ -74,7 +74,7 @@ def decay_gradient(
     chunks = ceil_div(min(tiles.size, tokens), config.chunk)
     place = parts * padded(rows) * config.columns
     programs = max(1, min(tasks, 2 * _processors(q.device), KEPT // (2 * place * chunks)))
-    kept = torch.empty(programs, chunks, place, dtype=torch.float16, device=q.device)
+    kept = torch.empty(programs, chunks, place, dtype=torch.float16 if parts == 2 else q.dtype, device=q.device)
     units = torch.empty(programs, chunks, dtype=torch.float32, device=q.device)
     launch(
         _decay_gradient,
@@ -151,24 +151,24 @@ def _keep_states(
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The state at each chunk's start, and its unit."""
+    dtype: tl.constexpr = kept.dtype.element_ty
     place = kept  # one address: a block of them would take registers
     for step in range(tl.cdiv(length, CHUNK)):
         offset = step * CHUNK
         count = tl.minimum(length - offset, CHUNK)
-        s_i, s_small, s_unit = _operand(state, PARTS)
+        s_i, s_small, s_unit = _operand(state, dtype, dtype == tl.float16, PARTS)
         tl.store(place + _within(ROWS, COLUMNS), s_i)
         if PARTS == 2:
             tl.store(place + ROWS * COLUMNS + _within(ROWS, COLUMNS), s_small)
         place += PARTS * ROWS * COLUMNS
         tl.store(units + step, s_unit)
-        k_i = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS).to(tl.float32)
-        v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS).to(tl.float32)
+        k_i = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
+        v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
         weight = weights_to_state(gate, offset, count, False, CHUNK, True)
-        k_unit, k_inverse = unit(k_i)
-        k_i, k_small = in_parts(tl.trans(k_i * (weight * k_inverse)[:, None]), tl.float16, PARTS)
-        v_i, v_small, v_unit = _operand(v_i, PARTS)
+        k_i, k_small, k_unit = _weighted(k_i, weight, dtype)
+        v_i, v_small, v_unit = _operand(v_i, dtype, PARTS == 2, PARTS)
         state += state * lost_across(gate, offset, count, True)
-        state += product(k_i, k_small, v_i, v_small, PARTS, PARTS) * (k_unit * v_unit)
+        state += product(k_i, k_small, v_i, v_small, 2, PARTS) * (k_unit * v_unit)
 
 
 @triton.jit
@@ -178,6 +178,7 @@ def _add_gradients(
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Of each token, from these columns; gradient: of the state at the tile's end."""
+    dtype: tl.constexpr = kept.dtype.element_ty
     position = tl.arange(0, CHUNK)
     i, j = position[:, None], position[None, :]
     chunks = tl.cdiv(length, CHUNK)
@@ -187,27 +188,32 @@ def _add_gradients(
         offset = chunk * CHUNK
         count = tl.minimum(length - offset, CHUNK)
         place -= PARTS * ROWS * COLUMNS
-        # Registers are scarce: operands are used up as early as can be, and two are loaded again at the end.
-        q_i, q_small, q_unit = _chunk_operand(q, q_token, offset, count, 0, rows, CHUNK, ROWS, PARTS)
-        k_i, k_small, k_unit = _chunk_operand(k, k_token, offset, count, 0, rows, CHUNK, ROWS, PARTS)
-        scores = product(q_i, q_small, tl.trans(k_i), tl.trans(k_small), PARTS, PARTS) * (q_unit * k_unit * scale)
-        scores *= seen_weights(gate, offset, count, i - j, False, CHUNK, True)
-        do_i, do_small, do_unit = _chunk_operand(do, do_token, offset, count, column, columns, CHUNK, COLUMNS, PARTS)
-        v_i, v_small, v_unit = _chunk_operand(v, v_token, offset, count, column, columns, CHUNK, COLUMNS, PARTS)
-        pairs = product(do_i, do_small, tl.trans(v_i), tl.trans(v_small), PARTS, PARTS) * (do_unit * v_unit) * scores
-        within = _sums_before_columns(tl.where(i > j, pairs, 0.0), CHUNK, PARTS)
-
-        r_i, r_small, r_unit = _operand(gradient, PARTS)
-        behind = product(k_i, k_small, r_i, r_small, PARTS, PARTS) * _wide(v_i, v_small, PARTS)
-        behind = tl.sum(behind, 1) * (k_unit * r_unit * v_unit)
-        behind *= weights_to_state(gate, offset, count, False, CHUNK, True)
+        q_raw = load_chunk(q, q_token, offset, count, 0, rows, CHUNK, ROWS)
+        k_raw = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
+        v_raw = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
+        do_raw = load_chunk(do, do_token, offset, count, column, columns, CHUNK, COLUMNS)
         s_i = tl.load(place + _within(ROWS, COLUMNS))
         s_small = tl.load(place + ROWS * COLUMNS + _within(ROWS, COLUMNS)) if PARTS == 2 else s_i
         s_unit = tl.load(units + chunk)
-        across = tl.sum(_wide(s_i, s_small, PARTS) * gradient) * s_unit * weight_across(gate, offset, count)
-        ahead = product(q_i, q_small, s_i, s_small, PARTS, PARTS) * _wide(do_i, do_small, PARTS)
-        ahead = tl.sum(ahead, 1) * (q_unit * s_unit * do_unit * scale)
+        q_i, q_small, q_unit = _operand(q_raw, dtype, PARTS == 2, PARTS)
+        k_i, k_small, k_unit = _operand(k_raw, dtype, PARTS == 2, PARTS)
+        v_i, v_small, v_unit = _operand(v_raw, dtype, PARTS == 2, PARTS)
+        do_i, do_small, do_unit = _operand(do_raw, dtype, PARTS == 2, PARTS)
+        r_i, r_small, r_unit = _operand(gradient, dtype, dtype == tl.float16, PARTS)
+
+        scores = product(q_i, q_small, tl.trans(k_i), tl.trans(k_small), PARTS, PARTS) * (q_unit * k_unit * scale)
+        scores *= seen_weights(gate, offset, count, i - j, False, CHUNK, True)
+        pairs = product(do_i, do_small, tl.trans(v_i), tl.trans(v_small), PARTS, PARTS) * (do_unit * v_unit) * scores
+        within = _sums_before_columns(tl.where(i > j, pairs, 0.0), CHUNK, PARTS)
+        behind = product(k_i, k_small, r_i, r_small, PARTS, PARTS) * v_raw.to(tl.float32)
+        behind = tl.sum(behind, 1) * (k_unit * r_unit) * weights_to_state(gate, offset, count, False, CHUNK, True)
+        ahead = product(q_i, q_small, s_i, s_small, PARTS, PARTS) * do_raw.to(tl.float32)
+        ahead = tl.sum(ahead, 1) * (q_unit * s_unit * scale)
         ahead *= weights_from_state(gate, offset, count, False, CHUNK, True)
+        state = s_i.to(tl.float32)
+        if PARTS == 2:
+            state += s_small.to(tl.float32)
+        across = tl.sum(state * gradient) * s_unit * weight_across(gate, offset, count)
 
         total = tl.sum(tl.where(i >= j, within + ahead[:, None], behind[:, None]), 0) + across
         here = position < count
@@ -215,12 +221,10 @@ def _add_gradients(
             total += tl.load(out + offset + position, mask=here, other=0.0)
         tl.store(out + offset + position, total, mask=here)
 
-        weight = weights_to_state(gate, offset, count, True, CHUNK, True) * (scale / q_unit)
-        q_i = load_chunk(q, q_token, offset, count, 0, rows, CHUNK, ROWS).to(tl.float32)
-        q_i, q_small = in_parts(tl.trans(q_i * weight[:, None]), tl.float16, PARTS)
-        do_i, do_small, do_unit = _chunk_operand(do, do_token, offset, count, column, columns, CHUNK, COLUMNS, PARTS)
+        weight = weights_to_state(gate, offset, count, True, CHUNK, True) * scale
+        q_i, q_small, q_unit = _weighted(q_raw, weight, dtype)
         gradient += gradient * lost_across(gate, offset, count, True)
-        gradient += product(q_i, q_small, do_i, do_small, PARTS, PARTS) * (q_unit * do_unit)
+        gradient += product(q_i, q_small, do_i, do_small, 2, PARTS) * (q_unit * do_unit)
 
 
 @triton.jit
@@ -234,27 +238,25 @@ def _sums_before_columns(x, CHUNK: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _operand(x, PARTS: tl.constexpr):
-    """x, fp32, as fp16 numbers in a unit, in PARTS, and the unit."""
-    x_unit, inverse = unit(x)
-    large, small = in_parts(x * inverse, tl.float16, PARTS)
+def _operand(x, dtype: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr):
+    """x in parts, and the unit that they are in, 1 without UNITS."""
+    x_unit = 1.0
+    if UNITS:
+        x_unit, inverse = unit(x)
+        x *= inverse
+    large, small = in_parts(x, dtype, PARTS)
     return large, small, x_unit
 
 
 @triton.jit
-def _chunk_operand(
-    base, stride, first, count, column, columns, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
-):
-    return _operand(load_chunk(base, stride, first, count, column, columns, CHUNK, COLUMNS).to(tl.float32), PARTS)
-
-
-@triton.jit
-def _wide(large, small, PARTS: tl.constexpr):
-    """What parts are of, in fp32."""
-    if PARTS == 2:
-        return large.to(tl.float32) + small.to(tl.float32)
-    else:
-        return large.to(tl.float32)
+def _weighted(x, weight, dtype: tl.constexpr):
+    """Tokens on their way to a state, transposed, always in two parts, and their unit: see `_operand`."""
+    x_unit = 1.0
+    if x.dtype == tl.float32:
+        x_unit, inverse = unit(x)
+        weight *= inverse
+    large, small = in_parts(tl.trans(x.to(tl.float32) * weight[:, None]), dtype, 2)
+    return large, small, x_unit
 
 
 @triton.jit
