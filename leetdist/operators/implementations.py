@@ -298,7 +298,7 @@ TRITON_A_TOKEN = Implementation(
 TRITON_DECODE_A_TOKEN = Implementation("Triton", "triton.decode", _triton, "Triton", operator="token_decay")
 PYTORCH_A_TOKEN = Implementation("PyTorch", "pytorch.block", _pytorch, costs="cpu", operator="token_decay")
 PYTORCH_FLEET_A_TOKEN = Implementation(
-    "PyTorch", "pytorch.fleet", _pytorch, functions=(("fleet_outputs", "tile_outputs"),), operator="token_decay"
+    "PyTorch", "pytorch.fleet", _always, functions=(("fleet_outputs", "tile_outputs"),), operator="token_decay"
 )
 PYTORCH_BY_TOKEN_A_TOKEN = Implementation(
     "PyTorch", "pytorch.causal_dot_product", _always,

@@ -139,6 +139,53 @@ def test_on_ranks(method: str) -> None:
         x[:, 1, token] = kept
 
 
+def assert_bad_steps_show(method: str, device: torch.device) -> None:
+    """What is no log-decay makes NaN of its head's outputs, from its token to its document's end, and of no other."""
+    q, k, v = (torch.randn(1, 2, 150, 16, device=device) for _ in range(3))
+    steps = -torch.rand(1, 2, 150, device=device)
+    options = {"cu_seqlens": torch.tensor([0, 20, 110, 150]), "return_state": True, "method": method}
+    options |= {} if method in ONE_DEVICE else {"tile": 32}
+    o, state = leetdist.linear_attention(q, k, v, steps, **options)
+    # Without tiles, and without an initial state, the first token of a document decays nothing.
+    tokens = (21, 52, 77) if method in ONE_DEVICE else (20, 52, 77)
+    for value, token in itertools.product((math.nan, 1e-6, math.inf), tokens):
+        bad = steps.clone()
+        bad[0, 1, token] = value
+        found, after = leetdist.linear_attention(q, k, v, bad, **options)
+        seen = torch.zeros_like(o, dtype=torch.bool)
+        seen[:, 1, token:110] = True
+        assert bool(found[seen].isnan().all()), (value, token)
+        assert bool(after[1, 1].isnan().all())
+        assert torch.equal(found[~seen], o[~seen])
+        after[1, 1] = state[1, 1]
+        assert torch.equal(after, state)
+    token = [x[:, :, :1].contiguous() for x in (q, k, v)]
+    for value in (math.nan, 1e-6, math.inf):
+        one = torch.tensor([[[-0.1], [value]]], device=device)
+        o, after = leetdist.linear_attention_step(*token, state[:1], one)
+        assert o.isnan().all(-1).flatten().tolist() == [False, True]
+        assert after.isnan().all(-1).all(-1).flatten().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_steps_that_nobody_has_read(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("checks", "plan"):
+        monkeypatch.setattr(f"leetdist.engine.{module}.bad_step", lambda *_, **__: None)
+    assert_bad_steps_show(method, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_steps_on_a_gpu(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_bad_steps_show(method, torch.device("cuda"))
+    monkeypatch.setenv("LEETDIST_CHECK_VALUES", "1")
+    x, steps = torch.randn(1, 2, 40, 16, device="cuda"), torch.zeros(1, 2, 40, device="cuda")
+    leetdist.linear_attention(x, x, x, steps, method=method)
+    steps[0, 1, 7] = 0.5
+    with pytest.raises(ValueError, match=r"log_decay must be <= 0 .*got 0.5 for head 1 at token 7"):
+        leetdist.linear_attention(x, x, x, steps, method=method)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["auto", "block", "lightning", "fleet", "causal_dot_product"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

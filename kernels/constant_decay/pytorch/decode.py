@@ -96,7 +96,10 @@ def _decay(log_decay: Tensor | None, token: int, dtype: torch.dtype) -> Decay | 
     """
     if log_decay is None:
         return None
-    exact = (log_decay if log_decay.ndim == 1 else log_decay[:, :, token]).double()[..., None, None]
+    if log_decay.ndim == 3:  # whose values nobody may have read
+        log_decay = log_decay[:, :, token]
+        log_decay = torch.where(log_decay <= 0, log_decay, torch.nan)
+    exact = log_decay.double()[..., None, None]
     slow = exact > -0.7
     return slow.to(dtype), torch.where(slow, torch.expm1(exact), torch.exp(exact)).to(dtype)
 

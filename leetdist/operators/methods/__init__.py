@@ -77,7 +77,10 @@ def attention_on_one_device(
     decay = q.new_zeros(problem.heads) if log_decay is None else log_decay
     plain = torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else nullcontext()
     with plain:
-        decay = decay.to(dtype).clamp_min(LEAST)
+        decay = decay.to(dtype)
+        if decay.ndim == 3:  # whose values nobody may have read
+            decay = torch.where(decay <= 0, decay, torch.nan)
+        decay = decay.clamp_min(LEAST)
         q, k, v = (_for_all_heads(x.to(dtype), problem.heads) for x in (q, k, v))
         rows, spans = [initial_state], [(0, problem.tokens)]
         if problem.documents is not None:
