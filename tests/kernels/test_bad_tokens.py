@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -119,21 +120,51 @@ def test_hopper_cuda(rows, columns, heads, by_token, reverse, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
-@pytest.mark.xfail(reason="Hopper's kernels in Gluon multiply what they mask: a bad token reaches up to 127 before it")
 @pytest.mark.parametrize("reverse", [False, True])
-def test_hopper_gluon(reverse):
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"), [(128, 128, torch.bfloat16), (64, 64, torch.float16), (128, 64, torch.float16)]
+)
+def test_hopper_gluon(rows, columns, dtype, reverse):
     hopper = pytest.importorskip("leetdist.kernels.constant_decay.triton.hopper")
-    assert_on_a_gpu(hopper.tile_outputs, rows=128, columns=128, dtype=torch.bfloat16, reverse=reverse)
+    assert_on_a_gpu(hopper.tile_outputs, rows=rows, columns=columns, dtype=dtype, reverse=reverse)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_hopper_cuda_with_a_bad_state(dim, reverse):
+@pytest.mark.parametrize(
+    ("dtype", "precision", "rows", "columns"),
+    [
+        (torch.float32, None, 128, 128),
+        (torch.float32, None, 40, 200),
+        (torch.bfloat16, "high", 128, 128),
+        (torch.bfloat16, None, 256, 256),
+        (torch.float16, None, 72, 40),
+    ],
+)
+def test_hopper_wide(dtype, precision, rows, columns, reverse):
+    wide = pytest.importorskip("leetdist.kernels.constant_decay.triton.hopper_wide")
+    tile_outputs = partial(wide.tile_outputs, precision=precision)
+    assert_on_a_gpu(tile_outputs, rows=rows, columns=columns, dtype=dtype, reverse=reverse)
+
+
+# The module of kernels for Hopper, a dtype and a head size.
+ON_HOPPER = [
+    *[("cuda.hopper", torch.bfloat16, dim) for dim in (64, 128, 256)],
+    *[("triton.hopper", torch.bfloat16, dim) for dim in (64, 128)],
+    ("triton.hopper_wide", torch.float32, 128),
+    ("triton.hopper_wide", torch.float16, 256),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("module", "dtype", "dim"), ON_HOPPER)
+def test_hopper_with_a_bad_state(module, dtype, dim, reverse):
     """Its column is lost in its own tile, and a bad row of `a` in itself; all else keeps its bits."""
-    hopper = pytest.importorskip("leetdist.kernels.constant_decay.cuda.hopper")
-    tiles, dtype = Tiles(128, (0, 300)), torch.bfloat16
+    hopper = pytest.importorskip(f"leetdist.kernels.constant_decay.{module}")
+    tiles = Tiles(128, (0, 300))
     a, b, c = (torch.randn(1, 2, 300, dim, device=GPU).to(dtype) for _ in range(3))
     states = torch.randn(1, 2, tiles.count, dim, dim, device=GPU)
     log_decay = torch.tensor([-0.01, -0.1], device=GPU)
@@ -150,17 +181,17 @@ def test_hopper_cuda_with_a_bad_state(dim, reverse):
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 @pytest.mark.real_empty  # what a recorded call may not do
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_a_repeated_call_walks_again(dim):
+@pytest.mark.parametrize(("module", "dtype", "dim"), ON_HOPPER)
+def test_a_repeated_call_walks_again(module, dtype, dim):
     """A recorded call launches the second walk as well, for whatever is bad when it is repeated."""
-    hopper = pytest.importorskip("leetdist.kernels.constant_decay.cuda.hopper")
+    hopper = pytest.importorskip(f"leetdist.kernels.constant_decay.{module}")
     tiles = Tiles(128, (0, 300))
 
     def outputs(a, b, c, states, log_decay):
         options = {"reverse": False, "scale": 0.5, "state_scale": 1.0, "out_dtype": a.dtype}
         return (hopper.tile_outputs(a, b, c, states, log_decay, tiles, **options),)
 
-    inputs = [torch.randn(1, 2, 300, dim, device=GPU, dtype=torch.bfloat16) for _ in range(3)]
+    inputs = [torch.randn(1, 2, 300, dim, device=GPU).to(dtype) for _ in range(3)]
     inputs += [torch.randn(1, 2, tiles.count, dim, dim, device=GPU), torch.tensor([-0.01, -0.1], device=GPU)]
     (without,), repeat = replay.record(outputs, inputs, tuple(inputs))
     assert repeat is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from leetdist.kernels.common import release
 from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.memory import empty_outputs, empty_states
 from leetdist.kernels.common.tiles import Tiles
@@ -18,6 +19,10 @@ from leetdist.kernels.constant_decay.triton.hopper_kernels import tile_outputs_k
 
 # Chunks on their way at a time, by (outputs or states, rows): as many as shared memory holds.
 STAGES = {("outputs", 128): 2, ("outputs", 64): 3, ("states", 128): 3, ("states", 64): 3}
+
+# Tokens whose weighted operands are made at a time: so many that each Triton's outputs' kernel for 128 rows keeps its
+# numbers in registers. No bit depends on it.
+PART = 32 if release.number() >= (3, 9) else 64
 
 
 def chunk_and_warps(kernel: str, rows: int) -> tuple[int, int]:
@@ -83,19 +88,23 @@ def tile_outputs(
     rows, columns = a.shape[3], c.shape[3]
     chunk, warps = chunk_and_warps("outputs", rows)
     table = None if tiles.regular else tiles.table(a.device)
-    launch(
-        tile_outputs_kernel,
-        (batch * heads * tiles.count, 1, 1),
-        (
-            _descriptor(a, chunk), _descriptor(b, chunk), _descriptor(c, chunk), states, log_decay, out, table,
-            *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-            a.shape[2], tiles.count, tiles.size, scale, state_scale, scale_of_added(scale, state_scale),
-        ),
-        {
-            "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
-            "STAGES": STAGES["outputs", rows], "num_warps": warps,
-        },
+    programs = batch * heads * tiles.count
+    again = torch.empty(programs, dtype=torch.int32, device=a.device)  # written by every program
+    arguments = (
+        _descriptor(a, chunk), _descriptor(b, chunk), _descriptor(c, chunk), states, log_decay, out, again, table,
+        *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+        a.shape[2], tiles.count, tiles.size, scale, state_scale, scale_of_added(scale, state_scale),
     )  # fmt: skip
+    for walk_again in (False, True):
+        launch(
+            tile_outputs_kernel,
+            (programs, 1, 1),
+            arguments,
+            {
+                "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
+                "STAGES": STAGES["outputs", rows], "PART": PART, "AGAIN": walk_again, "num_warps": warps,
+            },
+        )  # fmt: skip
     return out
 
 

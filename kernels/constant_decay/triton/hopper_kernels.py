@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from leetdist.kernels.common.gluon import async_load, barrier
 from leetdist.kernels.constant_decay.pytorch import walk
+from leetdist.kernels.constant_decay.triton.hopper_lost import _clean, _lost_before, _mark, _not_finite, _say
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LEAST = gl.constexpr(walk.LEAST)
@@ -86,14 +87,36 @@ def _zero_chunk(a, b, c, count, layout: gl.constexpr):
     barrier()
 
 
+@gluon.constexpr_function
+def _apart(length, num_warps):
+    """Eights, pairs and single ones of `length` numbers, as wgmma lays out columns."""
+    same, eights = [0, 0, 0], [[1 << n, 0, 0] for n in range(length.bit_length() - 4)]
+    lanes, warps = [[0, 1, 0], [0, 2, 0], same, same, same], [same] * (num_warps.bit_length() - 1)
+    return gl.DistributedLinearLayout([[0, 0, 1], *eights], lanes, warps, [], [length // 8, 4, 2])
+
+
 @gluon.jit
-def _decayed(scores, g, scale, dtype: gl.constexpr, REVERSE: gl.constexpr, SCORES: gl.constexpr):
+def _counted(first, LENGTH: gl.constexpr, COLUMNS: gl.constexpr, num_warps: gl.constexpr):
+    """`first` and on, as columns of wgmma: one number a thread, and constants. (Of gl.arange the compiler makes as many
+    numbers as a thread has columns, and keeps them all from chunk to chunk.)"""
+    APART: gl.constexpr = _apart(LENGTH, num_warps)
+    eights = gl.arange(0, LENGTH // 8, gl.SliceLayout(1, gl.SliceLayout(2, APART)))[:, None, None] * 8
+    pairs = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, APART)))[None, :, None] * 2 + first
+    ones = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, APART)))[None, None, :]
+    return gl.convert_layout((eights + pairs + ones).reshape([LENGTH]), COLUMNS, assert_trivial=True)
+
+
+@gluon.jit
+def _decayed(
+    scores, g, scale, dtype: gl.constexpr, REVERSE: gl.constexpr, SCORES: gl.constexpr, num_warps: gl.constexpr
+):  # fmt: skip
     """scale gamma^(i-j) scores_ij for the tokens j that i sees, else 0."""
     CHUNK: gl.constexpr = scores.shape[0]
-    # The decays are computed anew in each chunk: held, they would cost 64 registers. (Nothing adds to `row`, as g is
+    # The decays are computed anew in each chunk: held, they would cost 64 registers. (`zero` is 0, as g is
     # never above 0, but the compiler does not know.) 2^23 and an integer are a float: cheaper than a conversion.
-    row = gl.arange(0, CHUNK, gl.SliceLayout(1, SCORES))[:, None] + gl.where(g > 0, 1, 0)
-    column = gl.arange(0, CHUNK, gl.SliceLayout(0, SCORES))[None, :]
+    zero = gl.where(g > 0, 1, 0)
+    row = gl.arange(0, CHUNK, gl.SliceLayout(1, SCORES))[:, None] + zero
+    column = _counted(zero, CHUNK, gl.SliceLayout(0, SCORES), num_warps)[None, :]
     distance = column - row if REVERSE else row - column
     shifted = (distance + 0x4B000000).to(gl.float32, bitcast=True)
     decay = gl.where(distance >= 0, _exp2(gl.fma(shifted, g + gl.zeros_like(shifted), g * -8388608.0)), 0.0)
@@ -116,6 +139,31 @@ def _weighted(b, g, exponent, scale, LEFT: gl.constexpr):
     """b^T, each token times scale gamma^exponent, in two parts."""
     weight = _exp2(g * exponent.to(gl.float32)) * scale
     return _two_parts(b.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :], b.dtype)
+
+
+@gluon.jit
+def _add_weighted(
+    state, b, c, g, count, scale, PART: gl.constexpr, REVERSE: gl.constexpr, LEFT: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """Start state += (b weighted)^T c. Also returns operands, which have to stay in their registers until it is done.
+
+    They are made PART tokens at a time, for fewer registers; the order of the sum is the same.
+    """
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LEFT)
+    highs, lows = (), ()
+    for n in gl.static_range(b.shape[0] // PART):
+        if PART < 64:
+            token = _counted(gl.where(g > 0, 1, 0) + n * PART, PART, COLUMNS, num_warps)
+        else:
+            token = gl.arange(0, PART, COLUMNS) + n * PART
+        exponent = token + 1 if REVERSE else gl.maximum(count - 1 - token, 0)
+        high, low = _weighted(b.slice(n * PART, PART, dim=0), g, exponent, scale, LEFT)
+        state = warpgroup_mma(high, c.slice(n * PART, PART, dim=0), state, is_async=True)
+        highs, lows = highs + (high,), lows + (low,)  # type: ignore[assignment]
+    for n in gl.static_range(b.shape[0] // PART):
+        state = warpgroup_mma(lows[n], c.slice(n * PART, PART, dim=0), state, is_async=True)
+    return state, highs + lows
 
 
 @gluon.jit
@@ -217,11 +265,12 @@ def tile_states_kernel(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def tile_outputs_kernel(
-    a, b, c, states, log_decay, out, table,
+    a, b, c, states, log_decay, out, again, table,
     out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
     heads, a_share, b_share, c_share, tokens, tiles, tile_size, scale, state_scale, added_scale,
     REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr, AGAIN: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLUMNS, 16])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, CHUNK, 16])
@@ -229,9 +278,15 @@ def tile_outputs_kernel(
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [num_warps, 1], [1, 0])
     dtype: gl.constexpr = a.dtype
+    # Products under way behind the scores', or as many as a wait can leave.
+    LATER: gl.constexpr = 2 * CHUNK // PART if CHUNK < 4 * PART else 7
     BY_ROWS: gl.constexpr = out.dtype.element_ty == dtype and ROWS == COLUMNS
 
     program = gl.program_id(0).to(gl.int64)
+    again += program
+    if AGAIN:
+        if gl.load(again) == 0:
+            return
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     chunks = gl.cdiv(length, CHUNK)
@@ -264,6 +319,11 @@ def tile_outputs_kernel(
     i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))[:, None]
     j = gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
     state = gl.load(states + i * state_row + j * state_column)
+    if AGAIN:
+        lost_from = _lost_before(
+            states, state_row, state_column, ROWS, COLUMNS, 0, CHUNK, [ROWS, COLUMNS], WIDE, num_warps
+        )  # fmt: skip
+        state = gl.where(_not_finite(state), 0.0, state)
     unit = _hold(held, state)
     fence_async_shared()
 
@@ -282,6 +342,10 @@ def tile_outputs_kernel(
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if count < CHUNK:
             _zero_chunk(a_i, b_i, c_i, count, FLAT)
+        if AGAIN:
+            lost_from = _clean(b_i, c_i, lost_from, REVERSE, FLAT, WIDE, num_warps)
+            fence_async_shared()
+            barrier()
         # The products of a chunk, with other work for the time that they take. First the scores:
         scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
         scores = warpgroup_mma(a_i, b_i.permute((1, 0)), scores, use_acc=False, is_async=True)
@@ -300,16 +364,12 @@ def tile_outputs_kernel(
             _fetch(a, batch32, a_head, token, ready.index(free), a_ring.index(free), more)
             _fetch(b, batch32, b_head, token, ready.index(free), b_ring.index(free), more)
             _fetch(c, batch32, c_head, token, ready.index(free), c_ring.index(free), more)
-        exponent = gl.arange(0, CHUNK, gl.SliceLayout(0, LEFT))
-        exponent = exponent + 1 if REVERSE else gl.maximum(count - 1 - exponent, 0)
-        high, low = _weighted(b_i, g, exponent, added_scale, LEFT)
-        state = warpgroup_mma(high, c_i, state, is_async=True)
-        state = warpgroup_mma(low, c_i, state, is_async=True)
+        state, weighted = _add_weighted(state, b_i, c_i, g, count, added_scale, PART, REVERSE, LEFT, num_warps)
 
-        scores = warpgroup_mma_wait(2, [scores])
-        seen = gl.convert_layout(_decayed(scores, g, scale, dtype, REVERSE, SCORES), LEFT)
+        scores = warpgroup_mma_wait(LATER, [scores])
+        seen = gl.convert_layout(_decayed(scores, g, scale, dtype, REVERSE, SCORES, num_warps), LEFT)
         # Operands pass through the wait, so that their registers are not used again before it.
-        state, high, low = warpgroup_mma_wait(0, [state, high, low])
+        state = warpgroup_mma_wait(0, (state,) + weighted)[0]
         o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
         o = warpgroup_mma(a_i, held, o, use_acc=False, is_async=True)
         from_state = _from_state(g, state_scale * unit, count, CHUNK, REVERSE, WIDE)
@@ -320,6 +380,8 @@ def tile_outputs_kernel(
         unit = _hold(held, state)
         before, count_before = start + offset, count
         o, seen = warpgroup_mma_wait(0, [o, seen])
+        if AGAIN:
+            o, lost_from = _mark(o, lost_from, REVERSE, WIDE)
         if BY_ROWS:
             a_i.store(o.to(dtype))
         else:
@@ -330,3 +392,5 @@ def tile_outputs_kernel(
         barrier()
         x = a_ring.index((chunks - 1) % STAGES).reshape([CHUNK, ROWS]).load(STORE)
         _write(x, out, before, out_token, count_before, STORE)
+    if not AGAIN:
+        _say(again, state)

@@ -95,20 +95,24 @@ def tile_outputs(
     rows, columns = a.shape[3], c.shape[3]
     held_rows, held_columns, warps = block(rows, columns, parts)
     table = None if tiles.regular else tiles.table(a.device)
-    launch(
-        tile_outputs_kernel,
-        (batch * heads * tiles.count, ceil_div(columns, held_columns), 1),
-        (
-            _operand(a, held_rows), _operand(b, held_rows), _operand(c, held_columns), states, log_decay, out, table,
-            *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
-            a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale, scale_of_added(scale, state_scale),
-        ),
-        {
-            "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
-            "PARTS": parts.inputs, "STATE_PARTS": parts.state, "SCORE_PARTS": parts.scores,
-            "WEIGHTED_PARTS": parts.weighted, "num_warps": warps,
-        },
+    grid = batch * heads * tiles.count, ceil_div(columns, held_columns), 1
+    again = torch.empty(grid[:2], dtype=torch.int32, device=a.device)  # written by every program
+    arguments = (
+        _operand(a, held_rows), _operand(b, held_rows), _operand(c, held_columns), states, log_decay, out, again, table,
+        *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+        a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale, scale_of_added(scale, state_scale),
     )  # fmt: skip
+    for walk_again in (False, True):
+        launch(
+            tile_outputs_kernel,
+            grid,
+            arguments,
+            {
+                "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows,
+                "COLUMNS": held_columns, "PARTS": parts.inputs, "STATE_PARTS": parts.state,
+                "SCORE_PARTS": parts.scores, "WEIGHTED_PARTS": parts.weighted, "AGAIN": walk_again, "num_warps": warps,
+            },
+        )  # fmt: skip
     return out
 
 

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from leetdist.kernels.common.gluon import barrier, reinterpret
 from leetdist.kernels.constant_decay.triton.hopper_kernels import COUNTS, FP32_RANGE, _span, _zero_rows
+from leetdist.kernels.constant_decay.triton.hopper_lost import _clean, _lost_before, _mark, _not_finite, _say
 from leetdist.kernels.constant_decay.triton.hopper_parts import (
     LARGE,
     SMALLEST,
@@ -169,12 +170,12 @@ def tile_states_kernel(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def tile_outputs_kernel(
-    a, b, c, states, log_decay, out, table,
+    a, b, c, states, log_decay, out, again, table,
     out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
     heads, a_share, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale, state_scale, added_scale,
     REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     PARTS: gl.constexpr, STATE_PARTS: gl.constexpr, SCORE_PARTS: gl.constexpr, WEIGHTED_PARTS: gl.constexpr,
-    num_warps: gl.constexpr,
+    AGAIN: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     UNITS: gl.constexpr = a.dtype == gl.float32
     dtype: gl.constexpr = gl.float16 if UNITS else a.dtype
@@ -187,6 +188,10 @@ def tile_outputs_kernel(
     SIZE: gl.constexpr = 2 if UNITS else 1
 
     program = gl.program_id(0).to(gl.int64)
+    again += program * gl.num_programs(1) + gl.program_id(1)
+    if AGAIN:
+        if gl.load(again) == 0:
+            return
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     column = gl.program_id(1) * COLUMNS
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
@@ -222,6 +227,11 @@ def tile_outputs_kernel(
     i = gl.arange(0, ROWS, gl.SliceLayout(1, STATE))[:, None]
     k = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, STATE))[None, :]
     state = gl.load(states + i * state_row + k * state_column, mask=(i < rows) & (k < columns), other=0.0)
+    if AGAIN:
+        lost_from = _lost_before(
+            states, state_row, state_column, rows, columns, column, CHUNK, [ROWS, COLUMNS], WIDE, num_warps
+        )  # fmt: skip
+        state = gl.where(_not_finite(state), 0.0, state)
     unit = _hold(held, state, STATE_PARTS, 0)
     out += batch * out_batch + head * out_head
 
@@ -241,6 +251,9 @@ def tile_outputs_kernel(
             _zero_rows(a_i, count, LONG)
             _zero_rows(b_i, count, LONG)
             _zero_rows(c_i, count, SHORT)
+            barrier()
+        if AGAIN:
+            lost_from = _clean(b_i, c_i, lost_from, REVERSE, LONG, WIDE, num_warps)
             barrier()
         c_values = c_i.load(SHORT).to(gl.float32)
         if UNITS:
@@ -312,6 +325,10 @@ def tile_outputs_kernel(
         near = warpgroup_mma_wait(0, [near])
         if UNITS:
             near = o + near * near_unit[:, None]
+        if AGAIN:
+            near, lost_from = _mark(near, lost_from, REVERSE, WIDE)
         j = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
         pointers = out + before * out_token + (token[:, None] * out_token + j)
         gl.store(pointers, near.to(out.dtype.element_ty), mask=(token < inside)[:, None] & (j < columns))
+    if not AGAIN:
+        _say(again, state)
