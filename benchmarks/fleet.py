@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.place import needs_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from suites.leetdecoding.contestants import theirs
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--leetdecoding", help="folder that holds LeetDecoding's package")
     parser.add_argument("--out", type=Path, help="folder for the results")
     arguments = parser.parse_args()
+    needs_gpu(parser)
     other = theirs(arguments.leetdecoding, only=["FleetAttention"])
     content: dict[str, Any] = {**about("cuda"), "fma a second": fma_rate(), "results": []}
     for dtype in arguments.dtypes:

@@ -1,6 +1,6 @@
 """Inference measured: prompts of a million tokens, and decoding beside fla and beside softmax attention with a cache.
 
-    python benchmarks/inference.py                        # a GPU; writes benchmarks/results/inference-<gpu>.{json,png}
+    python benchmarks/inference.py                        # a GPU; writes runs/benchmarks/inference/inference-<gpu>.*
     python benchmarks/inference.py --device cpu --quick   # small sizes, to see that everything works
     python benchmarks/inference.py --warm                 # compiles the full run's kernels, and times nothing of use
 
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common.place import RUNS, needs_gpu
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,7 +33,6 @@ from leetdist.launch.model import Config, LanguageModel
 from leetdist.reference import recurrence, relative_error
 from leetdist.sequence.grid import default_tile
 
-ROOT = Path(__file__).resolve().parent
 HEADS, DIM = 32, 128
 Row = dict[str, Any]
 
@@ -340,13 +340,15 @@ def _shown(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cuda, or cpu (cuda)")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--warm", action="store_true", help="the full run's kernels on small sizes, to compile them")
     parser.add_argument("--only", nargs="*", default=[], help="names of sections; default: all")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/inference", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RUNS / "inference", help="folder of the results")
     options = parser.parse_args()
-    bench = Bench(options.device, options.quick, options.warm)
+    if options.device is None:
+        needs_gpu(parser, "--device cpu --quick runs small ones on a CPU")
+    bench = Bench(options.device or "cuda", options.quick, options.warm)
     results: Row = {
         "device": bench.name, "torch": torch.__version__, "heads": bench.heads, "dim": bench.dim,
         "dtype": str(bench.dtype), "command": "python benchmarks/inference.py" + (" --quick" if bench.quick else ""),

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.place import needs_gpu
 from common.quiet import no_collection
 from suites.leetdecoding.contestants import THEIRS, Attention, ours, theirs
 from suites.leetdecoding.report import DIM, Cell, about, auto_against_best, console, figure, fit, tables
@@ -287,7 +288,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "fp16"], choices=list(DTYPES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cuda, or cpu (cuda)")
     parser.add_argument("--training", action="store_true", help="forward and backward, leetdist only")
     parser.add_argument("--leetdecoding", help="folder that holds LeetDecoding's package")
     parser.add_argument("--only", nargs="+", help="contestants whose names contain one of these")
@@ -305,6 +306,9 @@ def main() -> None:
     if arguments.fit:
         fit(arguments.fit)
         return
+    if arguments.device is None and not arguments.show:
+        needs_gpu(parser, "--device cpu --lengths 128 512 runs on a CPU")
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cells, began = [], about(arguments.device)
     if arguments.show:
         shown = [json.loads(path.read_text()) for path in arguments.show]

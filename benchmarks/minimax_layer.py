@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.place import needs_gpu
 from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import MiniMaxConfig, MiniMaxLightningAttention
 
@@ -84,11 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cuda, or cpu (cuda)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    device = torch.device(options.device)
+    if options.device is None:
+        needs_gpu(parser, "--device cpu --tokens 16384 --hidden 1024 takes minutes on a CPU")
+    device = torch.device(options.device or "cuda")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     theirs = layer_of(options.hidden).to(device)

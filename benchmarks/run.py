@@ -21,12 +21,12 @@ from common.cases import Case
 from common.contestants import Contestant
 from common.everyone import contestants
 from common.measure import Result, copy_bandwidth, run_case
+from common.place import RUNS
 from common.report import machine, save, table
 from common.warm import warm
 from suites import gated
 
 SUITES = {**PLAIN, "gated": gated.SUITE}
-RESULTS = Path(__file__).parent / "results"
 
 
 def listing() -> str:
@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm", type=float, metavar="S", help="first compile and tune in parallel, S seconds at most")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds a contestant (20)")
     parser.add_argument("--seconds", type=float, help="start no further case after this long")
-    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results/SUITE)")
+    parser.add_argument("--out", type=Path, help="folder of the results (runs/benchmarks/SUITE)")
     parser.add_argument("--name", help="name of the result files, of one suite (its name)")
     arguments = parser.parse_args()
     if arguments.name and len(arguments.suites) > 1:
@@ -149,7 +149,7 @@ def keep(
 ) -> list[Path]:
     """The files of one suite."""
     own = [result for result in results if result.suite == suite]
-    return save(own, facts, arguments.out or RESULTS / suite, arguments.name or suite, plots=plots)
+    return save(own, facts, arguments.out or RUNS / suite, arguments.name or suite, plots=plots)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from common.place import RUNS, needs_gpu
 from suites.scaling import schemes
 from suites.scaling.report import Report, Row, cells, draw, show
 from torch import Tensor
@@ -310,8 +311,8 @@ def measure_peers(
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("scaling"), help="results go to OUT.json and OUT.png")
+    parser.add_argument("--device", help="cuda, or cpu (cuda)")
+    parser.add_argument("--out", type=Path, default=RUNS / "scaling", help="results go to OUT.json and OUT.png")
     parser.add_argument("--tokens", type=int, nargs="*", default=[131_072, 1_048_576], help="strong scaling, in all")
     parser.add_argument("--weak", type=int, nargs="*", default=[16_384, 131_072], help="weak scaling, a rank")
     parser.add_argument("--check-tokens", type=int, default=8192)
@@ -329,7 +330,9 @@ def main(argv: list[str]) -> int:
         "--graphs", nargs="*", default=[], choices=("p2p", "symmetric"), help="measure CUDA graphs of the calls too"
     )
     args = parser.parse_args(argv)
-    with joined(args.device) as me:
+    if args.device is None:
+        needs_gpu(parser, "--device cpu --tokens 8192 --weak 4096 --heads 4 --dim 64 runs on a CPU")
+    with joined(args.device or "auto") as me:
         bench = Bench(me, args)
         verify(bench, torch.bfloat16, bench.set_up([64, 32, 16, 8, 4, 2]))
         me.print(f"{bench.report.checks} checks, {len(bench.report.red)} differences")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from common.place import RUNS, needs_gpu
 
 from leetdist.launch import train
 
@@ -77,9 +78,11 @@ def plot(runs: list[dict[str, Any]], device: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training/train_100m.json"))
+    parser.add_argument("--out", type=Path, default=RUNS / "training" / "train_100m.json")
     parser.add_argument("--length", action="append", help="TOKENS:STEPS:SECONDS, or with :keep behind; may be repeated")
     options, more = parser.parse_known_args()
+    if not options.length:
+        needs_gpu(parser, "--length 1024:5:600 runs a short one on a CPU")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     runs = []
     for length in options.length or ["131072:200:150", "524288:40:150"]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.place import needs_gpu
 from suites.scaling.report import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +90,8 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one run")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.model == parser.get_default("model"):
+        needs_gpu(parser, "--model tiny --tokens 8192 runs on a CPU")
     rows: list[dict[str, Any]] = []
     if args.out is not None and args.out.exists():
         rows = json.loads(args.out.read_text())["rows"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import leetdist
 
@@ -120,8 +121,64 @@ def test_wheel_has_one_package_and_the_licence(wheel: Path) -> None:
     assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: torch>=2.9"]
 
 
-def test_wheel_built_from_sdist_is_the_same(checkout: Path, wheel: Path, tmp_path: Path) -> None:
+def test_wheel_built_from_sdist_is_the_same_and_both_can_be_uploaded(
+    checkout: Path, wheel: Path, tmp_path: Path
+) -> None:
     assert contents(build(checkout, tmp_path)) == contents(wheel)
+    pytest.importorskip("twine")
+    said = run(sys.executable, "-m", "twine", "check", "--strict", *tmp_path.iterdir(), cwd=tmp_path)
+    assert said.count("PASSED") == 2
+
+
+def test_the_command_is_installed_and_runs_outside_of_a_checkout(installed: Path, tmp_path: Path) -> None:
+    said = run(installed / "bin" / "leetdist", "--version", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert said == f"leetdist {leetdist.__version__}\n"
+    (entry,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "leetdist = leetdist.launch.__main__:main" in entry.read_text()
+
+
+def test_metadata_names_no_place_that_is_not_there(wheel: Path) -> None:
+    """Nothing is published yet, so there is no URL to name."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        head = archive.read(name).decode().partition("\n\n")[0]
+    assert "Home-page:" not in head
+    assert "Project-URL:" not in head
+
+
+@pytest.mark.parametrize("minor", [10, 12, 13, 14])
+def test_every_python_that_is_named_parses_it(minor: int) -> None:
+    """What pyproject.toml admits, where there is such an interpreter; ruff and mypy take the code as the oldest's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = [shutil.which(f"python3.{minor}"), *pyenv.glob(f"versions/3.{minor}.*/bin/python")]
+    works = [path for path in found if path and not subprocess.run([path, "-V"], capture_output=True).returncode]
+    if not works:
+        pytest.skip(f"no Python 3.{minor} on this machine")
+    script = "import sys\nfor path in sys.argv[1:]: compile(open(path, encoding='utf-8').read(), path, 'exec')"
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    run(works[0], "-W", "error", "-c", script, *paths, cwd=ROOT)
+
+
+def test_the_oldest_python_is_the_same_everywhere() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    (oldest,) = re.findall(r'^requires-python = ">=(3\.\d+)"$', text, re.MULTILINE)
+    assert f'python_version = "{oldest}"' in text  # of mypy
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())
+    assert workflow["jobs"]["package"]["strategy"]["matrix"]["python"] == named
+    assert named[0] == oldest
+    assert any("tests/run.sh" in step.get("run", "") for step in workflow["jobs"]["everything"]["steps"])
+
+
+def test_citation_and_changelog_are_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
+    assert cited["version"] == leetdist.__version__
+    assert cited["license"] == "Apache-2.0"
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert leetdist.__version__ in changes
+    kinds = re.findall(r"^### (.*)$", changes, re.MULTILINE)
+    assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
 def test_import_is_light(installed: Path, tmp_path: Path) -> None:
