@@ -199,6 +199,26 @@ def test_a_decay_that_grows_is_nan_from_its_token_on(device, bad):
             assert added[0, :, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_decays_to_nothing_is_not_read(device, reverse):
+    """Nor are the tokens before a state that starts anew; but where a decay is no number, all are."""
+    tiles = Tiles(9000, (0, 9000))
+    _, b, c, _, g = draw(device, tiles, 64, 64, BF16, "weak")
+    g[0, 0], g[0, 1], g[0, 2] = -0.05, 0.0, -1e-3
+    g[0, 2, 8000 if not reverse else 1000] = -math.inf
+    g[0, 3, 4000] = math.nan
+    far = {0: 104 / 0.05, 2: 1000}
+    added = hopper.tile_states(b, c, g, tiles, reverse=reverse)
+    expected = exact.tile_states(b.double(), c.double(), g.double(), tiles, reverse=reverse)
+    for head in range(3):
+        assert relative_error(added[:, head], expected[:, head]) < 2e-5
+    assert added[0, 3].isnan().all()
+    for head, tokens in far.items():
+        bad, tokens = c.clone(), int(tokens) + 128
+        bad[0, head, slice(tokens, None) if reverse else slice(0, 9000 - tokens)] = math.nan
+        assert torch.equal(hopper.tile_states(b, bad, g, tiles, reverse=reverse)[0, :3], added[0, :3])
+
+
 @pytest.mark.gpu
 @ON_A_GPU
 @pytest.mark.real_empty  # what a recorded call may not do

@@ -15,10 +15,12 @@
 
 constexpr int SLOT = CHUNK * 4 + 16;  // from the 16 bytes on in which the first of them lies
 
-// A log-decay to base 2, so bounded that it decays to 0 all the same, but sums of it are numbers; NaN if positive.
-__device__ __forceinline__ float bounded(float x) { return x < -127.0f ? -127.0f : x; }
-__device__ __forceinline__ float step_of(float log_decay) {
-    return log_decay > 0.0f ? __int_as_float(0x7fffffff) : bounded(log_decay * LOG2E);
+// Log-decays to base 2 are bounded, so that sums of them are numbers: NEAR decays to 0 already. NaN stays.
+constexpr int NEAR = -127, FAR = -10000;
+template <int LEAST> __device__ __forceinline__ float bounded(float x) { return x < LEAST ? LEAST : x; }
+// NaN if positive.
+template <int LEAST> __device__ __forceinline__ float step_of(float log_decay) {
+    return log_decay > 0.0f ? __int_as_float(0x7fffffff) : bounded<LEAST>(log_decay * LOG2E);
 }
 __device__ __forceinline__ float at_most_0(float x) { return x > 0.0f ? 0.0f : x; }
 
@@ -36,7 +38,7 @@ struct Sums {
         const float after = (lane & 1 ? 0.0f : beside) + (lane & 2 ? 0.0f : far);
         upto[0] = before + x, upto[1] = before + own;
         behind[0] = y + after, behind[1] = after;
-        total = all = bounded(own + beside + far);
+        total = all = bounded<NEAR>(own + beside + far);
         earlier = later = 0.0f;
 #pragma unroll
         for (int apart = 4; apart < 32; apart *= 2) {
@@ -58,14 +60,44 @@ template <bool OUTPUTS> struct TokenWeights {
     int shift;                 // in bytes, of the first from the 16 bytes that it lies in
     float scale = 1.0f, state_scale = 1.0f, added_scale = 1.0f;
 
-    __device__ __forceinline__ void start(const Tile&, const float* TOKENS) const {}
-    __device__ __forceinline__ void place(Word base, const Tile& tile, const float* log_decay TOKENS) {
-        pairs = base + thread_number() / 32 * (PAIRS + OTHERS);
-        from_state = pairs + PAIRS, columns = from_state + CHUNK * 4, rows = columns + CHUNK * 4;
+    __device__ __forceinline__ void start(const Tile& tile, const float* log_decay TOKENS) {
         first_decay = log_decay + tile.batch * decay_batch + tile.head * decay_head + tile.start;
         shift = int(Long(first_decay) & 15);
     }
-    __device__ __forceinline__ void leave_out(Tile&) const {}
+    __device__ __forceinline__ void place(Word base, const Tile& tile, const float* log_decay TOKENS) {
+        start(tile, log_decay TOKENS_);
+        pairs = base + thread_number() / 32 * (PAIRS + OTHERS);
+        from_state = pairs + PAIRS, columns = from_state + CHUNK * 4, rows = columns + CHUNK * 4;
+    }
+    // Chunks are left out if what is between them and the state decays them to 0 in fp32 (e^-104), and all decays of the
+    // tile are numbers. The block's first bytes are not in use yet.
+    __device__ __forceinline__ void leave_out(Tile& tile) const {
+        constexpr int AT_ONCE = 64;
+        const Word sums = shared_memory();
+        const int lane = threadIdx.x % 32;
+        float between = 0.0f;
+        int chunks = 0;
+        for (int from = 0; from < tile.all; from += AT_ONCE) {  // beginning beside the state
+#pragma unroll 4
+            for (int i = threadIdx.x / 32; i < AT_ONCE; i += WARPS * GROUPS) {
+                const int token = (REVERSE ? from + i : tile.all - 1 - from - i) * CHUNK + lane;
+                const bool first = token >= 0 && token < tile.length, second = token >= 0 && token + 32 < tile.length;
+                float sum = (first ? step_of<FAR>(first_decay[token]) : 0.0f) +
+                            (second ? step_of<FAR>(first_decay[token + 32]) : 0.0f);
+#pragma unroll
+                for (int apart = 1; apart < 32; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+                if (lane == 0) store(sums + i * 4, sum);
+            }
+            __syncthreads();
+            const int end = min(AT_ONCE, tile.all - from);
+            for (int i = 0; i < end; i++) {
+                if (!(between <= -104.0f * LOG2E)) chunks = from + i + 1;
+                between += load(sums + i * 4);
+            }
+            __syncthreads();
+        }
+        tile.chunks = between == between ? chunks : tile.all;
+    }
     // The 16 bytes around a number are always there.
     __device__ __forceinline__ int bytes(int count) const { return (shift + 4 * count + 15) & ~15; }
     __device__ __forceinline__ void fetch(Word slot, int first, int count, Word arrival) const {
@@ -79,8 +111,8 @@ template <bool OUTPUTS> struct TokenWeights {
         const int lane = threadIdx.x % 32, warp = thread_number() / 32;
         const Word from = slot + shift + 2 * lane * 4;
         // Behind the last token there is nothing, or another document.
-        const float x = 2 * lane < count ? step_of(load(from)) : 0.0f;
-        const float y = 2 * lane + 1 < count ? step_of(load(from + 4)) : 0.0f;
+        const float x = 2 * lane < count ? step_of<NEAR>(load(from)) : 0.0f;
+        const float y = 2 * lane + 1 < count ? step_of<NEAR>(load(from + 4)) : 0.0f;
         const Sums sums(x, y);
         faded = exp2_(sums.all);
         const float(&toward)[2] = REVERSE ? sums.upto : sums.behind, (&since)[2] = REVERSE ? sums.behind : sums.upto;
