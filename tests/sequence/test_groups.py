@@ -35,7 +35,7 @@ def call(group: Any) -> None:
 
 def test_objects_between_ranks_are_values() -> None:
     problem = Problem(
-        1, 2, 2, 16, 16, torch.bfloat16, torch.device("cpu"), 0.1 + 0.2, "auto", None, (0, 5), *[True] * 7, 5
+        1, 2, 2, 1, 16, 16, torch.bfloat16, torch.device("cpu"), 0.1 + 0.2, "auto", None, (0, 5), *[True] * 7, 5
     )  # fmt: skip
     for value in (
         None, True, 3, -(2**62), 0.1 + 0.2, float("inf"), "text \ud7ff", [1, [2]], (1, (2, [])), {}, {"a": (1, 2)},
