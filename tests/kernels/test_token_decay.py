@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_bad_tokens import assert_seen_only_behind
 
+from leetdist.kernels.common import replay
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.token_decay.pytorch import block as plain
 from leetdist.reference import recurrence, relative_error
@@ -148,12 +149,13 @@ def test_no_decay_gives_the_bits_of_a_constant_decay_of_none(dtype):
 
 
 @on_both
-def test_bits_are_those_of_a_document_alone():
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 100), (torch.float16, 150)])
+def test_bits_are_those_of_a_document_alone(dtype, tokens):
     """In a packed row, beside another batch entry, and with decays of any strides."""
-    bounds = 0, 20, 100
-    tiles = Tiles(64, bounds)
-    inputs = draw(tiles, 16, 16)
-    g = decays("mixed", 2, 100)
+    bounds = 0, 20, tokens
+    tiles = Tiles(128, bounds)
+    inputs = draw(tiles, 16, 16, dtype=dtype)
+    g = decays("usual", 2, tokens)
     wide = torch.stack((g, g), -1)[..., 0]
     assert not wide.is_contiguous()
     together = both_passes(triton_block, *inputs, wide, tiles)
@@ -161,7 +163,7 @@ def test_bits_are_those_of_a_document_alone():
         tokens = [x[:, :, begin:end] for x in (*inputs[:4], g)]
         states = [x[row : row + 1] for x in inputs[4:]]
         own = tokens[:4] + states + tokens[4:]
-        twice = both_passes(triton_block, *(torch.cat((x, x)) for x in own), Tiles(64, (0, end - begin)))
+        twice = both_passes(triton_block, *(torch.cat((x, x)) for x in own), Tiles(128, (0, end - begin)))
         for name, x in twice.items():
             there = together[name]
             there = there[row : row + 1] if name in ("final", "dinitial") else there[:, :, begin:end]
@@ -211,6 +213,28 @@ def test_sums_of_any_order_are_two_numbers():
     assert (sums - exact).abs().max() < 1e-9
     keep = triton_block.transitions(g / 100, tiles)
     assert relative_error(keep, plain.transitions((g / 100).double(), tiles)) < 1e-7
+
+
+@pytest.mark.gpu
+@pytest.mark.real_empty  # what a recorded call may not do
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bounds", [(0, 5000), (0, 1, 1300, 5000)])
+def test_both_passes_again(bounds, dtype):
+    """Recorded and repeated with other inputs; in more programs than a GPU has processors, and in bf16."""
+    tiles = Tiles(256, bounds)
+
+    def inputs():
+        return [*draw(tiles, 128, 64, heads=32, dtype=dtype, q_heads=8, k_heads=8), decays("mixed", 32, 5000)]
+
+    def passes(*given):
+        return tuple(both_passes(triton_block, *given, tiles).values())
+
+    first, second = inputs(), inputs()
+    _, repeat = replay.record(passes, first, tuple(first))
+    assert repeat is not None
+    for again, once in zip(repeat(second), passes(*second), strict=True):
+        assert torch.equal(again, once)
+    assert_right(second[:-1], second[-1], tiles)
 
 
 @on_both
