@@ -62,7 +62,7 @@ FRAMEWORKS = (
 _imported: tuple[str, ...] = ()
 
 
-def _serve(modules: tuple[str, ...]) -> None:
+def serve(modules: tuple[str, ...]) -> None:
     """The next ranks are forks of a process that has imported these modules."""
     global _imported
     if modules != _imported:
@@ -82,7 +82,7 @@ def run_ranks(
     """Call `function(rank, *args)` on `ranks` processes with a process group; their outcomes, in rank order."""
     if frameworks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read where it is imported
-    _serve(FRAMEWORKS if frameworks else BASE)
+    serve(FRAMEWORKS if frameworks else BASE)
     with tempfile.TemporaryDirectory() as folder:
         processes = mp.start_processes(
             _main,

@@ -29,7 +29,7 @@ import pytest
 import torch
 
 import leetdist
-from helpers import FRAMEWORKS, free_port
+from helpers import FRAMEWORKS, free_port, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -134,8 +134,8 @@ def test_marks_are_known() -> None:
 def run_processes(programs: list[list[Block]], folder: Path) -> None:
     """Each list of blocks in a process of its own, all at once; they are ranks of one job where there are several."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(FRAMEWORKS))  # as other tests do: whoever is first pays for the imports
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read where it is imported
+    serve(FRAMEWORKS)  # as other tests do: whoever is first pays for the imports
     port = free_port()
     running = []
     for rank, program in enumerate(programs):
@@ -205,8 +205,8 @@ def _doctest(block: Block, names: dict[str, Any]) -> str:
 
 def test_pins_agree() -> None:
     """The docs extra pins what builds the documentation, as tests/requirements.txt does."""
-    (extra,) = re.findall(r"^docs = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    pins = re.findall(r'"([\w-]+==[^"]+)"', extra)
+    (extra,) = re.findall(r"^docs = \[(.*?)^\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    pins = re.findall(r'"([\w-]+==[^";]+)', extra)
     assert len(pins) == 3
     assert set(pins) <= set((ROOT / "tests" / "requirements.txt").read_text().splitlines())
 
