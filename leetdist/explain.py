@@ -150,7 +150,8 @@ def _launches(plan: Plan, kernels: Kernels) -> str:
     if missing is not None:
         return f"not repeated: {missing}"
     learnt = ", but those of the backward pass, which needs the gradient of log_decay"
-    return "repeated, from the third call of a kind on" + (learnt if plan.problem.needs_decay_grad else "")
+    once = plan.problem.needs_decay_grad and plan.operator.heads
+    return "repeated, from the third call of a kind on" + (learnt if once else "")
 
 
 def _method(problem: Problem, tokens: int) -> str:

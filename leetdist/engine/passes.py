@@ -162,7 +162,8 @@ def _repeated(
 ) -> tuple[Tensor | None, ...]:
     """One pass; where it has been seen before, and is nothing but launches, its launches again."""
     more = (plan,) if needs_gate_grads is None else (plan, needs_gate_grads)
-    if not plan.repeatable or trace.on() or needs_gate_grads:
+    summed_over_tiles = bool(needs_gate_grads and plan.operator.heads)
+    if not plan.repeatable or trace.on() or summed_over_tiles:
         return cast(Any, function(*tensors, *more))
     from leetdist.kernels.common.replay import repeated
 

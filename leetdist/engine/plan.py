@@ -58,9 +58,9 @@ class Plan:
 
     @cached_property
     def repeatable(self) -> bool:
-        """Whether a pass may be nothing but launches, whose host work is done once a kind of call. Decays that are
-        learnt have a plan of their own in every call under a group."""
-        learnt = self.transport is not None and self.problem.needs_decay_grad
+        """Whether a pass may be nothing but launches, whose host work is done once a kind of call. Decays a head that
+        are learnt have a plan of their own in every call under a group."""
+        learnt = self.transport is not None and self.problem.needs_decay_grad and bool(self.operator.heads)
         return self.problem.device.type == "cuda" and self.operator.launches_alone and not learnt
 
     def to_end(self, *, reverse: bool) -> bool:

@@ -37,7 +37,8 @@ class Session:
 
     Args:
         model: a stack of blocks like leetdist.launch.model.LanguageModel: `embedding`, `blocks`, `norm`, `head`, and in
-            each block a `leetdist.nn` layer `attention` whose own group is None.
+            each block a `leetdist.nn` layer `attention` whose own group is None. One with a decay a token says so by
+            `by_token = True`; any other has `log_decay(device)`, (H,). Both have `head_dim`, their Dk.
         group: ranks that share each piece of a prompt; every rank ends with the states of the whole. None takes the
             surrounding `sequence_parallel`.
         piece: tokens a rank takes in at a time: activations of that many, whatever the length of the prompt.
@@ -123,9 +124,12 @@ class Session:
         kept = {}
         for number, (block, state) in enumerate(zip(self.model.blocks, self.states, strict=True)):
             nothing = state.new_empty(*state.shape[:2], 0, state.shape[2])
+            log_decay = nothing[..., 0]  # of no token
+            if not getattr(block.attention, "by_token", False):
+                log_decay = block.attention.log_decay(state.device).detach()
             kept[_name(number)] = State(
                 boundary=state.clone(), k=nothing, v=nothing.new_empty(*state.shape[:2], 0, state.shape[3]),
-                log_decay=block.attention.log_decay(state.device).detach(), tokens=self.tokens, tile=LARGEST_TILE,
+                log_decay=log_decay, tokens=self.tokens, tile=LARGEST_TILE,
             )  # fmt: skip
         return kept
 

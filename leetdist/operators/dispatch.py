@@ -248,9 +248,10 @@ class Kernels:
 
     @cached_property
     def recordable(self) -> bool:
-        """Whether all launches of the two passes are seen by leetdist.kernels.common.recording. (A gradient of the
-        decays is never repeated.)"""
-        return all(c.implementation.recordable for c in self.choices if c.use.step != "decay_gradient")
+        """Whether all launches of the two passes are seen by leetdist.kernels.common.recording. (A gradient of decays
+        a head, which is summed over tiles and ranks, is never repeated.)"""
+        repeated = (c for c in self.choices if (c.use.step, c.facts.operator) != ("decay_gradient", "constant_decay"))
+        return all(c.implementation.recordable for c in repeated)
 
     @cached_property
     def writes_into_places(self) -> bool:

@@ -300,7 +300,14 @@ def standard_cases(device: torch.device, *, long: int | None = None) -> list[Cas
                 Case(5_000, 128, 128, heads=8, dtype=dtype, decay="slow", uneven=True, final=False),
                 Case(8_000, 256, 128, heads=8, batch=2, dtype=dtype, uneven=True, initial=True),
                 Case(6_000, 64, 256, heads=4, dtype=dtype, documents=(0, 1, 999, 4096, 6000)),
-            ]
+                Case(5_000, 128, 64, heads=8, q_heads=2, kv_heads=2, v_heads=8, dtype=dtype, uneven=True),
+                Case(
+                    9_000, 128, 64, heads=8, q_heads=2, kv_heads=2, v_heads=8, dtype=dtype, decay="tokens",
+                    model_layout=True, initial=True,
+                ),
+                Case(6_000, 128, 128, heads=4, dtype=dtype, decay="restarts", documents=(0, 1, 999, 4096, 6000)),
+                Case(8_000, 64, 64, heads=8, v_heads=2, dtype=dtype, decay="slow tokens", uneven=True, final=False),
+            ]  # fmt: skip
     if long is not None:
         cases.append(Case(long, 128, 128, heads=8, dtype=bf16, decay="mixed", uneven=True))
     return cases

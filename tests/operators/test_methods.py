@@ -108,11 +108,18 @@ def test_on_a_gpu(method: str, backend: str | None, seed: int, monkeypatch: pyte
         Case(700, 128, 128, heads=4, kv_heads=2, decay="slow", documents=(0, 1, 1, 65, 700), tile=512),
         Case(260, 256, 200, heads=2),
         Case(300, 128, 128, heads=6, decay="extreme", initial=True),
+        Case(700, 128, 128, heads=4, q_heads=1, kv_heads=2, v_heads=4, decay="slow", initial=True, tile=512),
+        Case(700, 128, 128, heads=4, q_heads=1, kv_heads=2, v_heads=4, decay="tokens", initial=True, tile=512),
+        Case(700, 128, 128, heads=2, decay="restarts", documents=(0, 1, 1, 65, 700), tile=512),
     ]
     for case, dtype in itertools.product(cases, (torch.float32, torch.float16, torch.bfloat16)):
         assert_matches_oracle(replace(case, method=method, dtype=dtype), device, seed)
     for ranks in (2, 5):
-        for case in (Case(9000, 128, 128, uneven=True), Case(999, 128, 128, documents=(0, 7, 700, 999))):
+        for case in (
+            Case(9000, 128, 128, uneven=True),
+            Case(999, 128, 128, documents=(0, 7, 700, 999)),
+            Case(5000, 128, 128, uneven=True, decay="tokens"),
+        ):
             assert not differing(replace(case, method=method), ranks, device, seed)
 
 
