@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from leetdist.engine.lanes import Lane
-from leetdist.engine.layout import empty_as, sum_shared
+from leetdist.engine.layout import empty_as
 from leetdist.engine.plan import Plan
+from leetdist.kernels.common.sums import sum_shared
 
 
 class LaneStates:
@@ -68,7 +69,7 @@ class LaneTokens:
     def put(self, lane: Lane, part: Tensor) -> None:
         own = lane.of(self.heads)
         if self.shared:
-            part = sum_shared(part, own.stop - own.start).to(self.dtype)
+            part = sum_shared(part, own.stop - own.start, self.dtype)
         if self.one:
             self.whole = part
         elif self.shared:

@@ -32,14 +32,3 @@ def contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in `dtype`, one number after the other."""
     x = row_major(x)
     return (x if x.dtype == dtype else x.to(dtype)).contiguous()
-
-
-def sum_shared(x: Tensor, heads: int) -> Tensor:
-    """(B, H, N, ...) summed over the heads that share one of `heads`, in their order: (B, heads, N, ...)."""
-    if x.shape[1] == heads:
-        return x
-    shared = x.unflatten(1, (heads, -1)).unbind(2)
-    total = shared[0]
-    for x in shared[1:]:
-        total = total + x
-    return total
