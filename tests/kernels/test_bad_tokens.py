@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import random
 from functools import partial
 
+import emulated_gluon
 import pytest
 import torch
 
-from leetdist.kernels.common import replay
+from leetdist.kernels.common import release, replay
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch import block as plain
+from leetdist.reference import relative_error
 
 triton_block = pytest.importorskip("leetdist.kernels.constant_decay.triton.block")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -60,6 +63,22 @@ def assert_seen_only_behind(
     check(("c", tokens[0], 1, math.inf), ("c", tokens[-1], 2, math.nan))
 
 
+def assert_lost_by_a_bad_state(tile_outputs, *, dtype, dim, reverse, device=CPU):
+    """Its column is lost in its own tile, and a bad row of `a` in itself; all else keeps its bits."""
+    tiles = Tiles(128, (0, 300))
+    a, b, c = (torch.randn(1, 2, 300, dim, device=device).to(dtype) for _ in range(3))
+    states = torch.randn(1, 2, tiles.count, dim, dim, device=device)
+    log_decay = torch.tensor([-0.01, -0.1], device=device)
+    options = {"reverse": reverse, "scale": 0.5, "state_scale": 1.0, "out_dtype": dtype}
+    without = tile_outputs(a, b, c, states, log_decay, tiles, **options)
+    lost = torch.zeros_like(without, dtype=torch.bool)
+    states[0, 1, 1, dim - 1, dim - 3], lost[0, 1, 128:256, dim - 3] = math.inf, True
+    a[0, 1, 290, 5], lost[0, 1, 290] = math.nan, True
+    found = tile_outputs(a, b, c, states, log_decay, tiles, **options)
+    assert torch.equal(found[~lost], without[~lost])
+    assert found[lost].isnan().all()
+
+
 def assert_on_a_gpu(tile_outputs, *, dtype, **shape):
     """In tiles and documents that end anywhere, and with outputs in fp32."""
     tokens = [0, 63, 64, 127, 128, random.randrange(130, 250), 255, 256, 300, 301, 500]
@@ -82,6 +101,51 @@ def test_pytorch(reverse, dtype):
 def test_interpreted(reverse, dtype):
     options = {"reverse": reverse, "tiles": Tiles(128, (0, 150)), "dtype": dtype, "heads": 1}
     assert_seen_only_behind(triton_block.tile_outputs, [63, 64, 140], **options)
+
+
+GLUON = "leetdist.kernels.constant_decay.triton"
+
+
+@pytest.fixture
+def emulated_hopper(monkeypatch):
+    """The launches of the kernels for Hopper in Gluon, by name, which run on the CPU."""
+    if release.why_not_gluon() is not None:
+        pytest.skip(release.why_not_gluon())
+    narrow, wide = (importlib.import_module(f"{GLUON}.{name}") for name in ("hopper", "hopper_wide"))
+    names = [f"{GLUON}.{name}" for name in ("hopper_lost", "hopper_kernels", "hopper_parts", "hopper_wide_kernels")]
+    _, narrow_kernels, _, wide_kernels = emulated_gluon.emulated(*names)
+    for module, kernels in ((narrow, narrow_kernels), (wide, wide_kernels)):
+        monkeypatch.setattr(module, "launch", emulated_gluon.launch)
+        monkeypatch.setattr(module, "tile_outputs_kernel", kernels.tile_outputs_kernel)
+    return {"narrow": narrow.tile_outputs, "wide": wide.tile_outputs}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "precision", "rows", "columns"),
+    [
+        ("narrow", torch.bfloat16, None, 128, 128),
+        ("narrow", torch.float16, None, 64, 64),
+        ("wide", torch.float32, None, 40, 72),
+        ("wide", torch.bfloat16, "high", 64, 136),
+    ],
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_emulated_hopper(emulated_hopper, kernels, dtype, precision, rows, columns, reverse):
+    """What Hopper's kernels in Gluon compute, without a GPU: right to begin with, and the bad tokens of documents."""
+    tile_outputs, tiles = emulated_hopper[kernels], Tiles(192, (0, 70, 330))
+    if precision is not None:
+        tile_outputs = partial(tile_outputs, precision=precision)
+    a, b, c = (torch.randn(1, 2, 330, dim).to(dtype) for dim in (rows, rows, columns))
+    states, log_decay = torch.randn(1, 2, tiles.count, rows, columns), torch.tensor([-0.01, -0.5])
+    options = {"reverse": reverse, "scale": 0.5, "state_scale": 1.0}
+    for out_dtype in {dtype, torch.float32}:
+        found = tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=out_dtype, **options)
+        doubles = (x.double() for x in (a, b, c, states))
+        expected = plain.tile_outputs(*doubles, log_decay, tiles, out_dtype=torch.float64, **options)
+        assert relative_error(found, expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+    shape = {"rows": rows, "columns": columns, "dtype": dtype, "heads": 1}
+    assert_seen_only_behind(tile_outputs, [0, 69, 70, 133, 270, 329], reverse=reverse, tiles=tiles, **shape)
+    assert_lost_by_a_bad_state(tile_outputs, dtype=dtype, dim=64, reverse=reverse)
 
 
 @pytest.mark.gpu
@@ -162,20 +226,8 @@ ON_HOPPER = [
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("module", "dtype", "dim"), ON_HOPPER)
 def test_hopper_with_a_bad_state(module, dtype, dim, reverse):
-    """Its column is lost in its own tile, and a bad row of `a` in itself; all else keeps its bits."""
     hopper = pytest.importorskip(f"leetdist.kernels.constant_decay.{module}")
-    tiles = Tiles(128, (0, 300))
-    a, b, c = (torch.randn(1, 2, 300, dim, device=GPU).to(dtype) for _ in range(3))
-    states = torch.randn(1, 2, tiles.count, dim, dim, device=GPU)
-    log_decay = torch.tensor([-0.01, -0.1], device=GPU)
-    options = {"reverse": reverse, "scale": 0.5, "state_scale": 1.0, "out_dtype": dtype}
-    without = hopper.tile_outputs(a, b, c, states, log_decay, tiles, **options)
-    lost = torch.zeros_like(without, dtype=torch.bool)
-    states[0, 1, 1, dim - 1, dim - 3], lost[0, 1, 128:256, dim - 3] = math.inf, True
-    a[0, 1, 290, 5], lost[0, 1, 290] = math.nan, True
-    found = hopper.tile_outputs(a, b, c, states, log_decay, tiles, **options)
-    assert torch.equal(found[~lost], without[~lost])
-    assert found[lost].isnan().all()
+    assert_lost_by_a_bad_state(hopper.tile_outputs, dtype=dtype, dim=dim, reverse=reverse, device=GPU)
 
 
 @pytest.mark.gpu
