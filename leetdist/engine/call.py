@@ -17,6 +17,7 @@ from leetdist.engine.plan import plan_call
 from leetdist.operators.registry import operator_named
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import redistribute
+from leetdist.sequence.site import calling_site
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -100,7 +101,10 @@ def run(
     captured = (
         transport is not None and isinstance(q, Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
     )
-    plan = plan_call(*given, **options, transport=transport, captured=captured, operator=operator, gates=gates)
+    site = None if transport is None else calling_site()
+    plan = plan_call(
+        *given, **options, transport=transport, captured=captured, site=site, operator=operator, gates=gates
+    )
     problem, here, there = plan.problem, plan.given, plan.layout.lengths
     *inputs, initial_state = canonical_tensors(*given, options["initial_state"], options["cu_seqlens"], plan.highest)
     if gates is not None:

@@ -27,6 +27,7 @@ from leetdist.sequence.agreement import Agreement, agree
 from leetdist.sequence.grid import Layout
 from leetdist.sequence.group import declared_lengths, warn_where_unjoined
 from leetdist.sequence.pipeline import best_lanes
+from leetdist.sequence.site import Site
 
 if TYPE_CHECKING:
     from leetdist.sequence.transport import Transport
@@ -109,6 +110,7 @@ def plan_call(
     *,
     transport: Transport | None,
     captured: bool = False,
+    site: Site | None = None,
     operator: str | None = None,
     gates: Mapping[str, Tensor] | None = None,
     **options: Any,
@@ -116,6 +118,7 @@ def plan_call(
     """Check the arguments of one call, agree with the group's other ranks, and plan it. Options: those of `describe`.
 
     captured: whether a CUDA graph captures the call, and its backward will do with this plan.
+    site: the line of the program that makes the call, where that is known.
     operator, gates: another operator than a decay, and its inputs beside q, k and v, by name.
 
     Raises ValueError, under a group on every rank, if any rank's arguments are wrong or the ranks' do not fit together.
@@ -153,7 +156,7 @@ def plan_call(
         decays = decays_of(log_decay, read=options.get("read_values", True))
     agreement = agree(
         mine, transport, "the shapes and arguments of this call",
-        values=0 if decays is None else decays.digest, declared=lengths is not None,
+        values=0 if decays is None else decays.digest, site=site, declared=lengths is not None,
     )  # fmt: skip
     assert isinstance(mine, Problem)
     if not agreement.confirmed:

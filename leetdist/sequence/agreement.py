@@ -1,7 +1,7 @@
 """What the ranks of a group must agree on before they exchange tensors: checked on every call, exchanged once.
 
 Each rank keeps, for every argument set of its own that it has seen, what all ranks had. A call compares fingerprints
-of that: 32 bytes, through shared memory on one host, else in ceil(log2 P) messages to a rank; only where they differ
+of that: 48 bytes, through shared memory on one host, else in ceil(log2 P) messages to a rank; only where they differ
 do the ranks send each other everything. Looking at one's own arguments alone would not do: a rank whose shard is as
 long as ever must still learn that another's has changed, because the tile length may change with the total.
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from leetdist.kernels.common.memo import Memo
+from leetdist.sequence.site import Site, warn_of
 from leetdist.sequence.transport import Transport
 
 MOST = 512  # of what callers derive from one: layers have decays of their own, and learnt ones change every step
@@ -39,12 +40,19 @@ class Disagreement(ValueError):
 
 
 def agree(
-    mine: Hashable | ValueError, transport: Transport, what: str, *, values: int = 0, declared: bool = False
+    mine: Hashable | ValueError,
+    transport: Transport,
+    what: str,
+    *,
+    values: int = 0,
+    site: Site | None = None,
+    declared: bool = False,
 ) -> Agreement:
     """All ranks' `mine`, the same on every rank. A rank whose own arguments are bad passes its error instead, so that
     the others fail too, and at once.
 
     values: digest of what must be equal on all ranks but changes too often to remember (log_decay's values).
+    site: the line of the program that makes the call; a warning where the ranks' are not one.
     declared: the caller promises that no rank's arguments change unseen; then what is known is not compared.
     """
     known: Agreement | None = None
@@ -53,10 +61,10 @@ def agree(
     if known is not None and (declared or transport.size == 1):
         return known
     with transport.call("agreement"):
-        if known is not None and not _differ(known.fingerprint, values, transport, what):
+        # No fingerprint is negative: where one rank knows nothing, all ranks see it.
+        fingerprint = -1 - transport.rank if known is None else known.fingerprint
+        if not _differ(fingerprint, values, site, transport, what) and known is not None:
             return known
-        if known is None:
-            _differ(-1 - transport.rank, values, transport, what)  # no fingerprint is negative: all ranks see it
         gathered = transport.gather_objects((mine, values), what)
     for rank, (theirs, _) in enumerate(gathered):
         if isinstance(theirs, ValueError):
@@ -79,7 +87,12 @@ def digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 2
 
 
-def _differ(fingerprint: int, values: int, transport: Transport, what: str) -> bool:
+def _differ(fingerprint: int, values: int, site: Site | None, transport: Transport, what: str) -> bool:
     """Whether any two ranks came with different numbers; the same answer on every rank."""
-    largest = transport.largest([fingerprint, -fingerprint, values, -values], what)
-    return largest[0] != -largest[1] or largest[2] != -largest[3]
+    line = 0 if site is None else site.number
+    numbers = transport.largest([fingerprint, -fingerprint, values, -values, line, -line], what)
+    last, first = numbers[4], -numbers[5]
+    if 0 < first < last and (first, last) not in transport.sites:  # every rank has told of the same ones
+        transport.sites.add((first, last))
+        warn_of(transport.gather_objects("" if site is None else site.words, what))
+    return numbers[0] != -numbers[1] or numbers[2] != -numbers[3]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from leetdist.sequence.board import Board
 from leetdist.sequence.memory import Process
 
-NUMBERS = 4
+NUMBERS = 6
 PLACE = 8  # numbers a place takes: a cache line
 # Looks at a box before the processor is left to others, and seconds between looks at whether the rank is alive.
 SPINS = 200

@@ -43,6 +43,7 @@ class Transport(ABC):
         self.seconds = timeout_seconds()
         self.failure: str | None = None
         self.agreements: Memo[Any, Any] = Memo(512)  # forgetting one costs an exchange, never a wrong result
+        self.sites: set[tuple[int, int]] = set()  # of calls that ranks made in different lines, and were told of
         self.cut: tuple[int, int] | None = None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}  # where this rank's scans run
         self.bytes_sent = 0  # of tensors, not of what the hosts agree on

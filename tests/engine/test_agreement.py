@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import leetdist
+from leetdist.engine import plan
 from leetdist.sequence.virtual import VirtualGroup
 
 
@@ -217,3 +219,42 @@ def test_a_rank_that_fails_is_named_with_lane_and_direction() -> None:
 
     with pytest.raises(RuntimeError, match=r"the state of heads 0 to 1 \(forward scan\)"):
         leetdist.virtual_ranks(inside, 2)
+
+
+def test_calls_in_another_order_are_told() -> None:
+    """Of equal shapes, they are paired wrongly: a warning names the lines, once; the same order is no matter."""
+    x = torch.randn(1, 2, 64, 16)
+
+    def first(group: VirtualGroup) -> None:
+        leetdist.linear_attention(x, x, x, group=group)
+
+    def second(group: VirtualGroup) -> None:
+        leetdist.linear_attention(x, -x, x, group=group)
+
+    def rank(group: VirtualGroup, swapped: bool) -> None:
+        for _ in range(3):
+            for call in (second, first) if swapped and group.rank == 1 else (first, second):
+                call(group)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        leetdist.virtual_ranks(lambda group: rank(group, False), 3)
+    words = r"rank 1 makes this call in test_agreement\.py:\d+ \(second\), rank 0 in test_agreement\.py:\d+ \(first\)"
+    with pytest.warns(RuntimeWarning, match=words) as told:
+        leetdist.virtual_ranks(lambda group: rank(group, True), 3)
+    assert len(told) == 3 * 1  # on every rank, once for these two lines
+
+
+def test_a_site_is_the_programs_line() -> None:
+    """Not leetdist's own, nor PyTorch's between the two."""
+    seen: list[Any] = []
+
+    def rank(group: VirtualGroup) -> None:
+        layer = leetdist.nn.LightningAttention(32, 2, group=group)
+        torch.nn.Sequential(layer)(torch.randn(1, 32, 32))
+
+    agree = plan.agree
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "agree", lambda *args, **kwargs: seen.append(kwargs["site"]) or agree(*args, **kwargs))
+        leetdist.virtual_ranks(rank, 2)
+    assert {site.words.partition(":")[0] for site in seen} == {"test_agreement.py"}
