@@ -4,8 +4,11 @@ leetdist at most, whatever is installed."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
+import shutil
+import sys
 import sysconfig
 import textwrap
 import time
@@ -38,6 +41,17 @@ def in_words(error: Exception) -> str:
     return (
         f"{name} is needed and not installed: pip install 'leetdist[{EXTRAS[name]}]' (in a clone '.[{EXTRAS[name]}]')"
     )
+
+
+def command() -> str:
+    """What a person types to get this leetdist: its name where the shell finds it, else this Python and the module."""
+    python = Path(sys.executable)
+    found = shutil.which("leetdist")
+    if found is not None and Path(found).parent == python.parent:
+        return "leetdist"
+    with contextlib.suppress(ValueError):
+        python = python.relative_to(Path.cwd())
+    return f"{python} -m leetdist.launch"
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -336,4 +350,4 @@ COMMANDS = {
     "generate": Command("continue a text: prompt over all ranks, then token by token", generate),
 }
 
-__all__ = ["COMMANDS", "PRESETS", "Arguments", "after_the_first", "in_words"]
+__all__ = ["COMMANDS", "PRESETS", "Arguments", "after_the_first", "command", "in_words"]

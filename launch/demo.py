@@ -211,7 +211,7 @@ def show(options: argparse.Namespace, rank: Rank, report: Report) -> None:
     print(
         f"\n  Trained on {options.tokens:,} bytes for {options.steps} steps, it can spell a little of them and knows "
         f"nothing else.\n  Kept in {report.saved}; it goes on with\n\n"
-        f'    leetdist generate --model {options.out} --prompt "{report.word} " --temperature 0.7\n\n'
-        f"  It knows more of it after --steps 500. To train on a text of your own: leetdist train --text FILE "
-        f"--ranks {rank.size}"
+        f'    {commands.command()} generate --model {options.out} --prompt "{report.word} " --temperature 0.7\n\n'
+        f"  It knows more of it after --steps 500. To train on a text of your own: {commands.command()} train "
+        f"--text FILE --ranks {rank.size}"
     )

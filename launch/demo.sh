@@ -42,7 +42,6 @@ if [[ -z $here ]]; then
         echo "$want" >"$stamp"
     fi
     python=$venv/bin/python
-    export PATH=$PWD/$venv/bin:$PATH
 else
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 fi

@@ -69,7 +69,7 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
     if several:
         accelerator.print(
             "accelerate launch was asked for several processes and started one, as it does on a CPU and without "
-            "--multi_gpu: this trains on one rank. torchrun starts several, and so does leetdist train --ranks"
+            "--multi_gpu: this trains on one rank. torchrun starts several, and so does --ranks"
         )
     fsdp = options.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if fsdp and accelerator.distributed_type != DistributedType.FSDP:
@@ -196,7 +196,7 @@ def closing(saved: Path | None, options: argparse.Namespace) -> str:
     if saved is None:
         return f"nothing saved (--save-every {options.save_every}); {figures}"
     tokenizer = f" --tokenizer {options.tokenizer}" if options.tokenizer else ""
-    further = f"leetdist generate --model {options.out}{tokenizer} --prompt 'Once upon a time'"
+    further = f"{commands.command()} generate --model {options.out}{tokenizer} --prompt 'Once upon a time'"
     if options.model not in PRESETS:
         further = "the same command with --resume and more --steps goes on"
     return f"saved: {saved}; {figures}\n{further}"

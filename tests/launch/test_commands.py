@@ -16,7 +16,7 @@ import pytest
 from helpers import free_port
 from leetdist.launch import __main__ as entry
 from leetdist.launch import bench, demo, doctor, plan
-from leetdist.launch.commands import COMMANDS, EXTRAS, Arguments
+from leetdist.launch.commands import COMMANDS, EXTRAS, Arguments, command
 
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,8 +93,8 @@ main(['train'])
 def test_usage_versions_and_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.main(["--help"]) == entry.main([]) == 0
     said = capsys.readouterr().out
-    for name, command in COMMANDS.items():
-        assert f"  {name:<10} {command.about}" in said
+    for name, (about, _) in COMMANDS.items():
+        assert f"  {name:<10} {about}" in said
     assert entry.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("leetdist 0.")
     assert "there is no command 'verfy', but verify" in refused(capsys, "verfy")
@@ -143,8 +143,8 @@ def test_the_demo_trains_compares_keeps_and_is_gone_on_from(tmp_path: Path) -> N
     assert "yes, bit for bit (o, state, dq, dk, dv, dlog_decay; 2 of 2 ranks hold tokens)" in " ".join(
         done.stdout.split()
     )
-    (line,) = (line.strip() for line in done.stdout.splitlines() if line.strip().startswith("leetdist generate"))
-    assert line == f'leetdist generate --model {tmp_path / "out"} --prompt "one " --temperature 0.7'
+    (line,) = (line.strip() for line in done.stdout.splitlines() if " generate --model" in line)
+    assert line == f'{command()} generate --model {tmp_path / "out"} --prompt "one " --temperature 0.7'
     goes_on = leetdist("generate", "--model", tmp_path / "out", "--prompt", "one ", "--tokens", 7, "--json")
     found = json.loads(goes_on.stdout)
     assert (found["prompt_tokens"], found["tokens"], found["ranks"], len(found["texts"])) == (4, 7, 1, 1)
@@ -195,7 +195,8 @@ def test_a_run_ends_with_where_it_is_and_what_next(tmp_path: Path) -> None:
     options = COMMANDS["train"].parser().parse_args(["--out", str(tmp_path)])
     saved, further = closing(tmp_path / "step-00000200", options).splitlines()
     assert saved == f"saved: {tmp_path / 'step-00000200'}; metrics: {tmp_path / 'metrics.jsonl'}"
-    COMMANDS["generate"].parser().parse_args(shlex.split(further)[2:])
+    assert further.startswith(f"{command()} generate ")
+    COMMANDS["generate"].parser().parse_args(shlex.split(further.partition(" generate ")[2]))
     assert f"--model {tmp_path} " in further
     options = COMMANDS["train"].parser().parse_args(["--out", str(tmp_path), "--model", "a/model"])
     assert "--resume" in closing(tmp_path, options)
@@ -257,6 +258,17 @@ def test_bench_times_what_is_right_and_nothing_else(
     assert bench.main(options) == 1
     lines = capsys.readouterr().out.splitlines()
     assert ["WRONG" in line for line in lines[-3:]] == [True, True, False]
+
+
+def test_the_next_command_is_one_that_the_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda _: str(python.with_name("leetdist")))
+    assert command() == "leetdist"
+    for elsewhere in (None, "/somebody/elses/bin/leetdist"):
+        monkeypatch.setattr("shutil.which", lambda _, found=elsewhere: found)
+        assert command() == "venv/bin/python -m leetdist.launch"
 
 
 def test_the_losses_are_drawn() -> None:
