@@ -171,3 +171,22 @@ def test_a_launcher_that_is_not_known_is_not_repeated(calls: list[tuple[Any, ...
     finally:
         monkeypatch.undo()
         launcher._another_launcher.cache_clear()
+
+
+def test_constants_of_kernels_equal_themselves() -> None:
+    """Triton compares them at every launch, and refuses a second one beside a NaN, which is never what it was."""
+    import importlib
+    from pathlib import Path
+
+    import leetdist.kernels.constant_decay.triton as home
+
+    folders = [Path(home.__path__[0]), Path(home.__path__[0]).parents[1] / "token_decay" / "triton"]
+    found = 0
+    for path in (path for folder in folders for path in folder.glob("*.py")):
+        if gluon is None and "hopper" in path.name:
+            continue
+        module = importlib.import_module(f"leetdist.kernels.{path.parents[1].name}.triton.{path.stem}")
+        constants = {n: x.value for n, x in vars(module).items() if isinstance(x, triton.language.constexpr)}
+        assert all(x == x for x in constants.values()), (path.name, constants)
+        found += len(constants)
+    assert found

@@ -14,7 +14,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 INFINITY = gl.constexpr(float("inf"))
-NAN = gl.constexpr(float("nan"))
 
 
 @gluon.constexpr_function
@@ -74,5 +73,5 @@ def _clean(b, c, lost, REVERSE: gl.constexpr, ROWS: gl.constexpr, WIDE: gl.const
 def _mark(o, lost, REVERSE: gl.constexpr, WIDE: gl.constexpr):
     """NaN for a chunk's outputs that are lost; and what is lost from the chunk's end on."""
     CHUNK: gl.constexpr = o.shape[0]
-    o = gl.where(_walked(CHUNK, REVERSE, WIDE) >= lost[None, :], NAN, o)
+    o = gl.where(_walked(CHUNK, REVERSE, WIDE) >= lost[None, :], float("nan"), o)
     return o, gl.where(lost < CHUNK, 0, CHUNK)
