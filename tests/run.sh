@@ -77,6 +77,7 @@ tests() {
     # the longest tests, which are few, would come last.
     if ((${LEETDIST_TEST_WORKERS:=2})); then
         workers=(--numprocesses "$LEETDIST_TEST_WORKERS" --dist "$dealt" --no-loadscope-reorder)
+        workers+=(--max-worker-restart 0) # a crash is one failure, and the end: a new worker would run the same test
     fi
     # A test stuck in C++ never sees its own timeout.
     if command -v timeout >/dev/null; then

@@ -154,7 +154,7 @@ def test_triton_compiles_by_its_environment(tmp_path: Path, monkeypatch: pytest.
             for name, value in variables.items():
                 patch.setenv(name, value)
             constants = {"REGULAR": True, "REVERSE": False, "CHUNK": 16, "ROWS": 16, "COLUMNS": 16}
-            constants |= {"PARTS": 1, "WEIGHTED_PARTS": 1}
+            constants |= {"PARTS": 1, "WEIGHTED_PARTS": 1, "BY_TOKEN": False}
             asm = compiled(block._tile_states, 80, 4, 1, torch.bfloat16, **constants).asm
             return asm["ptx"], asm["cubin"]
 
