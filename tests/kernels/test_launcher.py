@@ -174,7 +174,7 @@ def test_a_launcher_that_is_not_known_is_not_repeated(calls: list[tuple[Any, ...
 
 
 def test_constants_of_kernels_equal_themselves() -> None:
-    """Triton compares them at every launch, and refuses a second one beside a NaN, which is never what it was."""
+    """Triton compares them before every launch, and refuses one beside a NaN, which is never what it was."""
     import importlib
     from pathlib import Path
 
