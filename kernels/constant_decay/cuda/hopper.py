@@ -21,7 +21,7 @@ THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
 BARRIERS = 1536  # bytes for them, and for what rounds the first address up to 1,024
 # Bytes of a warpgroup's tables: of a constant decay, and of a decay a token.
-TABLES = {"tile_states": (256, 4 * 256), "tile_outputs": (1280, 4 * 960)}
+TABLES = {"tile_states": (256, 4 * 256), "tile_outputs": (1280, 512 + 4 * 448)}
 SLOT = 272  # bytes in which a chunk's log-decays come
 AGAIN = "tile_outputs again"  # the second compilation of tile_outputs.cu, for tiles with NaNs and infinities
 OUTPUTS = ("tile_outputs", AGAIN)  # launched one behind the other

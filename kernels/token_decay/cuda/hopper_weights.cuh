@@ -16,7 +16,7 @@
 constexpr int SLOT = CHUNK * 4 + 16;  // from the 16 bytes on in which the first of them lies
 
 // Log-decays to base 2 are bounded, so that sums of them are numbers: NEAR decays to 0 already. NaN stays.
-constexpr int NEAR = -127, FAR = -10000;
+enum { NEAR = -127, FAR = -10000 };
 template <int LEAST> __device__ __forceinline__ float bounded(float x) { return x < LEAST ? LEAST : x; }
 // NaN if positive.
 template <int LEAST> __device__ __forceinline__ float step_of(float log_decay) {
@@ -52,9 +52,11 @@ struct Sums {
 };
 
 template <bool OUTPUTS> struct TokenWeights {
-    // A warp's: pairs; then from the state, of columns, and of its 16 rows: their factors, `since` and `toward`.
-    static constexpr int PAIRS = CHUNK / 2 * 8, OTHERS = OUTPUTS ? 2 * CHUNK * 4 + 3 * 16 * 4 : 0;
-    static constexpr int BYTES = WARPS * (PAIRS + OTHERS);
+    // Pairs, a warp's own; or where all of the warpgroup meet before they are read, each warp makes those of 16 tokens, and
+    // what these have from the state. Then a warp's: of columns, and of its 16 rows: their factors, `since` and `toward`.
+    static constexpr int PAIRS = CHUNK / 2 * 8, SHARED = OUTPUTS ? PAIRS + CHUNK * 4 : 0;
+    static constexpr int OWN = OUTPUTS ? CHUNK * 4 + 3 * 16 * 4 : PAIRS;
+    static constexpr int BYTES = SHARED + WARPS * OWN;
     Word pairs, from_state, columns, rows;
     const float* first_decay;  // of the tile
     int shift;                 // in bytes, of the first from the 16 bytes that it lies in
@@ -66,8 +68,8 @@ template <bool OUTPUTS> struct TokenWeights {
     }
     __device__ __forceinline__ void place(Word base, const Tile& tile, const float* log_decay TOKENS) {
         start(tile, log_decay TOKENS_);
-        pairs = base + thread_number() / 32 * (PAIRS + OTHERS);
-        from_state = pairs + PAIRS, columns = from_state + CHUNK * 4, rows = columns + CHUNK * 4;
+        columns = base + SHARED + thread_number() / 32 * OWN, rows = columns + CHUNK * 4;
+        pairs = OUTPUTS ? base : columns, from_state = pairs + PAIRS;
     }
     // Chunks are left out if what is between them and the state decays them to 0 in fp32 (e^-104), and all decays of the
     // tile are numbers. The block's first bytes are not in use yet.
@@ -118,12 +120,10 @@ template <bool OUTPUTS> struct TokenWeights {
         const float(&toward)[2] = REVERSE ? sums.upto : sums.behind, (&since)[2] = REVERSE ? sums.behind : sums.upto;
         const float blocks_toward = REVERSE ? sums.earlier : sums.later, blocks_since = REVERSE ? sums.later : sums.earlier;
         __syncwarp();  // all have read what is written now
-        // Rounded here, not fused with the subtraction in one kernel and not in another.
-        store_pair(pairs, lane, __fmul_rn(exp2_(toward[0] + blocks_toward), added_scale),
-                   __fmul_rn(exp2_(toward[1] + blocks_toward), added_scale));
+        if (!OUTPUTS || lane / 8 == warp)  // rounded here, not fused with the subtraction in one kernel and not in another
+            store_pair(pairs, lane, __fmul_rn(exp2_(toward[0] + blocks_toward), added_scale),
+                       __fmul_rn(exp2_(toward[1] + blocks_toward), added_scale));
         if (OUTPUTS) {
-            store(from_state + lane * 8, exp2_(since[0] + blocks_since) * state_scale,
-                  exp2_(since[1] + blocks_since) * state_scale);
             // Columns up to the warp's 16 rows: what they see of them through all blocks in between.
             const float seen = __shfl_sync(0xffffffffu, blocks_since, REVERSE ? 8 * warp + 4 : 8 * warp);
             const float between = at_most_0(seen - (blocks_since + sums.total));
@@ -131,6 +131,8 @@ template <bool OUTPUTS> struct TokenWeights {
             store(columns + lane * 8, behind ? exp2_(toward[0] + between) : 0.0f,
                   behind ? exp2_(toward[1] + between) : 0.0f);
             if (lane / 8 == warp) {
+                store(from_state + lane * 8, exp2_(since[0] + blocks_since) * state_scale,
+                      exp2_(since[1] + blocks_since) * state_scale);
                 const Word to = rows + lane % 8 * 8;
                 const float half = REVERSE ? sums.later_half : sums.earlier_half;
                 store(to, exp2_(since[0] + half) * scale, exp2_(since[1] + half) * scale);
@@ -150,33 +152,41 @@ struct Tables : TokenWeights<true> {
     }
     // scores, decayed and rounded, to shared memory
     __device__ __forceinline__ void decay(const float (&scores)[32], Word seen) const {
-        const int lane = threadIdx.x % 32, warp = thread_number() / 32, row = lane / 4, column = 2 * (lane % 4);
+        const int lane = threadIdx.x % 32, warp = thread_number() / 32;
         const Word to = seen + (warp * 16 + (lane & 15)) * 128 + ((lane >> 4 ^ lane) & 7) * 16;
+        each(warp, [&](int step, const float (&d)[8]) {
+            Word x[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                x[i] = pack(scores[8 * step + 2 * i] * d[2 * i], scores[8 * step + 2 * i + 1] * d[2 * i + 1]);
+            store_matrices(to ^ step * 32, x);
+        });
+    }
+    // A thread's decays of 16 columns after the other: two beside each other, 8 rows further on, 8 columns further on.
+    template <class F> __device__ __forceinline__ void each(int warp, F function) const {
+        const int row = threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
         const float of_row[2] = {load(rows + row * 4), load(rows + row * 4 + 32)};
 #pragma unroll
         for (int step = 0; step < 4; step++) {
-            float d[4][2];  // 8 rows further for odd numbers, 8 columns for the second two
+            float d[8];
             if (step == warp) {
                 within(row, column, d);
             } else {
 #pragma unroll
-                for (int i = 0; i < 4; i += 2) {
+                for (int i = 0; i < 8; i += 4) {
                     float of_column[2];
-                    load(columns + (16 * step + 4 * i + column) * 4, of_column[0], of_column[1]);
+                    load(columns + (16 * step + 2 * i + column) * 4, of_column[0], of_column[1]);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) d[i + j / 2][j % 2] = of_row[j / 2] * of_column[j % 2];
+                    for (int j = 0; j < 4; j++) d[i + j] = of_row[j / 2] * of_column[j % 2];
                 }
             }
-            Word x[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) x[i] = pack(scores[8 * step + 2 * i] * d[i][0], scores[8 * step + 2 * i + 1] * d[i][1]);
-            store_matrices(to ^ step * 32, x);
+            function(step, d);
         }
     }
     // The decays within the warp's 16 tokens, times scale: two blocks of 8, and from one of them to the other.
-    __device__ __forceinline__ void within(int row, int column, float (&d)[4][2]) const {
+    __device__ __forceinline__ void within(int row, int column, float (&d)[8]) const {
         const Word since = rows + 64, toward = rows + 128;
-        const int near = REVERSE ? 2 : 1;  // where rows see the other block's columns
+        const int near = REVERSE ? 4 : 2;  // where rows see the other block's columns
         float of_column[2];
 #pragma unroll
         for (int block = 0; block < 2; block++) {
@@ -185,13 +195,13 @@ struct Tables : TokenWeights<true> {
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const bool sees = REVERSE ? column + j >= row : column + j <= row;
-                d[3 * block][j] = sees ? exp2_(of_row - of_column[j]) * scale : 0.0f;
+                d[6 * block + j] = sees ? exp2_(of_row - of_column[j]) * scale : 0.0f;
             }
         }
         const float of_row = load(since + (REVERSE ? row : row + 8) * 4);
         load(toward + (REVERSE ? column + 8 : column) * 4, of_column[0], of_column[1]);
 #pragma unroll
-        for (int j = 0; j < 2; j++) d[near][j] = exp2_(of_row + of_column[j]) * scale, d[3 - near][j] = 0.0f;
+        for (int j = 0; j < 2; j++) d[near + j] = exp2_(of_row + of_column[j]) * scale, d[6 - near + j] = 0.0f;
     }
     // o, transposed, times the decay from the state at a chunk's start
     __device__ __forceinline__ void fade(float (&o)[32], const float (&unit)[2], int) const {

@@ -1,0 +1,38 @@
+// The state as an operand: rounded, in as many steps as a product sums over.
+
+constexpr int STEPS = ROWS / 16;  // of a product over the state's rows
+constexpr int HALVES = LAST_FETCHES ? 2 : 1;  // in which the state is rounded
+constexpr int HELD_STEPS = STEPS / HALVES;
+
+// What a thread multiplies its two rows of a part of the state by to hold them in 16 bits, and the inverse: a state
+// grows with the sequence and can exceed fp16's range, so fp16 holds each row times a power of two.
+struct Units {
+    float power[2] = {1.0f, 1.0f}, unit[2] = {1.0f, 1.0f};
+
+    __device__ __forceinline__ void set(const float (&state)[HELD]) {
+#if HALF
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            float largest = 0.0f;
+#pragma unroll
+            for (int i = 2 * row; i < HELD; i += 4) largest = max(largest, max(fabsf(state[i]), fabsf(state[i + 1])));
+            largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+            largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+            // The power of two below it, but so large that its inverse is finite; and the inverse.
+            const unsigned below = max(__float_as_uint(largest) & 0x7f800000u, 0x10000000u);
+            power[row] = __uint_as_float(0x7f000000u - below) * 16384.0f;
+            unit[row] = __uint_as_float(below) * (1.0f / 16384.0f);
+        }
+#endif
+    }
+};
+
+// A part of the state, or half of it, as an operand on the left.
+__device__ __forceinline__ void hold(const float (&state)[HELD], const float (&power)[2], int half,
+                                     Word (&held)[HELD_STEPS][4]) {
+#pragma unroll
+    for (int i = 0; i < 8 * HELD_STEPS; i += 2) {
+        const int from = half * 8 * HELD_STEPS + i;
+        held[i / 8][i / 2 % 4] = pack(state[from] * power[i / 2 % 2], state[from + 1] * power[i / 2 % 2]);
+    }
+}
