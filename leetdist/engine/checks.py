@@ -216,7 +216,7 @@ def check_log_decay(log_decay: Tensor, q: Tensor, heads: int, *, read_values: bo
         if log_decay.shape == (tokens,):
             hint = layout_hint(q)
         elif log_decay.shape == (batch, tokens, heads):
-            hint = "; pass log_decay.transpose(1, 2)"
+            hint = layout_hint(q) if more_heads_than_tokens(q) else "; pass log_decay.transpose(1, 2)"
         raise ValueError(
             f"log_decay must have shape (H,) = ({heads},), or (B, H, N) = {(batch, heads, tokens)}, got "
             f"{tuple(log_decay.shape)}{hint}"

@@ -21,12 +21,13 @@ def more_heads_than_tokens(q: Tensor) -> bool:
 
 
 def warn_of_layout(q: Tensor, log_decay: Tensor | None) -> None:
-    """Where everything fits, and yet it is all but certain. A decay a head says that the heads are meant."""
+    """Where everything fits, and yet it is all but certain. A decay a head says that the heads are meant; one a token,
+    (B, N, H) then, does not."""
     heads, tokens = q.shape[1:3]
-    if log_decay is None and heads >= MANY_HEADS and 1 < tokens <= TOKENS_A_HEAD * heads:
+    if (log_decay is None or log_decay.ndim > 1) and heads >= MANY_HEADS and 1 < tokens <= TOKENS_A_HEAD * heads:
         warnings.warn(
-            f"leetdist: {heads} heads of {tokens} tokens and no decay{layout_hint(q)}. Where so many heads are meant, "
-            "pass their log_decay, which may be zeros",
+            f"leetdist: {heads} heads of {tokens} tokens and no decay a head{layout_hint(q)}. Where so many are "
+            "meant, a log_decay a head, which may be zeros, says so",
             stacklevel=2,
         )
 

@@ -53,6 +53,7 @@ def bnhd(heads: int = H) -> torch.Tensor:
     [
         ("k", lambda: leetdist.linear_attention(bnhd(), bnhd(2), bnhd(2))),
         ("log_decay", lambda: leetdist.linear_attention(bnhd(), bnhd(), bnhd(), -torch.rand(H))),
+        ("log_decay", lambda: leetdist.linear_attention(bnhd(), bnhd(), bnhd(), -torch.rand(1, H, N))),
         (
             "initial_state",
             lambda: leetdist.linear_attention(bnhd(), bnhd(), bnhd(), initial_state=torch.zeros(1, H, D, D)),
@@ -80,8 +81,9 @@ def test_errors_about_something_else_do_not() -> None:
 
 def test_another_layout_without_a_decay_is_warned_of() -> None:
     x = torch.randn(1, 1024, 8, D)
-    with pytest.warns(UserWarning, match=f"1024 heads of 8 tokens and no decay; {LAYOUT}"):
-        leetdist.linear_attention(x, x, x)
+    for log_decay in (None, -torch.rand(1, 1024, 8)):  # the second of (B, N, H), as fla's calls have it
+        with pytest.warns(UserWarning, match=f"1024 heads of 8 tokens and no decay a head; {LAYOUT}"):
+            leetdist.linear_attention(x, x, x, log_decay, tile=16 if log_decay is None else 32)
 
 
 def test_calls_that_are_meant_are_not_warned_of() -> None:
