@@ -75,17 +75,19 @@ def test_kernels_of_a_decay_a_token_compile_and_fit(architecture: int) -> None:
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_gradient_of_a_decay_a_token_fits_where_it_is_widest(architecture: int) -> None:
-    kernel, *options, constants = of_gradient(256, 256, torch.float32)
-    result = compiled(kernel, architecture, *options, torch.float32, REGULAR=True, **constants)
-    assert result.metadata.shared <= SHARED_MEMORY[architecture]
+    for kernel, warps, stages, constants in of_gradient(256, 256, torch.float32):
+        result = compiled(kernel, architecture, warps, stages, torch.float32, REGULAR=True, **constants)
+        assert result.metadata.shared <= SHARED_MEMORY[architecture]
 
 
 def of_gradient(rows: int, columns: int, dtype: torch.dtype):
-    """The kernel of d log_decay token by token, its warps, stages and constants."""
+    """The kernels of d log_decay token by token, their warps, stages and constants."""
     found = gradient.gradient_config(rows, columns, dtype, TILE)
     constants = {"CHUNK": found.chunk, "ROWS": padded(rows), "COLUMNS": found.columns}
     constants["PARTS"] = 2 if dtype == torch.float32 else 1
-    return gradient._decay_gradient, found.warps, found.stages, constants
+    inside = gradient.inside_warps(found, rows, dtype), 1, {**constants, "FIRST": True}
+    walk = found.warps, found.stages, constants
+    return [(gradient._keep_states, *walk), (gradient._add_inside, *inside), (gradient._add_behind, *walk)]
 
 
 def fits(architecture: int, dtype: torch.dtype, rows: int, columns: int, *, reverse: bool, by_token: bool) -> None:
@@ -104,7 +106,7 @@ def fits(architecture: int, dtype: torch.dtype, rows: int, columns: int, *, reve
         ),
     ]  # fmt: skip
     if by_token:
-        kernels.append(of_gradient(rows, columns, dtype))
+        kernels += of_gradient(rows, columns, dtype)
     else:
         constants = {"ROWS": padded(rows), "COLUMNS": decay.slope_columns(config)}
         constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"

@@ -9,8 +9,9 @@ from its start to a token, and n its last:
     B_j  = exp(G_n - G_j) k_j^T R v_j                        E   = exp(G_n) <S, R>
 
 No term is a difference of larger ones (the textbook's sum of q . dq - k . dk is one, and loses all digits of a strong
-decay). E wants S and R of the same chunk, whose walks go in opposite directions: a program walks its tile forward and
-keeps the states, then backward with R.
+decay). E wants S and R of the same chunk, whose walks go in opposite directions. So some tiles at a time, one kernel
+walks forward and keeps S, one adds M and A of each chunk by itself, and one walks backward with R and adds B and E. (As
+one kernel they want more registers than there are.)
 
 Operands of the products (leetdist.kernels.constant_decay.triton.parts): of fp32 two fp16 numbers in units; beside
 16-bit inputs one number, but of tokens on their way to a state two, or states would be as inexact as their terms.
@@ -21,6 +22,7 @@ Source: Mamba-2, arXiv 2405.21060, appendix on gradients, for the form by chunks
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -43,8 +45,9 @@ from leetdist.kernels.constant_decay.triton.weights import (
 )
 from leetdist.kernels.token_decay.triton.sums import sums_of
 
-# Bytes of kept states at most, where more than one program runs.
+# Bytes of kept states at most, where more than one tile is walked at a time.
 KEPT = 512 << 20
+VARYING = [*COUNTS, "first", "chunks", "column"]
 
 
 def decay_gradient(
@@ -68,39 +71,66 @@ def decay_gradient(
     rows = q.shape[3]
     config, parts = gradient_config(rows, columns, q.dtype, tiles.size), 2 if q.dtype == torch.float32 else 1
     out = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    tasks = batch * heads * tiles.count
-    if not tasks:
+    tasks, chunks = batch * heads * tiles.count, ceil_div(min(tiles.size, tokens), config.chunk)
+    if not out.numel():
         return out
-    chunks = ceil_div(min(tiles.size, tokens), config.chunk)
     place = parts * padded(rows) * config.columns
-    programs = max(1, min(tasks, 2 * _processors(q.device), KEPT // (2 * place * chunks)))
-    kept = torch.empty(programs, chunks, place, dtype=torch.float16 if parts == 2 else q.dtype, device=q.device)
-    units = torch.empty(programs, chunks, dtype=torch.float32, device=q.device)
-    launch(
-        _decay_gradient,
-        (programs,),
-        (
-            q, k, v, do, states, ends, sums_of(log_decay, tiles), out, kept, units, _table(tiles, q.device),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-            heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
-            tokens, tiles.count, tiles.size, tasks, chunks, rows, columns, scale,
-        ),
-        {
-            "REGULAR": tiles.regular, "CHUNK": config.chunk, "ROWS": padded(rows), "COLUMNS": config.columns,
-            "PARTS": parts,
-        },
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    together = max(
+        1, min(tasks, _processors(q.device) * (2 if config.columns <= 64 else 1), KEPT // (2 * place * chunks))
+    )
+    kept = torch.empty(together, chunks, place, dtype=torch.float16 if parts == 2 else q.dtype, device=q.device)
+    units = torch.empty(together, chunks, dtype=torch.float32, device=q.device)
+    sums, table = sums_of(log_decay, tiles), _table(tiles, q.device)
+    constants = {
+        "REGULAR": tiles.regular, "CHUNK": config.chunk, "ROWS": padded(rows), "COLUMNS": config.columns,
+        "PARTS": parts,
+    }  # fmt: skip
+    options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
+    inside: dict[str, Any] = {"num_warps": inside_warps(config, rows, q.dtype), "num_stages": 1}
+    shared = heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1]
+    # A column of a tile after the other adds to the same gradients.
+    for first in range(0, tasks, together):
+        grid = (min(together, tasks - first),)
+        for column in range(0, columns, config.columns):
+            counts = tokens, tiles.count, tiles.size, first, chunks, column, rows, columns
+            launch(
+                _keep_states, grid,
+                (k, v, states, sums, kept, units, table, *k.stride()[:3], *v.stride()[:3], *shared, *counts),
+                constants, **options,
+            )  # fmt: skip
+            launch(
+                _add_inside, (grid[0], chunks),
+                (
+                    q, k, v, do, sums, out, kept, units, table, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                    *do.stride()[:3], *shared, *counts, scale,
+                ),
+                {**constants, "FIRST": column == 0}, **inside,
+            )  # fmt: skip
+            launch(
+                _add_behind, grid,
+                (
+                    q, k, v, do, ends, sums, out, kept, units, table, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                    *do.stride()[:3], *shared, *counts, scale,
+                ),
+                constants, **options,
+            )  # fmt: skip
     return out
 
 
 def gradient_config(rows: int, columns: int, dtype: torch.dtype, tile: int) -> Config:
-    """As constant_decay.triton.configs.block_config: depends on head sizes and dtype, and fits into sm_80."""
+    """Of the two walks. As constant_decay.triton.configs.block_config: depends on head sizes and dtype, fits into
+    sm_80, and wants no registers on Hopper that are not there."""
     rows, columns = padded(rows), padded(columns)
     wide = dtype == torch.float32
     chunk = min(32 if wide and rows > 64 else 64, tile)
-    held = min(columns, (32 if rows > 64 else 64) if wide else 32 if rows > 128 else 64)
-    return Config(chunk=chunk, columns=held, warps=4 if rows < 64 else 8, stages=1)
+    held = (32 if rows > 64 else 64) if wide else 32 if rows > 128 else 128
+    stages = 1 if wide or rows > 128 else 2
+    return Config(chunk=chunk, columns=min(columns, held), warps=4 if rows < 64 else 8, stages=stages)
+
+
+def inside_warps(config: Config, rows: int, dtype: torch.dtype) -> int:
+    """Of the kernel that goes chunk by chunk: fewer, so that a processor has more chunks at a time."""
+    return 4 if dtype != torch.float32 and padded(rows) == 128 else config.warps
 
 
 @lru_cache(maxsize=64)
@@ -109,50 +139,24 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "tasks", "chunks"])
-def _decay_gradient(
-    q, k, v, do, states, ends, log_decay, out, kept, units, table,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
-    heads, q_share, k_share, v_share, tokens, tiles, tile_size, tasks, chunks, rows, columns, scale,
-    REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    kept += program * chunks * (PARTS * ROWS * COLUMNS)
-    units += program * chunks
-    for task in range(program, tasks, tl.num_programs(0).to(tl.int64)):
-        tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
-        start, length = _span(table, tile, tokens, tile_size, REGULAR)
-        gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
-        q_tile = q + batch * q_batch + head // q_share * q_head + start * q_token
-        k_tile = k + batch * k_batch + head // k_share * k_head + start * k_token
-        v_tile = v + batch * v_batch + head // v_share * v_head + start * v_token
-        do_tile = do + batch * do_batch + head * do_head + start * do_token
-        out_tile = out + (batch * heads + head) * tokens + start
-        for column in range(0, columns, COLUMNS):
-            # What the turn before has kept is read by now, and what it wrote can be.
-            tl.debug_barrier()
-            state = _load_state(states + task * rows * columns, rows, column, columns, ROWS, COLUMNS)
-            _keep_states(
-                k_tile, v_tile, state, gate, kept, units, k_token, v_token, length, rows, column, columns,
-                CHUNK, ROWS, COLUMNS, PARTS,
-            )  # fmt: skip
-            tl.debug_barrier()
-            gradient = _load_state(ends + task * rows * columns, rows, column, columns, ROWS, COLUMNS)
-            _add_gradients(
-                q_tile, k_tile, v_tile, do_tile, gradient, gate, out_tile, kept, units,
-                q_token, k_token, v_token, do_token, length, rows, column, columns, scale,
-                CHUNK, ROWS, COLUMNS, PARTS,
-            )  # fmt: skip
-
-
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _keep_states(
-    k, v, state, gate, kept, units, k_token, v_token, length, rows, column, columns,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    k, v, states, log_decay, kept, units, table, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    heads, q_share, k_share, v_share, tokens, tiles, tile_size, first, chunks, column, rows, columns,
+    REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The state at each chunk's start, and its unit."""
     dtype: tl.constexpr = kept.dtype.element_ty
-    place = kept  # one address: a block of them would take registers
+    program = tl.program_id(0).to(tl.int64)
+    task = first + program
+    tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
+    k += batch * k_batch + head // k_share * k_head + start * k_token
+    v += batch * v_batch + head // v_share * v_head + start * v_token
+    state = _load_state(states + task * rows * columns, rows, column, columns, ROWS, COLUMNS)
+    place = kept + program * chunks * (PARTS * ROWS * COLUMNS)
+    units += program * chunks
     for step in range(tl.cdiv(length, CHUNK)):
         offset = step * CHUNK
         count = tl.minimum(length - offset, CHUNK)
@@ -171,58 +175,109 @@ def _keep_states(
         state += product(k_i, k_small, v_i, v_small, 2, PARTS) * (k_unit * v_unit)
 
 
-@triton.jit
-def _add_gradients(
-    q, k, v, do, gradient, gate, out, kept, units, q_token, k_token, v_token, do_token,
-    length, rows, column, columns, scale,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+@triton.jit(do_not_specialize=VARYING)
+def _add_inside(
+    q, k, v, do, log_decay, out, kept, units, table,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
+    heads, q_share, k_share, v_share, tokens, tiles, tile_size, first, chunks, column, rows, columns, scale,
+    REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Of each token, from these columns; gradient: of the state at the tile's end."""
+    """Of a chunk: M and A, what goes from tokens to tokens, and from the state at its start to tokens."""
     dtype: tl.constexpr = kept.dtype.element_ty
-    position = tl.arange(0, CHUNK)
-    i, j = position[:, None], position[None, :]
-    chunks = tl.cdiv(length, CHUNK)
-    place = kept + chunks.to(tl.int64) * (PARTS * ROWS * COLUMNS)
-    for step in range(chunks):
-        chunk = chunks - 1 - step
-        offset = chunk * CHUNK
+    program = tl.program_id(0).to(tl.int64)
+    task = first + program
+    tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
+    q += batch * q_batch + head // q_share * q_head + start * q_token
+    k += batch * k_batch + head // k_share * k_head + start * k_token
+    v += batch * v_batch + head // v_share * v_head + start * v_token
+    do += batch * do_batch + head * do_head + start * do_token
+    out += (batch * heads + head) * tokens + start
+    chunk = tl.program_id(1)
+    offset = chunk * CHUNK
+    if offset < length:
         count = tl.minimum(length - offset, CHUNK)
-        place -= PARTS * ROWS * COLUMNS
-        q_raw = load_chunk(q, q_token, offset, count, 0, rows, CHUNK, ROWS)
-        k_raw = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
-        v_raw = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
+        position = tl.arange(0, CHUNK)
+        i, j = position[:, None], position[None, :]
+        q_i = load_chunk(q, q_token, offset, count, 0, rows, CHUNK, ROWS)
+        k_i = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
+        v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
         do_raw = load_chunk(do, do_token, offset, count, column, columns, CHUNK, COLUMNS)
-        s_i = tl.load(place + _within(ROWS, COLUMNS))
-        s_small = tl.load(place + ROWS * COLUMNS + _within(ROWS, COLUMNS)) if PARTS == 2 else s_i
-        s_unit = tl.load(units + chunk)
-        q_i, q_small, q_unit = _operand(q_raw, dtype, PARTS == 2, PARTS)
-        k_i, k_small, k_unit = _operand(k_raw, dtype, PARTS == 2, PARTS)
-        v_i, v_small, v_unit = _operand(v_raw, dtype, PARTS == 2, PARTS)
+        q_i, q_small, q_unit = _operand(q_i, dtype, PARTS == 2, PARTS)
+        k_i, k_small, k_unit = _operand(k_i, dtype, PARTS == 2, PARTS)
+        v_i, v_small, v_unit = _operand(v_i, dtype, PARTS == 2, PARTS)
         do_i, do_small, do_unit = _operand(do_raw, dtype, PARTS == 2, PARTS)
-        r_i, r_small, r_unit = _operand(gradient, dtype, dtype == tl.float16, PARTS)
-
         scores = product(q_i, q_small, tl.trans(k_i), tl.trans(k_small), PARTS, PARTS) * (q_unit * k_unit * scale)
         scores *= seen_weights(gate, offset, count, i - j, False, CHUNK, True)
         pairs = product(do_i, do_small, tl.trans(v_i), tl.trans(v_small), PARTS, PARTS) * (do_unit * v_unit) * scores
         within = _sums_before_columns(tl.where(i > j, pairs, 0.0), CHUNK, PARTS)
-        behind = product(k_i, k_small, r_i, r_small, PARTS, PARTS) * v_raw.to(tl.float32)
-        behind = tl.sum(behind, 1) * (k_unit * r_unit) * weights_to_state(gate, offset, count, False, CHUNK, True)
+
+        place = kept + (program * chunks + chunk) * (PARTS * ROWS * COLUMNS) + _within(ROWS, COLUMNS)
+        s_i = tl.load(place)
+        s_small = tl.load(place + ROWS * COLUMNS) if PARTS == 2 else s_i
+        s_unit = tl.load(units + program * chunks + chunk)
         ahead = product(q_i, q_small, s_i, s_small, PARTS, PARTS) * do_raw.to(tl.float32)
         ahead = tl.sum(ahead, 1) * (q_unit * s_unit * scale)
         ahead *= weights_from_state(gate, offset, count, False, CHUNK, True)
-        state = s_i.to(tl.float32)
-        if PARTS == 2:
-            state += s_small.to(tl.float32)
-        across = tl.sum(state * gradient) * s_unit * weight_across(gate, offset, count)
-
-        total = tl.sum(tl.where(i >= j, within + ahead[:, None], behind[:, None]), 0) + across
+        total = tl.sum(tl.where(i >= j, within + ahead[:, None], 0.0), 0)
         here = position < count
-        if column > 0:
+        if not FIRST:
             total += tl.load(out + offset + position, mask=here, other=0.0)
         tl.store(out + offset + position, total, mask=here)
 
+
+@triton.jit(do_not_specialize=VARYING)
+def _add_behind(
+    q, k, v, do, ends, log_decay, out, kept, units, table,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
+    heads, q_share, k_share, v_share, tokens, tiles, tile_size, first, chunks, column, rows, columns, scale,
+    REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile, backwards with the gradient of the state: B and E, what goes to the state at each chunk's end."""
+    dtype: tl.constexpr = kept.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    task = first + program
+    tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
+    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
+    q += batch * q_batch + head // q_share * q_head + start * q_token
+    k += batch * k_batch + head // k_share * k_head + start * k_token
+    v += batch * v_batch + head // v_share * v_head + start * v_token
+    do += batch * do_batch + head * do_head + start * do_token
+    out += (batch * heads + head) * tokens + start
+    gradient = _load_state(ends + task * rows * columns, rows, column, columns, ROWS, COLUMNS)
+    position = tl.arange(0, CHUNK)
+    i, j = position[:, None], position[None, :]
+    many = tl.cdiv(length, CHUNK)
+    place = kept + (program * chunks + many) * (PARTS * ROWS * COLUMNS)
+    units += program * chunks
+    for step in range(many):
+        chunk = many - 1 - step
+        offset = chunk * CHUNK
+        count = tl.minimum(length - offset, CHUNK)
+        place -= PARTS * ROWS * COLUMNS
+        k_i = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
+        v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS).to(tl.float32)
+        k_i, k_small, k_unit = _operand(k_i, dtype, PARTS == 2, PARTS)
+        r_i, r_small, r_unit = _operand(gradient, dtype, dtype == tl.float16, PARTS)
+        behind = product(k_i, k_small, r_i, r_small, PARTS, PARTS) * v_i
+        behind = tl.sum(behind, 1) * (k_unit * r_unit) * weights_to_state(gate, offset, count, False, CHUNK, True)
+        state = tl.load(place + _within(ROWS, COLUMNS)).to(tl.float32)
+        if PARTS == 2:
+            state += tl.load(place + ROWS * COLUMNS + _within(ROWS, COLUMNS)).to(tl.float32)
+        across = tl.sum(state * gradient) * tl.load(units + chunk) * weight_across(gate, offset, count)
+        here = position < count
+        total = tl.load(out + offset + position, mask=here, other=0.0)
+        total += tl.sum(tl.where(i < j, behind[:, None], 0.0), 0) + across
+        tl.store(out + offset + position, total, mask=here)
+
+        q_i = load_chunk(q, q_token, offset, count, 0, rows, CHUNK, ROWS)
+        do_i = load_chunk(do, do_token, offset, count, column, columns, CHUNK, COLUMNS)
         weight = weights_to_state(gate, offset, count, True, CHUNK, True) * scale
-        q_i, q_small, q_unit = _weighted(q_raw, weight, dtype)
+        q_i, q_small, q_unit = _weighted(q_i, weight, dtype)
+        do_i, do_small, do_unit = _operand(do_i, dtype, PARTS == 2, PARTS)
         gradient += gradient * lost_across(gate, offset, count, True)
         gradient += product(q_i, q_small, do_i, do_small, 2, PARTS) * (q_unit * do_unit)
 
