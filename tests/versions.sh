@@ -49,8 +49,9 @@ cell() {
 run() {
     local cell=$1 specs=$2 tests=$3 marker=${4:-} folder=$kept/$1 with=$python path=$top status=0
     local install=(-m pip install --quiet --disable-pip-version-check --root-user-action=ignore)
-    local workers=(--numprocesses "${LEETDIST_TEST_WORKERS:-2}" --dist loadfile)
-    [[ $marker == interpreter ]] && workers=(--numprocesses "${LEETDIST_TEST_WORKERS:-2}" --dist worksteal)
+    # As in tests/run.sh.
+    local workers=(--numprocesses "${LEETDIST_TEST_WORKERS:-2}" --max-worker-restart 0 --dist)
+    [[ $marker == interpreter ]] && workers+=(worksteal) || workers+=(loadfile)
     if [[ $cell == torch-* ]]; then # with all that it needs, in an environment of its own
         with=$folder/bin/python
         if [[ ! -d $folder ]]; then
