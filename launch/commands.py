@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 PRESETS = ("mini", "tiny", "10m", "100m")
+OPERATORS = ("lightning", "mamba2")
 DTYPES = ("fp32", "bf16", "fp16")
 # A module that is not installed -> the extra of leetdist that has it.
 EXTRAS = {
@@ -249,6 +250,7 @@ def demo() -> Arguments:
     add("--new", type=whole(1), default=160, help="bytes to generate")
     _device(parser)
     add("--dtype", choices=DTYPES[:2], default="fp32", help="of the model's products")
+    add("--operator", choices=OPERATORS, default="lightning", help="what mixes tokens")
     add("--model", choices=PRESETS, default="mini", help="mini (0.3M parameters), tiny (0.9M), 10m or 100m")
     add("--out", type=Path, default=Path("runs/demo"), help="folder of the trained model")
     return parser

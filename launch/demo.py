@@ -11,7 +11,9 @@ import argparse
 import re
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +31,7 @@ from leetdist.launch.progress import Bar, memory_gib
 from leetdist.launch.ranks import is_launched, start, usual_ranks
 from leetdist.launch.runtime import Rank, joined, one_message
 from leetdist.launch.text import load_tokens
+from leetdist.nn import Mamba2
 from leetdist.sequence.group import alone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,7 +77,7 @@ def run(options: argparse.Namespace, rank: Rank) -> Report:
     text = text.long().to(rank.device)[None]
     rank.print(f"{options.tokens:,} bytes of {options.text}, {rank.size} ranks ({rank.device.type}, {rank.backend})")
     torch.manual_seed(0)
-    model = LanguageModel(Config.preset(options.model, vocabulary)).to(rank.device)
+    model = LanguageModel(Config.preset(options.model, vocabulary, options.operator)).to(rank.device)
     world = dist.group.WORLD
     assert world is not None
     with leetdist.sequence_parallel(world):
@@ -130,42 +133,63 @@ def train(
     bar.stop()
 
 
-def compare(model: LanguageModel, inputs: Tensor, options: argparse.Namespace, rank: Rank, report: Report) -> None:
-    """The operator of the first layer, on its own inputs: sharded, and gathered on the first rank's device alone."""
+@dataclass
+class Operator:
+    """The operator of a layer, on the layer's own inputs: `tokens` have a place along `dim`, `others` none, and only
+    for those in `exact` is the sum over the ranks of their gradients a matter of bits."""
+
+    call: Callable[..., Any]
+    dim: int
+    tokens: dict[str, Tensor]
+    others: dict[str, Tensor]
+    exact: tuple[str, ...] = ()
+
+
+def operator_of(model: LanguageModel, inputs: Tensor, dtype: torch.dtype) -> Operator:
+    """The first layer's."""
     block: Any = model.blocks[0]
     layer = block.attention
+    x = block.attention_norm(model.embedding(inputs))
+    if isinstance(layer, Mamba2):
+        given = layer.scan_inputs(x)[1]
+        others = {name: given.pop(name) for name in ("A", "D", "dt_bias")}
+        call = partial(leetdist.mamba_chunk_scan_combined, dt_softplus=True, return_final_states=True)
+        return Operator(call, 1, {name: y.to(dtype) for name, y in given.items()}, others)
+    qkv = F.silu(layer.qkv_proj(x)).unflatten(-1, (layer.heads, 3 * layer.head_dim)).to(dtype).transpose(1, 2)
+    tokens = {name: y.contiguous() for name, y in zip("qkv", qkv.chunk(3, -1), strict=True)}
+    others = {"log_decay": layer.log_decay(qkv.device)}
+    return Operator(partial(leetdist.linear_attention, return_state=True), 2, tokens, others, ("log_decay",))
+
+
+def compare(model: LanguageModel, inputs: Tensor, options: argparse.Namespace, rank: Rank, report: Report) -> None:
+    """The operator of the first layer, on its own inputs: sharded, and gathered on the first rank's device alone."""
     with torch.no_grad():
-        x = block.attention_norm(model.embedding(inputs))
-        qkv = F.silu(layer.qkv_proj(x)).unflatten(-1, (layer.heads, 3 * layer.head_dim)).to(DTYPES[options.dtype])
-        qkv = qkv.transpose(1, 2)
-        q, k, v = (y.contiguous() for y in qkv.chunk(3, -1))
-    do = torch.randn(q.shape, generator=torch.Generator().manual_seed(rank.rank)).to(q)
-    sharded = operator(q, k, v, layer.log_decay(q.device), do, sharded=True)
-    whole = [leetdist.gather_sequence(y, 2, None) for y in (q, k, v, do)]
-    gathered = {
-        name: leetdist.gather_sequence(y, 2, None) if name in ("o", "dq", "dk", "dv") else y
-        for name, y in sharded.items()
-    }
-    dist.all_reduce(gathered["dlog_decay"])  # the ranks' shares add up to the gradient
+        operator = operator_of(model, inputs, DTYPES[options.dtype])
+    like = operator.tokens["v" if "v" in operator.tokens else "x"]  # as wide as the outputs
+    do = torch.randn(like.shape, generator=torch.Generator().manual_seed(rank.rank)).to(like)
+    sharded = compute(operator, operator.tokens, do)
+    *whole, whole_do = (leetdist.gather_sequence(y, operator.dim, None) for y in (*operator.tokens.values(), do))
+    for name in ("o", *(f"d{name}" for name in operator.tokens)):
+        sharded[name] = leetdist.gather_sequence(sharded[name], operator.dim, None)
+    for name in operator.exact:
+        dist.all_reduce(sharded[f"d{name}"])  # the ranks' shares add up to the gradient
     if rank.first:
-        q, k, v, do = whole
-        single = operator(q, k, v, layer.log_decay(q.device), do, sharded=False)
-        report.unequal = [name for name, y in single.items() if not torch.equal(y, gathered[name])]
+        with alone():
+            single = compute(operator, dict(zip(operator.tokens, whole, strict=True)), whole_do)
+        report.unequal = [name for name, y in single.items() if not torch.equal(y, sharded[name])]
         report.compared = tuple(single)
     report.unequal = rank.gather(report.unequal, "what differs")[0]
 
 
-def operator(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, do: Tensor, *, sharded: bool) -> dict[str, Tensor]:
-    """Output, final state and all gradients, by name."""
-    inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    leaves: dict[str, Any] = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    if sharded:
-        o, state = leetdist.linear_attention(**leaves, return_state=True)
-    else:
-        with alone():
-            o, state = leetdist.linear_attention(**leaves, return_state=True)
+def compute(operator: Operator, tokens: dict[str, Tensor], do: Tensor) -> dict[str, Tensor]:
+    """Output, final state and gradients, by name."""
+    leaves: dict[str, Any] = {
+        name: x.detach().clone().requires_grad_() for name, x in (tokens | operator.others).items()
+    }
+    o, state = operator.call(**leaves)
     o.backward(do)
-    return {"o": o.detach(), "state": state.detach(), **{f"d{name}": x.grad for name, x in leaves.items()}}
+    grads = {f"d{name}": leaves[name].grad for name in (*tokens, *operator.exact)}
+    return {"o": o.detach(), "state": state.detach(), **grads}
 
 
 def generate(model: LanguageModel, text: Tensor, options: argparse.Namespace, rank: Rank, report: Report) -> None:

@@ -9,7 +9,7 @@ usage: bash launch/demo.sh [--here] [options of the demo]
 
   --here    use the Python environment as it is instead of making one
   the rest  python -m leetdist.launch demo --help lists it, from an environment that has torch: --ranks, --tokens,
-            --text, --steps, --new, --device, --dtype, --model, --out
+            --text, --steps, --new, --device, --dtype, --operator, --model, --out
 
 environment: LEETDIST_VENV, where the environment is made and kept (.venv-demo); PYTHON, what makes it (python3, 3.10
 or newer); OMP_NUM_THREADS, threads a rank (the cores divided by the ranks)

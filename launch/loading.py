@@ -121,8 +121,9 @@ def _config(weights: dict[str, Tensor], folder: Path) -> Config:
         raise SystemExit(f"{folder}: its weights are of another model than leetdist.launch.model's")
     vocab, dim = weights["embedding.weight"].shape
     layers = sum(name.endswith(".down.weight") for name in weights)
+    operator = "mamba2" if "blocks.0.attention.A_log" in weights else "lightning"
     for name in PRESETS:
-        config = Config.preset(name, vocab)
+        config = Config.preset(name, vocab, operator)
         if (config.dim, config.layers) == (dim, layers):
             return replace(
                 config, learnable_decay=any(name.startswith("blocks.0.attention.log_slope") for name in weights)

@@ -1,6 +1,6 @@
 """A small language model of decaying linear attention, over bytes unless told otherwise. Copy and change it.
 
-    embedding -> N x (norm, LightningAttention, norm, gated MLP) -> norm -> head
+    embedding -> N x (norm, LightningAttention or Mamba2, norm, gated MLP) -> norm -> head
 
 No positions and no softmax: the decays alone say where a token is. So nothing in it knows about shards, but the
 attention's operator.
@@ -9,14 +9,14 @@ attention's operator.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from leetdist.nn import LightningAttention
+from leetdist.nn import LightningAttention, Mamba2
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -34,9 +34,11 @@ class Config:
     """Width of the MLP."""
     decay: str = "tnl"
     learnable_decay: bool = False
+    operator: str = "lightning"
+    """What mixes tokens: "lightning", with a decay a head, or "mamba2", with a decay a token."""
 
     @staticmethod
-    def preset(name: str, vocab: int = 256) -> Config:
+    def preset(name: str, vocab: int = 256, operator: str = "lightning") -> Config:
         """ "mini" 0.3M parameters, "tiny" 0.9M (a laptop), "10m", "100m"."""
         sizes = {
             "mini": (128, 2, 2, 256),
@@ -46,7 +48,20 @@ class Config:
         }
         if name not in sizes:
             raise ValueError(f"the preset must be one of {list(sizes)}, got {name!r}")
-        return Config(vocab, *sizes[name])
+        return Config(vocab, *sizes[name], operator=operator)
+
+
+def mixer(config: Config, layer: int, group: Group | None) -> nn.Module:
+    """The layer that mixes tokens."""
+    if config.operator == "mamba2":  # as wide as its heads of lightning attention, and twice as many
+        return Mamba2(config.dim, head_dim=config.dim // config.heads, state=64, group=group)
+    if config.operator != "lightning":
+        raise ValueError(f"the operator must be lightning or mamba2, got {config.operator!r}")
+    return LightningAttention(
+        config.dim, config.heads,
+        decay=config.decay, layer=layer, layers=config.layers,
+        learnable_decay=config.learnable_decay, group=group,
+    )  # fmt: skip
 
 
 class Block(nn.Module):
@@ -55,19 +70,16 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int, group: Group | None = None) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.attention = LightningAttention(
-            config.dim, config.heads,
-            decay=config.decay, layer=layer, layers=config.layers,
-            learnable_decay=config.learnable_decay, group=group,
-        )  # fmt: skip
+        self.attention = mixer(config, layer, group)
         self.mlp_norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.up = nn.Linear(config.dim, 2 * config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.dim, bias=False)
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None, keep: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (B, N, dim) and the attention's state (B, H, D, D), both after this block; no state unless `keep`."""
+        self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, keep: bool = False
+    ) -> tuple[Tensor, Any]:
+        """x (B, N, dim) and the attention's state, as its layer has it, both after this block; no state unless
+        `keep`."""
         y = self.attention(self.attention_norm(x), state=state, return_state=keep, cu_seqlens=cu_seqlens)
         y, state = y if keep else (y, None)
         x = x + y
@@ -112,10 +124,10 @@ class LanguageModel(nn.Module):
                 x, _ = block(x, None, cu_seqlens)
         return self.head(self.norm(x))
 
-    def step(self, tokens: Tensor, states: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def step(self, tokens: Tensor, states: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
         """Logits of the last token, (B, vocab), and each block's state: a prompt first, then one token at a time."""
         x = self.embedding(tokens)
-        after: list[Tensor] = []
+        after: list[Any] = []
         for index, block in enumerate(self.blocks):
             x, state = block(x, states[index] if states else None, keep=True)
             after.append(state)

@@ -12,6 +12,7 @@ from leetdist.inference.session import Session
 from leetdist.inference.state import State
 from leetdist.inference.steps import linear_attention_steps
 from leetdist.inference.stream import Stream, stream
+from leetdist.mamba import mamba_chunk_scan_combined
 from leetdist.sequence.group import sequence_parallel
 from leetdist.sequence.halo import halo
 from leetdist.sequence.shard import gather_sequence, shard_sequence
@@ -56,6 +57,7 @@ __all__ = [
     "device_mesh",
     "gather_sequence",
     "halo",
+    "mamba_chunk_scan_combined",
     "linear_attention",
     "linear_attention_step",
     "linear_attention_steps",

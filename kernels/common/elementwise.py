@@ -12,16 +12,18 @@ from torch import Tensor
 
 # From here on softplus(x) is x, in fp64 too; and exp of it is far from overflow.
 LINEAR = 40.0
+# Below, e^x is as good as 0, and the squares of e^-x, which gradients take, overflow in fp32.
+LEAST = -85.0
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + e^-x)."""
-    return 1 / (1 + torch.exp(-x)) if _by_parts(x) else torch.sigmoid(x)
+    """1 / (1 + e^-x); differentiable, as all of these."""
+    return 1 / (1 + torch.exp(-x.clamp_min(LEAST))) if _by_parts(x) else torch.sigmoid(x)
 
 
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x)."""
-    return x / (1 + torch.exp(-x)) if _by_parts(x) else F.silu(x)
+    return x / (1 + torch.exp(-x.clamp_min(LEAST))) if _by_parts(x) else F.silu(x)
 
 
 def silu_gradient(x: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ def silu_gradient(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x); differentiable."""
+    """log(1 + e^x)."""
     if not _by_parts(x):
         return F.softplus(x, threshold=LINEAR)
     return torch.where(x > LINEAR, x, torch.log1p(torch.exp(x.clamp_max(LINEAR))))

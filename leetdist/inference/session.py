@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -43,7 +43,8 @@ class Session:
             surrounding `sequence_parallel`.
         piece: tokens a rank takes in at a time: activations of that many, whatever the length of the prompt.
 
-    Tokens are (B, N) int64, the same on every rank; logits (B, vocab) in the model's dtype; states fp32.
+    Tokens are (B, N) int64, the same on every rank; logits (B, vocab) in the model's dtype; states fp32 (of Mamba-2's
+    layers a named tuple each, which `keep` does not take).
 
     Raises:
         ValueError: a prompt is empty, a step has no prompt before it or is not of one token a row, tokens are of
@@ -66,7 +67,7 @@ class Session:
         self.model, self.tokens = model, 0
         self.transport = resolve(group)
         self.piece = check_count("piece", piece, 1) * (1 if self.transport is None else self.transport.size)
-        self.states: list[Tensor] = []
+        self.states: list[Any] = []
         self._graph: _Graph | None = None
 
     @torch.no_grad()
@@ -109,18 +110,20 @@ class Session:
         copies = check_count("copies", copies, 1)
         if not self.states:
             raise ValueError("fork: no prompt was taken in, so there is nothing to continue")
-        self.states = [state.repeat_interleave(copies, 0) for state in self.states]
+        self.states = _each(self.states, lambda state: state.repeat_interleave(copies, 0))
         self._graph = None
 
     @property
     def _rows(self) -> int | None:
         """Rows of the batch; None before a prompt."""
-        return self.states[0].shape[0] if self.states else None
+        return _parts(self.states)[0].shape[0] if self.states else None
 
     def keep(self) -> dict[str, State]:
         """What `save_states` takes: a state for each block, by its name; ValueError before a prompt."""
         if not self.states:
             raise ValueError("keep: no prompt was taken in, so there are no states")
+        if not all(isinstance(state, Tensor) for state in self.states):
+            raise ValueError("keep: the states of these layers are several tensors each: save session.states yourself")
         kept = {}
         for number, (block, state) in enumerate(zip(self.model.blocks, self.states, strict=True)):
             nothing = state.new_empty(*state.shape[:2], 0, state.shape[2])
@@ -174,7 +177,7 @@ class Session:
             last, self.states = self._run(cut(tokens, 1, lengths, self.transport), states)
         return gather_sequence(last, 1, self.transport)[:, -1]
 
-    def _run(self, tokens: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, tokens: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
         """The last token's activations, (B, 1, dim), or (B, 0, dim) where this rank has none, and all states."""
         x, after = self.model.embedding(tokens), []
         for number, block in enumerate(self.model.blocks):
@@ -191,13 +194,23 @@ def _name(number: int) -> str:
     return f"blocks.{number}"
 
 
+def _each(states: list[Any], function: Callable[[Tensor], Tensor]) -> list[Any]:
+    """The states with `function` of each of their tensors: a layer's state is one, or a named tuple of some."""
+    return [function(state) if isinstance(state, Tensor) else type(state)(*map(function, state)) for state in states]
+
+
+def _parts(states: list[Any]) -> list[Tensor]:
+    """All tensors of the states."""
+    return [part for state in states for part in ([state] if isinstance(state, Tensor) else state)]
+
+
 class _Graph:
     """One step, captured: reads `tokens`, moves `states` on, leaves the logits."""
 
     def __init__(self, session: Session, tokens: Tensor) -> None:
         self.tokens = tokens.clone()
-        self.states = session.states = [state.clone() for state in session.states]
-        held = [state.clone() for state in self.states]
+        self.states = session.states = _each(session.states, Tensor.clone)
+        held = _parts(_each(self.states, Tensor.clone))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), alone():  # compiles what is to be compiled
@@ -211,13 +224,13 @@ class _Graph:
             with torch.cuda.graph(self.graph), alone():
                 last, after = session._run(self.tokens, self.states)
                 self.logits = session._logits(last)
-                for state, new in zip(self.states, after, strict=True):
+                for state, new in zip(_parts(self.states), _parts(after), strict=True):
                     if new is not state:
                         state.copy_(new)
         finally:
             for layer in layers:
                 layer.inplace = False
-        for state, old in zip(self.states, held, strict=True):
+        for state, old in zip(_parts(self.states), held, strict=True):
             state.copy_(old)
 
     def replay(self, tokens: Tensor) -> Tensor:

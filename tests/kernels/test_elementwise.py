@@ -27,7 +27,10 @@ def test_right_and_the_same_everywhere(name: str) -> None:
     assert torch.equal(function(torch.stack((x, x), 1)[:, 0]), whole)
 
 
-def test_gradient_of_softplus() -> None:
-    x = torch.tensor([-200.0, -3.0, 0.0, 2.0, 39.0, 41.0, 300.0], requires_grad=True)
-    elementwise.softplus(x).sum().backward()
-    torch.testing.assert_close(x.grad, torch.sigmoid(x.detach()))
+@pytest.mark.parametrize("name", ["sigmoid", "silu", "softplus"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients(name: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([-200.0, -3.0, 0.0, 2.0, 39.0, 41.0, 300.0], dtype=dtype, requires_grad=True)
+    getattr(elementwise, name)(x).sum().backward()
+    right = {"sigmoid": torch.sigmoid, "silu": F.silu, "softplus": F.softplus}[name]
+    torch.testing.assert_close(x.grad, torch.func.vmap(torch.func.grad(right))(x.detach()))

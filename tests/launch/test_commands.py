@@ -134,15 +134,16 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypa
     assert refused(capsys, "bench", "--device", "cuda:2") == "--device cuda:2: this machine has 2 GPUs, from cuda:0 on"
 
 
-def test_the_demo_trains_compares_keeps_and_is_gone_on_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("operator", "compared"), [("lightning", "q, dk, dv, dlog_decay"), ("mamba2", "x, ddt, dB, dC")]
+)
+def test_the_demo_trains_compares_keeps_and_is_gone_on_from(operator: str, compared: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one two three four " * 50)
     options = ("--text", tmp_path / "text.txt", "--tokens", 300, "--steps", 2, "--new", 5, "--out", tmp_path / "out")
-    done = leetdist("demo", "--ranks", 2, *options)
+    done = leetdist("demo", "--ranks", 2, "--operator", operator, *options)
     assert done.returncode == 0, done.stdout
     assert "tokens on each rank: 128, 172" in done.stdout
-    assert "yes, bit for bit (o, state, dq, dk, dv, dlog_decay; 2 of 2 ranks hold tokens)" in " ".join(
-        done.stdout.split()
-    )
+    assert f"yes, bit for bit (o, state, d{compared}; 2 of 2 ranks hold tokens)" in " ".join(done.stdout.split())
     (line,) = (line.strip() for line in done.stdout.splitlines() if " generate --model" in line)
     assert line == f'{command()} generate --model {tmp_path / "out"} --prompt "one " --temperature 0.7'
     goes_on = leetdist("generate", "--model", tmp_path / "out", "--prompt", "one ", "--tokens", 7, "--json")

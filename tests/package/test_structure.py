@@ -26,11 +26,12 @@ KNOWS = {
     "inference": ("arguments", "kernels", "sequence", "operators", "engine", "api"),
     "reference": (),
     "mesh": ("arguments", "sequence"),
-    "nn": ("arguments", "kernels.common", "sequence", "api"),
+    "mamba": ("arguments", "kernels.common", "sequence", "api"),
+    "nn": ("arguments", "kernels.common", "sequence", "api", "mamba"),
     "integrations": ("sequence", "engine", "api", "inference", "mesh", "nn"),
     "testing": ("sequence", "api"),
     # leetdist itself: the public names
-    "": ("sequence", "api", "decoder", "explain", "inference", "reference", "mesh", "nn", "integrations"),
+    "": ("sequence", "api", "decoder", "explain", "inference", "reference", "mamba", "mesh", "nn", "integrations"),
     "launch": (
         "",
         "kernels",

@@ -1,0 +1,283 @@
+"""Mamba-2's operator by the name, and with the arguments, of mamba_ssm."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from leetdist.api import linear_attention
+from leetdist.arguments import as_bool, as_float, as_int, check_plain
+from leetdist.kernels.common.elementwise import silu, silu_gradient, softplus
+from leetdist.sequence.agreement import agree
+from leetdist.sequence.group import resolve
+from leetdist.sequence.halo import halo
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    *,
+    group: Group | None = None,
+    tile: int | None = None,
+    precision: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba-2's selective state space (SSD), over a sequence on one device or sharded across ranks.
+
+    For each batch entry and head, with `dt` after its bias, softplus and limits:
+
+        S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        y_t = (S_t C_t + D x_t) silu(z_t)
+
+    It is `linear_attention` with a decay a token: q = C, k = B, v = dt x (rounded to x's dtype), log_decay = dt A. So
+    the result on P ranks is, bit for bit, the shards of the result on one device: y, the final states, and the
+    gradients of x, dt, B, C, z and initial_states. Those of A, D and dt_bias are each rank's share, which add up to
+    the whole. Differentiable once.
+
+    Args:
+        x: (B, N, H, P), this rank's shard under a group, as are dt, B, C, z and seq_idx; fp32, bf16, fp16 or fp64.
+        dt: (B, N, H), any floating dtype; fp32 (fp64 beside fp64) from here on.
+        A: (H,), negative (or 0: no decay).
+        B, C: (B, N, G, S) in x's dtype; G divides H, and consecutive heads share a group.
+        chunk_size: mamba_ssm's setting of its kernels, which changes nothing here. `tile` is the one that counts.
+        D: (H,) or (H, P), or None.
+        z: (B, N, H, P), or None: no gate.
+        dt_bias: (H,), added to dt.
+        initial_states: (B, H, P, S), or (documents, H, P, S) with cu_seqlens; on the first rank only; None is zeros.
+        seq_idx: (B, N) int32 or int64, the document of each token. The state restarts where it changes, and, as in
+            mamba_ssm, initial_states are those of document 0. What a document gives does not depend on the others,
+            but its bits do on where it begins; and one with a NaN is better told by cu_seqlens.
+        cu_seqlens: (documents + 1,) int32 or int64, offsets in the whole sequence of documents packed in one row
+            (B = 1), each with the bits that it has alone. (mamba_ssm takes them for return_varlen_states, and seq_idx
+            for the rest; here final states are those of the documents.)
+        dt_softplus: whether dt goes through softplus, after its bias.
+        dt_limit: (least, most), what dt is clamped to in the end.
+        return_final_states: return the states after the last token too; under a group, on every rank.
+        group, tile, precision: as for `linear_attention`.
+
+    Returns:
+        y, (B, N, H, P) in x's dtype; or (y, states) with `return_final_states`, states fp32, shaped as initial_states.
+
+    Raises:
+        ValueError: an argument is wrong, or the ranks disagree; every rank of the group raises.
+        RuntimeError: a rank does not answer.
+
+    Source: Mamba-2, arXiv 2405.21060, sections 5 and 6; the call is mamba_ssm 2.3's.
+
+    >>> import torch, leetdist
+    >>> x, dt, A = torch.randn(1, 100, 4, 16), torch.rand(1, 100, 4), -torch.rand(4)
+    >>> B, C = torch.randn(2, 1, 100, 2, 32)
+    >>> def rank(group):
+    ...     mine = [leetdist.shard_sequence(y, 1, group) for y in (x, dt, B, C)]
+    ...     return leetdist.mamba_chunk_scan_combined(mine[0], mine[1], A, *mine[2:], group=group)
+    >>> y = leetdist.mamba_chunk_scan_combined(x, dt, A, B, C)
+    >>> torch.equal(torch.cat(leetdist.virtual_ranks(rank, ranks=3), 1), y)
+    True
+    """
+    transport = resolve(group)
+    try:
+        _check(
+            x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
+            dt_softplus, dt_limit, return_final_states,
+            alone=transport is None,
+        )  # fmt: skip
+    except ValueError as error:
+        if transport is not None:
+            agree(error, transport, "the arguments of mamba_chunk_scan_combined")
+        raise
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dt = dt.to(wide)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(wide)
+    if dt_softplus:
+        dt = softplus(dt)
+    dt = dt.clamp(*dt_limit)
+    log_decay = dt * A.to(wide)
+    if seq_idx is not None:
+        # Zeros before the sequence: so initial_states are of document 0.
+        before = halo(seq_idx, 1, group, width=1)
+        starts = seq_idx != torch.cat((before, seq_idx[:, :-1]), 1)[:, : seq_idx.shape[1]]
+        log_decay = torch.where(starts[..., None], -math.inf, log_decay)
+    v: Tensor = _Values.apply(x, dt)
+    attended: Any = linear_attention(
+        *(y.transpose(1, 2) for y in (C, B, v, log_decay)),
+        initial_state=None if initial_states is None else initial_states.to(wide).mT,
+        return_state=return_final_states, cu_seqlens=cu_seqlens, group=group, tile=tile, precision=precision,
+    )  # fmt: skip
+    o, states = attended if return_final_states else (attended, None)
+    y = o.transpose(1, 2)
+    if D is not None or z is not None:
+        y = _Output.apply(y, x, D, z)
+    return y if states is None else (y, states.mT)
+
+
+class _Values(torch.autograd.Function):
+    """dt x, in x's dtype: (B, N, H, P)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dt: Tensor) -> Tensor:
+        ctx.save_for_backward(x, dt)
+        return _product(x, dt[..., None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor, Tensor]:
+        x, dt = ctx.saved_tensors
+        return _product(dv, dt[..., None]), (dv.to(dt.dtype) * x).sum(-1)
+
+
+class _Output(torch.autograd.Function):
+    """(o + D x) silu(z), rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+        ctx.save_for_backward(o if z is not None else None, x, D, z)
+        y = _skipped(o, x, D)
+        if z is not None:
+            y = y * silu(z.to(y.dtype))
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        o, x, D, z = ctx.saved_tensors
+        dtype, wide = dy.dtype, torch.promote_types(dy.dtype, torch.float32)
+        dy, dz = dy.to(wide), None
+        if z is not None:
+            gate = z.to(wide)
+            dz = (dy * _skipped(o, x, D) * silu_gradient(gate)).to(z.dtype)
+            dy = dy * silu(gate)
+        dx = dD = None
+        if D is not None:
+            dx = (dy * _of_heads(D, wide)).to(dtype)
+            dD = (dy * x).sum((0, 1))
+            dD = (dD if D.ndim == 2 else dD.sum(-1)).to(D.dtype)
+        return dy.to(dtype), dx, dD, dz
+
+
+def _skipped(o: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+    """o + D x, wide."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return o.to(wide) if D is None else x * _of_heads(D, wide) + o
+
+
+def _of_heads(D: Tensor, dtype: torch.dtype) -> Tensor:
+    """(H, P or 1)."""
+    return D.to(dtype).view(D.shape[0], -1)
+
+
+def _product(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a wider factor, rounded to x's dtype without a wide copy between."""
+    return torch.mul(x, factor, out=x.new_empty(x.shape))
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: Any,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: Any,
+    dt_limit: Any,
+    return_final_states: Any,
+    *,
+    alone: bool,
+) -> None:
+    """What `linear_attention` does not look at, or would name by its own arguments."""
+    check_plain("x", x)
+    if x.ndim != 4:
+        raise ValueError(f"x must have shape (B, N, H, P), got {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    rows, tokens, heads, width = x.shape
+    if alone and not tokens:
+        raise ValueError("x: N is 0; a sequence needs at least one token")
+    check_plain("B", B)
+    if B.ndim != 4 or B.shape[:2] != x.shape[:2] or not B.shape[2] or heads % B.shape[2]:
+        raise ValueError(
+            f"B must have shape (B, N, G, S) = ({rows}, {tokens}, a divisor of {heads}, S), got {tuple(B.shape)}"
+        )
+    groups, size = B.shape[2:]
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "dt": (dt, (rows, tokens, heads)),
+        "A": (A, (heads,)),
+        "C": (C, (rows, tokens, groups, size)),
+        "z": (z, (rows, tokens, heads, width)),
+        "dt_bias": (dt_bias, (heads,)),
+        "D": (D, (heads, width) if isinstance(D, Tensor) and D.ndim == 2 else (heads,)),
+        "seq_idx": (seq_idx, (rows, tokens)),
+    }
+    optional = ("z", "dt_bias", "D", "seq_idx")
+    for name, (y, shape) in shapes.items():
+        if y is None and name in optional:
+            continue
+        check_plain(name, y, "a tensor or None" if name in optional else "a tensor")
+        if tuple(y.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape} beside x of shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    for name, y in (("B", B), ("C", C), ("z", z)):
+        if y is not None and y.dtype != x.dtype:
+            raise ValueError(f"{name} must have x's dtype, {x.dtype}, got {y.dtype}")
+    for name, y in (("dt", dt), ("A", A), ("dt_bias", dt_bias), ("D", D), ("initial_states", initial_states)):
+        if y is not None and not y.is_floating_point():
+            raise ValueError(f"{name} must be floating, got {y.dtype}")
+    beside = {"B": B, "initial_states": initial_states} | {name: y for name, (y, _) in shapes.items()}
+    for name, y in beside.items():
+        if y is not None and y.device != x.device:
+            raise ValueError(f"{name} must be on x's device, {x.device}, got {y.device}")
+    if A.is_cpu and not torch.compiler.is_compiling() and not bool((A <= 0).all() & A.isfinite().all()):
+        raise ValueError(f"A must be finite and <= 0, as -exp(A_log) is, got {A.tolist()}")
+    _check_states_and_documents(x, size, initial_states, seq_idx, cu_seqlens)
+    if chunk_size is not None and as_int("chunk_size", chunk_size) < 1:
+        raise ValueError(f"chunk_size must be a positive number of tokens, or None, got {chunk_size}")
+    as_bool("dt_softplus", dt_softplus)
+    as_bool("return_final_states", return_final_states)
+    wanted = "dt_limit must be (least, most) with 0 <= least <= most"
+    if not isinstance(dt_limit, (tuple, list)) or len(dt_limit) != 2:
+        raise ValueError(f"{wanted}, got {dt_limit!r}")
+    if not 0 <= as_float("dt_limit", dt_limit[0]) <= as_float("dt_limit", dt_limit[1]):
+        raise ValueError(f"{wanted}, got {dt_limit!r}")
+
+
+def _check_states_and_documents(
+    x: Tensor, size: int, initial_states: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    if seq_idx is not None and cu_seqlens is not None:
+        raise ValueError("seq_idx and cu_seqlens both tell of documents: pass one of them")
+    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"seq_idx must be int32 or int64, got {seq_idx.dtype}")
+    if initial_states is not None:
+        rows = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        wanted = (rows, *x.shape[2:], size)
+        if tuple(initial_states.shape) != wanted:
+            raise ValueError(
+                f"initial_states must have shape (B or documents, H, P, S) = {wanted}, got "
+                f"{tuple(initial_states.shape)}"
+            )
+
+
+__all__ = ["mamba_chunk_scan_combined"]

@@ -1,0 +1,113 @@
+"""Linear attention whose heads learn, token by token, how much to forget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from leetdist.api import linear_attention, linear_attention_step
+from leetdist.kernels.common.elementwise import silu, softplus
+from leetdist.sequence.group import resolve
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+
+
+class SimpleGLA(nn.Module):
+    """Gated linear attention with one gate a head and token, a norm a head and a swish gate.
+
+        q, k, v = q_proj(x), k_proj(x), v_proj(x)      log_decay = log(sigmoid(gk_proj(x))) / normalizer
+        y = o_proj(norm(attention(q, k, v, log_decay)) silu(g_proj(x)))
+
+    No position enters but through the decays, so a shard needs none.
+
+    Args:
+        dim: width of x.
+        heads: number of heads; q and k have width dim / heads a head.
+        value_dim: width of v over all heads; None is dim.
+        normalizer: the root that is taken of each gate: the larger, the longer a head remembers when training starts.
+        group: ranks that hold consecutive shards of the sequence; None takes the surrounding `sequence_parallel`, and
+            without one computes on this device alone. `leetdist.parallelize` sets it.
+
+    Raises:
+        ValueError: heads do not divide dim or value_dim, or normalizer is not positive.
+
+    Source: Gated Linear Attention, arXiv 2312.06635, sections 4 and 4.4, with a gate a head instead of a channel, as in
+    Mamba-2, arXiv 2405.21060, section 7.
+
+    >>> import torch, leetdist
+    >>> layer = leetdist.nn.SimpleGLA(64, heads=4)
+    >>> layer(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    by_token = True
+    """What `leetdist.Session` asks: the decays are the tokens', not the layer's."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        value_dim: int | None = None,
+        *,
+        normalizer: float = 16.0,
+        group: Group | None = None,
+    ) -> None:
+        super().__init__()
+        value_dim = value_dim or dim
+        for width in (dim, value_dim):
+            if heads < 1 or width % heads:
+                raise ValueError(f"heads must divide the width {width}, got {heads}")
+        if not normalizer > 0:
+            raise ValueError(f"normalizer must be positive, got {normalizer}")
+        self.heads, self.head_dim, self.normalizer, self.group = heads, dim // heads, normalizer, group
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, value_dim, bias=False)
+        self.gk_proj = nn.Linear(dim, heads)
+        self.g_proj = nn.Linear(dim, value_dim, bias=False)
+        self.norm = nn.RMSNorm(value_dim // heads, eps=1e-5)
+        self.o_proj = nn.Linear(value_dim, dim, bias=False)
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """(B, H, N) fp32 (fp64 of an fp64 model), <= 0."""
+        gate = self.gk_proj(x)
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        return -softplus(-gate).transpose(1, 2) / self.normalizer
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: Tensor | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: (B, N, dim), this rank's shard under a group. state: (B, H, Dk, Dv) fp32, on the first rank."""
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        decay, scale = self.log_decay(x), q.shape[-1] ** -0.5
+        final: Tensor | None = None
+        if state is not None and x.shape[1] == 1 and resolve(self.group) is None:
+            o, final = linear_attention_step(q, k, v, state, decay, scale=scale)
+        elif return_state:
+            o, final = linear_attention(
+                q, k, v, decay,
+                scale=scale, initial_state=state, return_state=True, cu_seqlens=cu_seqlens, group=self.group,
+            )  # fmt: skip
+        else:
+            o = linear_attention(
+                q, k, v, decay, scale=scale, initial_state=state, cu_seqlens=cu_seqlens, group=self.group
+            )
+        o = nn.functional.rms_norm(
+            o.transpose(1, 2), self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps
+        )
+        y = self.o_proj(o.flatten(2) * silu(self.g_proj(x)))
+        return (y, final) if return_state and final is not None else y
+
+
+__all__ = ["SimpleGLA"]

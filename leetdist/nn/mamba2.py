@@ -1,0 +1,176 @@
+"""Mamba-2's layer over a sharded sequence."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from leetdist.kernels.common.elementwise import silu
+from leetdist.mamba import mamba_chunk_scan_combined
+from leetdist.nn.conv import causal_conv1d
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
+
+
+class Mamba2State(NamedTuple):
+    """What the layer keeps of the tokens so far, for the next ones."""
+
+    conv: Tensor
+    """(B or documents, W - 1, channels): the last tokens before the convolution, in its inputs' dtype."""
+    ssm: Tensor
+    """(B or documents, H, P, S) fp32."""
+
+
+class Mamba2(nn.Module):
+    """Mamba-2: a gated state space whose steps, inputs and outputs depend on the token.
+
+        z, (u, B, C), dt = in_proj(x)      u, B, C = silu(conv1d(u, B, C))
+        y = out_proj(norm(ssd(u, softplus(dt + dt_bias), -exp(A_log), B, C, D) silu(z)))
+
+    Weights have the names and the layout of transformers' Mamba2Mixer, and of mamba_ssm's Mamba2: their checkpoints
+    load. Decays are computed in fp32 whatever the parameters' dtype.
+
+    Args:
+        dim: width of x.
+        heads: number of heads; None is expand * dim / head_dim.
+        head_dim: width of a head, P.
+        state: rows of a head's state, S.
+        groups: sets of B and C, which consecutive heads share; the norm is over each group's heads.
+        expand: width of all heads together, in multiples of dim.
+        conv: taps of the convolution, W.
+        bias, conv_bias: whether the projections, and the convolution, have one.
+        eps: of the norm.
+        dt_limit: (least, most), what a step is clamped to.
+        group: ranks that hold consecutive shards of the sequence; None takes the surrounding `sequence_parallel`, and
+            without one computes on this device alone.
+
+    Raises:
+        ValueError: heads * head_dim is not expand * dim, or groups do not divide the heads.
+
+    Source: Mamba-2, arXiv 2405.21060, section 8; initial A (1 to 16) and dt (0.001 to 0.1) as in its code.
+
+    >>> import torch, leetdist
+    >>> layer = leetdist.nn.Mamba2(64, head_dim=16, state=32)
+    >>> layer(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int | None = None,
+        head_dim: int = 64,
+        *,
+        state: int = 128,
+        groups: int = 1,
+        expand: float = 2,
+        conv: int = 4,
+        bias: bool = False,
+        conv_bias: bool = True,
+        eps: float = 1e-5,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        group: Group | None = None,
+    ) -> None:
+        super().__init__()
+        inner = int(expand * dim)
+        heads = heads or inner // head_dim
+        if heads * head_dim != inner:
+            raise ValueError(f"heads * head_dim must be expand * dim = {inner}, got {heads} * {head_dim}")
+        if groups < 1 or heads % groups:
+            raise ValueError(f"groups must divide the {heads} heads, got {groups}")
+        self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
+        self.dt_limit, self.group = dt_limit, group
+        self.sizes = inner, inner + 2 * groups * state, heads
+        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=bias)
+        # Its weights alone are used: a module, so that they have their names and PyTorch's initial values.
+        channels = self.sizes[1]
+        self.conv1d = nn.Conv1d(channels, channels, conv, groups=channels, padding=conv - 1, bias=conv_bias)
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(heads)) for _ in range(3))
+        self.norm = GatedRMSNorm(inner, inner // groups, eps)
+        self.out_proj = nn.Linear(inner, dim, bias=bias)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The parameters of this module itself, as `to_empty` and FSDP2's meta initialisation want it."""
+        nn.init.ones_(self.D)
+        self.A_log.uniform_(1, 16).log_()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_min_(1e-4)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # of which softplus makes dt
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: Mamba2State | None = None,
+        return_state: bool = False,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Mamba2State]:
+        """x: (B, N, dim), this rank's shard under a group, as is seq_idx (B, N); cu_seqlens in the whole sequence.
+        state: on the first rank; with return_state, every rank gets the one after the last token."""
+        documents: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
+        z, inputs, last = self.scan_inputs(
+            x, initial=None if state is None else state.conv, return_state=return_state, **documents
+        )
+        scanned: Any = mamba_chunk_scan_combined(
+            **inputs, dt_softplus=True, dt_limit=self.dt_limit,
+            initial_states=None if state is None else state.ssm, return_final_states=return_state,
+            **documents, group=self.group,
+        )  # fmt: skip
+        y, ssm = scanned if return_state else (scanned, None)
+        y = self.out_proj(self.norm(y.flatten(2), z))
+        return y if last is None or ssm is None else (y, Mamba2State(last, ssm))
+
+    def scan_inputs(
+        self,
+        x: Tensor,
+        *,
+        initial: Tensor | None = None,
+        return_state: bool = False,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+        """Of x (B, N, dim): the gate (B, N, width), what `mamba_chunk_scan_combined` takes, by name, and with
+        return_state what of it the convolution keeps; `initial` is what it kept."""
+        z, inputs, dt = self.in_proj(x).split(self.sizes, -1)
+        convolved: Any = causal_conv1d(
+            inputs, self.conv1d.weight[:, 0], self.conv1d.bias,
+            activation="silu", initial=initial, return_state=return_state,
+            seq_idx=seq_idx, cu_seqlens=cu_seqlens, group=self.group,
+        )  # fmt: skip
+        convolved, last = convolved if return_state else (convolved, None)
+        u, B, C = convolved.split([self.sizes[0], *[self.groups * self.state] * 2], -1)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        u, B, C = (y.unflatten(-1, (n, -1)) for y, n in ((u, self.heads), (B, self.groups), (C, self.groups)))
+        return z, {"x": u, "dt": dt, "A": A, "B": B, "C": C, "D": self.D, "dt_bias": self.dt_bias}, last
+
+
+class GatedRMSNorm(nn.Module):
+    """weight * rms_norm(x silu(gate)), the norm over each group of `size` channels, in fp32 at least.
+
+    Source: the norm before Mamba-2's output projection, arXiv 2405.21060, section 7.1.
+    """
+
+    def __init__(self, width: int, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x, gate: (..., width), to the same in x's dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = (x.to(wide) * silu(gate.to(wide))).unflatten(-1, (-1, self.size))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * y.flatten(-2).to(x.dtype)
+
+
+__all__ = ["GatedRMSNorm", "Mamba2", "Mamba2State"]
