@@ -1,8 +1,8 @@
 """python benchmarks/decay_gradient.py: what a decay a token takes on a GPU in the general kernels, step by step.
 
 The two shapes of `run.py gated` at 131,072 tokens. `--gradient COLUMNS:WARPS:STAGES` also times the gradient of the
-decays in that configuration; what is wrong there (against the configuration as it is) is said. Hopper's own kernels:
-steps.py.
+decays in that configuration, `--outputs` the outputs; what is wrong there (against what it is now) is said.
+Hopper's own kernels: steps.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,6 +23,7 @@ from suites.gated import LONG, MAMBA
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.triton import block as outputs_of
 from leetdist.kernels.constant_decay.triton.configs import Config
 from leetdist.kernels.token_decay.triton import block, gradient
 from leetdist.reference import relative_error
@@ -49,7 +51,7 @@ def row(name: str, call: Callable[[], object]) -> None:
         print(f"  {name:<56}{type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
 
 
-def steps(case: Case, configurations: list[Config]) -> None:
+def steps(case: Case, configurations: dict[str, list[Config]]) -> None:
     x = draw(case, "cuda", 0)
     q, k, v, do = (y.transpose(1, 2) for y in (x.q, x.k, x.v, x.do))
     g, tile, scale = x.log_decay, default_tile(case.tokens), case.scale
@@ -76,23 +78,36 @@ def steps(case: Case, configurations: list[Config]) -> None:
     def decay_gradient() -> Tensor:
         return block.decay_gradient(q, k, v, do, states, ends, g, tiles, scale=scale)
 
-    right, own = decay_gradient(), gradient.gradient_config
-    row(f"d log_decay, {own(case.dk, case.dv, q.dtype, tile)}", decay_gradient)
-    for config in configurations:
-        gradient.gradient_config = lambda *_, config=config: config
-        try:
-            error = relative_error(decay_gradient(), right)
-            row(f"d log_decay, {config}{f', WRONG by {error:.1e}' if error > 1e-3 else ''}", decay_gradient)
-        except Exception as error:
-            print(f"  d log_decay, {config}: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
-        finally:
-            gradient.gradient_config = own
+    def outputs() -> Tensor:
+        return block.tile_outputs(q, k, v, states, g, tiles, **forward)
+
+    def in_configurations(
+        name: str, call: Callable[[], Tensor], module: Any, setting: str, tried: list[Config]
+    ) -> None:
+        right, own = call(), getattr(module, setting)
+        row(f"{name}, {own(case.dk, case.dv, q.dtype, tile)}", call)
+        for config in tried:
+            setattr(module, setting, lambda *_, config=config: config)
+            try:
+                error = relative_error(call(), right)
+                row(f"{name}, {config}{f', WRONG by {error:.1e}' if error > 1e-2 else ''}", call)
+            except Exception as error:
+                print(f"  {name}, {config}: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
+            finally:
+                setattr(module, setting, own)
+
+    in_configurations("d log_decay", decay_gradient, gradient, "gradient_config", configurations["gradient"])
+    in_configurations("o", outputs, outputs_of, "block_config", configurations["outputs"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gradient", nargs="*", default=[], metavar="COLUMNS:WARPS:STAGES")
-    configurations = [Config(64, *map(int, given.split(":"))) for given in parser.parse_args().gradient]
+    for name in ("gradient", "outputs"):
+        parser.add_argument(f"--{name}", nargs="*", default=[], metavar="COLUMNS:WARPS:STAGES")
+    configurations = {
+        name: [Config(64, *map(int, one.split(":"))) for one in given]
+        for name, given in vars(parser.parse_args()).items()
+    }
     for case in (LONG, MAMBA):
         steps(case, configurations)
 

@@ -19,9 +19,9 @@ ANCHOR = tl.constexpr(64)
 
 @triton.jit
 def gate_of(log_decay, batch, head, heads, start, tokens, BY_TOKEN: tl.constexpr):
-    """Of a tile that begins at token `start`. log_decay: (H,), or the sums, (B, H, N, 2)."""
+    """Of a tile that begins at token `start`. log_decay: (H,), or the sums, (B, H, N, 2), both numbers read as one."""
     if BY_TOKEN:
-        return log_decay + 2 * ((batch * heads + head) * tokens + start)
+        return log_decay.to(tl.pointer_type(tl.int64), bitcast=True) + ((batch * heads + head) * tokens + start)
     else:
         return _decay_of(log_decay, head)
 
@@ -94,15 +94,19 @@ def _to_edge(gate, offset, count, i, BEGIN: tl.constexpr):
 @triton.jit
 def _sums_at(gate, offset, count, i):
     """Of the chunk's tokens; of those that are not there, the last one's."""
-    pointers = gate + 2 * (offset + tl.minimum(i, count - 1))
-    return tl.load(pointers), tl.load(pointers + 1)
+    return _both(tl.load(gate + offset + tl.minimum(i, count - 1)))
 
 
 @triton.jit
 def _sums_before(gate, offset):
     """Before the chunk's first token."""
-    pointer, inside = gate + 2 * (offset - 1), offset % ANCHOR != 0
-    return tl.load(pointer, mask=inside, other=0.0), tl.load(pointer + 1, mask=inside, other=0.0)
+    return _both(tl.load(gate + offset - 1, mask=offset % ANCHOR != 0, other=0))
+
+
+@triton.jit
+def _both(x):
+    """The two fp32 numbers in 64 bits."""
+    return x.to(tl.int32).to(tl.float32, bitcast=True), (x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
