@@ -115,11 +115,12 @@ def _decay_gradient(
     starts = at_chunks(k, v, states, scale=1.0, reverse=False)
     ends = at_chunks(q, do, state_grads, scale=scale, reverse=True)
     total = exact.new_empty(*exact.shape, 1)
+    later = exact.new_ones(chunks.size, chunks.size).triu()
     for chunk in TokenDecayWalk(chunks, exact, torch.float64, reverse=False):
         q_i, k_i, v_i, do_i = (chunk.take(x) for x in (q, k, v, do))
         start, end = chunk.of(starts), chunk.of(ends)
         pairs = ((q_i @ k_i.mT).mul_(do_i @ v_i.mT)).mul_(chunk.pairs()).tril_(-1)
-        passing = running_sums(pairs.flip(-2), -2).flip(-2)  # by t and j: those from j to t or later
+        passing = later @ pairs  # by t and j: those from j to t or later
         near = passing.tril_(-1).sum(-1)
         read = ((q_i @ start).mul_(do_i) * chunk.from_state()).sum(-1)
         near = (near + running_sums(read.flip(-1), -1).flip(-1)).mul_(scale)

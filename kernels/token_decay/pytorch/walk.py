@@ -57,9 +57,12 @@ class TokenDecayChunk(Chunk):
 
     def pairs(self) -> Tensor:
         _, seen = kept(distances, self.walk.chunk, self.walk.device, self.walk.chunk, self.walk.reverse)
-        high, low = ((x[..., :, None] - x[..., None, :]) for x in self.sums)
-        exponent = high.add_(low)
-        return self._weight((exponent.neg_() if self.walk.reverse else exponent).masked_fill_(~seen, -math.inf))
+        high, low = self.sums
+        later, earlier = (-2, -1) if self.walk.reverse else (-1, -2)  # where a dimension of one is put in
+        exponent = high.unsqueeze(later) - high.unsqueeze(earlier)
+        if self.walk.dtype == torch.float64:  # else the digits of high are more than enough
+            exponent += low.unsqueeze(later) - low.unsqueeze(earlier)
+        return self._weight(exponent.masked_fill_(~seen, -math.inf))
 
     def from_state(self) -> Tensor:
         return self._to_end() if self.walk.reverse else self._from_start()
