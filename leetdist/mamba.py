@@ -135,13 +135,15 @@ class _Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dt: Tensor) -> Tensor:
         ctx.save_for_backward(x, dt)
-        return _product(x, dt[..., None])
+        return _product(x, dt[..., None], x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, dt = ctx.saved_tensors
-        return _product(dv, dt[..., None]), (dv.to(dt.dtype) * x).sum(-1)
+        dx = _product(dv, dt[..., None], dv.dtype) if ctx.needs_input_grad[0] else None
+        ddt = (dv.to(dt.dtype) * x).sum(-1) if ctx.needs_input_grad[1] else None
+        return dx, ddt
 
 
 class _Output(torch.autograd.Function):
@@ -150,33 +152,38 @@ class _Output(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, o: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
         ctx.save_for_backward(o if z is not None else None, x, D, z)
-        y = _skipped(o, x, D)
-        if z is not None:
-            y = y * silu(z.to(y.dtype))
-        return y.to(x.dtype)
+        if z is None:
+            return _skipped(o, x, D, x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (_skipped(o, x, D, wide) * silu(z.to(wide))).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         o, x, D, z = ctx.saved_tensors
         dtype, wide = dy.dtype, torch.promote_types(dy.dtype, torch.float32)
-        dy, dz = dy.to(wide), None
+        dx = dD = dz = None
         if z is not None:
-            gate = z.to(wide)
-            dz = (dy * _skipped(o, x, D) * silu_gradient(gate)).to(z.dtype)
+            dy, gate = dy.to(wide), z.to(wide)
+            dz = (dy * _skipped(o, x, D, wide) * silu_gradient(gate)).to(z.dtype)
             dy = dy * silu(gate)
-        dx = dD = None
         if D is not None:
-            dx = (dy * _of_heads(D, wide)).to(dtype)
-            dD = (dy * x).sum((0, 1))
-            dD = (dD if D.ndim == 2 else dD.sum(-1)).to(D.dtype)
+            dx = _product(dy, _of_heads(D, wide), dtype) if ctx.needs_input_grad[1] else None
+            if ctx.needs_input_grad[2]:
+                dD = (dy.to(wide) * x).sum((0, 1))
+                dD = (dD if D.ndim == 2 else dD.sum(-1)).to(D.dtype)
         return dy.to(dtype), dx, dD, dz
 
 
-def _skipped(o: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
-    """o + D x, wide."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return o.to(wide) if D is None else x * _of_heads(D, wide) + o
+def _skipped(o: Tensor, x: Tensor, D: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """o + D x in `dtype`, rounded to it once."""
+    if D is None:
+        return o.to(dtype)
+    factor = _of_heads(D, torch.promote_types(x.dtype, torch.float32))
+    if x.is_cuda:  # one pass over memory
+        return torch.addcmul(o, x, factor, out=x.new_empty(x.shape, dtype=dtype))
+    # A CPU fuses the two in some numbers only, depending on where they lie.
+    return (x * factor + o).to(dtype)
 
 
 def _of_heads(D: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,9 +191,9 @@ def _of_heads(D: Tensor, dtype: torch.dtype) -> Tensor:
     return D.to(dtype).view(D.shape[0], -1)
 
 
-def _product(x: Tensor, factor: Tensor) -> Tensor:
-    """x times a wider factor, rounded to x's dtype without a wide copy between."""
-    return torch.mul(x, factor, out=x.new_empty(x.shape))
+def _product(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x times a wider factor, rounded to `dtype` without a wide copy between."""
+    return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
 
 
 def _check(

@@ -294,3 +294,44 @@ def test_nothing_comes_from_later_tokens() -> None:
     y = leetdist.mamba_chunk_scan_combined(**inputs)
     inputs["x"][:, 70] = torch.nan
     assert torch.equal(leetdist.mamba_chunk_scan_combined(**inputs)[:, :70], y[:, :70])
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    return {name: x.cuda() for name, x in inputs.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    """The recurrence, and the bits of one device over three virtual ranks."""
+    inputs, options, dy, dstates = case_of(name, dtype)
+    right = compute(recurrence, grown(inputs_of(inputs, torch.float64)), dy.double(), dstates.double(), **options)
+    inputs, dy, dstates, options = on_gpu(inputs), dy.cuda(), dstates.cuda(), options | {"tile": 16}
+    whole = compute(ours, grown(inputs), dy, dstates, **options)
+    for key, x in whole.items():
+        factor = 4 if key in ("dA", "ddt_bias") else 2 if key.startswith("d") else 1
+        assert relative_error(x.cpu(), right[key]) <= (2e-6 if dtype == torch.float32 else 3.5e-3) * factor, key
+    lengths = shard_lengths(TOKENS, 3, 16)
+
+    def rank(group):
+        mine, my_dy, share = shard(inputs, dy, dstates, lengths, group.rank)
+        return compute(ours, mine, my_dy, share, **options, group=group)
+
+    results = leetdist.virtual_ranks(rank, 3)
+    for key in ("dA", "dD", "ddt_bias"):  # shares, rounded to the dtype of each rank's sum
+        for found in (*results, whole):
+            found.pop(key, None)
+    assert_shards(results, whole)
+
+
+@pytest.mark.gpu
+def test_is_that_of_mamba_ssm() -> None:
+    ssd = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined")
+    inputs, options, dy, dstates = case_of("as Mamba-2's layer")
+    inputs = on_gpu(inputs)
+    options = options | {"chunk_size": 64, "return_final_states": True}
+    found = compute(leetdist.mamba_chunk_scan_combined, grown(inputs), dy.cuda(), dstates.cuda(), **options)
+    theirs = compute(ssd.mamba_chunk_scan_combined, grown(inputs), dy.cuda(), dstates.cuda(), **options)
+    for key, x in found.items():  # theirs multiplies fp32 as tf32
+        assert relative_error(x, theirs[key]) < 5e-3, key

@@ -192,3 +192,24 @@ def test_on_processes() -> None:
     y.backward(dy)
     assert torch.equal(torch.cat([y for y, _ in results], 1), y)
     assert torch.equal(torch.cat([dx for _, dx in results], 1), leaves["x"].grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_on_a_gpu(dtype: torch.dtype) -> None:
+    inputs = {name: x.cuda() for name, x in make(dtype).items()}
+    dy, dstate = (torch.randn(2, n, 9, dtype=dtype, device="cuda") for n in (67, 3))
+    whole_y, _, whole = compute(grown(inputs), dy, dstate)
+    assert relative_error(whole_y, exact(**inputs)) <= (3e-7 if dtype == torch.float32 else 2.4e-3)
+    lengths = CUTS[3]
+
+    def rank(group):
+        mine = {name: x for name, x in inputs.items() if name != "initial" or group.rank == 0}
+        mine["x"], my_dy = (x.split(lengths, 1)[group.rank] for x in (inputs["x"], dy))
+        share = dstate if group.rank == group.size - 1 else torch.zeros_like(dstate)
+        return compute(grown(mine), my_dy, share, group=group)
+
+    results = leetdist.virtual_ranks(rank, len(lengths))
+    assert torch.equal(torch.cat([y for y, _, _ in results], 1), whole_y)
+    assert torch.equal(torch.cat([grads["x"] for _, _, grads in results], 1), whole["x"])
+    assert torch.equal(results[0][2]["initial"], whole["initial"])
