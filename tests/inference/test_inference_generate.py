@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import leetdist
 from helpers import run_ranks, values
@@ -98,30 +98,11 @@ def test_gloo_ranks_hand_over_to_each_and_to_a_file(ranks: int, tmp_path: Path) 
     assert [expected[0], *greedy(session, session.step(first), 23)] == expected
 
 
-class Gated(nn.Module):
-    """The smallest layer with a decay a token."""
-
-    by_token = True
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.head_dim = dim // heads
-        self.qkv, self.gate = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, heads, bias=False)
-
-    def forward(
-        self, x: Tensor, *, state: Tensor | None, return_state: bool, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        decay = nn.functional.logsigmoid(self.gate(x)).transpose(1, 2)
-        o, after = leetdist.linear_attention(q, k, v, decay, initial_state=state, return_state=True, scale=0.1)
-        return o.transpose(1, 2).flatten(2), after
-
-
 def test_layers_with_a_decay_a_token(tmp_path: Path) -> None:
     """Over ranks, and from a file, as on one device: their decays come with the tokens, and none is kept."""
     gated = model()
     for block in gated.blocks:
-        block.attention = Gated(CONFIG.dim, CONFIG.heads)
+        block.attention = leetdist.nn.SimpleGLA(CONFIG.dim, CONFIG.heads)
     session = Session(gated)
     logits = session.prefill(prompt())
     leetdist.save_states(tmp_path / "gated", session.keep())
