@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from leetdist.nn.attention import _DecayAttention
+from leetdist.nn.gated import SimpleGLA
+from leetdist.nn.mamba2 import Mamba2
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -43,7 +45,9 @@ def handler_of(module: nn.Module) -> Handler | None:
 
 
 @register(_DecayAttention)
-def _ours(module: _DecayAttention, group: Group | None) -> None:
+@register(SimpleGLA)
+@register(Mamba2)
+def _ours(module: _DecayAttention | SimpleGLA | Mamba2, group: Group | None) -> None:
     module.group = group
 
 

@@ -46,7 +46,7 @@ class Mamba2(nn.Module):
         eps: of the norm.
         dt_limit: (least, most), what a step is clamped to.
         group: ranks that hold consecutive shards of the sequence; None takes the surrounding `sequence_parallel`, and
-            without one computes on this device alone.
+            without one computes on this device alone. `leetdist.parallelize` sets it.
 
     Raises:
         ValueError: heads * head_dim is not expand * dim, or groups do not divide the heads.

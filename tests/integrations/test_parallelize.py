@@ -338,3 +338,25 @@ def test_peft_adapters_are_taken_and_prompts_refused() -> None:
     prompted = peft.get_peft_model(copy.deepcopy(base), prompts)
     with pytest.raises(ValueError, match="learnt prompts"):
         leetdist.virtual_ranks(lambda group: leetdist.parallelize(prompted, group), 2)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        leetdist.nn.LightningAttention(32, 2),
+        leetdist.nn.Retention(32, 2, rotary=False),
+        leetdist.nn.SimpleGLA(32, 2),
+        leetdist.nn.Mamba2(32, head_dim=16, state=16),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_of_our_own_get_their_group(layer: nn.Module) -> None:
+    x = torch.randn(1, 200, 32)
+    expected = layer(x)
+
+    def rank(group: Any) -> Tensor:
+        mine = leetdist.parallelize(nn.Sequential(copy.deepcopy(layer)), group)
+        return mine(leetdist.shard_sequence(x, 1, group))
+
+    torch.testing.assert_close(torch.cat(leetdist.virtual_ranks(rank, ranks=2), 1), expected)
+    assert not torch.allclose(torch.cat([layer(part) for part in x.split(100, 1)], 1), expected)  # a lost state shows
