@@ -218,6 +218,14 @@ def test_bad_gates() -> None:
         apply_operator("channel_gate", q, k, v, {"g": q[:, :, :10]})
     with pytest.raises(ValueError, match="log_decay must have shape"):
         apply_operator("tiled_decay", q, k, v, {"log_decay": torch.zeros(3)})
+    by_token = -torch.rand(1, 2, 20)
+    assert torch.equal(
+        apply_operator("token_decay", q, k, v, {"log_decay": by_token}), leetdist.linear_attention(q, k, v, by_token)
+    )
+    with pytest.raises(ValueError, match=r"must have shape \(H,\) for operator 'constant_decay', got \(1, 2, 20\)"):
+        apply_operator("constant_decay", q, k, v, {"log_decay": by_token})
+    with pytest.raises(ValueError, match=r"must have shape \(B, H, N\) for operator 'token_decay', got \(2,\)"):
+        apply_operator("token_decay", q, k, v, {"log_decay": torch.zeros(2)})
     with pytest.raises(ValueError, match="registered already"):
         register("channel_gate", TiledDecay)
     assert operator_named("channel_gate") is ChannelGate

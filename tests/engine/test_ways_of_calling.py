@@ -215,6 +215,16 @@ def steps(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tenso
     return o, pool
 
 
+def by_token(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decays that the graph computes, a token each: two tokens in steps of one, then all on a pool."""
+    decay, pool = -k[..., 0].square(), state.detach().repeat(2, 1, 1, 1)
+    for token in (0, 1):
+        one = (x[:, :, token : token + 1] for x in (q, k, v))
+        o, state = leetdist.linear_attention_step(*one, state, decay[:, :, token : token + 1], scale=0.3)
+    leetdist.linear_attention_steps(q, k, v, pool, decay, scale=0.3, index=torch.tensor([1]))
+    return o, state, pool
+
+
 def step_in_place(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return leetdist.linear_attention_step(*(x[:, :, :1] for x in (q, k, v)), state.clone(), DECAY, inplace=True)
@@ -238,7 +248,17 @@ def decoder(name: str | None) -> Callable[..., Any]:
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(
     "call",
-    [step_loop, steps, step_in_place, recursion, by_vanilla, decoder(None), decoder("recursion"), decoder("vanilla")],
+    [
+        step_loop,
+        steps,
+        by_token,
+        step_in_place,
+        recursion,
+        by_vanilla,
+        decoder(None),
+        decoder("recursion"),
+        decoder("vanilla"),
+    ],
 )
 def test_fullgraph(call: Callable[..., Any], gradients: bool) -> None:
     q, k, v, _ = (x[0].requires_grad_(gradients) for x in inputs(3))
