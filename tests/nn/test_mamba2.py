@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
 
@@ -159,6 +160,45 @@ def test_language_model_in_a_session() -> None:
         torch.testing.assert_close(found[0], logits[:, 56])
         for t, later in zip((57, 58), found[1:], strict=True):
             torch.testing.assert_close(later, logits[:, t].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_parallelize_knows_the_layers(name: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, DIM), LAYERS[name]())
+    x = torch.randn(1, TOKENS, 8)
+    whole = model(x)
+
+    def rank(group):
+        mine = leetdist.parallelize(copy.deepcopy(model), group)
+        return mine(leetdist.shard_sequence(x, 1, group)).detach()
+
+    torch.testing.assert_close(torch.cat(leetdist.virtual_ranks(rank, 2), 1), whole)
+
+
+def test_a_session_keeps_the_states_of_simple_gla() -> None:
+    model = LanguageModel(Config(dim=DIM, layers=1, heads=2, hidden=64))
+    model.blocks[0].attention = SimpleGLA(DIM, 4)
+    tokens = torch.randint(256, (1, 30))
+    logits = model(tokens)
+    session, other = leetdist.Session(model), leetdist.Session(model)
+    session.prefill(tokens[:, :28])
+    other.resume(session.keep())
+    for t in (28, 29):
+        torch.testing.assert_close(other.step(tokens[:, t : t + 1]), logits[:, t])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiles_as_one_graph(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(1, 50, DIM)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y, right = compiled(x), layer(x)
+    torch.testing.assert_close(y, right)
+    right.sum().backward()
+    grads = {key: p.grad for key, p in layer.named_parameters()}
+    layer.zero_grad()
+    y.sum().backward()
+    for key, p in layer.named_parameters():
+        torch.testing.assert_close(p.grad, grads[key], rtol=1e-4, atol=1e-5)
 
 
 def test_starts_as_published() -> None:
