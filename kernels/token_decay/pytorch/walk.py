@@ -38,7 +38,7 @@ class TokenDecayChunk(Chunk):
         steps = checked(self.walk.log_decay.index_select(2, place.rows)).unflatten(2, place.outside.shape[:2])
         if not place.full:
             steps = steps.masked_fill(place.outside[..., 0], 0)
-        return sums_in_pairs(steps)
+        return exact_sums(steps)
 
     def _between(self, later: slice, earlier: slice) -> Tensor:
         """exp(G_later - G_earlier) of slices of C."""
@@ -91,7 +91,7 @@ def in_walk(log_decay: Tensor, walk: TokenWalk) -> Tensor:
     return walk.take(checked(log_decay)[..., None], log_decay.shape[1], torch.float64)[..., 0]
 
 
-def sums_in_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+def exact_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """Running sums of x (..., C), as the sum of two numbers of its dtype with the digits of both."""
     high, low = x, torch.zeros_like(x)
     distance = 1
