@@ -28,7 +28,8 @@ TILE = 1024
 
 def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dtype, **constants):
     """Compile a kernel: `*_dtype` arguments are pointers to inputs, counts and strides are 64-bit."""
-    pointers = {"out": NAMES[dtype] if kernel is block._tile_outputs else "*fp32", "table": "*i64"}
+    out = NAMES[dtype] if kernel is block._tile_outputs else "*fp64" if kernel is decay._decay_gradient else "*fp32"
+    pointers = {"out": out, "table": "*i64"}
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
     pointers |= {"state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
     pointers |= {
@@ -109,7 +110,7 @@ def fits(architecture: int, dtype: torch.dtype, rows: int, columns: int, *, reve
         kernels += of_gradient(rows, columns, dtype)
     else:
         constants = {"ROWS": padded(rows), "COLUMNS": decay.slope_columns(config)}
-        constants["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
+        constants["DOUBLE"] = dtype == torch.float32 and architecture < 100
         kernels.append((decay._decay_gradient, config.warps, 1, constants))
     for kernel, warps, stages, constants in kernels:
         result = compiled(kernel, architecture, warps, stages, dtype, **(common | constants))

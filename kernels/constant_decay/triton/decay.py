@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ def decay_gradient(
     config = block_config(rows, columns, q.dtype, tiles.size)
     held = slope_columns(config)
     blocks = ceil_div(columns, held)
-    out = torch.empty(batch, heads, tiles.count, blocks, dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, heads, tiles.count, blocks, dtype=torch.float64, device=q.device)
     if out.numel():
         launch(
             _decay_gradient,
@@ -45,7 +47,7 @@ def decay_gradient(
             ),
             {
                 "REGULAR": tiles.regular, "CHUNK": config.chunk, "ROWS": padded(rows), "COLUMNS": held,
-                "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # terms of both signs cancel
+                "DOUBLE": q.dtype == torch.float32 and _multiplies_doubles(q.device),
             },
             num_warps=4 if padded(rows) < 64 else 8, num_stages=1,
         )  # fmt: skip
@@ -55,42 +57,58 @@ def decay_gradient(
     return total
 
 
+@cache
+def _multiplies_doubles(device: torch.device) -> bool:
+    """Whether Triton compiles fp64 products for the chip: 3.6 fails to for Blackwell's."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0)
+
+
 def slope_columns(config: Config) -> int:
     """Columns that one program of decay_gradient carries: it holds two states, so half of one."""
     return max(16, config.columns // 2)
 
 
 @triton.jit
-def _times_state(a, state, PRECISION: tl.constexpr):
+def _product(a, b, DOUBLE: tl.constexpr):
+    """a . b; of fp32 in fp64, which has matrix units of its own and spills less than fp32 without them: terms of both
+    signs cancel, and a sum of 256 products in fp32 left an error of 2.5e-6."""
+    if DOUBLE:
+        return tl.dot(a.to(tl.float64), b.to(tl.float64))
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _times_state(a, state, DOUBLE: tl.constexpr):
     """a . state.
 
     16 bits take the state as a sum of two numbers: rounding it to one would be the largest error of a head with a long
     memory. A state can exceed fp16's range (it grows with the sequence), so beside fp16 the two are tf32 numbers, with
     fp16's mantissa and fp32's range.
     """
-    if a.dtype == tl.float32:
-        product = tl.dot(a, state, input_precision=PRECISION)
-    elif a.dtype == tl.float16:
+    if a.dtype == tl.float16:
         wide, high = a.to(tl.float32), _rounded_to_tf32(state)
         product = tl.dot(wide, state - high, acc=tl.dot(wide, high, input_precision="tf32"), input_precision="tf32")
-    else:
+    elif a.dtype == tl.bfloat16:
         high = state.to(tl.bfloat16)
         product = tl.dot(a, (state - high.to(tl.float32)).to(tl.bfloat16), acc=tl.dot(a, high))
+    else:
+        product = _product(a, state, DOUBLE)
     return product
 
 
 @triton.jit
-def _weighted_sum(k, weight, v, PRECISION: tl.constexpr):
+def _weighted_sum(k, weight, v, DOUBLE: tl.constexpr):
     """sum_i weight_i k_i v_i^T.
 
     In 16 bits, a weighted key is a sum of two numbers: the rounding of one alone would be most of the gradient's error.
     """
     weighted = k.to(tl.float32) * weight[:, None]
     high = weighted.to(k.dtype)
-    total = tl.dot(tl.trans(high), v, input_precision=PRECISION)
+    total = _product(tl.trans(high), v, DOUBLE)
     if k.dtype != tl.float32:
         total = tl.dot(tl.trans((weighted - high.to(tl.float32)).to(k.dtype)), v, acc=total)
-    return total
+    return total.to(tl.float32)
 
 
 @triton.jit
@@ -105,7 +123,7 @@ def _decay_gradient(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     do_batch, do_head, do_token, heads, q_share, k_share, v_share, tokens, tiles, tile_size, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
@@ -125,7 +143,7 @@ def _decay_gradient(
 
     position = tl.arange(0, CHUNK)
     distance = position[:, None] - position[None, :]
-    total = tl.zeros((CHUNK,), tl.float32)
+    total = tl.zeros((CHUNK,), tl.float64)
     for step in range(tl.cdiv(length, CHUNK)):
         offset = step * CHUNK
         count = tl.minimum(length - offset, CHUNK)
@@ -133,22 +151,22 @@ def _decay_gradient(
         k_i = load_chunk(k, k_token, start + offset, count, 0, rows, CHUNK, ROWS)
         v_i = load_chunk(v, v_token, start + offset, count, column, columns, CHUNK, COLUMNS)
         do_i = load_chunk(do, do_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        scores = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * (_powers(g, distance) * scale)
-        seen = tl.dot(do_i, tl.trans(v_i), input_precision=PRECISION)
+        scores = _product(q_i, tl.trans(k_i), DOUBLE) * (_powers(g, distance) * scale)
+        seen = _product(do_i, tl.trans(v_i), DOUBLE)
         near = tl.sum(tl.where(distance > 0, scores * seen * distance.to(tl.float32), 0.0), 1)
         steps = (position + 1).to(tl.float32)
-        far = _times_state(q_i, slope, PRECISION) + _times_state(q_i, state, PRECISION) * steps[:, None]
-        far = tl.sum(far * do_i.to(tl.float32), 1) * _powers(g, position + 1) * scale
-        total += near + far
+        far = _times_state(q_i, slope, DOUBLE) + _times_state(q_i, state, DOUBLE) * steps[:, None]
+        far = tl.sum(far * do_i.to(far.dtype), 1) * _powers(g, position + 1) * scale
+        total += near.to(tl.float64) + far.to(tl.float64)
         # One factor of gamma is left to the sum, so that 16-bit weights do not all vanish under a strong decay.
         left = tl.maximum(count - 1 - position, 0)
         weight = _powers(g, left - 1) * left.to(tl.float32)
         across = _powers(g, count)
         slope = (slope + state * count.to(tl.float32)) * across
-        slope += _weighted_sum(k_i, weight, v_i, PRECISION) * tl.exp(g)
-        state = state * across + _weighted_sum(k_i, to_state(g, count, False, CHUNK), v_i, PRECISION)
+        slope += _weighted_sum(k_i, weight, v_i, DOUBLE) * tl.exp(g)
+        state = state * across + _weighted_sum(k_i, to_state(g, count, False, CHUNK), v_i, DOUBLE)
 
     gradient = tl.load(state_grads + element, mask=inside, other=0.0)
     # Both axes at once: Triton 3.6 fails to compile one after the other for Blackwell.
-    share = tl.sum(total) + tl.sum(slope * gradient)
+    share = tl.sum(total) + tl.sum((slope * gradient).to(tl.float64))
     tl.store(out + program * tl.num_programs(1) + tl.program_id(1), share)
