@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -31,7 +32,8 @@ def compiled(kernel, rows: int, columns: int, *, stages: int, reverse: bool, reg
     chunk, warps = hopper.chunk_and_warps(kernel.__name__.split("_")[1], rows)
     constants = {
         "REGULAR": regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
-        "STAGES": stages, "PART": hopper.PART, "AGAIN": again, "num_warps": warps, "state_column": 1,
+        "STAGES": stages, "PART": hopper.part_of_chunk(chunk, torch.bfloat16), "AGAIN": again,
+        "num_warps": warps, "state_column": 1,
     }  # fmt: skip
     types = {"a": descriptor(chunk, rows), "b": descriptor(chunk, rows), "c": descriptor(chunk, columns)}
     types |= {"states": "*fp32", "log_decay": "*fp32", "table": "*i64", "again": "*i32"}

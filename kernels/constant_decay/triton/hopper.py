@@ -20,14 +20,19 @@ from leetdist.kernels.constant_decay.triton.hopper_kernels import tile_outputs_k
 # Chunks on their way at a time, by (outputs or states, rows): as many as shared memory holds.
 STAGES = {("outputs", 128): 2, ("outputs", 64): 3, ("states", 128): 3, ("states", 64): 3}
 
-# Tokens whose weighted operands are made at a time: so many that each Triton's outputs' kernel for 128 rows keeps its
-# numbers in registers. No bit depends on it.
-PART = 32 if release.number() >= (3, 9) else 64
-
 
 def chunk_and_warps(kernel: str, rows: int) -> tuple[int, int]:
     """Tokens a product works on, and warps: a warpgroup has 64 rows of the chunk's outputs, or a tile's whole state."""
     return (128, 8) if kernel == "outputs" and rows == 128 else (64, 4)
+
+
+def part_of_chunk(chunk: int, dtype: torch.dtype) -> int:
+    """Tokens whose weighted operands are made at a time: what leaves the fewest numbers of the outputs' kernel for 128
+    rows in local memory, by dtype and Triton. No bit depends on it."""
+    found = release.number()
+    if dtype == torch.bfloat16:
+        return min(chunk, 32 if found >= (3, 9) else 64)
+    return min(chunk, 128 if found < (3, 7) else 64)
 
 
 def tile_states(
@@ -102,7 +107,8 @@ def tile_outputs(
             arguments,
             {
                 "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": chunk, "ROWS": rows, "COLUMNS": columns,
-                "STAGES": STAGES["outputs", rows], "PART": PART, "AGAIN": walk_again, "num_warps": warps,
+                "STAGES": STAGES["outputs", rows], "PART": part_of_chunk(chunk, a.dtype), "AGAIN": walk_again,
+                "num_warps": warps,
             },
         )  # fmt: skip
     return out
