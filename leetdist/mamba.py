@@ -142,7 +142,7 @@ class _Values(torch.autograd.Function):
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, dt = ctx.saved_tensors
         dx = _product(dv, dt[..., None], dv.dtype) if ctx.needs_input_grad[0] else None
-        ddt = (dv.to(dt.dtype) * x).sum(-1) if ctx.needs_input_grad[1] else None
+        ddt = _wide_product(dv, x, dt.dtype).sum(-1) if ctx.needs_input_grad[1] else None
         return dx, ddt
 
 
@@ -170,7 +170,7 @@ class _Output(torch.autograd.Function):
         if D is not None:
             dx = _product(dy, _of_heads(D, wide), dtype) if ctx.needs_input_grad[1] else None
             if ctx.needs_input_grad[2]:
-                dD = (dy.to(wide) * x).sum((0, 1))
+                dD = _wide_product(dy, x, wide).sum((0, 1))
                 dD = (dD if D.ndim == 2 else dD.sum(-1)).to(D.dtype)
         return dy.to(dtype), dx, dD, dz
 
@@ -189,6 +189,11 @@ def _skipped(o: Tensor, x: Tensor, D: Tensor | None, dtype: torch.dtype) -> Tens
 def _of_heads(D: Tensor, dtype: torch.dtype) -> Tensor:
     """(H, P or 1)."""
     return D.to(dtype).view(D.shape[0], -1)
+
+
+def _wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a times b in `wide`, without wide copies of either."""
+    return torch.addcmul(a.new_zeros(1, dtype=wide), a, b)
 
 
 def _product(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
