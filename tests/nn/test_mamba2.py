@@ -162,6 +162,20 @@ def test_language_model_in_a_session() -> None:
             torch.testing.assert_close(later, logits[:, t].repeat_interleave(2, 0))
 
 
+@pytest.mark.gpu
+def test_session_on_a_gpu() -> None:
+    """Its steps are a captured graph, which moves both tensors of a layer's state on."""
+    model = LanguageModel(Config(dim=32, layers=2, heads=2, hidden=64, operator="mamba2")).cuda()
+    tokens = torch.randint(256, (2, 60), device="cuda")
+    with torch.no_grad():
+        logits = model(tokens)
+    session = leetdist.Session(model)
+    torch.testing.assert_close(session.prefill(tokens[:, :50]), logits[:, 49], rtol=1e-4, atol=1e-4)
+    for t in range(50, 60):
+        later = session.step(tokens[:, t : t + 1])
+        torch.testing.assert_close(later, logits[:, t], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_parallelize_knows_the_layers(name: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, DIM), LAYERS[name]())
