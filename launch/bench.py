@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
     with one_message():
         device = choose_device(options.device)
     cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
     for key, usual in USUAL.items():
         if getattr(options, key) is None:
             setattr(options, key, usual[not cuda])

@@ -109,28 +109,27 @@ def train(
 ) -> None:
     """Each rank computes the loss of its shard; the sum of the ranks' gradients is the gradient of the whole."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-    bar = Bar(options.steps, wanted=rank.first)
-    for step in range(options.steps):
-        begin = time.perf_counter()
-        with torch.autocast(rank.device.type, torch.bfloat16, enabled=options.dtype == "bf16"):
-            logits = model(inputs)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / options.tokens
-        optimizer.zero_grad()
-        loss.backward()
-        for parameter in model.parameters():
-            dist.all_reduce(parameter.grad)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        report.losses.append(float(mean))
-        seconds = time.perf_counter() - begin
-        report.tokens_per_s.append(options.tokens / seconds)
-        line = f"loss {report.losses[-1]:.4f} nats a byte, {report.tokens_per_s[-1]:,.0f} tokens/s"
-        bar.update(step + 1, line)
-        if not bar.shown and (step + 1) % max(1, options.steps // 10) == 0:
-            rank.print(f"step {step + 1}/{options.steps}: {line}")
-    bar.stop()
+    with Bar(options.steps, wanted=rank.first) as bar:
+        for step in range(options.steps):
+            begin = time.perf_counter()
+            with torch.autocast(rank.device.type, torch.bfloat16, enabled=options.dtype == "bf16"):
+                logits = model(inputs)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / options.tokens
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            report.losses.append(float(mean))
+            seconds = time.perf_counter() - begin
+            report.tokens_per_s.append(options.tokens / seconds)
+            line = f"loss {report.losses[-1]:.4f} nats a byte, {report.tokens_per_s[-1]:,.0f} tokens/s"
+            bar.update(step + 1, line)
+            if not bar.shown and (step + 1) % max(1, options.steps // 10) == 0:
+                rank.print(f"step {step + 1}/{options.steps}: {line}")
 
 
 @dataclass

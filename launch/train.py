@@ -35,6 +35,7 @@ from leetdist.launch import commands
 from leetdist.launch.commands import PRESETS
 from leetdist.launch.model import Config, LanguageModel
 from leetdist.launch.progress import Progress
+from leetdist.launch.ranks import is_launched, start
 from leetdist.launch.resume import described, differences
 from leetdist.launch.runtime import one_message
 from leetdist.launch.text import Windows, load_tokens
@@ -118,6 +119,8 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     begin, options = time.monotonic(), commands.train().parse_args(argv)
+    if options.processes is not None and not is_launched():  # as a script; `leetdist train` does it before
+        return start(options.processes, ["train", *(sys.argv[1:] if argv is None else argv)])
     joined_before = dist.is_initialized()
     with one_message():
         mesh = leetdist.device_mesh(options.sequence_parallel or None)  # (1) data parallel x sequence parallel

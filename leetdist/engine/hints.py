@@ -28,7 +28,7 @@ def warn_of_layout(q: Tensor, log_decay: Tensor | None) -> None:
         warnings.warn(
             f"leetdist: {heads} heads of {tokens} tokens and no decay a head{layout_hint(q)}. Where so many are "
             "meant, a log_decay a head, which may be zeros, says so",
-            stacklevel=2,
+            stacklevel=6,  # describe, plan_call, run, linear_attention, and who calls it
         )
 
 

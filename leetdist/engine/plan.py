@@ -127,7 +127,7 @@ def plan_call(
         options = canonical_options(**options)
         kind, known = (None, None) if gates is not None else _known(q, k, v, log_decay, options)
         if known is None:
-            warn_where_unjoined()
+            warn_where_unjoined(5)
             problem = _of_operator(describe(q, k, v, log_decay, **options), operator, gates)
             known = _local_plan(
                 problem, operator_named(problem.operator).chosen(problem, problem.tokens), raw_settings()

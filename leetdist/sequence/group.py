@@ -167,10 +167,11 @@ def _unjoined() -> str:
     )
 
 
-def warn_where_unjoined() -> None:
-    """A call without a group, in one of a launcher's processes: each of them would compute everything."""
+def warn_where_unjoined(depth: int) -> None:
+    """A call without a group, in one of a launcher's processes: each of them would compute everything. depth: how many
+    calls from here the caller's own line is."""
     if os.environ.get("RANK", "0") == "0" and (words := _unjoined()):
-        warnings.warn(f"leetdist: nothing is sharded, group is None. {words}", stacklevel=3)
+        warnings.warn(f"leetdist: nothing is sharded, group is None. {words}", stacklevel=depth)
 
 
 def resolve(group: Group | None, transport: str | None = None) -> Transport | None:

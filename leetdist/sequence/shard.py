@@ -59,12 +59,13 @@ def shard_sequence(x: Tensor, dim: int, group: Group | None, *, tile: int | None
         if tile < 1:
             raise ValueError(f"tile must be a positive number of tokens, or None, got {tile}")
     if transport is None:
-        warn_where_unjoined()
+        warn_where_unjoined(3)
         return x
     tokens = x.shape[dim]
     tile = tile or default_tile(tokens)
     lengths = shard_lengths(tokens, transport.size, tile)
-    if tokens and transport.rank == 0 and max(lengths) * transport.size > UNEVEN * tokens:
+    uneven = 0 in lengths or max(lengths) * transport.size > UNEVEN * tokens
+    if uneven and tokens and transport.rank == 0:
         _warn_of_idle_ranks(lengths, tile)
     return cut(x, dim, lengths, transport)
 

@@ -82,8 +82,9 @@ def test_errors_about_something_else_do_not() -> None:
 def test_another_layout_without_a_decay_is_warned_of() -> None:
     x = torch.randn(1, 1024, 8, D)
     for log_decay in (None, -torch.rand(1, 1024, 8)):  # the second of (B, N, H), as fla's calls have it
-        with pytest.warns(UserWarning, match=f"1024 heads of 8 tokens and no decay a head; {LAYOUT}"):
+        with pytest.warns(UserWarning, match=f"1024 heads of 8 tokens and no decay a head; {LAYOUT}") as caught:
             leetdist.linear_attention(x, x, x, log_decay, tile=16 if log_decay is None else 32)
+        assert caught[0].filename == __file__  # the caller's line
 
 
 def test_calls_that_are_meant_are_not_warned_of() -> None:
@@ -104,6 +105,8 @@ def test_idle_ranks_are_warned_of_and_the_advice_is_right() -> None:
     with pytest.warns(UserWarning, match=r"the fullest rank holds 1,024, 4 of them none; .* pass tile=512") as caught:
         assert shard(4096, 8).count(0) == 4
     assert len(caught) == 1  # from the first rank
+    with pytest.warns(UserWarning, match=r"the fullest rank holds 1,024, 2 of them none; .* pass tile=256"):
+        assert shard(4096, 6).count(0) == 2  # although the fullest holds 1.5 times its share, no more
     with silence():
         assert shard(4096, 8, 512) == [512] * 8
         for tokens, ranks in ((4096, 4), (1000, 3), (131_072, 8), (100_000, 7), (16, 1), (8192, 3)):
@@ -124,8 +127,9 @@ def test_a_group_that_nobody_joined_is_warned_of(monkeypatch: pytest.MonkeyPatch
     words = "nothing is sharded, group is None. WORLD_SIZE is 4, and this process has not joined its process group"
     world = torch.distributed.group.WORLD
     assert world is None
-    with pytest.warns(UserWarning, match=words):
+    with pytest.warns(UserWarning, match=words) as caught:
         leetdist.linear_attention(q, q, q, group=world)
+    assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match=words):
         leetdist.shard_sequence(q, 2, world)
     with (
