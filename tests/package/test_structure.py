@@ -198,3 +198,14 @@ def test_names_of_the_documents() -> None:
     for document in documents():
         for name in re.findall(r"`(leetdist(?:\.\w+)+)[`(]", document.read_text()):
             assert pydoc.locate(name) is not None, f"{document}: {name}"
+
+
+def test_findings_are_listed() -> None:
+    """Every script has its line, and says at its head what one would guess and what is so."""
+    listed = re.findall(r"^\| \[(\w+\.sh)\]\(\1\)", (ROOT / "findings" / "README.md").read_text(), re.MULTILINE)
+    scripts = sorted((ROOT / "findings").glob("*.sh"))
+    assert sorted(listed) == [path.name for path in scripts]
+    for path in scripts:
+        assert re.search(r"^# One would guess: .*\n(# .*\n)*# It is so that: ", path.read_text(), re.MULTILINE), (
+            path.name
+        )
