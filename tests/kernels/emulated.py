@@ -19,6 +19,7 @@ import torch
 
 from leetdist.kernels.common import loader, tensor_map
 from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.token_decay.cuda import hopper as token
 
 HERE = Path(__file__).parent
 HEADER = "constant_decay/cuda/hopper.cuh"
@@ -80,8 +81,13 @@ def emulated(multiprocessors: int = 132) -> Iterator[None]:
         patch.setattr(tensor_map, "_encode", _encode)
         patch.setattr(hopper, "_multiprocessors", lambda device: multiprocessors)
         patch.setattr(loader, "kernel", _kernel)
-        hopper._kernel.cache_clear()
+        _forget()
         try:
             yield
         finally:
-            hopper._kernel.cache_clear()
+            _forget()
+
+
+def _forget() -> None:
+    for module in (hopper, token):
+        module._kernel.cache_clear()

@@ -9,13 +9,17 @@ import torch
 
 from leetdist.kernels.common import loader
 from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.token_decay.cuda import hopper as pairs
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 def compiled(name: str, held: tuple[int, int, int], dtype: torch.dtype, wide: bool, reverse: bool, token: bool) -> int:
     made = hopper.defines(name, *held, dtype, wide, reverse, token)
-    return len(loader.cubin(f"constant_decay/cuda/{name.split()[0]}.cu", "sm_90a", made))
+    source = f"constant_decay/cuda/{name.split()[0]}.cu"
+    if token and wide and held[0] == pairs.ROWS and dtype == torch.bfloat16:
+        loader.cubin("token_decay/cuda/summed_outputs.cu", "sm_90a", made)
+    return len(loader.cubin(source, "sm_90a", made))
 
 
 if __name__ == "__main__":

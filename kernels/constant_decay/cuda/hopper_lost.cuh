@@ -13,8 +13,8 @@ struct Lost {
         return step * CHUNK + (REVERSE ? CHUNK - 1 - token : token);
     }
     // Nothing yet but the columns in which the state at the start is; there it becomes 0.
-    __device__ __forceinline__ void start(float (&state)[PARTS][HELD]) const {
-        for (int i = thread_number(); i <= COLUMNS; i += THREADS) store(columns + i * 4, Word(0x7fffffff));
+    __device__ __forceinline__ void start(float (&state)[PARTS][HELD], bool first = true) const {
+        for (int i = thread_number(); first && i <= COLUMNS; i += THREADS) store(columns + i * 4, Word(0x7fffffff));
         meet();
         const int column = thread_number() / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
