@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers import free_port
 from leetdist.launch import __main__ as entry
 from leetdist.launch import bench, demo, doctor, plan
 from leetdist.launch.commands import COMMANDS, EXTRAS, Arguments, command
+from leetdist.launch.runtime import Rank
 
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,9 +162,10 @@ def test_the_demo_says_once_what_is_wrong(
     assert done.returncode == 1
     assert done.stdout.startswith("--text no/such/text: no such file or folder; to read a data set of that name, ")
     assert done.stdout.strip().count("\n") == 0, done.stdout
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
-    said = refused(capsys, "demo", "--text", __file__, "--tokens", "9999999", "--device", "cpu")
+    rank = Rank(0, 1, torch.device("cpu"), "gloo")
+    monkeypatch.setattr(demo, "is_launched", lambda: True)
+    monkeypatch.setattr(demo, "joined", lambda _: contextlib.nullcontext(rank))
+    said = refused(capsys, "demo", "--text", __file__, "--tokens", "9999999", "--out", str(tmp_path))
     assert said == f"--tokens 9999999: {__file__} has {Path(__file__).stat().st_size} bytes, one more is wanted"
 
 
@@ -237,8 +241,6 @@ def test_json_of_each_command(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def entry_cases() -> list[Any]:
-    import torch
-
     from leetdist.testing.equality import standard_cases
 
     return standard_cases(torch.device("cpu"))
