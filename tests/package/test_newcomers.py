@@ -123,10 +123,10 @@ def test_uneven_shards_are_warned_of() -> None:
 def test_a_group_that_nobody_joined_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun without init_process_group: dist.group.WORLD is None then."""
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # whatever tests before this one joined
     q = torch.randn(1, 1, 53, D)  # of a shape that no other test has: warned when it is planned
     words = "nothing is sharded, group is None. WORLD_SIZE is 4, and this process has not joined its process group"
-    world = torch.distributed.group.WORLD
-    assert world is None
+    world = None
     with pytest.warns(UserWarning, match=words) as caught:
         leetdist.linear_attention(q, q, q, group=world)
     assert caught[0].filename == __file__
