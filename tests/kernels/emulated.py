@@ -40,7 +40,7 @@ def _library(source: str, name: str, defines: tuple[tuple[str, int], ...]) -> ct
     macros = [f"-D{macro}={value}" for macro, value in (*defines, ("KERNEL", name), ("TEXT", f'"{made}.cuh"'))]
     command = [
         compiler,
-        "-O2",
+        "-O1",
         "-fno-gnu-unique",
         "-std=c++17",
         "-shared",

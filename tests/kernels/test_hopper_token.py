@@ -89,7 +89,6 @@ def compare(
     [
         (64, 64, BF16, False, "mixed"),
         (128, 64, FP16, True, "mixed"),
-        (64, 128, FP16, False, "usual"),
         (256, 64, BF16, True, "weak"),
     ],
 )
@@ -120,15 +119,16 @@ def test_long_tiles_against_fp64(rows, columns, kind):
     compare("cuda", Tiles(4096, (0, 131072)), rows, columns, BF16, reverse=True, kind=kind)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_zeros_give_the_bits_of_no_decay(device, reverse):
-    for rows, columns in ((64, 64), (128, 128), (256, 128)) if device == "cuda" else ((64, 64),):
+def test_zeros_give_the_bits_of_no_decay(device):
+    everywhere = [(64, 64, False), (128, 128, True), (128, 64, False), (256, 128, True), (256, 128, False)]
+    for rows, columns, reverse in everywhere if device == "cuda" else everywhere[:1]:
         a, b, c, states, g = draw(device, PACKED, rows, columns, BF16, "usual")
         none, zeros = torch.zeros(4, device=device), torch.zeros_like(g)
         options: dict[str, Any] = {"reverse": reverse, "scale": 0.5, "state_scale": 0.7, "out_dtype": BF16}
-        outputs = [module.tile_outputs(a, b, c, states, x, PACKED, **options) for module, x in
-                   ((hopper, zeros), (constant, none))]  # fmt: skip
-        assert torch.equal(*outputs)
+        assert torch.equal(
+            hopper.tile_outputs(a, b, c, states, zeros, PACKED, **options),
+            constant.tile_outputs(a, b, c, states, none, PACKED, **options),
+        )
         assert torch.equal(
             hopper.tile_states(b, c, zeros, PACKED, reverse=reverse),
             constant.tile_states(b, c, none, PACKED, reverse=reverse),
@@ -257,10 +257,10 @@ def test_a_decay_that_grows_is_nan_from_its_token_on(device, bad):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_what_decays_to_nothing_is_not_read(device, reverse):
     """Nor are the tokens before a state that starts anew; but where a decay is no number, all are."""
-    tiles = Tiles(9000, (0, 9000))
+    tiles = Tiles(5000, (0, 5000))
     _, b, c, _, g = draw(device, tiles, 64, 64, BF16, "weak")
     g[0, 0], g[0, 1], g[0, 2] = -0.05, 0.0, -1e-3
-    g[0, 2, 8000 if not reverse else 1000] = -math.inf
+    g[0, 2, 1000 if reverse else 4000] = -math.inf
     g[0, 3, 4000] = math.nan
     far = {0: 104 / 0.05, 2: 1000}
     added = hopper.tile_states(b, c, g, tiles, reverse=reverse)
@@ -270,7 +270,7 @@ def test_what_decays_to_nothing_is_not_read(device, reverse):
     assert added[0, 3].isnan().all()
     for head, tokens in far.items():
         bad, tokens = c.clone(), int(tokens) + 128
-        bad[0, head, slice(tokens, None) if reverse else slice(0, 9000 - tokens)] = math.nan
+        bad[0, head, slice(tokens, None) if reverse else slice(0, 5000 - tokens)] = math.nan
         assert torch.equal(hopper.tile_states(b, bad, g, tiles, reverse=reverse)[0, :3], added[0, :3])
 
 
