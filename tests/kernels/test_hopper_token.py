@@ -200,6 +200,7 @@ def test_heads_that_share_are_added_up_in_pairs(device, reverse):
         doubles = a.double(), b.double(), c.double(), states.double(), g.double()
         expected = exact.tile_outputs(*doubles, PACKED, out_dtype=torch.float64, **options)
         assert out.shape == (3, heads // 2, 300, columns)
+        assert heads == 2 or out.stride(1) < out.stride(2)  # laid out as a is
         for pair in range(heads // 2):
             assert relative_error(out[:, pair], expected[:, 2 * pair : 2 * pair + 2].sum(1)) < 3e-3
         last = [x[2:].contiguous() for x in (a, b, c, states, g)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
-from leetdist.kernels.common.memory import heads_of
+from leetdist.kernels.common.memory import empty_outputs, heads_of
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.cuda.hopper import configuration, tile_states
@@ -81,7 +81,7 @@ def _summed_outputs(
     state_scale: float,
 ) -> Tensor:
     heads = heads_of(log_decay)
-    out = torch.empty(a.shape[0], heads // 2, a.shape[2], c.shape[3], dtype=torch.float32, device=a.device)
+    out = empty_outputs(a, c, log_decay[:, ::2], torch.float32)
     if not out.numel():
         return out
     kept: list[Tensor] = []
