@@ -206,6 +206,10 @@ def _add_inside(
         k_i = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
         v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
         do_raw = load_chunk(do, do_token, offset, count, column, columns, CHUNK, COLUMNS)
+        place = kept + (program * chunks + chunk) * (PARTS * ROWS * COLUMNS) + _within(ROWS, COLUMNS)
+        s_i = tl.load(place)
+        s_small = tl.load(place + ROWS * COLUMNS) if PARTS == 2 else s_i
+        s_unit = tl.load(units + program * chunks + chunk)
         q_i, q_small, q_unit = _operand(q_i, dtype, PARTS == 2, PARTS)
         k_i, k_small, k_unit = _operand(k_i, dtype, PARTS == 2, PARTS)
         v_i, v_small, v_unit = _operand(v_i, dtype, PARTS == 2, PARTS)
@@ -215,10 +219,6 @@ def _add_inside(
         pairs = product(do_i, do_small, tl.trans(v_i), tl.trans(v_small), PARTS, PARTS) * (do_unit * v_unit) * scores
         within = _sums_before_columns(tl.where(i > j, pairs, 0.0), CHUNK, PARTS)
 
-        place = kept + (program * chunks + chunk) * (PARTS * ROWS * COLUMNS) + _within(ROWS, COLUMNS)
-        s_i = tl.load(place)
-        s_small = tl.load(place + ROWS * COLUMNS) if PARTS == 2 else s_i
-        s_unit = tl.load(units + program * chunks + chunk)
         ahead = product(q_i, q_small, s_i, s_small, PARTS, PARTS) * do_raw.to(tl.float32)
         ahead = tl.sum(ahead, 1) * (q_unit * s_unit * scale)
         ahead *= weights_from_state(gate, offset, count, False, CHUNK, True)
@@ -258,24 +258,26 @@ def _add_behind(
         chunk = many - 1 - step
         offset = chunk * CHUNK
         count = tl.minimum(length - offset, CHUNK)
+        here = position < count
         place -= PARTS * ROWS * COLUMNS
+        # Loads first, as many as there are registers for.
         k_i = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
-        v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS).to(tl.float32)
-        k_i, k_small, k_unit = _operand(k_i, dtype, PARTS == 2, PARTS)
-        r_i, r_small, r_unit = _operand(gradient, dtype, dtype == tl.float16, PARTS)
-        behind = product(k_i, k_small, r_i, r_small, PARTS, PARTS) * v_i
-        behind = tl.sum(behind, 1) * (k_unit * r_unit) * weights_to_state(gate, offset, count, False, CHUNK, True)
+        v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
+        total = tl.load(out + offset + position, mask=here, other=0.0)
+        s_unit = tl.load(units + chunk)
         state = tl.load(place + _within(ROWS, COLUMNS)).to(tl.float32)
         if PARTS == 2:
             state += tl.load(place + ROWS * COLUMNS + _within(ROWS, COLUMNS)).to(tl.float32)
-        across = tl.sum(state * gradient) * tl.load(units + chunk) * weight_across(gate, offset, count)
-        here = position < count
-        total = tl.load(out + offset + position, mask=here, other=0.0)
+        across = tl.sum(state * gradient) * s_unit * weight_across(gate, offset, count)
+        k_i, k_small, k_unit = _operand(k_i, dtype, PARTS == 2, PARTS)
+        r_i, r_small, r_unit = _operand(gradient, dtype, dtype == tl.float16, PARTS)
+        q_i = load_chunk(q, q_token, offset, count, 0, rows, CHUNK, ROWS)
+        do_i = load_chunk(do, do_token, offset, count, column, columns, CHUNK, COLUMNS)
+        behind = product(k_i, k_small, r_i, r_small, PARTS, PARTS) * v_i.to(tl.float32)
+        behind = tl.sum(behind, 1) * (k_unit * r_unit) * weights_to_state(gate, offset, count, False, CHUNK, True)
         total += tl.sum(tl.where(i < j, behind[:, None], 0.0), 0) + across
         tl.store(out + offset + position, total, mask=here)
 
-        q_i = load_chunk(q, q_token, offset, count, 0, rows, CHUNK, ROWS)
-        do_i = load_chunk(do, do_token, offset, count, column, columns, CHUNK, COLUMNS)
         weight = weights_to_state(gate, offset, count, True, CHUNK, True) * scale
         q_i, q_small, q_unit = _weighted(q_i, weight, dtype)
         do_i, do_small, do_unit = _operand(do_i, dtype, PARTS == 2, PARTS)
