@@ -121,6 +121,9 @@ def check_options(
 
 def check_agreement(everyone: Sequence[Problem]) -> None:
     """ValueError, the same on every rank, that says who differs in what."""
+    for rank, theirs in enumerate(everyone):
+        if not isinstance(theirs, Problem):
+            raise ValueError(f"linear_attention: rank {rank} makes another call of the group")
     first = everyone[0]
     check_cut([problem.sharded_from for problem in everyone])
     only_here = {"tokens", "has_initial", "needs_initial_grad", "grad_mode", "captured", "sharded_from"}
