@@ -13,7 +13,15 @@ from torch.autograd.function import once_differentiable
 from leetdist.arguments import as_bool, check_plain
 from leetdist.kernels.common.elementwise import silu, silu_gradient
 from leetdist.sequence.group import resolve
-from leetdist.sequence.halo import agreed_lengths, before_shard, check_initial, check_offsets, tokens_of
+from leetdist.sequence.halo import (
+    agreed_lengths,
+    before_shard,
+    check_end,
+    check_initial,
+    check_offsets,
+    known_offsets,
+    tokens_of,
+)
 from leetdist.sequence.shard import gather_sequence
 
 if TYPE_CHECKING:
@@ -86,6 +94,7 @@ def causal_conv1d(
     lengths: tuple[int, ...] = (tokens,)
     if transport is not None:
         lengths = agreed_lengths("causal_conv1d", tokens, facts, transport)
+    check_end(cu_seqlens, lengths)
     width = weight.shape[1] - 1
     documents = _documents(x, width, lengths, seq_idx, cu_seqlens, transport)
     y: Tensor
@@ -247,6 +256,8 @@ def _check(
     if x.ndim != 3 or x.dtype not in DTYPES:
         raise ValueError(f"x must be floating of shape (B, N, C), got {x.dtype} of shape {tuple(x.shape)}")
     rows, tokens, channels = x.shape
+    if not rows or not channels:
+        raise ValueError(f"x must have no empty dimension but N, got {tuple(x.shape)}")
     if tokens == 0 and transport is None:
         raise ValueError("x: N is 0; a sequence needs at least one token")
     if weight.ndim != 2 or weight.shape[0] != channels or not weight.shape[1]:
@@ -255,8 +266,12 @@ def _check(
         check_plain("bias", bias, "a tensor or None")
         if bias.shape != (channels,):
             raise ValueError(f"bias must have shape (C,) = ({channels},), got {tuple(bias.shape)}")
-    for name, other in (("weight", weight), ("bias", bias), ("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens)):
-        if other is not None and name != "cu_seqlens" and other.device != x.device:
+    check_documents(x, seq_idx, cu_seqlens)
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and not other.is_floating_point():
+            raise ValueError(f"{name} must be floating, got {other.dtype}")
+    for name, other in (("weight", weight), ("bias", bias), ("seq_idx", seq_idx)):
+        if other is not None and other.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {other.device}")
     if activation not in ACTIVATIONS:
         raise ValueError(f'activation must be None or "silu", got {activation!r}')
@@ -266,7 +281,6 @@ def _check(
         check_initial(initial, [rows, weight.shape[1] - 1, channels], x, transport)
         if transport is not None and initial.requires_grad and not x.requires_grad:
             raise ValueError("initial needs a gradient, so x must, on every rank: all have a backward then")
-    check_documents(x, seq_idx, cu_seqlens)
     if cu_seqlens is not None and initial is not None:
         raise ValueError("initial must be None with cu_seqlens: each document starts from zeros")
     parameters = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -278,7 +292,7 @@ def _check(
         "activation": activation,
         "return_state": return_state,
         "seq_idx": seq_idx is not None,
-        "cu_seqlens": None if cu_seqlens is None else len(cu_seqlens),
+        "cu_seqlens": known_offsets(cu_seqlens),
         "gradients": grad and (x.requires_grad or parameters),
         "gradients of x": grad and x.requires_grad,
     }

@@ -158,6 +158,10 @@ def test_any_layout_means_its_values() -> None:
         ({"seq_idx": torch.zeros(2, 67)}, "seq_idx must be int32"),
         ({"seq_idx": torch.zeros(1, 67, dtype=torch.int32)}, "seq_idx must be int32"),
         ({"cu_seqlens": torch.tensor([0, 67])}, "B must be 1"),
+        ({"cu_seqlens": torch.tensor([0, 9, 8, 67])}, "cu_seqlens must start at 0 and not decrease"),
+        ({"weight": torch.ones(9, 4, dtype=torch.int32)}, "weight must be floating"),
+        ({"bias": torch.ones(9, dtype=torch.int32)}, "bias must be floating"),
+        ({"seq_idx": [0]}, "seq_idx must be a tensor or None"),
         ({"initial": torch.zeros(2, 4, 9)}, "initial must be torch.float32 of shape"),
         ({"return_state": 1}, "return_state must be True or False"),
     ],
@@ -171,6 +175,29 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
     def rank(group):
         with pytest.raises(ValueError, match=message):
             causal_conv1d(**inputs | (change if group.rank == 0 else {}), group=group)
+
+    leetdist.virtual_ranks(rank, 2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_documents_end_with_the_sequence(ranks: int) -> None:
+    x = torch.zeros(1, 32 // ranks, 9)
+
+    def rank(group):
+        with pytest.raises(ValueError, match="cu_seqlens must end at the number of tokens on all ranks, 32, got 31"):
+            causal_conv1d(x, torch.ones(9, 4), cu_seqlens=torch.tensor([0, 31]), group=group)
+
+    if ranks == 1:
+        rank(None)
+    else:
+        leetdist.virtual_ranks(rank, ranks)
+
+
+def test_documents_are_the_same_on_all_ranks() -> None:
+    def rank(group):
+        documents = torch.tensor([0, 10 + group.rank, 32])
+        with pytest.raises(ValueError, match="rank 1 has cu_seqlens"):
+            causal_conv1d(torch.zeros(1, 16, 9), torch.ones(9, 4), cu_seqlens=documents, group=group)
 
     leetdist.virtual_ranks(rank, 2)
 
