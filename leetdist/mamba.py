@@ -14,7 +14,7 @@ from leetdist.arguments import as_bool, as_float, as_int, check_plain
 from leetdist.kernels.common.elementwise import silu, silu_gradient, softplus
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.group import resolve
-from leetdist.sequence.halo import halo
+from leetdist.sequence.halo import check_offsets, halo
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -227,12 +227,15 @@ def _check(
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     rows, tokens, heads, width = x.shape
+    if not rows or not heads or not width:
+        raise ValueError(f"x must have no empty dimension but N, got {tuple(x.shape)}")
     if alone and not tokens:
         raise ValueError("x: N is 0; a sequence needs at least one token")
     check_plain("B", B)
-    if B.ndim != 4 or B.shape[:2] != x.shape[:2] or not B.shape[2] or heads % B.shape[2]:
+    if B.ndim != 4 or B.shape[:2] != x.shape[:2] or not B.shape[2] or heads % B.shape[2] or not B.shape[3]:
         raise ValueError(
-            f"B must have shape (B, N, G, S) = ({rows}, {tokens}, a divisor of {heads}, S), got {tuple(B.shape)}"
+            f"B must have shape (B, N, G, S) = ({rows}, {tokens}, a divisor of {heads}, at least 1), got "
+            f"{tuple(B.shape)}"
         )
     groups, size = B.shape[2:]
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -254,6 +257,10 @@ def _check(
     for name, y in (("B", B), ("C", C), ("z", z)):
         if y is not None and y.dtype != x.dtype:
             raise ValueError(f"{name} must have x's dtype, {x.dtype}, got {y.dtype}")
+    if initial_states is not None:
+        check_plain("initial_states", initial_states, "a tensor or None")
+    if cu_seqlens is not None:
+        check_offsets(cu_seqlens, x)
     for name, y in (("dt", dt), ("A", A), ("dt_bias", dt_bias), ("D", D), ("initial_states", initial_states)):
         if y is not None and not y.is_floating_point():
             raise ValueError(f"{name} must be floating, got {y.dtype}")
@@ -261,8 +268,11 @@ def _check(
     for name, y in beside.items():
         if y is not None and y.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {y.device}")
-    if A.is_cpu and not torch.compiler.is_compiling() and not bool((A <= 0).all() & A.isfinite().all()):
+    if _readable(A) and not bool((A <= 0).all() & A.isfinite().all()):
         raise ValueError(f"A must be finite and <= 0, as -exp(A_log) is, got {A.tolist()}")
+    for name, y in (("dt", dt), ("dt_bias", dt_bias)):
+        if y is not None and _readable(y) and bool(y.isnan().any()):
+            raise ValueError(f"{name} must be numbers, got NaN")
     _check_states_and_documents(x, size, initial_states, seq_idx, cu_seqlens)
     if chunk_size is not None and as_int("chunk_size", chunk_size) < 1:
         raise ValueError(f"chunk_size must be a positive number of tokens, or None, got {chunk_size}")
@@ -273,6 +283,11 @@ def _check(
         raise ValueError(f"{wanted}, got {dt_limit!r}")
     if not 0 <= as_float("dt_limit", dt_limit[0]) <= as_float("dt_limit", dt_limit[1]):
         raise ValueError(f"{wanted}, got {dt_limit!r}")
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether looking at the values of x costs little: not on a GPU, and not where it is traced or a fake."""
+    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _check_states_and_documents(

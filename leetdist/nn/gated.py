@@ -56,6 +56,8 @@ class SimpleGLA(nn.Module):
         group: Group | None = None,
     ) -> None:
         super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
         value_dim = value_dim or dim
         for width in (dim, value_dim):
             if heads < 1 or width % heads:
@@ -73,9 +75,10 @@ class SimpleGLA(nn.Module):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """(B, H, N) fp32 (fp64 of an fp64 model), <= 0."""
-        gate = self.gk_proj(x)
-        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
-        return -softplus(-gate).transpose(1, 2) / self.normalizer
+        gate = self.gk_proj(x).transpose(1, 2)
+        # Contiguous, as its gradient is: compiled, softplus' own backward takes strides for granted that differ then.
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32)).contiguous()
+        return -softplus(-gate) / self.normalizer
 
     def forward(
         self,

@@ -76,11 +76,15 @@ class Mamba2(nn.Module):
         group: Group | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"dim": dim, "head_dim": head_dim, "state": state, "groups": groups, "conv": conv}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         inner = int(expand * dim)
         heads = heads or inner // head_dim
         if heads * head_dim != inner:
             raise ValueError(f"heads * head_dim must be expand * dim = {inner}, got {heads} * {head_dim}")
-        if groups < 1 or heads % groups:
+        if heads % groups:
             raise ValueError(f"groups must divide the {heads} heads, got {groups}")
         self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
         self.dt_limit, self.group = dt_limit, group

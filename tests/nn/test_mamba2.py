@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import leetdist
 from leetdist.launch.model import Config, LanguageModel
@@ -203,7 +204,7 @@ def test_a_session_keeps_the_states_of_simple_gla() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiles_as_one_graph(name: str) -> None:
-    layer, x = LAYERS[name](), torch.randn(1, 50, DIM)
+    layer, x = LAYERS[name](), torch.randn(2, 50, DIM)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     y, right = compiled(x), layer(x)
     torch.testing.assert_close(y, right)
@@ -213,6 +214,12 @@ def test_compiles_as_one_graph(name: str) -> None:
     y.sum().backward()
     for key, p in layer.named_parameters():
         torch.testing.assert_close(p.grad, grads[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_runs_on_fake_tensors(name: str) -> None:
+    with FakeTensorMode():
+        assert LAYERS[name]()(torch.randn(2, 50, DIM)).shape == (2, 50, DIM)
 
 
 def test_starts_as_published() -> None:
@@ -252,6 +259,10 @@ def test_state_is_named() -> None:
     [
         (lambda: Mamba2(32, heads=3, head_dim=8), "heads \\* head_dim must be"),
         (lambda: Mamba2(32, head_dim=8, groups=3), "groups must divide the 8 heads"),
+        (lambda: Mamba2(32, head_dim=0), "head_dim must be at least 1"),
+        (lambda: Mamba2(32, head_dim=8, state=0), "state must be at least 1"),
+        (lambda: Mamba2(32, head_dim=8, conv=0), "conv must be at least 1"),
+        (lambda: SimpleGLA(0, 1), "dim must be at least 1"),
         (lambda: SimpleGLA(32, 5), "heads must divide the width 32, got 5"),
         (lambda: SimpleGLA(32, 4, normalizer=0), "normalizer must be positive"),
     ],
