@@ -79,7 +79,7 @@ def device_mesh(sequence: int | None = None, *, device_type: str | None = None) 
 
 def _ranks(group: Any) -> int:
     """How many ranks a group has; nothing is set up to serve it yet."""
-    if not hasattr(group, "size"):
+    if not hasattr(group, "size") or isinstance(group, Tensor):
         resolve(group)  # says what a group has to be
     return int(group.size if isinstance(group, Transport) else group.size())
 

@@ -265,6 +265,11 @@ def check_written(name: str, x: Tensor) -> None:
     """A tensor that is changed in place: no element of it may stand for several."""
     if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise ValueError(f"{name} is changed in place, so it must not be expanded, got strides {x.stride()}")
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            raise ValueError(f"{name} is changed in place, so its elements must not overlap, got strides {x.stride()}")
+        reach += stride * (size - 1)
 
 
 def check_step(problem: Problem, q: Tensor, state: Tensor, *, inplace: bool) -> None:

@@ -6,12 +6,13 @@ The operator's own arguments are checked in leetdist.engine.checks, and states i
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_int, check_plain
+from leetdist.arguments import as_float, as_int, as_str, check_plain
 from leetdist.engine.checks import METHODS, ONE_DEVICE, check_log_decay, check_written, describe
 
 
@@ -48,9 +49,9 @@ def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor |
     for name, x in (("index", index), ("lengths", lengths)):
         if x is None:
             continue
-        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be an int32 or int64 tensor, got {got}")
+        check_plain(name, x, "an int32 or int64 tensor")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be an int32 or int64 tensor, got {x.dtype}")
         if x.shape != (batch,):
             raise ValueError(f"{name} must have shape (B,) = ({batch},), got {tuple(x.shape)}")
         if x.device != q.device:
@@ -76,8 +77,9 @@ def host_values(x: Tensor | None) -> list[int] | None:
 
 def check_tokens(tokens: Any, rows: int | None) -> None:
     """Tokens of a batch, of as many rows as those before them."""
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
-        got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+    check_plain("tokens", tokens, "an int64 tensor of shape (B, N)")
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        got = f"{tokens.dtype} of {tuple(tokens.shape)}"
         raise ValueError(f"tokens must be an int64 tensor of shape (B, N), got {got}")
     if not tokens.shape[0] or tokens.shape[0] != (rows or tokens.shape[0]):
         raise ValueError(f"tokens must have {rows or 'at least one'} rows, as before them, got {tokens.shape[0]}")
@@ -85,10 +87,11 @@ def check_tokens(tokens: Any, rows: int | None) -> None:
 
 def check_options(scale: Any, tile: Any, method: Any) -> None:
     """How a stream computes."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not math.isfinite(as_float("scale", scale)):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if not isinstance(tile, int) or isinstance(tile, bool) or tile < 16 or tile & (tile - 1):
         raise ValueError(f"tile must be a power of two of at least 16 tokens, got {tile!r}")
+    method = as_str("method", method, f"one of {', '.join(METHODS)}")
     if method in ONE_DEVICE:
         raise ValueError(f"method must be one that works tile by tile, got {method!r}: it takes a sequence as a whole")
     if method not in METHODS or method == "auto":
@@ -100,6 +103,8 @@ def check_decay(log_decay: Tensor) -> None:
     check_plain("log_decay", log_decay, "a tensor or None")
     if log_decay.ndim != 1 or not log_decay.shape[0]:
         raise ValueError(f"log_decay must have shape (H,), got {tuple(log_decay.shape)}")
+    if log_decay.is_meta:
+        raise ValueError("log_decay must have values, got a tensor on the meta device")
     # Of a query's heads and device, all that is known.
     check_log_decay(log_decay, log_decay[None, :, None, None], log_decay.shape[0])
 
@@ -112,10 +117,17 @@ def check_device(device: Any) -> torch.device:
         raise ValueError(f"device must be a device that is there, got {device!r}: {error}") from None
 
 
+def check_path(path: Any) -> None:
+    """The name of a file."""
+    if not isinstance(path, (str, Path)) or not Path(path).name:
+        raise ValueError(f"path must be the name of a file, a str or a Path, got {path!r}")
+
+
 def check_rows(rows: Tensor, batch: int) -> None:
     """Rows of a batch; their values, where they are in host memory."""
-    if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
-        got = f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+    check_plain("rows", rows, "an int32 or int64 tensor of shape (R,)")
+    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+        got = f"{rows.dtype} of shape {tuple(rows.shape)}"
         raise ValueError(f"rows must be an int32 or int64 tensor of shape (R,), got {got}")
     if not rows.shape[0]:
         raise ValueError("rows must name at least one row, got none")

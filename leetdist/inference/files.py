@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from leetdist.inference.checks import check_device
+from leetdist.inference.checks import check_device, check_path
 from leetdist.inference.state import State, check_like, check_states, check_whole
 
 FORMAT = "leetdist.states/1"
@@ -47,6 +47,7 @@ def save_states(path: str | Path, states: Mapping[str, State], *, model: str = "
     """
     from safetensors.torch import save_file
 
+    check_path(path)
     check_states(states)
     if not isinstance(model, str):
         raise ValueError(f"model must be a text, got {type(model).__name__}")
@@ -107,6 +108,7 @@ def load_states(
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    check_path(path)
     device = check_device(device)
     if like is not None and not (isinstance(like, Mapping) and all(isinstance(x, State) for x in like.values())):
         raise ValueError("like must be a mapping from names to states")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leetdist.api import linear_attention
 from leetdist.engine.checks import DTYPES
-from leetdist.inference.checks import check_count, check_options, check_rows
+from leetdist.inference.checks import check_count, check_device, check_options, check_rows
 from leetdist.sequence.group import alone
 
 
@@ -112,6 +112,7 @@ class State:
 
     def to(self, device: torch.device | str) -> State:
         """On another device."""
+        device = check_device(device)
         parts = {name: getattr(self, name).to(device) for name in ("boundary", "k", "v", "log_decay")}
         return replace(self, **parts)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
+from leetdist.arguments import check_plain
 from leetdist.inference.checks import check_decay, check_device, check_options, check_piece, check_shards
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, no_tokens, run
@@ -170,10 +171,14 @@ class Stream:
         if first is None:
             return
         everything = chain([first], pieces)
-        device = first[0].device if self.device is None else self.device
-        if device.type != "cuda" or first[0].device == device:
+        q: Any = first[0] if first else None
+        here = q.device if isinstance(q, Tensor) else torch.device("cpu")
+        device = here if self.device is None else self.device
+        if device.type != "cuda" or here == device:
             for piece in everything:
-                yield self._advance(*(x.to(device) for x in piece)).to(piece[0].device)
+                # What holds no values stays as it is, for the checks that all ranks wait for to name it.
+                moved = (x.to(device) if isinstance(x, Tensor) and not x.is_meta else x for x in piece)
+                yield self._advance(*moved).to(piece[0].device)
         else:
             staging = Staging(device, WINDOW_TILES * self._tile)
             yield from staging.map(self._advance, everything, lambda: -self._open % self._tile)
@@ -235,9 +240,11 @@ class Stream:
     def _checked(self, piece: Piece, ranks: int = 1) -> State:
         """The state that this piece continues: an empty one for the first."""
         state, (given, scale, tile, method) = self._state, self._options
-        q, k, v, *own = piece
-        if len(own) > 1:
+        if len(piece) not in (3, 4):
             raise ValueError(f"a piece must be q, k, v and perhaps log_decay, got {len(piece)} tensors")
+        q, k, v, *own = piece
+        for name, x in zip(("q", "k", "v", "log_decay"), piece, strict=False):
+            check_plain(name, x)
         if own and own[0].ndim != 3:
             raise ValueError(f"log_decay of a piece must have shape (B, H, n), got {tuple(own[0].shape)}")
         if own and given is not None:

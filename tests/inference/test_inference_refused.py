@@ -1,0 +1,78 @@
+"""What inference calls refuse: each is a ValueError that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import leetdist
+
+Row = tuple[str, Callable[[], Any], str]
+H, D = 2, 16
+
+
+def tokens(n: int, rows: int = 1) -> Tensor:
+    return torch.ones(rows, H, n, D)
+
+
+def pushed() -> Any:
+    stream = leetdist.stream(-torch.ones(H), tile=16)
+    stream.push(tokens(20), tokens(20), tokens(20))
+    return stream
+
+
+def steps(**changes: Any) -> Tensor:
+    given = {name: tokens(2, 2) for name in "qkv"} | {"states": torch.zeros(2, H, D, D)}
+    return leetdist.linear_attention_steps(**(given | changes))
+
+
+def rows() -> Iterator[Row]:
+    pair = torch.tensor([0, 1])
+    odd = [("sparse", pair.to_sparse()), ("nested", torch.nested.nested_tensor([pair])), ("list", [0, 1])]
+    for what, x in odd:
+        for name in ("index", "lengths"):
+            yield f"steps {name} {what}", partial(steps, **{name: x}), f"{name} must be"
+        yield f"rows {what}", lambda x=x: pushed().state.select(x), "rows must be"
+    for strides in [(1, 256, 16, 1), (512, 16, 16, 1), (512, 256, 8, 1)]:
+        states = torch.zeros(4096).as_strided((2, H, D, D), strides)
+        yield f"steps states {strides}", partial(steps, states=states), "states .* overlap"
+    for place, name in enumerate("qkv"):
+        for value in (None, [1.0], "x", 1.0, tokens(3).to("meta") if place else None):
+            piece = [tokens(3)] * place + [value] + [tokens(3)] * (2 - place)
+            yield f"push {name} {type(value).__name__}", lambda p=piece: pushed().push(*p), rf"^{name} must be"
+    yield "push log_decay", lambda: leetdist.stream().push(*[tokens(3)] * 3, 1.0), "log_decay must be"
+    yield "map pairs", lambda: list(pushed().map([(tokens(3), tokens(3))])), "a piece must be q, k, v"
+    yield "stream scale", lambda: leetdist.stream(scale=10**400), "scale must be a finite number"
+    yield "stream log_decay", lambda: leetdist.stream(-torch.ones(H, device="meta")), "log_decay must have values"
+    for device in ("tpu", 3, [1]):
+        yield f"state to {device!r}", lambda d=device: pushed().state.to(d), "device must be"
+    for path in (3, None, b"x", ["a"], ""):
+        yield f"save {path!r}", lambda p=path: leetdist.save_states(p, {"a": pushed().state}), "path must be"
+        yield f"load {path!r}", lambda p=path: leetdist.load_states(p), "path must be"
+
+
+@pytest.mark.parametrize("row", list(rows()), ids=lambda row: row[0])
+def test_is_refused_in_words(row: Row) -> None:
+    with pytest.raises(ValueError, match=row[2]):
+        row[1]()
+
+
+def test_states_of_any_layout_without_overlap_are_served() -> None:
+    for states in (torch.zeros(2, H, D, D).mT, torch.zeros(4, H, D, D)[::2], torch.zeros(H, 2, D, D).transpose(0, 1)):
+        plain = states.clone(memory_format=torch.contiguous_format)
+        assert torch.equal(steps(states=states), steps(states=plain))
+        assert torch.equal(states, plain)
+
+
+def test_ranks_do_not_wait_for_one_whose_piece_is_none() -> None:
+    def rank(group: Any) -> None:
+        piece: list[Any] = [tokens(16)] * 3 if group.rank else [tokens(16), None, tokens(16)]
+        leetdist.stream(tile=16, group=group).push(*piece)
+
+    with pytest.raises(ValueError, match="k must be a tensor"):
+        leetdist.virtual_ranks(rank, 2)
