@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leetdist.arguments import as_bool, as_int
 from leetdist.engine.checks import check_documents
 from leetdist.integrations.documents import take_documents
 from leetdist.mesh import sequence_group
@@ -73,6 +74,10 @@ def shard_batch(
     >>> [(part["input_ids"][0, -1].item(), part["labels"][0, -1].item()) for part in parts]
     [(31, 32), (63, -100)]
     """
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"batch must be a mapping from names to tensors, got {type(batch).__name__}")
+    ignore_index = as_int("ignore_index", ignore_index)
+    check = as_bool("check", check)
     if not isinstance(tokens := batch.get("input_ids"), Tensor) or tokens.ndim != 2:
         raise ValueError(f"batch must have input_ids of shape (B, N), got {_shown(batch.get('input_ids'))}")
     whole = Batch(batch)

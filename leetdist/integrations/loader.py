@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from leetdist.arguments import as_int
 from leetdist.integrations.batches import Batch, checksums, shard_batch
 from leetdist.mesh import DATA_NAMES, _dimensions, data_rank
 from leetdist.sequence.group import resolve
@@ -78,6 +79,10 @@ class ShardedLoader:
                 f"loader deals rows to ranks already, by its {dealer}: ShardedLoader would deal each rank's share once "
                 "more, and ranks of one sequence would get other rows; give it a loader of the whole job's batches"
             )
+        given: Any = loader
+        if isinstance(given, str) or not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
+            raise ValueError(f"loader must be an iterable of batches, got {type(given).__name__}")
+        seed = as_int("seed", seed)
         if isinstance(loader, Iterator):
             raise ValueError("loader must be an iterable that can be started again for each epoch, got an iterator")
         self.mesh, self.seed, self.device = mesh, seed, device

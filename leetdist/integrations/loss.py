@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from leetdist.arguments import as_float
 from leetdist.mesh import all_sum, all_transports
 
 if TYPE_CHECKING:
@@ -57,7 +59,10 @@ def reduce_loss(
     """
     if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
         raise ValueError(f"loss_sum must be a scalar tensor, got {getattr(loss_sum, 'shape', loss_sum)}")
-    if gradients not in ("mean", "sum"):
+    for name, count in (("n_tokens", n_tokens), ("total_tokens", total_tokens)):
+        if count is not None or name == "n_tokens":
+            _check_count(name, count)
+    if not isinstance(gradients, str) or gradients not in ("mean", "sum"):
         raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
     transports = all_transports(mesh)
     mine = torch.stack([loss_sum.detach().double().reshape(()), loss_sum.new_tensor(0.0).double() + n_tokens])
@@ -70,6 +75,15 @@ def reduce_loss(
     factor = (ranks if gradients == "mean" else 1) / tokens
     mean: Tensor = _Share.apply(loss_sum, everyone[0] / tokens, factor)
     return mean
+
+
+def _check_count(name: str, count: Any) -> None:
+    """A number of tokens; of a tensor not its value, which may be on a GPU."""
+    if isinstance(count, Tensor):
+        if count.numel() != 1 or count.is_complex():
+            raise ValueError(f"{name} must be one number of tokens, got {count.dtype} of shape {tuple(count.shape)}")
+    elif not 0 <= as_float(name, count) < math.inf:
+        raise ValueError(f"{name} must be a number of tokens, at least 0, got {count!r}")
 
 
 class _Share(torch.autograd.Function):

@@ -71,6 +71,14 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
     ...
     ValueError: leetdist does not know how to shard these layers of LSTM: itself (LSTM)...
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module, got {type(model).__name__}")
+    if not isinstance(allow, Iterable) or isinstance(allow, (str, nn.Module)):
+        raise ValueError(f"allow must be several classes of modules, got {allow!r}")
+    allow = tuple(allow)
+    for kind in allow:
+        if not isinstance(kind, type):
+            raise ValueError(f"allow must be several classes of modules, got {kind!r} among them")
     group = sequence_group(mesh)
     _check_unwrapped(model)
     pretrained = dict(_pretrained(model))
@@ -90,7 +98,7 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
     for integration in integrations.values():
         handlers |= integration.softmax_layers(handlers)
 
-    refused = dict(_refused(model, handlers, integrations, tuple(allow)))
+    refused = dict(_refused(model, handlers, integrations, allow))
     if refused:
         shown = "; ".join(f"{name or 'itself'} ({why})" for name, why in list(refused.items())[:4])
         raise ValueError(

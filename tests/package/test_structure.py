@@ -28,7 +28,7 @@ KNOWS = {
     "mesh": ("arguments", "sequence"),
     "mamba": ("arguments", "kernels.common", "sequence", "api"),
     "nn": ("arguments", "kernels.common", "sequence", "api", "mamba"),
-    "integrations": ("sequence", "engine", "api", "inference", "mesh", "nn"),
+    "integrations": ("arguments", "sequence", "engine", "api", "inference", "mesh", "nn"),
     "testing": ("sequence", "api"),
     # leetdist itself: the public names
     "": ("sequence", "api", "decoder", "explain", "inference", "reference", "mamba", "mesh", "nn", "integrations"),
