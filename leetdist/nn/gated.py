@@ -95,7 +95,8 @@ class SimpleGLA(nn.Module):
         )
         decay, scale = self.log_decay(x), q.shape[-1] ** -0.5
         final: Tensor | None = None
-        if state is not None and x.shape[1] == 1 and resolve(self.group) is None:
+        one = x.shape[1] == 1 and cu_seqlens is None
+        if state is not None and one and resolve(self.group) is None:
             o, final = linear_attention_step(q, k, v, state, decay, scale=scale)
         elif return_state:
             o, final = linear_attention(

@@ -222,6 +222,13 @@ def test_runs_on_fake_tensors(name: str) -> None:
         assert LAYERS[name]()(torch.randn(2, 50, DIM)).shape == (2, 50, DIM)
 
 
+def test_documents_of_a_single_token_are_looked_at() -> None:
+    layer, x, state = SimpleGLA(DIM, 4), torch.randn(1, 1, DIM), torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(layer(x, state=state, cu_seqlens=torch.tensor([0, 0, 1])), layer(x, state=state[1:]))
+    with pytest.raises(ValueError, match="cu_seqlens must end at"):
+        layer(x, state=state[:1], cu_seqlens=torch.tensor([0, 5]))
+
+
 def test_starts_as_published() -> None:
     layer = Mamba2(64, head_dim=1, state=4)
     A, dt = layer.A_log.detach().exp(), torch.nn.functional.softplus(layer.dt_bias.detach())
