@@ -72,6 +72,8 @@ def host_values(x: Tensor | None) -> list[int] | None:
     """The values of a tensor in host memory; None where reading them would stop a stream or a trace."""
     if x is None or torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
         return None
+    if x.layout is not torch.strided or x.dtype not in (torch.int32, torch.int64):
+        return None  # no whole numbers to read: refused by name where that is checked
     return cast("list[int]", x.tolist())
 
 

@@ -31,12 +31,24 @@ def steps(**changes: Any) -> Tensor:
     return leetdist.linear_attention_steps(**(given | changes))
 
 
+def pooled(**changes: Any) -> Tensor:
+    stream = leetdist.stream(-torch.ones(H), tile=16)
+    stream.push(tokens(32), tokens(32), tokens(32))
+    pool = leetdist.StatePool(2, like=stream.state)
+    pool.put(stream.state)
+    return pool.steps(tokens(1), tokens(1), tokens(1), **({"index": torch.tensor([0])} | changes))
+
+
 def rows() -> Iterator[Row]:
     pair = torch.tensor([0, 1])
     odd = [("sparse", pair.to_sparse()), ("nested", torch.nested.nested_tensor([pair])), ("list", [0, 1])]
+    odd.append(("complex", torch.zeros(1, dtype=torch.complex64)))
     for what, x in odd:
         for name in ("index", "lengths"):
             yield f"steps {name} {what}", partial(steps, **{name: x}), f"{name} must be"
+        if what != "list":
+            yield f"pool index {what}", lambda x=x: pooled(index=x), "index must"
+            yield f"pool lengths {what}", lambda x=x: pooled(lengths=x), "lengths must"
         yield f"rows {what}", lambda x=x: pushed().state.select(x), "rows must be"
     for strides in [(1, 256, 16, 1), (512, 16, 16, 1), (512, 256, 8, 1)]:
         states = torch.zeros(4096).as_strided((2, H, D, D), strides)
