@@ -78,8 +78,12 @@ def run_ranks(
     timeout_s: float = 60.0,
     backend: str = "gloo",
     frameworks: bool = False,
+    start_method: str = "forkserver",
 ) -> list[Outcome]:
-    """Call `function(rank, *args)` on `ranks` processes with a process group; their outcomes, in rank order."""
+    """Call `function(rank, *args)` on `ranks` processes with a process group; their outcomes, in rank order.
+
+    start_method: "spawn" for a test that reads what they print, which a server prints where it was started.
+    """
     if frameworks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read where it is imported
     serve(FRAMEWORKS if frameworks else BASE)
@@ -89,7 +93,7 @@ def run_ranks(
             (function, ranks, free_port(), folder, timeout_s, backend, args, sys.path, dict(os.environ)),
             nprocs=ranks,
             join=False,
-            start_method="forkserver",
+            start_method=start_method,
         )
         for process in processes.processes:
             process.join(timeout_s + 60)

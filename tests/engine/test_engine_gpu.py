@@ -171,7 +171,7 @@ def left_alone(rank: int) -> str | None:
 
 def test_symmetric_timeout(capfd: pytest.CaptureFixture[str]) -> None:
     """Who waits ends with a CUDA error, and maybe its process with it; who waited for whom is printed before."""
-    _, outcome = run_ranks(left_alone, 2, timeout_s=150)
+    _, outcome = run_ranks(left_alone, 2, timeout_s=150, start_method="spawn")
     printed = capfd.readouterr()
     assert "CUDA error" in (outcome.value or printed.err)
     assert "waited too long, this rank: 1" in printed.out
