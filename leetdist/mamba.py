@@ -104,7 +104,7 @@ def mamba_chunk_scan_combined(
             agree(error, transport, "the arguments of mamba_chunk_scan_combined")
         raise
     wide = torch.promote_types(x.dtype, torch.float32)
-    dt = dt.to(wide)
+    dt = dt.to(wide).contiguous()  # the order of a sum follows the layout, and dt_bias and A get sums
     if dt_bias is not None:
         dt = dt + dt_bias.to(wide)
     if dt_softplus:
@@ -142,7 +142,7 @@ class _Values(torch.autograd.Function):
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         x, dt = ctx.saved_tensors
         dx = _product(dv, dt[..., None], dv.dtype) if ctx.needs_input_grad[0] else None
-        ddt = _wide_product(dv, x, dt.dtype).sum(-1) if ctx.needs_input_grad[1] else None
+        ddt = _wide_product(dv, x, dt.dtype).contiguous().sum(-1) if ctx.needs_input_grad[1] else None
         return dx, ddt
 
 
@@ -170,7 +170,7 @@ class _Output(torch.autograd.Function):
         if D is not None:
             dx = _product(dy, _of_heads(D, wide), dtype) if ctx.needs_input_grad[1] else None
             if ctx.needs_input_grad[2]:
-                dD = _wide_product(dy, x, wide).sum((0, 1))
+                dD = _wide_product(dy, x, wide).contiguous().sum((0, 1))
                 dD = (dD if D.ndim == 2 else dD.sum(-1)).to(D.dtype)
         return dy.to(dtype), dx, dD, dz
 

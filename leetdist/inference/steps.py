@@ -28,7 +28,8 @@ def linear_attention_steps(
     The same bits as T calls of one token (with fp32 states). `lengths` says how many of the T tokens a row keeps:
     T by default; fewer for a request with fewer tokens to add; 0 leaves its state alone. That makes speculative
     decoding two calls and an exact rollback: *verify* with lengths 0 (T outputs, nothing changes), then *accept*
-    with the length of the accepted prefix. The state is what it would be had the other tokens never been seen.
+    with the length of the accepted prefix. The state is what it would be had the other tokens never been seen. No
+    gradient is recorded, whatever the inputs require: `linear_attention` and `linear_attention_step` have gradients.
 
     Args:
         q: (B, H, T, Dk), fp32, bf16, fp16 or fp64.

@@ -140,7 +140,7 @@ class _CausalConv(torch.autograd.Function):
         tokens, width = x.shape[1], weight.shape[1] - 1
         wide = torch.promote_types(x.dtype, torch.float32)
         given = torch.cat((before, x), 1)
-        dy = dy.to(wide)
+        dy = dy.to(wide).contiguous()  # the order of a sum follows the layout
         if activation is not None:
             dy = dy * silu_gradient(_convolve(given, weight, bias, documents))
         after = dy.new_zeros(len(dy), width, dy.shape[2])

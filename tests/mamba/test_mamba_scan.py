@@ -218,6 +218,19 @@ def test_bits_on_processes() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["as Mamba-2's layer", "skip and gate"])
+def test_bits_of_any_layout(name: str) -> None:
+    """Gradients that are sums over tokens, of D, A and dt_bias, too."""
+    inputs, options, dy, dstates = case_of(name)
+
+    def laid_out(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim > 2 else x
+
+    found = compute(ours, grown({key: laid_out(x) for key, x in inputs.items()}), laid_out(dy), dstates, **options)
+    for key, x in compute(ours, grown(inputs), dy, dstates, **options).items():
+        assert torch.equal(found[key], x), key
+
+
 def test_documents_have_the_bits_of_each_alone() -> None:
     inputs, options, dy, dstates = case_of("documents")
     whole = compute(ours, grown(inputs), dy, dstates, **options, tile=32)
