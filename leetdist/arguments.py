@@ -47,6 +47,14 @@ def as_bool(name: str, value: Any) -> bool:
     raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def check_device(device: Any) -> torch.device:
+    """A device, with its number."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"device must be a device that is there, got {device!r}: {error}") from None
+
+
 def check_plain(name: str, x: Any, wanted: str = "a tensor") -> None:
     """A tensor that holds its values in memory, one after the other at its strides."""
     if not isinstance(x, Tensor):

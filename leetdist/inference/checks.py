@@ -111,25 +111,20 @@ def check_decay(log_decay: Tensor) -> None:
     check_log_decay(log_decay, log_decay[None, :, None, None], log_decay.shape[0])
 
 
-def check_device(device: Any) -> torch.device:
-    """A device, with its number."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise ValueError(f"device must be a device that is there, got {device!r}: {error}") from None
-
-
 def check_path(path: Any) -> None:
     """The name of a file."""
     if not isinstance(path, (str, Path)) or not Path(path).name:
         raise ValueError(f"path must be the name of a file, a str or a Path, got {path!r}")
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        what = "a folder" if Path(path).is_dir() else "no folder for it"
+        raise ValueError(f"path must be the name of a file in a folder that is there, got {what}: {path}")
 
 
 def check_rows(rows: Tensor, batch: int) -> None:
     """Rows of a batch; their values, where they are in host memory."""
     check_plain("rows", rows, "an int32 or int64 tensor of shape (R,)")
-    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
-        got = f"{rows.dtype} of shape {tuple(rows.shape)}"
+    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64) or rows.is_meta:
+        got = f"{rows.dtype} of shape {tuple(rows.shape)} on {rows.device}"
         raise ValueError(f"rows must be an int32 or int64 tensor of shape (R,), got {got}")
     if not rows.shape[0]:
         raise ValueError("rows must name at least one row, got none")

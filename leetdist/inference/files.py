@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from leetdist.inference.checks import check_device, check_path
+from leetdist.arguments import check_device
+from leetdist.inference.checks import check_path
 from leetdist.inference.state import State, check_like, check_states, check_whole
 
 FORMAT = "leetdist.states/1"

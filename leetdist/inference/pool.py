@@ -85,7 +85,7 @@ class StatePool:
 
     def release(self, slots: Iterable[int]) -> None:
         """The slots are free again: all of them, or with a ValueError none."""
-        if not isinstance(slots, Iterable):
+        if not isinstance(slots, Iterable) or (isinstance(slots, Tensor) and slots.ndim != 1):
             raise ValueError(f"slots must be several slots, got {slots!r}")
         going = [self._held(slot) for slot in slots]
         if len(set(going)) < len(going):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
+from leetdist.arguments import check_device
 from leetdist.engine.checks import DTYPES
-from leetdist.inference.checks import check_count, check_device, check_options, check_rows
+from leetdist.inference.checks import check_count, check_options, check_rows
 from leetdist.sequence.group import alone
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.arguments import check_plain
-from leetdist.inference.checks import check_decay, check_device, check_options, check_piece, check_shards
+from leetdist.arguments import check_device, check_plain
+from leetdist.inference.checks import check_decay, check_options, check_piece, check_shards
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, no_tokens, run
 from leetdist.sequence.grid import LARGEST_TILE

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from leetdist.sequence.group import Group
 
 IGNORED = -100
+WHOLE_NUMBERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 class Batch(dict[str, Any]):
@@ -80,12 +81,17 @@ def shard_batch(
     check = as_bool("check", check)
     if not isinstance(tokens := batch.get("input_ids"), Tensor) or tokens.ndim != 2:
         raise ValueError(f"batch must have input_ids of shape (B, N), got {_shown(batch.get('input_ids'))}")
+    if not tokens.numel():
+        raise ValueError(f"input_ids must hold at least one token, got shape {tuple(tokens.shape)}")
     whole = Batch(batch)
     for name in ("labels", "shift_labels", "attention_mask"):
         if name in whole and whole[name].shape != tokens.shape:
             raise ValueError(
                 f"{name} must have the shape of input_ids, {tuple(tokens.shape)}, got {_shown(whole[name])}"
             )
+    for name in ("input_ids", "labels", "shift_labels"):
+        if name in whole and whole[name].dtype not in WHOLE_NUMBERS:
+            raise ValueError(f"{name} must be whole numbers, int64 or shorter, got {whole[name].dtype}")
     cu_seqlens = take_documents(whole)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, *tokens.shape)

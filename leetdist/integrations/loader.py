@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from leetdist.arguments import as_int
+from leetdist.arguments import as_int, check_device
 from leetdist.integrations.batches import Batch, checksums, shard_batch
 from leetdist.mesh import DATA_NAMES, _dimensions, data_rank
 from leetdist.sequence.group import resolve
@@ -85,6 +85,8 @@ class ShardedLoader:
         seed = as_int("seed", seed)
         if isinstance(loader, Iterator):
             raise ValueError("loader must be an iterable that can be started again for each epoch, got an iterator")
+        if device is not None:
+            check_device(device)
         self.mesh, self.seed, self.device = mesh, seed, device
         self.rank, self.ranks = data_rank(mesh)
         self.epoch = self.step = 0
@@ -125,7 +127,7 @@ class ShardedLoader:
         with torch.random.fork_rng(devices=[]):
             # Samplers without a generator draw their order from torch's, when they are asked for their first batch.
             torch.default_generator.manual_seed(self.seed + self.epoch)
-            batches = iter(self.source)
+            batches = map(_mapping, self.source)
             first = list(islice(batches, 1))
         if self._rows is not None:
             self._check_same_rows(self._rows.drawn)
@@ -220,6 +222,12 @@ def _parts(loader: Any) -> Iterator[Any]:
         if not isinstance(part, list | tuple | dict):
             held = (getattr(part, name, None) for name in _WRAPPED)
             waiting += [x for x in held if x is not None and not isinstance(x, Tensor)]
+
+
+def _mapping(batch: Any) -> Mapping[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"loader must give mappings from names to tensors, got {type(batch).__name__}")
+    return batch
 
 
 def _dealer(loader: Any) -> str | None:

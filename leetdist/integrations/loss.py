@@ -59,6 +59,8 @@ def reduce_loss(
     """
     if not isinstance(loss_sum, Tensor) or loss_sum.numel() != 1:
         raise ValueError(f"loss_sum must be a scalar tensor, got {getattr(loss_sum, 'shape', loss_sum)}")
+    if not loss_sum.is_floating_point() or loss_sum.is_meta:
+        raise ValueError(f"loss_sum must be a floating number, got {loss_sum.dtype} on {loss_sum.device}")
     for name, count in (("n_tokens", n_tokens), ("total_tokens", total_tokens)):
         if count is not None or name == "n_tokens":
             _check_count(name, count)
@@ -78,10 +80,13 @@ def reduce_loss(
 
 
 def _check_count(name: str, count: Any) -> None:
-    """A number of tokens; of a tensor not its value, which may be on a GPU."""
+    """A number of tokens; of a tensor not its value, where that is on a GPU."""
     if isinstance(count, Tensor):
-        if count.numel() != 1 or count.is_complex():
-            raise ValueError(f"{name} must be one number of tokens, got {count.dtype} of shape {tuple(count.shape)}")
+        if count.numel() != 1 or count.is_complex() or count.dtype is torch.bool or count.is_meta:
+            got = f"{count.dtype} of shape {tuple(count.shape)} on {count.device}"
+            raise ValueError(f"{name} must be one number of tokens, got {got}")
+        if count.is_cpu:
+            _check_count(name, count.item())
     elif not 0 <= as_float(name, count) < math.inf:
         raise ValueError(f"{name} must be a number of tokens, at least 0, got {count!r}")
 

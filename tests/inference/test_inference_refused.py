@@ -66,6 +66,12 @@ def rows() -> Iterator[Row]:
     for path in (3, None, b"x", ["a"], ""):
         yield f"save {path!r}", lambda p=path: leetdist.save_states(p, {"a": pushed().state}), "path must be"
         yield f"load {path!r}", lambda p=path: leetdist.load_states(p), "path must be"
+    for path in ("/", "/no such folder/file"):
+        yield f"save to {path}", lambda p=path: leetdist.save_states(p, {"a": pushed().state}), "path must be"
+        yield f"load of {path}", lambda p=path: leetdist.load_states(p), "path must be"
+    meta = torch.zeros(1, dtype=torch.int64, device="meta")
+    yield "select meta", lambda: pushed().state.select(meta), "rows must be"
+    yield "release 0-d", lambda: leetdist.StatePool(1, like=pushed().state).release(torch.tensor(0)), "slots must be"
 
 
 @pytest.mark.parametrize("row", list(rows()), ids=lambda row: row[0])

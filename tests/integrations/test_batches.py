@@ -80,22 +80,25 @@ def test_different_rows_on_the_ranks_of_a_sequence_are_an_error() -> None:
         leetdist.virtual_ranks(rank, 2)
 
 
+IDS = torch.zeros(1, 4, dtype=torch.long)
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
         ({}, r"input_ids of shape \(B, N\), got None"),
         ({"input_ids": torch.zeros(4)}, r"got shape \(4,\)"),
-        ({"input_ids": torch.zeros(1, 4), "labels": torch.zeros(1, 3)}, r"labels must have .*\(1, 4\).*\(1, 3\)"),
+        ({"input_ids": IDS, "labels": torch.zeros(1, 3)}, r"labels must have .*\(1, 4\).*\(1, 3\)"),
         (
-            {"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 5])},
+            {"input_ids": IDS, "cu_seqlens": torch.tensor([0, 5])},
             r"end at the number of tokens, 4, got 5",
         ),
         (
-            {"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0, 3, 1, 4])},
+            {"input_ids": IDS, "cu_seqlens": torch.tensor([0, 3, 1, 4])},
             r"not decrease, got \[0, 3, 1, 4\]",
         ),
-        ({"input_ids": torch.zeros(1, 4), "cu_seqlens": torch.tensor([0.0, 4.0])}, "must be int32 or int64"),
-        ({"input_ids": torch.zeros(2, 4), "cu_seqlens": torch.tensor([0, 4])}, r"one row, so B must be 1, got 2"),
+        ({"input_ids": IDS, "cu_seqlens": torch.tensor([0.0, 4.0])}, "must be int32 or int64"),
+        ({"input_ids": IDS.expand(2, 4), "cu_seqlens": torch.tensor([0, 4])}, r"one row, so B must be 1, got 2"),
     ],
 )
 def test_bad_batches_are_errors(batch: dict[str, torch.Tensor], message: str) -> None:
@@ -299,7 +302,9 @@ def test_contradictions_about_documents_are_errors(told: dict[str, Any], message
 
 def test_documents_in_several_rows_are_an_error() -> None:
     with pytest.raises(ValueError, match="packed documents lie in one row"):
-        leetdist.shard_batch({"input_ids": torch.zeros(2, 48), "position_ids": PLACES.expand(2, 48)}, None)
+        leetdist.shard_batch(
+            {"input_ids": torch.zeros(2, 48, dtype=torch.long), "position_ids": PLACES.expand(2, 48)}, None
+        )
 
 
 # --- loaders of any kind

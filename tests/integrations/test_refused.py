@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -35,7 +36,23 @@ def rows() -> Iterator[Row]:
         yield f"check {value!r}", lambda v=value: leetdist.shard_batch(batch, None, check=v), "check must be True or"
     for value in (3, None, "x"):
         yield f"loader {value!r}", lambda v=value: leetdist.ShardedLoader(v, None), "loader must be an iterable"
-    for value in (-1, "x", True, float("nan"), 10**400, torch.ones(2)):
+    for value in (torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool), torch.ones(1, 0, dtype=torch.int64)):
+        ids = {"input_ids": value}
+        yield f"input_ids {value.dtype} {value.numel()}", partial(leetdist.shard_batch, ids, None), "input_ids must"
+    labels = batch | {"labels": torch.ones(1, 4)}
+    yield "float labels", lambda: leetdist.shard_batch(labels, None), "labels must be whole"
+    for value in ("tpu", 3.5, [1], True):
+        yield f"device {value!r}", lambda v=value: leetdist.ShardedLoader([], None, device=v), "device must be"
+    yield "rows", lambda: list(leetdist.ShardedLoader([torch.ones(2)], None)), "loader must give mappings"
+    for value in (
+        torch.ones((), dtype=torch.int64),
+        torch.ones((), dtype=torch.complex64),
+        torch.ones((), device="meta"),
+    ):
+        shown = f"loss_sum {value.dtype} {value.device}"
+        yield shown, lambda v=value: leetdist.reduce_loss(v, 1, None), "loss_sum must be a floating"
+    bad = torch.tensor(-1), torch.tensor(math.nan), torch.ones((), device="meta"), torch.tensor(True)
+    for value in (-1, "x", True, float("nan"), 10**400, torch.ones(2), *bad):
         shown = str(value)[:9]
         yield f"n_tokens {shown}", lambda v=value: leetdist.reduce_loss(torch.ones(()), v, None), "n_tokens must be"
         total = partial(leetdist.reduce_loss, torch.ones(()), 1, None, total_tokens=value)
