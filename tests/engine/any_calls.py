@@ -1,5 +1,5 @@
 """Random calls, their arguments in any form that a view can have: `LEETDIST_ANY_CALLS=1000 python
-tests/engine/any_calls.py` makes as many, four of five of them sharded.
+tests/engine/any_calls.py` makes as many, four of five of them sharded; others for each LEETDIST_TEST_SEED.
 
 A call is compared with the fp64 recurrence, with the same call on plain copies, and its shards with one device, the
 last two with torch.equal.
@@ -215,7 +215,8 @@ def faults(seed: int, *, sharded: bool) -> list[str]:
 
 def main() -> int:
     count, bad = int(os.environ.get("LEETDIST_ANY_CALLS", "1000")), 0
-    for seed in range(count):
+    first = int(os.environ.get("LEETDIST_TEST_SEED", "0")) * count
+    for seed in range(first, first + count):
         try:
             found = faults(seed, sharded=seed % 5 != 0)
         except Exception as error:
