@@ -201,6 +201,15 @@ def _product(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
 
 
+def check_limits(dt_limit: Any) -> None:
+    """What dt is clamped to."""
+    wanted = "dt_limit must be (least, most) with 0 <= least <= most"
+    if not isinstance(dt_limit, (tuple, list)) or len(dt_limit) != 2:
+        raise ValueError(f"{wanted}, got {dt_limit!r}")
+    if not 0 <= as_float("dt_limit", dt_limit[0]) <= as_float("dt_limit", dt_limit[1]):
+        raise ValueError(f"{wanted}, got {dt_limit!r}")
+
+
 def _check(
     x: Tensor,
     dt: Tensor,
@@ -278,11 +287,7 @@ def _check(
         raise ValueError(f"chunk_size must be a positive number of tokens, or None, got {chunk_size}")
     as_bool("dt_softplus", dt_softplus)
     as_bool("return_final_states", return_final_states)
-    wanted = "dt_limit must be (least, most) with 0 <= least <= most"
-    if not isinstance(dt_limit, (tuple, list)) or len(dt_limit) != 2:
-        raise ValueError(f"{wanted}, got {dt_limit!r}")
-    if not 0 <= as_float("dt_limit", dt_limit[0]) <= as_float("dt_limit", dt_limit[1]):
-        raise ValueError(f"{wanted}, got {dt_limit!r}")
+    check_limits(dt_limit)
 
 
 def _readable(x: Tensor) -> bool:

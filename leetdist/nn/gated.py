@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from leetdist.api import linear_attention, linear_attention_step
+from leetdist.arguments import as_bool, as_float, as_int
 from leetdist.kernels.common.elementwise import silu, softplus
 from leetdist.sequence.group import resolve
 
@@ -56,14 +58,15 @@ class SimpleGLA(nn.Module):
         group: Group | None = None,
     ) -> None:
         super().__init__()
-        if dim < 1:
+        if as_int("dim", dim) < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
-        value_dim = value_dim or dim
+        as_int("heads", heads)
+        value_dim = dim if value_dim is None else as_int("value_dim", value_dim)
         for width in (dim, value_dim):
-            if heads < 1 or width % heads:
+            if heads < 1 or width < 1 or width % heads:
                 raise ValueError(f"heads must divide the width {width}, got {heads}")
-        if not normalizer > 0:
-            raise ValueError(f"normalizer must be positive, got {normalizer}")
+        if not 0 < as_float("normalizer", normalizer) < math.inf:
+            raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
         self.heads, self.head_dim, self.normalizer, self.group = heads, dim // heads, normalizer, group
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
@@ -89,6 +92,9 @@ class SimpleGLA(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x: (B, N, dim), this rank's shard under a group. state: (B, H, Dk, Dv) fp32, on the first rank."""
+        if x.ndim != 3:
+            raise ValueError(f"x must have shape (B, N, dim), got {tuple(x.shape)}")
+        return_state = as_bool("return_state", return_state)
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from leetdist.arguments import as_float, as_int
 from leetdist.kernels.common.elementwise import silu
-from leetdist.mamba import mamba_chunk_scan_combined
+from leetdist.mamba import check_limits, mamba_chunk_scan_combined
 from leetdist.nn.conv import causal_conv1d
 
 if TYPE_CHECKING:
@@ -77,9 +78,14 @@ class Mamba2(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"dim": dim, "head_dim": head_dim, "state": state, "groups": groups, "conv": conv}
+        if heads is not None:
+            sizes["heads"] = heads
         for name, size in sizes.items():
-            if size < 1:
+            if as_int(name, size) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if not 0 < as_float("expand", expand) * dim < math.inf:
+            raise ValueError(f"expand must be a positive number, got {expand}")
+        check_limits(dt_limit)
         inner = int(expand * dim)
         heads = heads or inner // head_dim
         if heads * head_dim != inner:
