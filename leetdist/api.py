@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from leetdist.arguments import for_autograd
 from leetdist.engine import ops
 from leetdist.engine.call import run
 from leetdist.engine.checks import ONE_DEVICE, check_step, describe
@@ -216,6 +217,9 @@ def linear_attention_step(
         return step(q, k, v, state, log_decay, scale=problem.scale, out=out)
     from leetdist.kernels.constant_decay.pytorch import decode
 
+    if differentiable:
+        q, k, v, state = (for_autograd(x) for x in (q, k, v, state))
+        log_decay = None if log_decay is None else for_autograd(log_decay)
     with torch.autocast(q.device.type, enabled=False):
         return decode.step(q, k, v, state, log_decay, scale=problem.scale, out=out)
 

@@ -69,6 +69,11 @@ def check_plain(name: str, x: Any, wanted: str = "a tensor") -> None:
         raise ValueError(f"{name} must be a floating tensor, got a quantized one, {x.dtype}")
 
 
+def for_autograd(x: Tensor) -> Tensor:
+    """x, or a copy of one made in inference mode, of which autograd keeps none."""
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether x is a tensor of numbers in memory, or of a subclass that only adds to one; torch's fakes, which stand
     for one while a graph is traced, pass."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from leetdist.arguments import for_autograd
 from leetdist.engine.autograd import LinearAttention
 from leetdist.engine.inputs import canonical_tensors
 from leetdist.engine.layout import row_major
@@ -119,6 +120,7 @@ def run(
     if transport is None and not problem.needs_grad and not problem.needs_initial_grad:
         results: Any = forward_pass(tuple(inputs), initial_state, plan)
     else:
+        inputs = [for_autograd(x) for x in inputs]
         results = LinearAttention.apply(initial_state, anchor, plan, *inputs)
     o, state = results[:2]
     if transport is not None:

@@ -287,3 +287,25 @@ def test_deterministic_algorithms(method: str, monkeypatch: pytest.MonkeyPatch) 
     finally:
         torch.use_deterministic_algorithms(False)
     assert decay.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("method", ["auto", "vanilla", "recursion"])
+def test_tensors_of_inference_mode_beside_those_that_learn(method: str, by_token: bool) -> None:
+    """Decays made in inference mode, and states that it has left: as good as any other, outside of it too."""
+    plain = [x[0] for x in inputs(by_token=by_token)]
+    with torch.inference_mode():
+        k, v, g = (x.clone() for x in plain[1:])
+        state = torch.ones(1, 2, 16, 16)
+
+    def gradient(k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> Tensor:
+        learnt = plain[0].clone().requires_grad_()
+        leetdist.linear_attention(learnt, k, v, g, initial_state=state, method=method).sin().sum().backward()
+        assert learnt.grad is not None
+        return learnt.grad
+
+    assert torch.equal(gradient(k, v, g, state), gradient(*plain[1:], torch.ones(1, 2, 16, 16)))
+    last = [x[:, :, -1:] for x in (k, v)]
+    learnt = plain[0][:, :, -1:].clone().requires_grad_()
+    o, _ = leetdist.linear_attention_step(learnt, *last, state, g[..., -1:] if by_token else g)
+    o.sum().backward()

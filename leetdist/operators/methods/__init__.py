@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from leetdist.arguments import for_autograd
 from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.constant_decay.pytorch.walk import LEAST
 from leetdist.operators import cost
@@ -73,6 +74,10 @@ def attention_on_one_device(
     from leetdist.operators.methods import recursion, vanilla  # by name, which torch.compile follows
 
     method = {"vanilla": vanilla, "recursion": recursion}[problem.method]
+    if problem.needs_grad or problem.needs_initial_grad:
+        q, k, v = for_autograd(q), for_autograd(k), for_autograd(v)
+        log_decay = None if log_decay is None else for_autograd(log_decay)
+        initial_state = None if initial_state is None else for_autograd(initial_state)
     dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
     decay = q.new_zeros(problem.heads) if log_decay is None else log_decay
     plain = torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else nullcontext()
