@@ -28,12 +28,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-import transformers.trainer  # what takes seconds to import is imported before the forks, not in each of them
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import leetdist
-import leetdist.integrations.transformers
 
 CELLS = ("logits", "loss", "gradients", "generation", "packed", "Trainer")
 RANKS, TOKENS, CUT, TOLERANCE, TIMEOUT_S = 2, 96, 37, 1e-3, 200
