@@ -71,7 +71,9 @@ def check_plain(name: str, x: Any, wanted: str = "a tensor") -> None:
 
 def for_autograd(x: Tensor) -> Tensor:
     """x, or a copy of one made in inference mode, of which autograd keeps none."""
-    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return x
+    return x.clone() if x.is_inference() else x
 
 
 def is_plain(x: Tensor) -> bool:

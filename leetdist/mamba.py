@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leetdist.api import linear_attention
-from leetdist.arguments import as_bool, as_float, as_int, check_plain
+from leetdist.arguments import as_bool, as_float, as_int, check_plain, for_autograd
 from leetdist.kernels.common.elementwise import silu, silu_gradient, softplus
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.group import resolve
@@ -103,6 +103,8 @@ def mamba_chunk_scan_combined(
         if transport is not None:
             agree(error, transport, "the arguments of mamba_chunk_scan_combined")
         raise
+    x, dt, A = (for_autograd(y) for y in (x, dt, A))
+    D, z = (None if y is None else for_autograd(y) for y in (D, z))
     wide = torch.promote_types(x.dtype, torch.float32)
     dt = dt.to(wide).contiguous()  # the order of a sum follows the layout, and dt_bias and A get sums
     if dt_bias is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leetdist.arguments import as_bool, check_plain
+from leetdist.arguments import as_bool, check_plain, for_autograd
 from leetdist.kernels.common.elementwise import silu, silu_gradient
 from leetdist.sequence.group import resolve
 from leetdist.sequence.halo import (
@@ -106,6 +106,8 @@ def causal_conv1d(
             before = before_shard(x, 1, width, lengths, transport, initial=initial)
         if initial is not None:
             before = initial
+    x, before, weight = (for_autograd(part) for part in (x, before, weight))
+    bias = None if bias is None else for_autograd(bias)
     y = _CausalConv.apply(x, before, weight, bias, activation, documents, lengths, transport)
     if not return_state:
         return y

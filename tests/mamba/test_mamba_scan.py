@@ -231,6 +231,17 @@ def test_bits_of_any_layout(name: str) -> None:
         assert torch.equal(found[key], x), key
 
 
+def test_tensors_of_inference_mode_beside_those_that_learn() -> None:
+    inputs, options, dy, dstates = case_of("skip and gate")
+    wanted = compute(ours, grown({"dt": inputs["dt"]}) | {k: x for k, x in inputs.items() if k != "dt"}, dy, dstates)
+    with torch.inference_mode():
+        others = {name: x.clone() for name, x in inputs.items() if name != "dt"}
+    found = compute(ours, grown({"dt": inputs["dt"]}) | others, dy, dstates, **options)
+    assert found.keys() == wanted.keys() == {"y", "states", "ddt"}
+    for name, x in wanted.items():
+        assert torch.equal(found[name], x), name
+
+
 def test_documents_have_the_bits_of_each_alone() -> None:
     inputs, options, dy, dstates = case_of("documents")
     whole = compute(ours, grown(inputs), dy, dstates, **options, tile=32)

@@ -240,3 +240,11 @@ def test_bits_on_a_gpu(dtype: torch.dtype) -> None:
     assert torch.equal(torch.cat([y for y, _, _ in results], 1), whole_y)
     assert torch.equal(torch.cat([grads["x"] for _, _, grads in results], 1), whole["x"])
     assert torch.equal(results[0][2]["initial"], whole["initial"])
+
+
+def test_tensors_of_inference_mode_beside_a_weight_that_learns() -> None:
+    x, weight = torch.randn(1, 20, 6), torch.randn(6, 4, requires_grad=True)
+    with torch.inference_mode():
+        other = x.clone()
+    grads = [torch.autograd.grad(leetdist.nn.causal_conv1d(given, weight).sum(), weight)[0] for given in (other, x)]
+    assert torch.equal(*grads)
