@@ -25,8 +25,9 @@ from common.place import RUNS
 from common.report import machine, save, table
 from common.warm import warm
 from suites import gated
+from suites import map as situations
 
-SUITES = {**PLAIN, "gated": gated.SUITE}
+SUITES = {**PLAIN, "gated": gated.SUITE, "map": situations.SUITE}
 
 
 def listing() -> str:
@@ -132,6 +133,7 @@ def main() -> int:
         )  # fmt: skip
         for result in measured:
             result.details["length"] = suite in ("lengths", "cpu") and case.batch == 1 and not case.graph
+            result.details["situation"] = suite == "map"
         results += measured
         say("")
         print(table(measured) + "\n", flush=True)

@@ -29,6 +29,19 @@ class Case:
     graph: bool = False  # replayed from a CUDA graph
     switches: bool = False  # also with the `precision` that the dtype can be asked for
     groups: int | None = None  # heads of q and k, fewer than v's, as in Mamba-2, and then the scale is 1
+    kv_heads: int | None = None  # heads of k and v, fewer than q's
+    layout: str = "tokens first"  # or "heads first", or "fused": views of one projection, (B, N, 3, H, D)
+    documents: int = 0  # packed into the sequence, of random lengths
+    learnt: bool = False  # the decays want a gradient
+    states: bool = False  # an initial state is given, the final one returned
+    compiled: bool = False  # called through torch.compile
+    options: tuple[tuple[str, str | int], ...] = ()  # further arguments of linear_attention
+
+    @property
+    def special(self) -> set[str]:
+        """What not every contestant has."""
+        names = ("kv_heads", "documents", "learnt", "states", "compiled", "options")
+        return {name for name in names if getattr(self, name)}
 
     @property
     def name(self) -> str:
@@ -39,10 +52,18 @@ class Case:
             parts.append(f"D={self.dk}" if self.dk == self.dv else f"Dk={self.dk} Dv={self.dv}")
         if self.groups is not None:
             parts.append(f"G={self.groups}")
+        if self.kv_heads is not None:
+            parts.append(f"k, v {self.kv_heads} heads")
         if self.dtype != "bf16":
             parts.append(self.dtype)
         if self.decay != "slopes":
             parts.append({"none": "no decay", "token": "a decay a token"}[self.decay])
+        if self.layout != "tokens first":
+            parts.append({"fused": "views of one projection"}.get(self.layout, self.layout))
+        if self.documents:
+            parts.append(f"{self.documents:,} documents")
+        parts += [word for word in ("learnt", "states", "compiled") if word in self.special]
+        parts += [f"{name}={value}" for name, value in self.options]
         if self.graph:
             parts.append("CUDA graph")
         return " ".join(parts)
@@ -55,21 +76,27 @@ class Case:
         """Bytes that must move: each input read once, each output written once."""
         if which == "step":
             return self.batch * self.heads * self.dk * self.dv * 4 * 2
-        k, v, decay = self.tensors()
+        q, k, v, o, decay = self.tensors()
         if which == "forward":
-            return 2 * k + 2 * v + decay  # q k v o, log_decay
-        return 6 * k + 5 * v + 3 * decay  # and q k v do dq dk dv, log_decay and its gradient; o not
+            return q + k + v + o + decay
+        return 3 * (q + k + v + decay) + 2 * o  # and q k v do dq dk dv, log_decay and its gradient; o not
 
     def output_bytes(self, which: str) -> int:
         """Of what a call returns."""
-        k, v, decay = self.tensors()
-        return {"forward": v, "forward + backward": 2 * k + 2 * v + decay}.get(which, 0)
+        q, k, v, o, decay = self.tensors()
+        return {"forward": o, "forward + backward": q + k + v + o + decay}.get(which, 0)
 
-    def tensors(self) -> tuple[int, int, int]:
-        """Bytes of k (and q), of v (and o), and of decays a token."""
+    def tensors(self) -> tuple[int, int, int, int, int]:
+        """Bytes of q, k, v, o, and of decays a token."""
         tokens = self.batch * self.tokens
-        k = tokens * (self.groups or self.heads) * self.dk * self.element
-        return k, tokens * self.heads * self.dv * self.element, tokens * self.heads * 4 * (self.decay == "token")
+        q, k, v = (tokens * heads * self.element for heads in self.head_counts())
+        decay = tokens * self.heads * 4 * (self.decay == "token")
+        return q * self.dk, k * self.dk, v * self.dv, tokens * self.heads * self.dv * self.element, decay
+
+    def head_counts(self) -> tuple[int, int, int]:
+        """Of q, k and v."""
+        q = self.groups or self.heads
+        return q, self.kv_heads or q, self.kv_heads or self.heads
 
     @property
     def scale(self) -> float:

@@ -27,9 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Inputs:
-    """q, k: (B, N, H or groups, Dk); v, do: (B, N, H, Dv); state: (B, H, Dk, Dv) fp32 where a token is decoded.
+    """q, k: (B, N, H or fewer, Dk); v: (B, N, H or fewer, Dv); do: (B, N, H, Dv); cu_seqlens: (documents + 1,) int32.
+    state: (B or documents, H, Dk, Dv) fp32 where a token is decoded, or a sequence begins with one.
     log_decay: (H,), or a decay a token, (B, H, N), and then gate, the same as (B, N, H)."""
 
+    case: Case
     q: Tensor
     k: Tensor
     v: Tensor
@@ -38,6 +40,7 @@ class Inputs:
     scale: float
     state: Tensor | None
     gate: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
 
 class Contestant:
@@ -50,13 +53,14 @@ class Contestant:
     operator = "decaying linear attention"
     compiles = True  # at first use
     gate = "gate"  # the one of Inputs' decays a token that it takes
+    takes: frozenset[str] = frozenset()  # of what is special about a case
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
         return None if importlib.util.find_spec(self.module) else f"{self.module} is not installed"
 
     def serves(self, case: Case, which: str, device: str) -> bool:
-        return device in self.devices and which in self.passes
+        return device in self.devices and which in self.passes and case.special <= self.takes
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """What must hold while it runs."""
@@ -66,11 +70,11 @@ class Contestant:
         raise NotImplementedError
 
     def gradients(self, x: Inputs, do: Tensor) -> tuple[Tensor, ...]:
-        """Forward and backward: dq, dk, dv, and of a decay a token the gradient, (B, N, H)."""
-        names = ["q", "k", "v"] + ([] if x.gate is None else [self.gate])
+        """Forward and backward: dq, dk, dv; of a decay a token the gradient, (B, N, H), of a learnt one a head, (H,)."""
+        names = ["q", "k", "v"] + ([] if x.gate is None else [self.gate]) + ["log_decay"] * x.case.learnt
         leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
         grads = torch.autograd.grad(self.forward(replace(x, **leaves)), list(leaves.values()), do)
-        return (*grads[:3], grads[3].transpose(1, 2)) if "log_decay" in leaves else grads
+        return (*grads[:3], grads[3].transpose(1, 2)) if names[3:] == ["log_decay"] and x.gate is not None else grads
 
     def comparable(self, x: Inputs, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What `gradients` returned, as those of x."""
@@ -92,6 +96,7 @@ class Ours(Contestant):
     devices = ("cuda", "cpu")
     passes = ("step", "forward", "forward + backward")
     gate = "log_decay"
+    takes = frozenset({"kv_heads", "documents", "learnt", "states", "compiled", "options"})
 
     def __init__(self, revision: str | None = None, precision: str | None = None) -> None:
         self.modules: dict[str, ModuleType] | None = None
@@ -103,6 +108,7 @@ class Ours(Contestant):
             self.modules = _load(revision)
         with self.active():
             self.package = importlib.import_module("leetdist")
+        self.compiled: Any = None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -125,8 +131,16 @@ class Ours(Contestant):
 
     def forward(self, x: Inputs) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
-        o = self.package.linear_attention(q, k, v, x.log_decay, scale=x.scale, **self.options)
-        return o.transpose(1, 2)
+        call = self.package.linear_attention
+        if x.case.compiled:
+            call = self.compiled = self.compiled or torch.compile(call)
+        options = {**self.options, **dict(x.case.options)}
+        if x.cu_seqlens is not None:
+            options["cu_seqlens"] = x.cu_seqlens
+        if x.case.states:
+            options |= {"initial_state": x.state, "return_state": True}
+        o = call(q, k, v, x.log_decay, scale=x.scale, **options)
+        return (o[0] if x.case.states else o).transpose(1, 2)
 
     def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
         q, k, v = (y.transpose(1, 2) for y in (x.q, x.k, x.v))
@@ -162,6 +176,7 @@ class Fla(Contestant):
     """flash-linear-attention's simple_gla, with one fixed decay a head or one a token."""
 
     module = "fla"
+    takes = frozenset({"documents", "states"})
 
     def __init__(self, function: str) -> None:
         self.function, self.name = function, f"fla {function}"
@@ -184,7 +199,10 @@ class Fla(Contestant):
         return operator(x.q, x.k, x.v, **decay, scale=x.scale, **options)
 
     def forward(self, x: Inputs) -> Tensor:
-        return self._call(x)[0]
+        options: dict[str, Any] = {} if x.cu_seqlens is None else {"cu_seqlens": x.cu_seqlens.long()}
+        if x.case.states:
+            options |= {"initial_state": x.state, "output_final_state": True}
+        return self._call(x, **options)[0]
 
     def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
         return self._call(x, initial_state=x.state, output_final_state=True)

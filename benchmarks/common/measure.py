@@ -17,7 +17,7 @@ from common.contestants import Contestant, Inputs, Ours
 from common.quiet import no_collection
 from torch import Tensor
 
-from leetdist.reference import recurrence, relative_error
+from leetdist.reference import quadratic, recurrence, relative_error
 
 # A result further than this from fp64 is wrong, and gets no time. bf16's rounding alone is 1.7e-3.
 WRONG = {"bf16": 2e-2, "fp16": 4e-3, "fp32": 4e-3}
@@ -69,19 +69,32 @@ def draw(case: Case, device: str, seed: int) -> Inputs:
         x = torch.empty(shape, device=device, dtype=DTYPES[case.dtype])
         return x.normal_(generator=generator)
 
+    def laid_out(heads: int, columns: int) -> Tensor:
+        if case.layout == "heads first":
+            return normal(case.batch, heads, case.tokens, columns).transpose(1, 2)
+        return normal(case.batch, case.tokens, heads, columns)
+
     tokens = (case.batch, case.tokens, case.heads)
-    state = None
-    if case.passes == ("step",):
-        state = torch.empty(case.batch, case.heads, case.dk, case.dv, device=device)
+    state = cu_seqlens = None
+    if case.passes == ("step",) or case.states:
+        state = torch.empty(case.documents or case.batch, case.heads, case.dk, case.dv, device=device)
         state.normal_(generator=generator)
-    v, do = normal(*tokens, case.dv), normal(*tokens, case.dv)
-    q, k = (normal(*tokens[:2], case.groups or case.heads, case.dk) for _ in range(2))
+    if case.documents:
+        cuts = torch.randperm(case.tokens - 1, generator=torch.Generator().manual_seed(seed))[: case.documents - 1] + 1
+        cu_seqlens = torch.tensor([0, *sorted(cuts.tolist()), case.tokens], dtype=torch.int32, device=device)
+    of_q, of_k, of_v = case.head_counts()
+    if case.layout == "fused":
+        q, k, v = normal(*tokens[:2], 3, case.heads, case.dk).unbind(2)
+    else:
+        v, q, k = laid_out(of_v, case.dv), laid_out(of_q, case.dk), laid_out(of_k, case.dk)
+    do = laid_out(case.heads, case.dv)
     if case.decay != "token":
-        return Inputs(q, k, v, do, case.log_decay(device), case.scale, state)
+        return Inputs(case, q, k, v, do, case.log_decay(device), case.scale, state, cu_seqlens=cu_seqlens)
     # As Mamba-2 begins: dt from 0.001 to 0.1, each as likely by its logarithm, times A from -1 to -16.
     dt = torch.empty(tokens, device=device).uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp_()
     gate = -dt * torch.linspace(1, 16, case.heads, device=device)
-    return Inputs(q, k, v, do, gate.transpose(1, 2).contiguous(), case.scale, state, gate)
+    log_decay = gate.transpose(1, 2).contiguous()
+    return Inputs(case, q, k, v, do, log_decay, case.scale, state, gate, cu_seqlens)
 
 
 @contextlib.contextmanager
@@ -103,34 +116,63 @@ def check(contestant: Contestant, case: Case, which: str, inputs: Inputs) -> flo
         return max(relative_error(o[:1], expected), relative_error(state[:1], end))
     device = inputs.q.device
     rows = torch.tensor(checked_rows(case.tokens), device=device)
-    groups = torch.linspace(0, (case.groups or case.heads) - 1, CHECKED_HEADS, device=device).long()
-    share = inputs.v.shape[2] // inputs.q.shape[2]
-    heads = (groups[:, None] * share + torch.arange(share, device=device)).flatten()  # all of a group
+    fewest = min(case.head_counts())
+    groups = torch.linspace(0, fewest - 1, min(CHECKED_HEADS, fewest), device=device).long()
+    share = case.heads // fewest
+    heads = (groups[:, None] * share + torch.arange(share, device=device)).flatten()
 
     def chosen(x: Tensor) -> Tensor:
-        """A head's or group's tokens of the first batch entry."""
+        """A head's or group's tokens of the first batch entry; or of decays a head."""
+        if x.ndim == 1:
+            return x[heads]
         return x[:1, :, heads if x.shape[2] == case.heads else groups].transpose(1, 2)
 
     def exact() -> list[Tensor]:
         """q, k, v and decays."""
-        decay = inputs.log_decay[heads] if inputs.gate is None else chosen(inputs.gate)
-        return [*(chosen(x).double() for x in (inputs.q, inputs.k, inputs.v)), decay.double()]
+        decay = inputs.log_decay if inputs.gate is None else inputs.gate
+        return [chosen(x).double() for x in (inputs.q, inputs.k, inputs.v, decay)]
+
+    def expected(parts: list[Tensor]) -> Tensor:
+        """Of the chosen rows, document by document."""
+        *qkv, decay = parts
+        found = []
+        for number, begin, end, own in _documents(inputs, rows):
+            within = [x[:, :, begin:end] for x in qkv]
+            gates = decay if decay.ndim == 1 else decay[:, :, begin:end]
+            found.append(contestant.reference(*within, gates, inputs.scale, own - begin))
+            if case.states:
+                assert inputs.state is not None
+                faded = quadratic(
+                    within[0], 0 * within[1], 0 * within[2], gates, scale=inputs.scale, rows=own - begin,
+                    initial_state=inputs.state[number : number + 1, heads].double(),
+                )  # fmt: skip
+                found[-1] = found[-1] + faded
+        return torch.cat(found, 2)
 
     if which == "forward":
         with torch.no_grad(), poisoned():
             o = contestant.forward(inputs)
         with torch.no_grad():
-            expected = contestant.reference(*exact(), inputs.scale, rows)
-        return relative_error(chosen(o[:, rows]), expected)
+            return relative_error(chosen(o[:, rows]), expected(exact()))
     # The gradient of the checked rows alone reaches every token, and is affordable in fp64.
     do = torch.zeros_like(inputs.do)
     do[:, rows] = inputs.do[:, rows]
+    if case.learnt:  # of a head's decay, whose gradient is of all batch entries
+        do[1:] = 0
     with poisoned():  # whole gradients and fp64 are not held together: a million tokens fit into 80 GB
         grads = [chosen(x) for x in contestant.comparable(inputs, contestant.gradients(inputs, do))]
     parts = [x.requires_grad_() for x in exact()]
-    expected = contestant.reference(*parts, inputs.scale, rows)
-    wanted = torch.autograd.grad(expected, parts, chosen(do[:, rows]).double())
+    wanted = torch.autograd.grad(expected(parts), parts, chosen(do[:, rows]).double())
     return max(relative_error(x, y) for x, y in zip(grads, wanted, strict=False))  # of decays only where they are data
+
+
+def _documents(inputs: Inputs, rows: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
+    """Number, first token and end of each document with any of the rows, and which."""
+    ends = [0, inputs.q.shape[1]] if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+    for number, (begin, end) in enumerate(pairwise(ends)):
+        own = rows[(rows >= begin) & (rows < end)]
+        if len(own):
+            yield number, begin, end, own
 
 
 def _step_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:

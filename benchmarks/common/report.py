@@ -90,7 +90,7 @@ def save(results: list[Result], facts: dict[str, Any], folder: Path, name: str, 
         return written
     matplotlib.use("Agg")
     timed = [r for r in results if r.milliseconds is not None]
-    for draw, kind in ((_lines, "time"), (_bars, "bars")):
+    for draw, kind in ((_lines, "time"), (_bars, "bars"), (_map, "map")):
         if figure := draw(timed, facts):
             path = folder / f"{name}-{kind}.png"
             figure.savefig(path, dpi=130, bbox_inches="tight")
@@ -131,7 +131,7 @@ def _bars(results: list[Result], facts: dict[str, Any]) -> Any:
     import matplotlib.pyplot as plt
 
     passes = [p for p in ("forward", "forward + backward", "step") if any(r.which == p for r in results)]
-    if not passes:
+    if not passes or any(r.details.get("situation") for r in results):
         return None
     figure, axes = plt.subplots(len(passes), 1, figsize=(11, 3.6 * len(passes)), squeeze=False)
     for axis, which in zip(axes[:, 0], passes, strict=True):
@@ -154,4 +154,30 @@ def _bars(results: list[Result], facts: dict[str, Any]) -> Any:
         axis.legend(fontsize=7)
     figure.suptitle(f"{facts['device']}")
     figure.tight_layout()
+    return figure
+
+
+def _map(results: list[Result], facts: dict[str, Any]) -> Any:
+    """Situations down, contestants and passes across; a cell's colour is its distance to the floor."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    found = {(r.case, r.contestant, r.which): r.x_floor for r in results if r.details.get("situation")}
+    if not found:
+        return None
+    cases = list(dict.fromkeys(case for case, _, _ in found))
+    across = list(dict.fromkeys((who, which) for _, who, which in found))
+    across.sort(key=lambda column: (column[0] != "leetdist", column))
+    cells = [[found.get((case, *column)) or float("nan") for column in across] for case in cases]
+    figure, axis = plt.subplots(figsize=(3.5 + 1.1 * len(across), 1.5 + 0.26 * len(cases)))
+    axis.imshow(cells, aspect="auto", cmap="RdYlGn_r", norm=LogNorm(1, 30))
+    for i, row in enumerate(cells):
+        for j, cell in enumerate(row):
+            if cell == cell:
+                axis.text(j, i, f"{cell:.3g}", ha="center", va="center", fontsize=7)
+    axis.set_xticks(range(len(across)), ["\n".join(column) for column in across], fontsize=7)
+    plain = [case if " heads first" in case or "views" in case else f"{case} (B, N, H, D) views" for case in cases]
+    axis.set_yticks(range(len(cases)), [name.replace(" heads first", "") for name in plain], fontsize=7)
+    axis.xaxis.tick_top()
+    axis.set_xlabel(f"times the memory floor; {facts['device']}", fontsize=8)
     return figure

@@ -19,7 +19,7 @@ def benchmarks(monkeypatch):
     """Its modules, which are scripts beside each other and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     names = [f"common.{name}" for name in ("cases", "contestants", "everyone", "measure", "report", "warm")]
-    names += ["run", "leetdecoding", "suites.leetdecoding.report", "suites.gated"]
+    names += ["run", "leetdecoding", "suites.leetdecoding.report", "suites.gated", "suites.map"]
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield {name.removeprefix("common."): importlib.import_module(name) for name in names}
@@ -182,3 +182,52 @@ def test_a_step_of_a_batch_is_checked(benchmarks):
     case = cases.Case(3, 1, heads=2, dk=16, dv=8, dtype="fp32", passes=("step",))
     inputs = measure.draw(case, "cpu", 0)
     assert measure.check(benchmarks["contestants"].Ours(), case, "step", inputs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"layout": "heads first"},
+        {"layout": "fused", "dv": 16},
+        {"documents": 7},
+        {"documents": 7, "states": True},
+        {"kv_heads": 1},
+        {"kv_heads": 2, "learnt": True},
+        {"states": True, "batch": 2},
+        {"decay": "token", "documents": 3},
+        {"options": (("tile", 32), ("method", "recursion"))},
+    ],
+)
+@pytest.mark.parametrize("which", ["forward", "forward + backward"])
+def test_every_situation_of_the_map_is_checked(benchmarks, special, which):
+    """Right ones get times; one that is off a little does not, nor does one that leaves out what is special."""
+    cases, ours = benchmarks["cases"], benchmarks["contestants"].Ours
+
+    class Off(ours):
+        name = "off"
+
+        def gradients(self, x, do):
+            *grads, last = super().gradients(x, do)
+            return (*grads, last * 1.1)
+
+        def forward(self, x):
+            return super().forward(x) * 1.01
+
+    class Peer(benchmarks["contestants"].Contestant):
+        name, devices = "peer", ("cpu",)
+
+    case = cases.Case(**{"batch": 1, "tokens": 100, "heads": 4, "dk": 16, "dv": 8, "dtype": "fp32", **special})
+    right, off = benchmarks["measure"].run_case("test", case, which, [ours(), Off()], "cpu", 1e9, 1, lambda text: None)
+    assert right.error < 1e-5
+    assert right.milliseconds is not None
+    assert "wrong" in off.note
+    assert Peer().serves(case, which, "cpu") == (not case.special)
+
+
+def test_the_map_is_drawn(benchmarks, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = measured(benchmarks, [benchmarks["contestants"].Ours()])
+    for result in results:
+        result.details["situation"] = True
+    files = benchmarks["report"].save(results, benchmarks["report"].machine("cpu", 1e9), tmp_path, "map", plots=True)
+    assert [file.name for file in files] == ["map.json", "map.csv", "map-map.png"]
