@@ -70,7 +70,7 @@ class Contestant:
         raise NotImplementedError
 
     def gradients(self, x: Inputs, do: Tensor) -> tuple[Tensor, ...]:
-        """Forward and backward: dq, dk, dv; of a decay a token the gradient, (B, N, H), of a learnt one a head, (H,)."""
+        """Forward and backward: dq, dk, dv; the gradient of a decay a token, (B, N, H), or of a learnt one, (H,)."""
         names = ["q", "k", "v"] + ([] if x.gate is None else [self.gate]) + ["log_decay"] * x.case.learnt
         leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
         grads = torch.autograd.grad(self.forward(replace(x, **leaves)), list(leaves.values()), do)
