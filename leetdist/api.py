@@ -11,6 +11,7 @@ from leetdist.arguments import for_autograd
 from leetdist.engine import ops
 from leetdist.engine.call import run
 from leetdist.engine.checks import ONE_DEVICE, check_step, describe
+from leetdist.engine.inputs import a_head
 from leetdist.operators.dispatch import decoder
 from leetdist.operators.methods import attention_on_one_device
 from leetdist.sequence.group import check_alone, name_of, resolve
@@ -97,11 +98,11 @@ def linear_attention(
         k: (B, H, N, Dk), same dtype and device. Each of q, k and v may have fewer heads, of a number that divides the
             largest, H: then consecutive heads share one.
         v: (B, H, N, Dv).
-        log_decay: natural log of the decay, <= 0, fp32: (H,), the same for all tokens, or (B, H, N), one a token, by
-            which the state before it decays; -inf starts anew. None is no decay. Positive values and NaN are a
-            ValueError; but where those of (B, H, N) are on a GPU, whose stream reading them would stop, outputs are NaN
-            from such a token on, unless LEETDIST_CHECK_VALUES=1 asks for the reading. Under a group (B, H, N) is this
-            rank's shard, like q, and so is its gradient.
+        log_decay: natural log of the decay, <= 0, fp32: (H,) or (H, 1, 1), the same for all tokens, or (B, H, N), one
+            a token, by which the state before it decays; -inf starts anew. None is no decay. Positive values and NaN
+            are a ValueError; but where those of (B, H, N) are on a GPU, whose stream reading them would stop, outputs
+            are NaN from such a token on, unless LEETDIST_CHECK_VALUES=1 asks for the reading. Under a group (B, H, N)
+            is this rank's shard, like q, and so is its gradient.
         scale: factor of the output.
         initial_state: (B, H, Dk, Dv) fp32, or (documents, H, Dk, Dv) with `cu_seqlens`; None is zero. Under a group it
             is given on the first rank only.
@@ -138,6 +139,7 @@ def linear_attention(
     >>> o.shape, state.shape
     (torch.Size([1, 2, 100, 16]), torch.Size([1, 2, 16, 16]))
     """
+    log_decay = a_head(log_decay, q, k, v)
     options: dict[str, Any] = {
         "scale": scale,
         "initial_state": initial_state,
@@ -179,8 +181,8 @@ def linear_attention_step(
         k: (B, H, 1, Dk), same dtype and device. Each of q, k and v may have fewer heads, which divide the largest.
         v: (B, H, 1, Dv).
         state: (B, H, Dk, Dv) fp32 (fp64 with fp64 inputs), as `linear_attention` returns it.
-        log_decay: (H,) fp32, or (B, H, 1), this token's; natural log, <= 0 (-inf: the token starts anew); None is no
-            decay.
+        log_decay: (H,) or (H, 1, 1) fp32, or (B, H, 1), this token's; natural log, <= 0 (-inf: the token starts
+            anew); None is no decay.
         scale: factor of the output.
         inplace: write the new state over `state` and return it (what a captured graph wants); not differentiable.
 
@@ -200,6 +202,7 @@ def linear_attention_step(
     >>> torch.testing.assert_close(last, leetdist.linear_attention(q, k, v)[:, :, 9:])
     """
     check_alone("linear_attention_step")
+    log_decay = a_head(log_decay, q, k, v)
     compiling = torch.compiler.is_compiling()
     problem = describe(
         q, k, v, log_decay, read_values=not compiling,

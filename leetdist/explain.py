@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from leetdist.engine.checks import ONE_DEVICE, describe
+from leetdist.engine.inputs import a_head
 from leetdist.engine.plan import plan_call
 from leetdist.kernels.common.settings import settings
 from leetdist.operators.dispatch import Kernels, in_words, refusals
@@ -69,6 +70,7 @@ def explain(
     tile     128 tokens, 8 tiles: chosen from the length of the whole sequence
     shards   one device
     """
+    log_decay = a_head(log_decay, q, k, v)
     options: dict[str, Any] = {
         "scale": scale,
         "initial_state": initial_state,

@@ -23,6 +23,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def a_head(log_decay: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Decays of (H, 1, 1), in which other libraries keep theirs, as (H,); any other as it is."""
+    if isinstance(log_decay, Tensor) and log_decay.ndim == 3 and log_decay.shape[1:] == (1, 1):
+        heads = max((x.shape[1] for x in (q, k, v) if isinstance(x, Tensor) and x.ndim == 4), default=0)
+        if log_decay.shape[0] == heads and log_decay.shape != (q.shape[0], heads, q.shape[2]):
+            return log_decay.flatten()
+    return log_decay
+
+
 def canonical_options(
     *, scale: Any, return_state: Any, method: Any, tile: Any, precision: Any, **others: Any
 ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from leetdist.engine.checks import describe
+from leetdist.engine.inputs import a_head
 from leetdist.engine.ops import define
 from leetdist.inference.checks import check_steps
 from leetdist.operators.dispatch import decoder
@@ -36,8 +37,8 @@ def linear_attention_steps(
         k: (B, H, T, Dk), same dtype and device. Each of q, k and v may have fewer heads, which divide the largest.
         v: (B, H, T, Dv).
         states: (slots, H, Dk, Dv) fp32 (fp64 with fp64 inputs), or bf16, then rounded once a call; changed in place.
-        log_decay: (H,) fp32, or (B, H, T), one a token; natural log, <= 0 (-inf: the token starts anew); None is no
-            decay.
+        log_decay: (H,) or (H, 1, 1) fp32, or (B, H, T), one a token; natural log, <= 0 (-inf: the token starts
+            anew); None is no decay.
         scale: factor of the output.
         index: (B,) int32 or int64, the slot of each row, all different; None: row b is slot b. Rows of length 0 may
             share a slot, which pads a batch to the size a CUDA graph was captured with (see `StatePool.idle`).
@@ -83,6 +84,7 @@ def advance(
     ages: Tensor | None = None,
 ) -> Tensor:
     """`linear_attention_steps`; ages: (slots,) int64, to which the tokens that each slot keeps are added."""
+    log_decay = a_head(log_decay, q, k, v)
     if torch.compiler.is_compiling():
         compiled: Tensor = _steps_op(q, k, v, states, log_decay, float(scale), index, lengths, ages)
         return compiled

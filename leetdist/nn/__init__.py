@@ -2,7 +2,7 @@
 
 from leetdist.nn.attention import LightningAttention, Retention
 from leetdist.nn.conv import causal_conv1d
-from leetdist.nn.decay import LADDERS, ladder, log_decay
+from leetdist.nn.decay import LADDERS, check_decays, decays_of, ladder, log_decay
 from leetdist.nn.gated import SimpleGLA
 from leetdist.nn.mamba2 import GatedRMSNorm, Mamba2, Mamba2State
 
@@ -15,6 +15,8 @@ __all__ = [
     "Retention",
     "SimpleGLA",
     "causal_conv1d",
+    "check_decays",
+    "decays_of",
     "ladder",
     "log_decay",
 ]

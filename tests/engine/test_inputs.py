@@ -190,3 +190,32 @@ def test_defaults_change_nothing_in_a_layer(layer: Any) -> None:
     expected = module(x)
     with any_calls.default_dtype(torch.bfloat16), torch.device("meta"):
         assert torch.equal(module(x), expected)
+
+
+def test_decays_of_other_libraries_shape() -> None:
+    """(H, 1, 1) means (H,), unless it is a decay a token of one token of a batch of H."""
+    q, k, v = (torch.randn(2, 3, 20, 16) for _ in range(3))
+    state, decay = torch.randn(2, 3, 16, 16), torch.tensor([-0.1, -0.5, 0.0])
+    column = decay[:, None, None].requires_grad_()
+    o = leetdist.linear_attention(q, k, v, column)
+    assert torch.equal(o, leetdist.linear_attention(q, k, v, decay))
+    o.sum().backward()
+    assert column.grad.shape == (3, 1, 1)
+    one = [x[:, :, :1] for x in (q, k, v)]
+    for mine, theirs in zip(
+        leetdist.linear_attention_step(*one, state, column.detach()),
+        leetdist.linear_attention_step(*one, state, decay),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+    pools = state.clone(), state.clone()
+    steps = [leetdist.linear_attention_steps(q, k, v, pools[i], g) for i, g in enumerate((column.detach(), decay))]
+    assert torch.equal(*steps)
+    assert torch.equal(*pools)
+    one, start = [x[:1, :1, :1].expand(3, 1, 1, 16) for x in (q, k, v)], state[:1, :1].expand(3, 1, 16, 16)
+    by_token = leetdist.linear_attention_step(*one, start, column.detach())[1]
+    for row in range(3):
+        expected = leetdist.linear_attention_step(*(x[:1] for x in one), start[:1], decay[row : row + 1])[1]
+        assert torch.equal(by_token[row : row + 1], expected)
+    with pytest.raises(ValueError, match="log_decay must have shape"):
+        leetdist.linear_attention(q, k, v, decay[:2, None, None])

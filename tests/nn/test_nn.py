@@ -39,6 +39,11 @@ def test_published_numbers() -> None:
     torch.testing.assert_close(log_decay("fla-lightning", 4, 1, 4), torch.tensor([0, -1.5, -3, -4.5]))
     # Heads that are a power of two: TransNormerLLM's ladder is ALiBi's, times 1 - layer / (layers - 1) + 1e-5.
     torch.testing.assert_close(log_decay("tnl", 8, 1, 3), log_decay("alibi", 8) * (0.5 + 1e-5))
+    # Ling's releases count one layer before, mlx-lm too but for the first layer.
+    shares = {"tnl": (1, 0.75, 0), "ling": (1.25, 1, 0.25), "ling-mlx": (1, 1, 0.25)}
+    for name, expected in shares.items():
+        for layer, share in zip((0, 1, 4), expected, strict=True):
+            torch.testing.assert_close(log_decay(name, 8, layer, 5), log_decay("alibi", 8) * (share + 1e-5))
 
 
 def test_minimax_ladder_is_that_of_transformers() -> None:
