@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from leetdist.integrations.loader import ShardedLoader
     from leetdist.integrations.loss import reduce_loss
     from leetdist.integrations.parallelize import parallelize
+    from leetdist.integrations.trainer import Trainer as Trainer
     from leetdist.mesh import device_mesh
 
 __version__ = "0.1.0"
 
 # Imported at first use: who only wants the operator need not wait for the rest. Name -> module (None: the name is one).
+# Trainer is not in __all__: a star import has no need of transformers.
 _LAZY: dict[str, str | None] = {
     "ShardedLoader": "leetdist.integrations.loader",
+    "Trainer": "leetdist.integrations.trainer",
     "device_mesh": "leetdist.mesh",
     "nn": None,
     "parallelize": "leetdist.integrations.parallelize",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -213,6 +215,16 @@ class ModelLoss:
     def __init__(self, mesh: Mesh, sharded: bool) -> None:
         self.mesh, self.sharded = mesh, sharded
         self.last: Tensor | None = None
+        self.share = False
+
+    @contextmanager
+    def shares(self) -> Iterator[None]:
+        """A call with `num_items_in_batch` gives this rank's part of the mean, for who multiplies it by the ranks."""
+        self.share = True
+        try:
+            yield
+        finally:
+            self.share = False
 
     @torch.compiler.disable
     def __call__(
@@ -241,6 +253,9 @@ class ModelLoss:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
         total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
         counted = (target != ignore_index).sum()
+        if self.share and num_items_in_batch is not None:
+            self.last = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp_min(1)
+            return self.last
         if num_items_in_batch is not None:
             everyone = int(all_sum(counted, all_transports(self.mesh)))
             if int(num_items_in_batch) < everyone:
