@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leetdist.integrations.documents import offsets_of, shared_documents, starts_of
+from leetdist.integrations.documents import offsets_of, shared_documents, starts_of, take_offsets
 from leetdist.integrations.loss import reduce_loss
 from leetdist.integrations.models import softmax
 from leetdist.integrations.models.minimax import LightningAttention
@@ -38,6 +38,7 @@ _IN_A_GRAPH = {"input_ids", "inputs_embeds", "position_ids", "use_cache", *_MEAN
 _DOCUMENTS_IN_A_GRAPH = (
     "position_ids must count on by one in a compiled graph; tell packed documents by cu_seqlens, which are read outside"
 )
+_ONE_DOCUMENT = "cu_seqlens: a cache holds one document a row, and packed documents are several"
 
 
 class Calls:
@@ -87,10 +88,15 @@ class Calls:
         cache = call.get("cache") if call.get("cache") is not None else call.get("past_key_values")
         with_cache = cache is not None or call.get("use_cache") is True
         if self.group is None:
-            if with_cache and call.get("cu_seqlens") is not None:
-                raise ValueError("cu_seqlens: a cache holds one document a row, and packed documents are several")
-            if not with_cache:
+            offsets = take_offsets(call)
+            if offsets is not None:
+                call["cu_seqlens"] = offsets
+            if not with_cache or _count(call) > 1:
                 self._tell_documents(call)
+            if call.get("cu_seqlens") is not None:
+                if with_cache:
+                    raise ValueError(_ONE_DOCUMENT)
+                call["use_cache"] = False  # or the configuration's default would make one
             return (), call
         self._check(call)
         if not with_cache:
@@ -103,7 +109,7 @@ class Calls:
             self._tell_documents(call)
         else:
             if call.get("cu_seqlens") is not None:
-                raise ValueError("cu_seqlens: a cache holds one document a row, and packed documents are several")
+                raise ValueError(_ONE_DOCUMENT)
             whole = call.get("attention_mask")
             self._prepare_cached(call, cache)
         if whole is not None and not bool(whole.all()):
@@ -159,6 +165,8 @@ class Calls:
         positions, mask = call.get("position_ids"), call.get("attention_mask")
         if call.get("cu_seqlens") is None and positions is not None and positions.ndim == 2:
             rows = len(_tokens(call))
+            if mask is not None:  # beside a cache it tells of the tokens there too
+                mask = mask[:, -positions.shape[1] :]
             if self.group is not None:
                 found = shared_documents(positions, rows, mask, self.group)
             else:

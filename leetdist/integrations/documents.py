@@ -25,12 +25,7 @@ def take_documents(batch: dict[str, Any]) -> Tensor | None:
     Also told by `seq_idx` (B, N), and by `position_ids` that start anew (where `attention_mask`, if there, keeps).
     """
     tokens = batch["input_ids"]
-    told: dict[str, Tensor] = {name: batch.pop(name) for name in OFFSETS if batch.get(name) is not None}
-    for name in (*OFFSETS, *LENGTHS):
-        batch.pop(name, None)
-    for name, offsets in told.items():
-        if not isinstance(offsets, Tensor) or offsets.ndim != 1:
-            raise ValueError(f"{name} must be a tensor of shape (documents + 1,), got {_shown(offsets)}")
+    told = _offsets(batch)
     seq_idx, positions = batch.pop("seq_idx", None), batch.get("position_ids")
     for name, x in (("seq_idx", seq_idx), ("position_ids", positions)):
         if x is not None and (x.ndim != 2 or x.shape[1] != tokens.shape[1] or x.shape[0] not in (1, len(tokens))):
@@ -41,6 +36,27 @@ def take_documents(batch: dict[str, Any]) -> Tensor | None:
         starts = starts_of(positions, batch.get("attention_mask"))
         if told or bool(starts.any()):
             told["position_ids"] = _one_row(starts, len(tokens), "position_ids")
+    return _agreed(told)
+
+
+def take_offsets(call: dict[str, Any]) -> Tensor | None:
+    """`cu_seqlens` of a call by whichever names it has, which are taken out of it; None if it has none."""
+    return _agreed(_offsets(call))
+
+
+def _offsets(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Name -> offsets, taken out of a batch, as are the lengths that say nothing more."""
+    told: dict[str, Tensor] = {name: batch.pop(name) for name in OFFSETS if batch.get(name) is not None}
+    for name in (*OFFSETS, *LENGTHS):
+        batch.pop(name, None)
+    for name, offsets in told.items():
+        if not isinstance(offsets, Tensor) or offsets.ndim != 1:
+            raise ValueError(f"{name} must be a tensor of shape (documents + 1,), got {_shown(offsets)}")
+    return told
+
+
+def _agreed(told: dict[str, Tensor]) -> Tensor | None:
+    """The offsets that all names tell of."""
     if not told:
         return None
     (first, offsets), *others = told.items()
@@ -109,4 +125,4 @@ def _shown(x: Any) -> str:
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
-__all__ = ["offsets_of", "shared_documents", "starts_of", "take_documents"]
+__all__ = ["offsets_of", "shared_documents", "starts_of", "take_documents", "take_offsets"]

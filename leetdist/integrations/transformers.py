@@ -22,7 +22,7 @@ from torch import nn
 
 from leetdist.integrations import minimax_cache, probe
 from leetdist.integrations.calls import Calls, ModelLoss, Outputs
-from leetdist.integrations.models import softmax
+from leetdist.integrations.models import minimax, softmax
 from leetdist.integrations.models.minimax import LightningAttention
 from leetdist.integrations.registry import Handler
 
@@ -42,6 +42,7 @@ class Integration:
         self.hears = True  # whether a call's word on documents and padding reaches every layer
         if hasattr(model, "_leetdist_mesh"):
             raise ValueError(f"{type(model).__name__} is parallelized already: build or load it anew for another mesh")
+        minimax.check(model)
         if group is not None:
             self._check_configuration()
 

@@ -6,10 +6,12 @@ Another model with a constant decay needs a file like this one: a subclass of it
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from leetdist.api import linear_attention, linear_attention_step
@@ -31,16 +33,39 @@ class LightningAttention(MiniMaxLightningAttention):
     """MiniMax's layer with the same weights and the same result, through leetdist's operator."""
 
     group: Group | None
+    slopes: Tensor | None
+    """(H,) fp32 on the CPU, once the buffer has its values."""
 
     def log_decay(self, device: torch.device) -> Tensor:
-        """(H,) fp32: the slopes anew, because the model's buffers take the model's dtype."""
+        """(H,) fp32."""
         if torch.compiler.is_compiling() and device not in self.decays:  # a graph keeps nothing outside of itself
-            return -self.get_slope_rate().float().flatten().to(device)
+            return -(self.get_slope_rate().float().flatten() if self.slopes is None else self.slopes).to(device)
         if device not in self.decays:
-            with torch.inference_mode(False), torch.device("cpu"):  # kept for training, and for models built on meta
-                # Without its `device`, which transformers before 5.23 does not have.
-                self.decays[device] = -self.get_slope_rate().float().flatten().to(device)
+            if self.slopes is None:
+                self.keep_slopes()
+            with torch.inference_mode(False):  # kept for training
+                slopes = self.formula() if self.slopes is None else self.slopes
+                self.decays[device] = -slopes.to(device)
         return self.decays[device]
+
+    def formula(self) -> Tensor:
+        """(H,) fp32 slopes by the configuration."""
+        with torch.inference_mode(False), torch.device("cpu"):  # also for models built on meta
+            return self.get_slope_rate().float().flatten()  # without its `device`, new in transformers 5.23
+
+    def keep_slopes(self) -> None:
+        """Take the slopes that the model computes with: those of its buffer, which a checkpoint may bring; but where
+        that is the formula in the model's dtype, as they were before they were rounded."""
+        stored = self.slope_rate.detach()
+        if not stored.is_meta:
+            with torch.inference_mode(False):
+                stored, formula = stored.flatten().cpu().clone(), self.formula()
+                self.slopes = formula if torch.equal(formula.to(stored.dtype), stored) else stored.float()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.decays.clear()
+        self.keep_slopes()
 
     def forward(
         self,
@@ -89,10 +114,51 @@ class LightningAttention(MiniMaxLightningAttention):
         return o, state
 
 
+def check(model: nn.Module) -> None:
+    """ValueError for layers whose prompts and decoding have different decays; a warning for options that transformers
+    keeps in the configuration and does not use."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MiniMaxLightningAttention) or layer.slope_rate.is_meta:
+            continue
+        slopes, table = layer.slope_rate.detach()[:, 0].float(), layer.query_decay.detach()[..., 0].float()
+        after = torch.arange(1, table.shape[1] + 1, device=table.device)
+        # As far as bf16 tells, in which checkpoints keep both.
+        if not torch.allclose(table, torch.exp(-slopes * after), rtol=0, atol=2**-7):
+            raise ValueError(
+                f"{name} decodes with the slopes of its buffer slope_rate, {slopes[:, 0].tolist()}, and reads prompts "
+                f"with others, those of query_decay, {table[:, 0].log().neg().tolist()}: they must be the same"
+            )
+    config: Any = getattr(model, "config", None)
+    differing = [
+        f"{own} {theirs!r}, where {name} is {getattr(config, name, None)!r}"
+        for own, name, theirs in _own_options(config)
+        if theirs != getattr(config, name, None)
+    ]
+    if differing:
+        warnings.warn(
+            "the configuration has options of MiniMax-Text-01's own code, which transformers' MiniMax keeps and does "
+            f"not use, and so does leetdist: {'; '.join(differing)}",
+            stacklevel=2,
+        )
+
+
+def _own_options(config: Any) -> Iterator[tuple[str, str, Any]]:
+    """(name in MiniMax-Text-01's own configuration, name that transformers uses, the value in its form)."""
+    if (kinds := getattr(config, "attn_type_list", None)) is not None:
+        yield "attn_type_list", "layer_types", ["full_attention" if kind else "linear_attention" for kind in kinds]
+    if (width := getattr(config, "rotary_dim", None)) is not None:
+        yield "rotary_dim", "head_dim", width
+    for part in ("full_attention", "linear_attention", "mlp"):
+        for factor in ("alpha", "beta"):
+            if (value := getattr(config, f"layernorm_{part}_{factor}", None)) is not None:
+                yield f"layernorm_{part}_{factor}", f"{part.replace('attention', 'attn')}_{factor}_factor", value
+
+
 @register(MiniMaxLightningAttention)
 def _lightning(layer: Any, group: Group | None) -> None:
     if not isinstance(layer, LightningAttention):
-        layer.__class__, layer.decays = LightningAttention, {}
+        layer.__class__, layer.decays, layer.slopes = LightningAttention, {}, None
+        layer.keep_slopes()
     layer.group = group
 
 
