@@ -8,17 +8,19 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leetdist.arguments import check_device
 from leetdist.inference.checks import check_path
-from leetdist.inference.state import State, check_like, check_states, check_whole
+from leetdist.inference.state import TENSORS, State, check_like, check_states, check_whole
 
 FORMAT = "leetdist.states/1"
-TENSORS = ("boundary", "k", "v", "log_decay")
 FIELDS = ("tokens", "tile", "scale", "method")
+ALWAYS = ("boundary", "k", "v", "log_decay")
+CLOSED = "closed"  # the field of states with closed chunks, which alone have the tensors behind ALWAYS
 
 
 def save_states(path: str | Path, states: Mapping[str, State], *, model: str = "") -> None:
@@ -58,8 +60,12 @@ def save_states(path: str | Path, states: Mapping[str, State], *, model: str = "
         f"{name}.{part}": getattr(state, part).detach().cpu().contiguous().clone()
         for name, state in states.items()
         for part in TENSORS
+        if getattr(state, part) is not None
     }
-    fields = {name: {field: getattr(state, field) for field in FIELDS} for name, state in states.items()}
+    fields = {
+        name: {field: getattr(state, field) for field in (*FIELDS, *[CLOSED] * bool(state.closed))}
+        for name, state in states.items()
+    }
     told = {"format": FORMAT, "model": model, "states": json.dumps(fields)}
     # A name that nobody else writes to, or can have put a link at.
     unfinished = Path(f"{path}.{secrets.token_hex(16)}.tmp")
@@ -151,23 +157,21 @@ def _states(path: str | Path, told: str, tensors: Mapping[str, Tensor]) -> dict[
         made = None
     if not isinstance(made, dict) or not all(isinstance(fields, dict) for fields in made.values()):
         raise ValueError(f"{path}: what its header says of the states is no table of them")
-    wanted = {f"{name}.{part}" for name in made for part in TENSORS}
-    if wanted != set(tensors):
-        raise ValueError(
-            f"{path}: its states have no tensor {min(wanted - set(tensors))!r}"
-            if wanted - set(tensors)
-            else f"{path}: its tensor {min(set(tensors) - wanted)!r} is of no state"
-        )
+    needed, known = ({f"{name}.{part}" for name in made for part in parts} for parts in (ALWAYS, TENSORS))
+    if missing := needed - set(tensors):
+        raise ValueError(f"{path}: its states have no tensor {min(missing)!r}")
+    if strange := set(tensors) - known:
+        raise ValueError(f"{path}: its tensor {min(strange)!r} is of no state")
     states = {}
     for name, fields in made.items():
         for field in FIELDS:
             if field not in fields:
                 raise ValueError(f"{path}, state {name!r}: its header does not say {field!r}")
-        if len(fields) > len(FIELDS):
+        if not set(fields) <= {*FIELDS, CLOSED}:
             raise ValueError(f"{path}, state {name!r}: its header says {sorted(fields)}, wanted {sorted(FIELDS)}")
         try:
-            boundary, k, v, log_decay = (tensors[f"{name}.{part}"] for part in TENSORS)
-            states[name] = State(boundary, k, v, log_decay, **fields)
+            parts: dict[str, Any] = {part: tensors[f"{name}.{part}"] for part in TENSORS if f"{name}.{part}" in tensors}
+            states[name] = State(**parts, **fields)
             check_whole("the state", states[name])
         except ValueError as error:
             raise ValueError(f"{path}, state {name!r}: {error}") from None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from leetdist.arguments import as_bool
 from leetdist.inference.checks import check_count, host_values
+from leetdist.inference.exact import exact_advance, open_tiles, rows_of, taken
 from leetdist.inference.state import State, check_like, check_whole
 from leetdist.inference.steps import advance
-from leetdist.kernels.constant_decay.pytorch.decode import written
+from leetdist.kernels.common.open_tiles import written
 
 
 class StatePool:
@@ -24,13 +26,24 @@ class StatePool:
     Args:
         slots: how many requests fit.
         like: a `State` of the operator: its shapes, decay, scale and device are the pool's.
+        exact: keep what it takes to decode with the bits of one call: the output of a token is, with torch.equal, what
+            `linear_attention(..., method="block", tile=like.tile)` gives for it, after any prefill in any pieces on any
+            number of ranks, in any slot of any batch, however many tokens a step takes. States must come from a
+            `stream` (or an exact pool) of that tile. See below for the memory.
         dtype: of the states: fp32 (default), or bf16 for half the memory and traffic. Rounding a state to bf16 after
             every token costs accuracy, more the slower the decay: against fp64, 2,048 decoded outputs are off by
             0.3% with a memory of 8 tokens (log decay -1/8), 1.3% with 128, 4% with 2,048 and without decay, and by
             half of it at four tokens a call (fp32: 2e-6; tests/inference/test_inference_decode.py holds them to it).
+            An exact pool has fp32 states (fp64 for fp64 inputs).
+
+    A slot takes one fp32 state; of an exact pool three (the state at the open tile's start, that at the open chunk's,
+    and what the tile adds) and the keys and values of a chunk of 64 tokens (128 on a CPU): with heads of 128 in bf16
+    64 + 64 + 64 + 32 KiB a head, instead of 64. A tile of one chunk needs one state: 64 + 32 KiB. An exact step reads
+    one state and the open tokens, and writes these alone; at a chunk's end it writes states.
 
     Attributes:
-        states: (slots + 1, H, Dk, Dv), the last one being `idle`.
+        states: (slots + 1, H, Dk, Dv), the last one being `idle`; of an exact pool those at the open tiles' starts.
+        open: `OpenTiles` (leetdist.kernels.common.open_tiles), what an exact pool holds; else None.
         tokens: (slots + 1,) int64 on the device, each slot's age in tokens.
         idle: the slot that belongs to nobody.
 
@@ -50,17 +63,34 @@ class StatePool:
     >>> o = pool.steps(*(torch.randn(3, 2, 1, 16) for _ in range(3)), slots)
     >>> o.shape, pool.tokens[slots].tolist(), pool.take(first).tokens
     (torch.Size([3, 2, 1, 16]), [51, 51, 51], 51)
+
+    >>> exact = leetdist.StatePool(8, like=prompt.state, exact=True)
+    >>> slot = torch.tensor(exact.put(prompt.state))
+    >>> more = [torch.randn(1, 2, 40, 16) for _ in range(3)]
+    >>> o = torch.cat([exact.steps(*token, slot) for token in zip(*(x.split(1, 2) for x in more))], 2)
+    >>> whole = [torch.cat(pair, 2) for pair in zip((q, k, v), more)]
+    >>> one_call = leetdist.linear_attention(*whole, torch.tensor([-0.1, -1.0]), method="block", tile=16)
+    >>> torch.equal(o, one_call[:, :, 50:])
+    True
     """
 
-    def __init__(self, slots: int, *, like: State, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, slots: int, *, like: State, dtype: torch.dtype | None = None, exact: bool = False) -> None:
         slots = check_count("slots", slots, 1)
         check_whole("like", like)
+        self.exact = as_bool("exact", exact)
         dtype = dtype or like.boundary.dtype
+        if self.exact and dtype != like.boundary.dtype:
+            raise ValueError(f"dtype must be {like.boundary.dtype} in an exact pool, got {dtype}")
         if dtype not in (like.boundary.dtype, torch.bfloat16):
             raise ValueError(f"dtype must be {like.boundary.dtype} or torch.bfloat16, got {dtype}")
-        shape = (slots + 1, *like.boundary.shape[1:])
-        self.states = torch.zeros(shape, dtype=dtype, device=like.device)
-        self.tokens = torch.zeros(slots + 1, dtype=torch.int64, device=like.device)
+        self.open = open_tiles(slots + 1, like) if self.exact else None
+        if self.open is None:
+            shape = (slots + 1, *like.boundary.shape[1:])
+            self.states = torch.zeros(shape, dtype=dtype, device=like.device)
+            self.tokens = torch.zeros(slots + 1, dtype=torch.int64, device=like.device)
+            self._rows = {"states": self.states, "tokens": self.tokens}
+        else:
+            self.states, self.tokens, self._rows = self.open.start, self.open.tokens, self.open.rows
         self.idle = slots
         self._like = like.select(torch.zeros(1, dtype=torch.int64, device=like.device))
         self._free = list(range(slots))  # a heap: pools with the same history give the same slots
@@ -70,16 +100,22 @@ class StatePool:
         """A slot for each row of the state, which is copied there."""
         check_whole("state", state)
         check_like(state, self._like)
-        return self._fill(state.now.to(self.states), torch.tensor(state.tokens, device="cpu"), state.boundary.shape[0])
+        if self.open is None:
+            rows = {"states": state.now, "tokens": torch.tensor(state.tokens, device="cpu").view(1)}
+        else:
+            rows = rows_of(state, self.open)
+        return self._fill(rows, state.boundary.shape[0])
 
     def fork(self, slot: int, copies: int) -> list[int]:
         """`copies` more slots with what is in `slot`."""
         slot, copies = self._held(slot), check_count("copies", copies, 1)
-        return self._fill(self.states[slot].clone(), self.tokens[slot].clone(), copies)
+        return self._fill({name: x[slot : slot + 1].clone() for name, x in self._rows.items()}, copies)
 
     def take(self, slot: int) -> State:
         """A copy of what is in a slot, to save or to move to another pool; the slot stays in use."""
         slot = self._held(slot)
+        if self.open is not None:
+            return taken(self._like, self.open, slot)
         now = self.states[slot : slot + 1].to(self._like.boundary.dtype, copy=True)
         return self._like.after(now, int(self.tokens[slot]) - self._like.tokens)
 
@@ -118,6 +154,8 @@ class StatePool:
                 f"log_decay must {'' if self._like.by_token else 'not '}be given: the pool's states are of "
                 f"{'a decay a token' if self._like.by_token else 'one decay for all tokens'}"
             )
+        if self.open is not None:
+            return exact_advance(q, k, v, self.open, log_decay, scale=self._like.scale, index=index, lengths=lengths)
         return advance(
             q, k, v, self.states, self._like.log_decay if log_decay is None else log_decay,
             scale=self._like.scale, index=index, lengths=lengths, ages=self.tokens,
@@ -133,15 +171,15 @@ class StatePool:
                 raise ValueError(f"index must name slots in use, got {slot} for row {row}: slot {slot} is not in use")
 
     @torch.no_grad()
-    def _fill(self, state: Tensor, tokens: Tensor, count: int) -> list[int]:
-        """`count` slots, with this in them."""
+    def _fill(self, rows: Mapping[str, Tensor], count: int) -> list[int]:
+        """`count` slots, with these in them; one row of each is for all."""
         if count > len(self._free):
             raise RuntimeError(f"the pool has {len(self._free)} free slots of {self.idle}, and {count} are needed")
         slots = [heapq.heappop(self._free) for _ in range(count)]
         self._used.update(slots)
         index = torch.tensor(slots, dtype=torch.int64, device=self.states.device)
-        written(self.states, state.expand(count, *self.states.shape[1:]), index)
-        written(self.tokens, tokens.to(self.tokens).expand(count), index)
+        for name, to in self._rows.items():
+            written(to, rows[name].to(to).expand(count, *to.shape[1:]), index)
         return slots
 
     def _held(self, slot: int) -> int:

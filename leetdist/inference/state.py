@@ -12,8 +12,9 @@ from torch import Tensor
 
 from leetdist.api import linear_attention
 from leetdist.arguments import check_device
-from leetdist.engine.checks import DTYPES
+from leetdist.engine.checks import DTYPES, describe
 from leetdist.inference.checks import check_count, check_options, check_rows
+from leetdist.operators.opened import Opened, opened_by
 from leetdist.sequence.group import alone
 
 
@@ -21,19 +22,25 @@ from leetdist.sequence.group import alone
 class State:
     """What decaying linear attention remembers of the sequences of a batch. `leetdist.stream` makes and takes it.
 
-    The contract of exactness sums tokens tile by tile, so a sequence that stops inside a tile is more than one
-    matrix: the state at the start of the open tile, and the keys and values of that tile. Nothing in it is ever
-    changed in place; it has the same content on every rank, so that any number of ranks can go on from it.
+    The contract of exactness sums tokens tile by tile, and inside a tile chunk by chunk, so a sequence that stops
+    there is more than one matrix: the state at the start of the open tile, what its closed chunks made of that and add
+    to it, and the keys and values of the open chunk. Nothing in it is ever changed in place; it has the same content on
+    every rank, so that any number of ranks can go on from it.
 
     Attributes:
         boundary: (B, H, Dk, Dv) fp32 (fp64 for fp64 inputs), the state at the start of the open tile.
-        k: (B, H or a divisor, n, Dk), the keys of the open tile, n < tile, in the dtype of the inputs.
+        k: (B, H or a divisor, n, Dk), the keys of the open chunk, in the dtype of the inputs. Methods but "block", and
+            kernels that compute a tile as a whole, have no chunks, and k is that of the open tile.
         v: (B, H or a divisor, n, Dv), its values.
-        log_decay: fp32, natural log: (H,), or of a decay a token (B, H, n), that of the open tile.
+        log_decay: fp32, natural log: (H,), or of a decay a token (B, H, n), that of the open chunk.
         tokens: tokens seen so far.
         tile: tile length in tokens.
         scale: factor of the outputs.
         method: the local method, by name.
+        closed: tokens in the open tile's closed chunks; without any, there is none of the following.
+        walked: as boundary, the state that the outputs of the open chunk start from.
+        own: as boundary, what the closed chunks add to the state.
+        total: (B, H) fp64, of a decay a token, the sum of their log-decays.
 
     Raises:
         ValueError: the parts do not fit together; or, from `stream` and `load_states`, a state does not belong to the
@@ -59,6 +66,10 @@ class State:
     tile: int
     scale: float = 1.0
     method: str = "block"
+    closed: int = 0
+    walked: Tensor | None = None
+    own: Tensor | None = None
+    total: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_state(self)
@@ -73,7 +84,7 @@ class State:
     @property
     def open(self) -> int:
         """Tokens in the open tile."""
-        return self.k.shape[2]
+        return self.closed + self.k.shape[2]
 
     @property
     def by_token(self) -> bool:
@@ -84,18 +95,61 @@ class State:
     def device(self) -> torch.device:
         return self.boundary.device
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors with a row for each of the batch, by name."""
+        found = {name: getattr(self, name) for name in TENSORS if name != "log_decay" or self.by_token}
+        return {name: x for name, x in found.items() if x is not None}
+
+    @property
+    def opened(self) -> Opened:
+        """Who computes the open tile, here."""
+        heads, dk, dv = self.boundary.shape[1:]
+        shapes = ((heads, dk), (self.k.shape[1], dk), (self.v.shape[1], dv))
+        q, k, v = (self.k.new_empty(1, own, 1, dim) for own, dim in shapes)
+        gate = self.log_decay if not self.by_token else self.log_decay.new_empty(1, heads, 1)
+        problem = describe(
+            q, k, v, gate, read_values=False, scale=self.scale, initial_state=None, return_state=True,
+            cu_seqlens=None, method=self.method, tile=self.tile,
+        )  # fmt: skip
+        return opened_by(problem, self.tile)
+
     @cached_property
     def now(self) -> Tensor:
-        """(B, H, Dk, Dv): the state after the last token, which decoding starts from. Do not change it in place."""
+        """(B, H, Dk, Dv): the state after the last token, which decoding starts from. Do not change it in place.
+
+        The bits of one call's last state; but kernels that leave out what a full tile has forgotten (on a GPU, of a
+        constant decay) round it otherwise in the heads that are past that.
+        """
         if not self.open:
             return self.boundary
-        no_query = self.k.new_zeros(1).expand(*self.boundary.shape[:2], *self.k.shape[2:])
         with torch.no_grad():
-            return run(self, no_query, self.k, self.v, self.log_decay)[1]
+            if self.walked is None or self.own is None:
+                return self._after_tokens(self.boundary)
+            opened = self.opened
+            if opened.module is None:
+                return self._after_tokens(self.walked)
+            walked, own = self.walked.clone(), self.own.clone()
+            total = None if self.total is None else self.total.clone()
+            opened.advance(self.k, self.v, self.log_decay, self.closed, walked, own, total)
+            after = opened.fold(self.boundary, own, self.log_decay, total, self.open)
+            left_out = opened.left_out(self.log_decay)
+            if left_out is None:
+                return after
+            past = (left_out > 0) & (left_out < self.open)
+            return torch.where(past[:, None, None], walked, after)
+
+    def _after_tokens(self, start: Tensor) -> Tensor:
+        """The state after the open tokens, from that before them."""
+        if not self.k.shape[2]:
+            return start
+        no_query = self.k.new_zeros(1).expand(*self.boundary.shape[:2], *self.k.shape[2:])
+        return run(replace(self, boundary=start, **NO_CHUNKS), no_query, self.k, self.v, self.log_decay)[1]
 
     def after(self, state: Tensor, tokens: int) -> State:
         """After `tokens` more tokens of decoding led to `state`; the tile grid begins anew at this token."""
-        return replace(self, boundary=state, tokens=self.tokens + tokens, **no_tokens(self.k, self.v, self.log_decay))
+        parts = {**no_tokens(self.k, self.v, self.log_decay), **NO_CHUNKS}
+        return replace(self, boundary=state, tokens=self.tokens + tokens, **parts)
 
     def fork(self, copies: int) -> State:
         """Each row `copies` times, one beside the other."""
@@ -107,15 +161,19 @@ class State:
         """These rows of the batch, (R,) int64, in this order."""
         check_rows(rows, self.boundary.shape[0])
         rows = rows.to(self.device)
-        names = ("boundary", "k", "v", "log_decay") if self.by_token else ("boundary", "k", "v")
-        parts = {name: getattr(self, name)[rows] for name in names}
+        parts: dict[str, Any] = {name: x[rows] for name, x in self.parts.items()}
         return replace(self, **parts)
 
     def to(self, device: torch.device | str) -> State:
         """On another device."""
         device = check_device(device)
-        parts = {name: getattr(self, name).to(device) for name in ("boundary", "k", "v", "log_decay")}
-        return replace(self, **parts)
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self.parts.items()}
+        return replace(self, **{"log_decay": self.log_decay.to(device), **moved})
+
+
+# The tensors of a state, of which those of closed chunks may be missing.
+TENSORS = ("boundary", "k", "v", "log_decay", "walked", "own", "total")
+NO_CHUNKS: dict[str, Any] = {"closed": 0, "walked": None, "own": None, "total": None}
 
 
 def no_tokens(k: Tensor, v: Tensor, log_decay: Tensor) -> dict[str, Any]:
@@ -132,6 +190,56 @@ def run(state: State, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tup
             scale=state.scale, initial_state=state.boundary, return_state=True,
             method=state.method, tile=state.tile,
         )  # fmt: skip
+
+
+def outputs_of(state: State, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """The outputs of the open chunk's tokens and those behind them in its tile."""
+    with alone():
+        return linear_attention(
+            q, k, v, log_decay,
+            scale=state.scale, initial_state=state.boundary if state.walked is None else state.walked,
+            method=state.method, tile=state.tile,
+        )  # fmt: skip
+
+
+def with_open(state: State, k: Tensor, v: Tensor, log_decay: Tensor, more: int) -> State:
+    """The state `more` tokens later, with these open in its tile, which they may fill; of them as few are kept as the
+    kernels here can go on from: those of a chunk, or of a tile."""
+    open_, tokens = state.closed + k.shape[2], state.tokens + more
+    parts: dict[str, Any] = {"k": k, "v": v, "log_decay": log_decay}
+    opened = state.opened if state.method == "block" else None
+    if opened is None or opened.module is None or opened.chunk == state.tile:
+        return replace(state, **parts, tokens=tokens)
+    ends = open_ == state.tile
+    full = k.shape[2] if ends else k.shape[2] // opened.chunk * opened.chunk
+    if not (full or ends):
+        return replace(state, **parts, tokens=tokens)
+    if state.walked is None or state.own is None:
+        walked, own = state.boundary.clone(), torch.zeros_like(state.boundary)
+        total = walked.new_zeros(walked.shape[:2], dtype=torch.float64) if state.by_token else None
+    else:
+        walked, own = state.walked.clone(), state.own.clone()
+        total = None if state.total is None else state.total.clone()
+    gate = log_decay if log_decay.ndim == 1 else log_decay[:, :, :full]
+    opened.advance(k[:, :, :full], v[:, :, :full], gate, state.closed, walked, own, total)
+    # No slices, which would keep all of a piece alive.
+    rest: dict[str, Any] = {name: x if x.ndim == 1 else x[:, :, full:].clone() for name, x in parts.items()}
+    if ends:
+        after = opened.fold(state.boundary, own, log_decay, total, state.tile)
+        return replace(state, boundary=after, **rest, **NO_CHUNKS, tokens=tokens)
+    closed = state.closed + full
+    return replace(state, **rest, closed=closed, walked=walked, own=own, total=total, tokens=tokens)
+
+
+def on_its_grid(state: State) -> State:
+    """The state, with a grid that the kernels here know: on another device, whose chunks are others, the grid begins
+    anew, as bits are not the same there anyway."""
+    if not state.closed:
+        return state
+    opened = state.opened
+    if opened.module is not None and state.closed % opened.chunk == 0:
+        return state
+    return state.after(state.now, 0)
 
 
 def check_state(state: State) -> None:
@@ -168,9 +276,29 @@ def check_state(state: State) -> None:
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
     check_options(state.scale, state.tile, state.method)
-    if k.shape[2] >= state.tile:
-        raise ValueError(f"k must hold less than a tile of {state.tile} tokens, got {k.shape[2]}")
-    check_count("tokens", state.tokens, k.shape[2])
+    check_chunks(state)
+    if state.open >= state.tile:
+        raise ValueError(f"k must hold less than a tile of {state.tile} tokens, got {state.open}")
+    check_count("tokens", state.tokens, state.open)
+
+
+def check_chunks(state: State) -> None:
+    """What there is of closed chunks."""
+    closed = check_count("closed", state.closed, 0)
+    batch, heads, *_ = shape = tuple(state.boundary.shape)
+    wanted = {"walked": shape, "own": shape, "total": (batch, heads)}
+    for name, size in wanted.items():
+        x = getattr(state, name)
+        if not closed or (name == "total" and not state.by_token):
+            if x is not None:
+                raise ValueError(
+                    f"{name} must be None where {'no chunk is closed' if not closed else 'a decay is a head'}"
+                )
+            continue
+        dtype = torch.float64 if name == "total" else state.boundary.dtype
+        if not isinstance(x, Tensor) or tuple(x.shape) != size or x.dtype != dtype or x.device != state.device:
+            got = f"{x.dtype} of {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be {dtype} of shape {size} on {state.device}, got {got}")
 
 
 def check_whole(name: str, state: Any) -> None:

@@ -14,7 +14,7 @@ from leetdist.api import linear_attention
 from leetdist.arguments import check_device, check_plain
 from leetdist.inference.checks import check_decay, check_options, check_piece, check_shards
 from leetdist.inference.staging import Staging
-from leetdist.inference.state import State, check_continues, no_tokens, run
+from leetdist.inference.state import State, check_continues, no_tokens, on_its_grid, outputs_of, run, with_open
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
 
@@ -46,8 +46,8 @@ def stream(
     of pieces, whose copies to and from `device` overlap with compute. `stream.state` is what there is to keep: a
     `State`, to save, fork, decode from, or to go on from with `stream(state=...)`.
 
-    A piece that ends inside a tile costs up to a tile of work again with the next one: where tokens come one by one,
-    use `linear_attention_steps`.
+    A piece that ends inside a tile costs up to a chunk of work again with the next one (64 or 128 tokens; with methods
+    but "block" up to a tile). Where tokens come one by one, an exact `StatePool` has the same bits and does less.
 
     Args:
         log_decay: (H,) fp32, natural log, <= 0; None is no decay, or one that each piece brings for its tokens.
@@ -129,7 +129,7 @@ class Stream:
         self.device = None if device is None else check_device(device)
         if state is not None and self.device is not None:
             state = state.to(self.device)
-        self._state = state
+        self._state = None if state is None else on_its_grid(state)
         self._options = (log_decay, scale, tile, method)
         self._transport = transport
 
@@ -198,7 +198,7 @@ class Stream:
                 o, boundary = run(state, *_with_decay(now, state))
                 state = replace(state, boundary=boundary, tokens=state.tokens + part)
             else:
-                o, state = _into_open_tile(state, *now)
+                o, state = into_open_tile(state, *now)
             outputs.append(o)
         self._state = state
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
@@ -232,7 +232,7 @@ class Stream:
             )
             others = [_from_owner(x, owner, transport) for x in others]
             transport.flush()
-            o, state = _into_open_tile(state, q, *others)
+            o, state = into_open_tile(state, q, *others)
             outputs.append(o[:, :, tail - last :])
         self._state = state
         return torch.cat(outputs, 2)
@@ -279,24 +279,24 @@ def _with_decay(piece: Piece, state: State) -> tuple[Tensor, Tensor, Tensor, Ten
     return q, k, v, own[0] if own else state.log_decay
 
 
-def _into_open_tile(state: State, q: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> tuple[Tensor, State]:
+def into_open_tile(state: State, q: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> tuple[Tensor, State]:
     """The outputs of tokens that end in the open tile, or with it, and the state after them.
 
-    The open tile is computed again from its start. Its earlier rows stand in as zeros: an output depends on its own
+    The open chunk is computed again from its start. Its earlier rows stand in as zeros: an output depends on its own
     row of q alone. own: the tokens' decays, if each has one.
     """
-    before, tokens = state.open, q.shape[2]
+    before, tokens = state.k.shape[2], q.shape[2]
     log_decay = state.log_decay
     k, v = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
     if own:
         log_decay = torch.cat((log_decay, own[0].to(log_decay.dtype)), 2)
     padded = torch.cat((q.new_zeros(*q.shape[:2], before, q.shape[3]), q), 2)
-    o, after = run(state, padded, k, v, log_decay)
-    boundary = state.boundary
-    parts: dict[str, Any] = {"k": k, "v": v, "log_decay": log_decay}
-    if before + tokens == state.tile:
-        boundary, parts = after, no_tokens(**parts)
-    return o[:, :, before:], replace(state, boundary=boundary, **parts, tokens=state.tokens + tokens)
+    if state.open + tokens == state.tile and not state.closed:
+        o, after = run(state, padded, k, v, log_decay)
+        parts = no_tokens(k, v, log_decay)
+        return o[:, :, before:], replace(state, boundary=after, **parts, tokens=state.tokens + tokens)
+    o = outputs_of(state, padded, k, v, log_decay)
+    return o[:, :, before:], with_open(state, k, v, log_decay, tokens)
 
 
 def _from_owner(x: Tensor, owner: int, transport: Transport) -> Tensor:

@@ -72,7 +72,7 @@ class Implementation:
     in `functions` where it is not called as the step is. compiler: what makes its machine code. costs: the table of
     leetdist/operators/costs.json that was measured with it. recordable: all its launches are seen by
     leetdist.kernels.common.recording, so that a call can be repeated. longest_tile: tokens that it may add up one by
-    one.
+    one. opened: the module, beside its own, that goes on inside a tile (leetdist.operators.opened).
     """
 
     name: str
@@ -86,6 +86,7 @@ class Implementation:
     longest_tile: int | None = None
     functions: tuple[tuple[str, str], ...] = ()
     operator: str = "constant_decay"
+    opened: str = ""
 
     def refuses(self, facts: Facts) -> str | None:
         return self.refusal(facts)
@@ -114,6 +115,10 @@ class Implementation:
 
     def loaded(self) -> Any:
         return importlib.import_module(f"leetdist.kernels.{self.operator}.{self.module}")
+
+    def loaded_opened(self) -> Any:
+        """The module `opened`; None where there is none."""
+        return importlib.import_module(f"leetdist.kernels.{self.operator}.{self.opened}") if self.opened else None
 
     def configuration(self, facts: Facts) -> str:
         found = getattr(self.loaded(), "configuration", None)
@@ -265,7 +270,7 @@ GLUON_WIDE = Implementation(
     costs="sm_90", recordable=True, takes_precision=True,
 )  # fmt: skip
 TRITON = Implementation("Triton", "triton.block", _triton, "Triton", recordable=True, takes_precision=True)
-PYTORCH = Implementation("PyTorch", "pytorch.block", _pytorch, costs="cpu")
+PYTORCH = Implementation("PyTorch", "pytorch.block", _pytorch, costs="cpu", opened="pytorch.open_chunk")
 
 CUDA_FLEET = Implementation(
     "CUDA C++", "cuda.token_scan", _cuda, "NVRTC",
@@ -296,7 +301,9 @@ TRITON_A_TOKEN = Implementation(
     "Triton", "triton.block", _triton, "Triton", recordable=True, takes_precision=True, operator="token_decay"
 )
 TRITON_DECODE_A_TOKEN = Implementation("Triton", "triton.decode", _triton, "Triton", operator="token_decay")
-PYTORCH_A_TOKEN = Implementation("PyTorch", "pytorch.block", _pytorch, costs="cpu", operator="token_decay")
+PYTORCH_A_TOKEN = Implementation(
+    "PyTorch", "pytorch.block", _pytorch, costs="cpu", operator="token_decay", opened="pytorch.open_chunk"
+)
 PYTORCH_FLEET_A_TOKEN = Implementation(
     "PyTorch", "pytorch.fleet", _always, functions=(("fleet_outputs", "tile_outputs"),), operator="token_decay"
 )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leetdist.kernels.common.open_tiles import rows_of_calls, writers, written
+
 Decay = tuple[Tensor, Tensor]
 
 
@@ -43,15 +45,8 @@ def steps(
     No value is read on the host, so that a CUDA graph can hold it. So a row whose index is no slot, or whose length is
     not 0 to T, changes nothing and gets NaN.
     """
-    batch, tokens, dtype = q.shape[0], q.shape[2], q.dtype
-    rows = torch.arange(batch, device=q.device)
-    slots, kept = rows if index is None else index.long(), torch.full_like(rows, tokens)
-    good = (slots >= 0) & (slots < states.shape[0])
-    if lengths is not None:
-        kept = lengths.long()
-        good &= (kept >= 0) & (kept <= tokens)
-    slots, kept = torch.where(good, slots, 0), torch.where(good, kept, 0)
-
+    tokens, dtype = q.shape[2], q.dtype
+    slots, kept, good = rows_of_calls(states.shape[0], q.shape[0], tokens, q.device, index, lengths)
     before = states if index is None else states.index_select(0, slots)
     state = before.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     q, k, v = _operands(q, k, v, state)
@@ -66,21 +61,10 @@ def steps(
     if index is None:
         written(states, after)
     else:
-        # Rows that share a slot, of which one at most keeps tokens, all write what that one does.
-        writes = (slots[:, None] == slots) & (kept > 0)
-        writer = torch.where(writes.any(1), writes.int().argmax(1), rows)
-        written(states, after.index_select(0, writer), slots)
+        written(states, after.index_select(0, writers(slots, kept)), slots)
     if ages is not None:
         written(ages, ages.index_add(0, slots, kept))
     return torch.cat(outputs, 2).masked_fill(~good[:, None, None, None], torch.nan).to(dtype)
-
-
-def written(to: Tensor, source: Tensor, slots: Tensor | None = None) -> Tensor:
-    """`to`, changed in place: all of it, or these slots. Tensors made in inference mode may only be changed there."""
-    if to.is_inference() and not torch.is_inference_mode_enabled():
-        with torch.inference_mode():
-            return written(to, source, slots)
-    return to.copy_(source) if slots is None else to.index_copy_(0, slots, source)
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> list[Tensor]:
