@@ -107,7 +107,7 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
             "kernels": _kernels(kernels),
             "not": _refused(kernels),
             "launches": _launches(plan, kernels),
-            "tile": f"{plan.tiles.size:,} tokens, {plan.tiles.count:,} tiles: "
+            "tile": f"{plan.tiles.size:,} tokens, {plan.every_tile.count:,} tiles: "
             + ("named by the caller" if problem.tile else "chosen from the length of the whole sequence"),
             "shards": _shards(plan),
         }

@@ -9,8 +9,10 @@ This file knows tokens and tiles only; it needs neither a GPU nor a process grou
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -30,10 +32,17 @@ class Tiles:
 
     size: int
     bounds: tuple[int, ...]
+    chosen: tuple[int, ...] | None = None  # numbers of the only segments that have tiles here; None: of all
 
-    @property
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """(first token, end) of every segment, or of the chosen ones."""
+        every = tuple(pairwise(self.bounds))
+        return every if self.chosen is None else tuple(every[number] for number in self.chosen)
+
+    @cached_property
     def num_segments(self) -> int:
-        return len(self.bounds) - 1
+        return len(self.segments)
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +52,7 @@ class Tiles:
     def first_tile(self) -> tuple[int, ...]:
         """Number of the first tile of each segment, and one past the last tile at the end."""
         first = [0]
-        for begin, end in zip(self.bounds, self.bounds[1:], strict=False):
+        for begin, end in self.segments:
             first.append(first[-1] + ceil_div(end - begin, self.size))
         return tuple(first)
 
@@ -56,7 +65,7 @@ class Tiles:
         """(first token, number of tokens) of every tile."""
         return tuple(
             (start, min(self.size, end - start))
-            for begin, end in zip(self.bounds, self.bounds[1:], strict=False)
+            for begin, end in self.segments
             for start in range(begin, end, self.size)
         )
 
@@ -68,13 +77,30 @@ class Tiles:
     @property
     def regular(self) -> bool:
         """One segment: tile `j` starts at token `j * size`, and a kernel needs no table."""
-        return self.num_segments == 1
+        return self.chosen is None and self.num_segments == 1
 
     def finer(self, size: int) -> tuple[Tiles, Tiles]:
         """Tiles of `size` tokens, of which this grid's are whole multiples, and the same with each of this grid's tiles
         a segment of its own."""
-        starts = tuple(start for start, _ in self.spans)
-        return Tiles(size, self.bounds), Tiles(size, (*starts, self.num_tokens))
+        cuts = {start: start + count for start, count in self.spans}
+        if self.chosen is None:
+            return Tiles(size, self.bounds), Tiles(size, (*cuts, self.num_tokens))
+        bounds = tuple(sorted({0, *cuts, *cuts.values(), self.num_tokens}))
+        own = Tiles(size, bounds, tuple(number for number, start in enumerate(bounds[:-1]) if start in cuts))
+        return Tiles(size, self.bounds, self.chosen), own
+
+    def parted(self, linked: Collection[int]) -> tuple[Tiles, Tiles]:
+        """The segments of several tiles, and those that are `linked` to what is elsewhere; and those that are one tile,
+        by itself. (Of a row that is one such segment, none and the row.)"""
+        alone = {
+            number
+            for number, (begin, end) in enumerate(self.segments)
+            if begin < end <= begin + self.size and number not in linked
+        }
+        if self.regular and alone:
+            return Tiles(self.size, self.bounds, ()), self
+        rest = tuple(number for number in range(self.num_segments) if number not in alone)
+        return Tiles(self.size, self.bounds, rest), Tiles(self.size, self.bounds, tuple(sorted(alone)))
 
     # Who launches with the address of a table keeps this object, and it keeps the table.
     @cached_property

@@ -14,7 +14,7 @@ from leetdist.kernels.common.sums import sum_shared
 
 
 class LaneStates:
-    """(B, lane's heads, tiles, Dk, Dv) of every lane, one lane after the other in `flat`."""
+    """(B, lane's heads, tiles, Dk, Dv) of every lane, one lane after the other in `flat`; None where there are none."""
 
     def __init__(self, x: Tensor, plan: Plan, flat: Tensor | None = None) -> None:
         self.like = x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -22,6 +22,9 @@ class LaneStates:
         self.one = len(plan.lanes) == 1
         self.shape = (x.shape[0], problem.heads, plan.tiles.count, problem.dk, problem.dv)
         self.parts: dict[Lane, Tensor] = {}
+        self.flat: Tensor | None = None
+        if not plan.linked:
+            return
         if flat is None and not self.one:
             batch, heads, tiles, dk, dv = self.shape
             flat = self.like.new_empty(batch * heads * tiles * dk * dv)

@@ -140,6 +140,8 @@ def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, initial_state = call.inputs(plan)
     o, final, states = forward_pass(inputs, initial_state, plan)
     o = _aligned(o, plan, back=True)
+    if states is None:  # no tile has one
+        states = call.q.new_empty(0, dtype=state_dtype(call.q.dtype))
     if final is None:
         final = states.new_empty(0)
     elif call.initial_state is not None and _share_memory(final, call.initial_state):

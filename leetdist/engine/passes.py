@@ -20,21 +20,24 @@ from leetdist.engine.lanes import Lane
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.plan import Plan
 from leetdist.kernels.common.recording import HostStep, note, take
+from leetdist.kernels.common.tiles import Tiles
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 
 
-def forward_pass(inputs: Inputs, initial_state: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward_pass(
+    inputs: Inputs, initial_state: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """With S the state at each tile's start (L what a tile adds to it):
 
         L = summaries      S = scan(L)      o = outputs(S)
 
-    Returns o, the final state (if the problem asks for it) and S, all in one row of numbers.
+    Returns o, the final state (if the problem asks for it) and S, all in one row of numbers (if any tile has one).
     """
     return cast(Any, _repeated(_forward_pass, (*inputs, initial_state), plan))
 
 
-def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     inputs: Inputs
     *inputs, initial_state, plan = given  # type: ignore[assignment]
     operator, tiles, q, v = plan.operator, plan.tiles, inputs[0], inputs[2]
@@ -42,7 +45,7 @@ def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     with _together(q, plan, "forward pass", beside=beside) as side:
         of_lane = {lane: _of_lane(inputs, lane, plan) for lane in plan.lanes}
         states = LaneStates(q, plan)
-        for lane in plan.lanes:
+        for lane in plan.lanes if plan.linked else ():
             with trace.span("tile states", plan.rank, lane, q):
                 added = operator.summaries(
                     of_lane[lane], tiles, to_end=plan.to_end(reverse=False), out=states.place(lane)
@@ -57,7 +60,11 @@ def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         for lane in plan.lanes:
             side.join(lane, plan.rank, q)
             with trace.span("outputs", plan.rank, lane, q):
-                o.put(lane, operator.outputs(of_lane[lane], states[lane], tiles, out=o.place(lane)))
+                own = o.place(lane)
+                for tiles, (start,) in _kinds_of_tiles(plan, lane, states):
+                    own = operator.outputs(of_lane[lane], start, tiles, out=own)
+                assert own is not None
+                o.put(lane, own)
         whole = None
         if plan.problem.return_state:
             whole = scan.states_to_all(in_order(final, plan), plan.state_shape, plan)
@@ -66,7 +73,7 @@ def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor]:
 
 def backward_pass(
     inputs: Inputs,
-    flat_states: Tensor,
+    flat_states: Tensor | None,
     do: Tensor | None,
     dfinal: Tensor | None,
     plan: Plan,
@@ -81,6 +88,8 @@ def backward_pass(
     of the inputs (None for those beside q, k and v unless needs_gate_grads), and of the initial state (on the first
     rank, if the call has one).
     """
+    if needs_gate_grads and plan.alone is not None:  # which the plan of a compiled call does not know
+        flat_states, plan = _with_zeros(inputs[0], flat_states, plan), plan.with_all_states
     return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
 
 
@@ -97,7 +106,7 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         of_lane = {lane: _of_lane(inputs, lane, plan) for lane in plan.lanes}
         do_of = {lane: lane.part(do, 1) for lane in plan.lanes}
         states, ends = LaneStates(q, plan, flat_states), LaneStates(q, plan)
-        for lane in plan.lanes:
+        for lane in plan.lanes if plan.linked else ():
             with trace.span("tile states", plan.rank, lane, q):
                 added = operator.state_gradients(
                     of_lane[lane], states[lane], do_of[lane], tiles,
@@ -117,20 +126,23 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         dtypes = {name: grad.wide for name, grad in grads.items()}
         late = tuple(name for name in wanted if name not in operator.early)
 
-        def put(names: tuple[str, ...], lane: Lane, compute: Callable[..., dict[str, Tensor]], *given: Any) -> None:
+        def put(
+            names: tuple[str, ...], lane: Lane, compute: Callable[..., dict[str, Tensor]], *given: LaneStates
+        ) -> None:
             with trace.span(", ".join(f"d{name}" for name in names), plan.rank, lane, q):
-                places = {name: grads[name].place(lane) for name in names}
-                for name, grad in compute(
-                    of_lane[lane], states[lane], *given, do_of[lane], tiles, places, dtypes
-                ).items():
+                own = {name: grads[name].place(lane) for name in names}
+                for tiles, from_states in _kinds_of_tiles(plan, lane, *given):
+                    own |= compute(of_lane[lane], *from_states, do_of[lane], tiles, own, dtypes)
+                for name, grad in own.items():
+                    assert grad is not None
                     grads[name].put(lane, grad)
 
         if operator.early:
             for lane in plan.lanes:
-                put(operator.early, lane, operator.early_gradients)
+                put(operator.early, lane, operator.early_gradients, states)
         for lane in plan.lanes:
             side.join(lane, plan.rank, q)
-            put(late, lane, operator.late_gradients, ends[lane])
+            put(late, lane, operator.late_gradients, states, ends)
 
         head_grads: list[Tensor | None] = [None] * len(operator.heads)
         if needs_gate_grads and operator.heads:
@@ -147,6 +159,28 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
             dinitial_whole = scan.states_to_first(in_order(dinitial, plan), plan.state_shape, plan)
     token_grads = [grads[name].whole if name in grads else None for name in operator.tokens]
     return *token_grads, *head_grads, dinitial_whole if problem.has_initial else None
+
+
+def _kinds_of_tiles(plan: Plan, lane: Lane, *states: LaneStates) -> Iterator[tuple[Tiles, list[Tensor]]]:
+    """The tiles that have states, with the lane's, and those that are alone, with zeros. What is computed of the second
+    goes where that of the first is."""
+    if plan.linked:
+        yield plan.tiles, [x[lane] for x in states]
+    if plan.alone is not None:
+        yield plan.alone, [plan.zero_states(lane)] * len(states)
+
+
+def _with_zeros(q: Tensor, flat_states: Tensor | None, plan: Plan) -> Tensor:
+    """States of all tiles, where those that are alone had none."""
+    given, every = LaneStates(q, plan, flat_states), plan.with_all_states
+    count = q.shape[0] * plan.problem.heads * every.tiles.count * plan.problem.dk * plan.problem.dv
+    states = LaneStates(q, every, given.like.new_zeros(count))
+    linked = {start for start, _ in plan.tiles.spans}
+    own = torch.tensor([start in linked for start, _ in every.tiles.spans], device=q.device)
+    for lane in plan.lanes if plan.linked else ():
+        states[lane][:, :, own] = given[lane]
+    assert states.flat is not None
+    return states.flat
 
 
 def _of_lane(inputs: Inputs, lane: Lane, plan: Plan) -> dict[str, Tensor]:
@@ -203,7 +237,9 @@ class _Side:
         reverse: bool,
     ) -> dict[Lane, Tensor]:
         """Launch the scans of all lanes; `join` waits for one. Returns the states at the end, where somebody asked."""
-        final = {}
+        final: dict[Lane, Tensor] = {}
+        if not plan.linked:
+            return final
         if self.stream is not None and self.main is not None and initial is not None:
             self.stream.wait_stream(self.main)  # the initial states have come on the main stream
             initial.record_stream(self.stream)
@@ -234,7 +270,7 @@ class _Side:
         note(HostStep(partial(torch.cuda.set_stream, self.main)))
 
     def join(self, lane: Lane, rank: int, like: Tensor) -> None:
-        if self.main is not None:
+        if lane in self.end and self.main is not None:
             with trace.span("wait", rank, lane, like):
                 take(partial(self.main.wait_event, self.end[lane]))
 

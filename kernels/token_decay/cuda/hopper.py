@@ -37,12 +37,12 @@ def tile_outputs(
     """See leetdist.kernels.token_decay.pytorch.block.tile_outputs.
 
     Outputs in fp32 of bf16 heads that share c are wanted for their sum alone. Where no place is given and they come in
-    pairs, (B, H / 2, N, Dc) are returned, which add up to the same.
+    pairs, (B, H / 2, N, Dc) are returned, which add up to the same; other tiles may then be written there.
     """
-    options = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
-    if out is None and _summed(a, c, log_decay, out_dtype):
+    options = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "out": out}
+    if (out is None or out.shape[1] < heads_of(log_decay)) and _summed(a, c, log_decay, out_dtype):
         return _summed_outputs(a, b, c, states, log_decay, tiles, **options)  # type: ignore[arg-type]
-    return hopper.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=out_dtype, out=out, **options)  # type: ignore[arg-type]
+    return hopper.tile_outputs(a, b, c, states, log_decay, tiles, out_dtype=out_dtype, **options)  # type: ignore[arg-type]
 
 
 def compile_for(
@@ -79,9 +79,10 @@ def _summed_outputs(
     reverse: bool,
     scale: float,
     state_scale: float,
+    out: Tensor | None,
 ) -> Tensor:
     heads = heads_of(log_decay)
-    out = empty_outputs(a, c, log_decay[:, ::2], torch.float32)
+    out = empty_outputs(a, c, log_decay[:, ::2], torch.float32) if out is None else out
     if not out.numel():
         return out
     kept: list[Tensor] = []
