@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from leetdist.api import linear_attention
 from leetdist.arguments import as_bool, as_float, as_int, check_plain, for_autograd
-from leetdist.kernels.common.elementwise import silu, silu_gradient, softplus
+from leetdist.kernels.mamba.pytorch import scan
+from leetdist.operators.elementwise import kernel
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.group import resolve
 from leetdist.sequence.halo import check_offsets, halo
@@ -104,103 +105,87 @@ def mamba_chunk_scan_combined(
             agree(error, transport, "the arguments of mamba_chunk_scan_combined")
         raise
     x, dt, A = (for_autograd(y) for y in (x, dt, A))
-    D, z = (None if y is None else for_autograd(y) for y in (D, z))
+    D, z, dt_bias = (None if y is None else for_autograd(y) for y in (D, z, dt_bias))
     wide = torch.promote_types(x.dtype, torch.float32)
-    dt = dt.to(wide).contiguous()  # the order of a sum follows the layout, and dt_bias and A get sums
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(wide)
-    if dt_softplus:
-        dt = softplus(dt)
-    dt = dt.clamp(*dt_limit)
-    log_decay = dt * A.to(wide)
+    A = A.to(wide)
+    bias, D = (None if y is None else y.to(wide) for y in (dt_bias, D))
+    starts = None
     if seq_idx is not None:
         # Zeros before the sequence: so initial_states are of document 0.
         before = halo(seq_idx, 1, group, width=1)
         starts = seq_idx != torch.cat((before, seq_idx[:, :-1]), 1)[:, : seq_idx.shape[1]]
-        log_decay = torch.where(starts[..., None], -math.inf, log_decay)
-    v: Tensor = _Values.apply(x, dt)
+    steps = scan.Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
+    v, log_decay, skipped = _Inputs.apply(x, dt, A, bias, D, starts, steps)
     attended: Any = linear_attention(
-        *(y.transpose(1, 2) for y in (C, B, v, log_decay)),
+        C.transpose(1, 2), B.transpose(1, 2), v.transpose(1, 2), log_decay,
         initial_state=None if initial_states is None else initial_states.to(wide).mT,
         return_state=return_final_states, cu_seqlens=cu_seqlens, group=group, tile=tile, precision=precision,
     )  # fmt: skip
     o, states = attended if return_final_states else (attended, None)
     y = o.transpose(1, 2)
     if D is not None or z is not None:
-        y = _Output.apply(y, x, D, z)
+        y = _Outputs.apply(y, skipped, None if D is None else D.detach(), z)
     return y if states is None else (y, states.mT)
 
 
-class _Values(torch.autograd.Function):
-    """dt x, in x's dtype: (B, N, H, P)."""
+class _Inputs(torch.autograd.Function):
+    """dt x, (B, N, H, P); dt A, (B, H, N); and with D what stands for D x, which is not written: x, whose gradient is
+    that of D x. So all that x gets comes together in one pass over it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dt: Tensor) -> Tensor:
-        ctx.save_for_backward(x, dt)
-        return _product(x, dt[..., None], x.dtype)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        bias: Tensor | None,
+        D: Tensor | None,
+        starts: Tensor | None,
+        steps: scan.Steps,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        ctx.save_for_backward(x, dt, A, bias, D, starts)
+        ctx.steps = steps
+        ctx.set_materialize_grads(False)
+        v, log_decay = kernel(scan.scan_inputs, x, x.shape[3])(x, dt, A, bias, starts, steps)
+        return v, log_decay, None if D is None else x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt = ctx.saved_tensors
-        dx = _product(dv, dt[..., None], dv.dtype) if ctx.needs_input_grad[0] else None
-        ddt = _wide_product(dv, x, dt.dtype).contiguous().sum(-1) if ctx.needs_input_grad[1] else None
-        return dx, ddt
+    def backward(
+        ctx: Any, dv: Tensor | None, dlog_decay: Tensor | None, dskipped: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, dt, A, bias, D, starts = ctx.saved_tensors
+        batch, tokens, heads, _ = x.shape
+        if dv is None:
+            dv = torch.zeros_like(x)
+        if dlog_decay is None:
+            dlog_decay = A.new_zeros(batch, heads, tokens)
+        if D is not None and dskipped is None:
+            dskipped = torch.zeros_like(x)
+        needs = tuple(ctx.needs_input_grad[:5])
+        function = kernel(scan.scan_inputs_gradient, x, x.shape[3])
+        return (*function(x, dt, A, bias, D, starts, dv, dlog_decay, dskipped, ctx.steps, needs), None, None)
 
 
-class _Output(torch.autograd.Function):
-    """(o + D x) silu(z), rounded once."""
+class _Outputs(torch.autograd.Function):
+    """(o + D x) silu(z), rounded once. skipped: x, which stands for D x."""
 
     @staticmethod
-    def forward(ctx: Any, o: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-        ctx.save_for_backward(o if z is not None else None, x, D, z)
-        if z is None:
-            return _skipped(o, x, D, x.dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return (_skipped(o, x, D, wide) * silu(z.to(wide))).to(x.dtype)
+    def forward(ctx: Any, o: Tensor, skipped: Tensor | None, D: Tensor | None, z: Tensor | None) -> Tensor:
+        ctx.gated = z is not None
+        if z is not None:
+            ctx.save_for_backward(o, skipped, D, z)
+        y: Tensor = kernel(scan.scan_outputs, o, o.shape[3])(o, skipped, D, z)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        o, x, D, z = ctx.saved_tensors
-        dtype, wide = dy.dtype, torch.promote_types(dy.dtype, torch.float32)
-        dx = dD = dz = None
-        if z is not None:
-            dy, gate = dy.to(wide), z.to(wide)
-            dz = (dy * _skipped(o, x, D, wide) * silu_gradient(gate)).to(z.dtype)
-            dy = dy * silu(gate)
-        if D is not None:
-            dx = _product(dy, _of_heads(D, wide), dtype) if ctx.needs_input_grad[1] else None
-            if ctx.needs_input_grad[2]:
-                dD = _wide_product(dy, x, wide).contiguous().sum((0, 1))
-                dD = (dD if D.ndim == 2 else dD.sum(-1)).to(D.dtype)
-        return dy.to(dtype), dx, dD, dz
-
-
-def _skipped(o: Tensor, x: Tensor, D: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """o + D x in `dtype`, rounded to it once."""
-    if D is None:
-        return o.to(dtype)
-    factor = _of_heads(D, torch.promote_types(x.dtype, torch.float32))
-    if x.is_cuda:  # one pass over memory
-        return torch.addcmul(o, x, factor, out=x.new_empty(x.shape, dtype=dtype))
-    # A CPU fuses the two in some numbers only, depending on where they lie.
-    return (x * factor + o).to(dtype)
-
-
-def _of_heads(D: Tensor, dtype: torch.dtype) -> Tensor:
-    """(H, P or 1)."""
-    return D.to(dtype).view(D.shape[0], -1)
-
-
-def _wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """a times b in `wide`, without wide copies of either."""
-    return torch.addcmul(a.new_zeros(1, dtype=wide), a, b)
-
-
-def _product(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x times a wider factor, rounded to `dtype` without a wide copy between."""
-    return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
+        dz = None
+        if ctx.gated:
+            o, skipped, D, z = ctx.saved_tensors
+            dy, dz = kernel(scan.scan_outputs_gradient, o, o.shape[3])(dy, o, skipped, D, z)
+        return dy, dy if ctx.needs_input_grad[1] else None, None, dz
 
 
 def check_limits(dt_limit: Any) -> None:

@@ -313,8 +313,12 @@ PYTORCH_BY_TOKEN_A_TOKEN = Implementation(
 )  # fmt: skip
 PYTORCH_DECODE_A_TOKEN = Implementation("PyTorch", "pytorch.decode", _pytorch, operator="token_decay")
 
+TRITON_SCAN = Implementation("Triton", "triton.scan", _triton, "Triton", operator="mamba")
+PYTORCH_SCAN = Implementation("PyTorch", "pytorch.scan", _pytorch, operator="mamba")
+
 # Steps of the two passes (constant_decay.pytorch.block says what each computes; the outputs of methods that go token by
-# token have names of their own), and of decoding: from the fastest to the one that serves all.
+# token have names of their own), of decoding, and of what Mamba-2 does around them: from the fastest to the one that
+# serves all.
 CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "transitions": (TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "tile_states": (
@@ -331,4 +335,8 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "decay_gradient": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "step": (TRITON_STEP, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
     "steps": (TRITON_STEPS, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
+    "scan_inputs": (TRITON_SCAN, PYTORCH_SCAN),
+    "scan_inputs_gradient": (TRITON_SCAN, PYTORCH_SCAN),
+    "scan_outputs": (TRITON_SCAN, PYTORCH_SCAN),
+    "scan_outputs_gradient": (TRITON_SCAN, PYTORCH_SCAN),
 }  # fmt: skip

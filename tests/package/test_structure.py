@@ -16,6 +16,7 @@ KNOWS = {
     "kernels.common": (),
     "kernels.constant_decay": ("kernels.common",),
     "kernels.token_decay": ("kernels.common", "kernels.constant_decay"),
+    "kernels.mamba": ("kernels.common",),
     "arguments": (),
     "sequence": ("arguments", "kernels.common"),
     "operators": ("arguments", "kernels", "sequence"),
@@ -26,8 +27,8 @@ KNOWS = {
     "inference": ("arguments", "kernels", "sequence", "operators", "engine", "api"),
     "reference": (),
     "mesh": ("arguments", "sequence"),
-    "mamba": ("arguments", "kernels.common", "sequence", "api"),
-    "nn": ("arguments", "kernels.common", "sequence", "api", "mamba"),
+    "mamba": ("arguments", "kernels", "sequence", "operators", "api"),
+    "nn": ("arguments", "kernels", "sequence", "operators", "api", "mamba"),
     "integrations": ("arguments", "sequence", "engine", "api", "inference", "mesh", "nn"),
     "testing": ("sequence", "api"),
     # leetdist itself: the public names

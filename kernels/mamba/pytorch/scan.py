@@ -1,0 +1,139 @@
+"""What `mamba_chunk_scan_combined` does before and after its attention, in PyTorch.
+
+On a CPU each number has the same bits wherever it lies (leetdist.kernels.common.elementwise), so products and sums are
+operations of their own: a CPU fuses the two in some numbers only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.common.elementwise import sigmoid, silu, silu_gradient, softplus
+
+
+class Steps(NamedTuple):
+    """How dt is made of what is given: softplus or not, then clamped."""
+
+    softplus: bool
+    least: float
+    most: float
+
+
+class Gradients(NamedTuple):
+    """Of what `scan_inputs` takes, in its order, and of D; None where nobody asked."""
+
+    x: Tensor | None
+    dt: Tensor | None
+    A: Tensor | None
+    bias: Tensor | None
+    D: Tensor | None
+
+
+def scan_inputs(
+    x: Tensor, dt: Tensor, A: Tensor, bias: Tensor | None, starts: Tensor | None, steps: Steps
+) -> tuple[Tensor, Tensor]:
+    """v = dt x, in x's dtype and (B, N, H, P), and log_decay = dt A, (B, H, N), which is -inf where `starts`.
+
+    x: (B, N, H, P); dt: (B, N, H), before bias, softplus and limits; A and bias: (H,), of the dtype that dt A is
+    computed and returned in; starts: (B, N) bool. Any strides.
+    """
+    _, own = _steps(dt, A, bias, steps)
+    log_decay = own * A
+    if starts is not None:
+        log_decay = torch.where(starts[..., None], -math.inf, log_decay)
+    return _rounded_product(x, own[..., None]), log_decay.transpose(1, 2).contiguous()
+
+
+def scan_inputs_gradient(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    D: Tensor | None,
+    starts: Tensor | None,
+    dv: Tensor,
+    dlog_decay: Tensor,
+    dskip: Tensor | None,
+    steps: Steps,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Gradients:
+    """Gradients of x, dt, A, bias and D (those that `needs` has) from those of v, log_decay and D x.
+
+    D: (H,) or (H, P), and dskip (B, N, H, P), that of D x, or None both. Those of A, bias and D are sums over the
+    tokens here, in one order whatever the layouts.
+    """
+    of_x, of_dt, of_A, of_bias, of_D = needs
+    raw, own = _steps(dt, A, bias, steps)
+    g = dlog_decay.transpose(1, 2)
+    if starts is not None:
+        g = torch.where(starts[..., None], 0.0, g)
+    dx = ddt = dA = dbias = dD = None
+    if of_x:
+        if D is None or dskip is None:
+            dx = _rounded_product(dv, own[..., None])
+        else:
+            dx = (dv * own[..., None] + dskip * of_heads(D)).to(x.dtype)
+    if of_dt or of_bias:
+        grown = _wide_product(dv, x, A.dtype).contiguous().sum(-1) + g * A
+        soft = softplus(raw) if steps.softplus else raw
+        grown = torch.where((soft >= steps.least) & (soft <= steps.most), grown, 0.0)
+        if steps.softplus:
+            grown = grown * sigmoid(raw)
+        ddt = grown.to(dt.dtype) if of_dt else None
+        dbias = grown.contiguous().sum((0, 1)) if of_bias else None
+    if of_A:
+        dA = (g * own).contiguous().sum((0, 1))
+    if of_D and D is not None and dskip is not None:
+        dD = _wide_product(dskip, x, A.dtype).contiguous().sum((0, 1))
+        dD = dD if D.ndim == 2 else dD.sum(-1)
+    return Gradients(dx, ddt, dA, dbias, dD)
+
+
+def scan_outputs(o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(o + D x) silu(z), rounded once; (B, N, H, P), as o, x and z are. Without D, x is None; without z, no gate."""
+    y = _skipped(o, x, D)
+    return (y if z is None else y * silu(z.to(y.dtype))).to(o.dtype)
+
+
+def scan_outputs_gradient(
+    dy: Tensor, o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of o, which are those of D x too, and of z."""
+    wide = torch.promote_types(o.dtype, torch.float32)
+    dy, gate = dy.to(wide), z.to(wide)
+    dz = dy * _skipped(o, x, D).to(wide) * silu_gradient(gate)
+    return (dy * silu(gate)).to(o.dtype), dz.to(z.dtype)
+
+
+def of_heads(D: Tensor) -> Tensor:
+    """(H, P or 1)."""
+    return D.view(D.shape[0], -1)
+
+
+def _steps(dt: Tensor, A: Tensor, bias: Tensor | None, steps: Steps) -> tuple[Tensor, Tensor]:
+    """dt with its bias, and after softplus and limits."""
+    raw = dt.to(A.dtype)
+    if bias is not None:
+        raw = raw + bias
+    return raw, (softplus(raw) if steps.softplus else raw).clamp(steps.least, steps.most)
+
+
+def _skipped(o: Tensor, x: Tensor | None, D: Tensor | None) -> Tensor:
+    """o + D x, wide."""
+    if D is None or x is None:
+        return o.to(torch.promote_types(o.dtype, torch.float32))
+    return x * of_heads(D) + o
+
+
+def _rounded_product(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a wider factor, rounded to x's dtype without a wide copy between; contiguous."""
+    return torch.mul(x, factor, out=x.new_empty(x.shape))
+
+
+def _wide_product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a times b in `wide`, without wide copies of either."""
+    return torch.addcmul(a.new_zeros(1, dtype=wide), a, b)

@@ -1,0 +1,319 @@
+"""What `mamba_chunk_scan_combined` does before and after its attention, in Triton: each tensor as large as x is read or
+written once.
+
+A program takes the tokens of one head, and neighbouring programs neighbouring heads, which lie side by side in memory.
+Sums over tokens are taken by SEGMENT tokens from the start of what is here, and then segment by segment.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.tiles import ceil_div
+from leetdist.kernels.mamba.pytorch.scan import Gradients, Steps
+
+ELEMENTS = 4096  # of x that a program holds; half as many where it holds sums as well
+SEGMENT = 256  # tokens whose sums one program takes
+COUNTS = ["tokens"]
+
+
+def scan_inputs(
+    x: Tensor, dt: Tensor, A: Tensor, bias: Tensor | None, starts: Tensor | None, steps: Steps
+) -> tuple[Tensor, Tensor]:
+    """See leetdist.kernels.mamba.pytorch.scan.scan_inputs."""
+    batch, tokens, heads, width = x.shape
+    v = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    log_decay = torch.empty(batch, heads, tokens, dtype=A.dtype, device=x.device)
+    block, columns = _block(width)
+    _launch(
+        _scan_inputs, batch * heads * ceil_div(tokens, block),
+        (
+            x, dt, A.contiguous(), _contiguous(bias), _contiguous(starts), v, log_decay, *x.stride(), *dt.stride(),
+            *steps[1:], tokens, heads, width,
+        ),
+        {"SOFTPLUS": steps.softplus, "TOKENS": block, "COLUMNS": columns},
+    )  # fmt: skip
+    return v, log_decay
+
+
+def scan_inputs_gradient(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    D: Tensor | None,
+    starts: Tensor | None,
+    dv: Tensor,
+    dlog_decay: Tensor,
+    dskip: Tensor | None,
+    steps: Steps,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Gradients:
+    """See leetdist.kernels.mamba.pytorch.scan.scan_inputs_gradient."""
+    batch, tokens, heads, width = x.shape
+    segments = ceil_div(tokens, SEGMENT)
+    block, columns = _block(2 * width)[0], _block(width)[1]
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = A.dtype) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
+
+    dx, ddt = empty(needs[0], *x.shape, dtype=x.dtype), empty(needs[1], *dt.shape, dtype=dt.dtype)
+    dA, dbias = (empty(wanted, batch * segments, heads) for wanted in needs[2:4])
+    dD = None if D is None else empty(needs[4], batch * segments, *D.shape)
+    if D is None:
+        dskip = None
+    _launch(
+        _scan_inputs_gradient, batch * heads * segments,
+        (
+            x, dt, A.contiguous(), _contiguous(bias), _contiguous(D), _contiguous(starts), dv, dlog_decay,
+            dskip, dx, ddt, dA, dbias, dD,
+            *x.stride(), *dt.stride(), *dv.stride(), *dlog_decay.stride(), *_strides(dskip),
+            *steps[1:], tokens, heads, width, segments,
+        ),
+        {
+            "SOFTPLUS": steps.softplus, "WIDE": D is not None and D.ndim == 2,
+            "TOKENS": block, "COLUMNS": columns, "SEGMENT_": SEGMENT,
+        },
+    )  # fmt: skip
+    return Gradients(dx, ddt, *(None if parts is None else parts.sum(0) for parts in (dA, dbias, dD)))
+
+
+def scan_outputs(o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """See leetdist.kernels.mamba.pytorch.scan.scan_outputs."""
+    y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
+    _launch_outputs(None, o, x, D, z, y, None)
+    return y
+
+
+def scan_outputs_gradient(
+    dy: Tensor, o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See leetdist.kernels.mamba.pytorch.scan.scan_outputs_gradient."""
+    do, dz = (torch.empty(o.shape, dtype=y.dtype, device=o.device) for y in (o, z))
+    _launch_outputs(dy, o, x, D, z, do, dz)
+    return do, dz
+
+
+def compile_for(
+    step: str, rows: int, columns: int, dtype: torch.dtype, wide: bool, reverse: bool, programs: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Launch a step's kernel once, on a token of zeros of `columns` columns."""
+    x = torch.zeros(1, 1, 1, columns, dtype=dtype, device=device)
+    dt, one = x.new_zeros(1, 1, 1, dtype=torch.float32), x.new_zeros(1, dtype=torch.float32)
+    steps = Steps(True, 0.0, 1.0)
+    if step == "scan_inputs":
+        scan_inputs(x, dt, one, one, None, steps)
+    elif step == "scan_inputs_gradient":
+        scan_inputs_gradient(x, dt, one, one, one, None, x, dt, x, steps, (True,) * 5)
+    elif step == "scan_outputs":
+        scan_outputs(x, x, one, x)
+    else:
+        scan_outputs_gradient(x, x, x, one, x)
+
+
+def _launch_outputs(
+    dy: Tensor | None, o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor | None, y: Tensor, dz: Tensor | None
+) -> None:
+    """y: what comes out, or with dy the gradient of o."""
+    batch, tokens, heads, width = o.shape
+    block, columns = _block(width)
+    _launch(
+        _scan_outputs, batch * heads * ceil_div(tokens, block),
+        (
+            dy, o, x, _contiguous(D), z, y, dz, *o.stride(), *_strides(dy), *_strides(x), *_strides(z),
+            tokens, heads, width,
+        ),
+        {"WIDE": D is not None and D.ndim == 2, "TOKENS": block, "COLUMNS": columns},
+    )  # fmt: skip
+
+
+def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    if programs:
+        launch(kernel, (programs,), arguments, constants, num_warps=4)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0,) * 4 if x is None else x.stride()
+
+
+def _block(width: int) -> tuple[int, int]:
+    """Tokens and columns of a program."""
+    columns = triton.next_power_of_2(width)
+    return max(1, min(SEGMENT, ELEMENTS // columns)), columns
+
+
+@triton.jit
+def _place(tokens, heads, TOKENS: tl.constexpr):
+    """Batch entry, head and first token of a program."""
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(tokens, TOKENS)
+    return program // heads // blocks, program % heads, program // heads % blocks * TOKENS
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) of fp64 x >= 0, also where 1 + x has lost most of x's digits."""
+    rounded = 1.0 + x
+    lost = rounded == 1.0
+    return tl.where(lost, x, tl.log(rounded) * (x / tl.where(lost, 1.0, rounded - 1.0)))
+
+
+@triton.jit
+def _steps(dt, bias, least, most, SOFTPLUS: tl.constexpr):
+    """dt with its bias, after softplus, and after limits. softplus in fp64: tl.exp in fp32 is off by 1e-6 of large
+    negative numbers, and x and v have 2 P times as many."""
+    raw = dt.to(tl.float32) + bias
+    soft = raw
+    if SOFTPLUS:
+        wide = raw.to(tl.float64)
+        soft = tl.where(wide > 40.0, wide, _log1p(tl.exp(tl.where(wide > 40.0, 40.0, wide)))).to(tl.float32)
+    own = tl.where(soft < least, least, soft)  # where, so that NaN stays
+    return raw, soft, tl.where(own > most, most, own)
+
+
+@triton.jit
+def _silu(x):
+    """x sigmoid(x), and sigmoid(x)."""
+    s = 1.0 / (1.0 + tl.exp(-x))
+    return x * s, s
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _scan_inputs(
+    x, dt, a, bias, starts, v, log_decay,
+    x_batch, x_token, x_head, x_column, dt_batch, dt_token, dt_head, least, most, tokens, heads, width,
+    SOFTPLUS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    batch, head, first = _place(tokens, heads, TOKENS)
+    i, j = first + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
+    there = i < tokens
+    inside = there[:, None] & (j < width)[None, :]
+    given = tl.load(dt + batch * dt_batch + i * dt_token + head * dt_head, mask=there, other=0.0)
+    added = 0.0
+    if bias is not None:
+        added = tl.load(bias + head)
+    _raw, _soft, own = _steps(given, added, least, most, SOFTPLUS)
+    g = own * tl.load(a + head)
+    if starts is not None:
+        g = tl.where(tl.load(starts + batch * tokens + i, mask=there, other=0) != 0, float("-inf"), g)
+    tl.store(log_decay + (batch * heads + head) * tokens + i, g, mask=there)
+    x += batch * x_batch + head * x_head + i[:, None] * x_token + j[None, :] * x_column
+    values = tl.load(x, mask=inside, other=0.0).to(tl.float32) * own[:, None]
+    v += ((batch * tokens + i[:, None]) * heads + head) * width + j[None, :]
+    tl.store(v, values.to(v.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _scan_inputs_gradient(
+    x, dt, a, bias, skip, starts, dv, dlog_decay, dskip, dx, ddt, da, dbias, dd,
+    x_batch, x_token, x_head, x_column, dt_batch, dt_token, dt_head,
+    dv_batch, dv_token, dv_head, dv_column, g_batch, g_head, g_token,
+    dskip_batch, dskip_token, dskip_head, dskip_column, least, most, tokens, heads, width, segments,
+    SOFTPLUS: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SEGMENT_: tl.constexpr,
+):  # fmt: skip
+    batch, head, first = _place(tokens, heads, SEGMENT_)
+    segment = first // SEGMENT_
+    j = tl.arange(0, COLUMNS)
+    x += batch * x_batch + head * x_head + j[None, :] * x_column
+    dv += batch * dv_batch + head * dv_head + j[None, :] * dv_column
+    dt += batch * dt_batch + head * dt_head
+    dlog_decay += batch * g_batch + head * g_head
+    decay, added = tl.load(a + head), 0.0
+    if bias is not None:
+        added = tl.load(bias + head)
+    if dskip is not None:
+        dskip += batch * dskip_batch + head * dskip_head + j[None, :] * dskip_column
+        if WIDE:
+            factor = tl.load(skip + head * width + j, mask=j < width, other=0.0)[None, :]
+        else:
+            factor = tl.load(skip + head)
+    sum_a, sum_bias = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
+    sum_d = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for offset in range(0, SEGMENT_, TOKENS):
+        i = first + offset + tl.arange(0, TOKENS)
+        there = i < tokens
+        inside = there[:, None] & (j < width)[None, :]
+        given = tl.load(dt + i * dt_token, mask=there, other=0.0)
+        raw, soft, own = _steps(given, added, least, most, SOFTPLUS)
+        g = tl.load(dlog_decay + i * g_token, mask=there, other=0.0)
+        if starts is not None:
+            g = tl.where(tl.load(starts + batch * tokens + i, mask=there, other=1) != 0, 0.0, g)
+        values = tl.load(x + i[:, None] * x_token, mask=inside, other=0.0).to(tl.float32)
+        of_v = tl.load(dv + i[:, None] * dv_token, mask=inside, other=0.0).to(tl.float32)
+        if ddt is not None or dbias is not None:
+            grown = tl.sum(of_v * values, 1) + g * decay
+            grown = tl.where((soft >= least) & (soft <= most), grown, 0.0)
+            if SOFTPLUS:
+                grown *= (1.0 / (1.0 + tl.exp(-raw.to(tl.float64)))).to(tl.float32)
+            if ddt is not None:
+                place = ddt + (batch * tokens + i) * heads + head
+                tl.store(place, grown.to(ddt.dtype.element_ty), mask=there)
+            if dbias is not None:
+                sum_bias += tl.where(there, grown, 0.0)
+        if da is not None:
+            sum_a += tl.where(there, g * own, 0.0)
+        grown_x = of_v * own[:, None]
+        if dskip is not None:
+            of_skip = tl.load(dskip + i[:, None] * dskip_token, mask=inside, other=0.0).to(tl.float32)
+            grown_x += of_skip * factor
+            if dd is not None:
+                sum_d += of_skip * values
+        if dx is not None:
+            place = dx + ((batch * tokens + i[:, None]) * heads + head) * width + j[None, :]
+            tl.store(place, grown_x.to(dx.dtype.element_ty), mask=inside)
+    part = (batch * segments + segment) * heads + head
+    if da is not None:
+        tl.store(da + part, tl.sum(sum_a, 0))
+    if dbias is not None:
+        tl.store(dbias + part, tl.sum(sum_bias, 0))
+    if dd is not None:
+        of_columns = tl.sum(sum_d, 0)
+        if WIDE:
+            tl.store(dd + part * width + j, of_columns, mask=j < width)
+        else:
+            tl.store(dd + part, tl.sum(of_columns, 0))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _scan_outputs(
+    dy, o, x, skip, z, y, dz,
+    o_batch, o_token, o_head, o_column, dy_batch, dy_token, dy_head, dy_column,
+    x_batch, x_token, x_head, x_column, z_batch, z_token, z_head, z_column, tokens, heads, width,
+    WIDE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    batch, head, first = _place(tokens, heads, TOKENS)
+    i, j = (first + tl.arange(0, TOKENS))[:, None], tl.arange(0, COLUMNS)[None, :]
+    inside = (i < tokens) & (j < width)
+    place = batch * o_batch + i * o_token + head * o_head + j * o_column
+    total = tl.load(o + place, mask=inside, other=0.0).to(tl.float32)
+    if x is not None:
+        place = batch * x_batch + i * x_token + head * x_head + j * x_column
+        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        if WIDE:
+            total += values * tl.load(skip + head * width + j, mask=j < width, other=0.0)
+        else:
+            total += values * tl.load(skip + head)
+    out = ((batch * tokens + i) * heads + head) * width + j
+    if z is not None:
+        place = batch * z_batch + i * z_token + head * z_head + j * z_column
+        gate = tl.load(z + place, mask=inside, other=0.0).to(tl.float32)
+        opened, s = _silu(gate)
+        if dy is not None:
+            place = batch * dy_batch + i * dy_token + head * dy_head + j * dy_column
+            grown = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
+            of_gate = grown * total * (s * (1.0 + gate * (1.0 - s)))
+            tl.store(dz + out, of_gate.to(dz.dtype.element_ty), mask=inside)
+            total = grown * opened
+        else:
+            total *= opened
+    tl.store(y + out, total.to(y.dtype.element_ty), mask=inside)
