@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from leetdist.integrations import probe
+from leetdist.integrations import models, probe
 from leetdist.integrations.registry import Handler, handler_of, register
 from leetdist.mesh import sequence_group
 
@@ -34,9 +34,9 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]] = ()) -> M:
     """Make a model work on shards of its sequences: the layers it knows get `mesh`'s sequence ranks. In place.
 
-    Knows `leetdist.nn`'s layers; transformers' MiniMax and its softmax layers, and other transformers models that have
-    softmax attention only (docs of `leetdist.integrations.transformers`), also within PEFT's adapters; and what
-    `register` adds. Call it before DDP, `fully_shard`, `accelerator.prepare` or `deepspeed.initialize`. The model then
+    Knows `leetdist.nn`'s layers; transformers' MiniMax, Mamba2 and its hybrids (Bamba, FalconH1, GraniteMoeHybrid,
+    NemotronH, Zamba2) with their softmax layers, and other transformers models that have softmax attention only (docs
+    of `leetdist.integrations.transformers`), also within PEFT's adapters; and what `register` adds. Call it before DDP, `fully_shard`, `accelerator.prepare` or `deepspeed.initialize`. The model then
     takes what `shard_batch` makes.
 
     A transformers model's own `loss` becomes the mean over all ranks, as `reduce_loss` computes it, and
@@ -87,6 +87,7 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
     integrations: dict[str, Any] = {}
     if pretrained:
         _check_version(sys.modules["transformers"].__version__)
+        models.load(model)
         from leetdist.integrations.transformers import Integration
 
         integrations = {name: Integration(model, inner, mesh, group) for name, inner in pretrained.items()}

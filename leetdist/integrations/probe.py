@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from leetdist.integrations.registry import handler_of
 from leetdist.sequence.transport import Transport
 
 TOKENS, CUT = 23, 11
@@ -171,6 +172,8 @@ def _shorten(model: Any) -> None:
 
 def _keep_apart(layer: Any) -> None:
     """Make a layer that mixes tokens give each token its own input, in the form of what it would give."""
+    if (handler := handler_of(layer)) is not None:
+        handler(layer, None)  # as it will be, and not through kernels that the CPU does not have
     if getattr(layer, "is_causal", None) is True and not hasattr(layer, "hears_of_documents"):
         layer.hears_of_documents = False
         return  # softmax attention: `prepare` gives it an attention that sees nothing

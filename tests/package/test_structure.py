@@ -29,7 +29,7 @@ KNOWS = {
     "mesh": ("arguments", "sequence"),
     "mamba": ("arguments", "kernels", "sequence", "operators", "api"),
     "nn": ("arguments", "kernels", "sequence", "operators", "api", "mamba"),
-    "integrations": ("arguments", "sequence", "engine", "api", "inference", "mesh", "nn"),
+    "integrations": ("arguments", "sequence", "engine", "api", "inference", "mamba", "mesh", "nn"),
     "testing": ("sequence", "api"),
     # leetdist itself: the public names
     "": ("sequence", "api", "decoder", "explain", "inference", "reference", "mamba", "mesh", "nn", "integrations"),

@@ -32,6 +32,7 @@ _MEANINGLESS = {
 class LightningAttention(MiniMaxLightningAttention):
     """MiniMax's layer with the same weights and the same result, through leetdist's operator."""
 
+    joins_states = True  # as in leetdist.integrations.ssd
     group: Group | None
     slopes: Tensor | None
     """(H,) fp32 on the CPU, once the buffer has its values."""
