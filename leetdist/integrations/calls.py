@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leetdist.integrations.documents import offsets_of, shared_documents, starts_of, take_offsets
+from leetdist.integrations import caches
+from leetdist.integrations.documents import OFFSETS, offsets_of, shared_documents, starts_of, take_numbers, take_offsets
 from leetdist.integrations.loss import reduce_loss
 from leetdist.integrations.models import softmax
-from leetdist.integrations.models.minimax import LightningAttention
 from leetdist.integrations.registry import Handler
 from leetdist.mesh import all_sum, all_transports
 from leetdist.sequence.grid import default_tile, shard_lengths
@@ -27,11 +28,14 @@ if TYPE_CHECKING:
 
 # What a call of the decoder stack may carry on shards; anything else is refused by name.
 _TOKENS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
-_KNOWN = {*_TOKENS, "cu_seqlens", "use_cache", "cache", "past_key_values"}
+_KNOWN = {*_TOKENS, *caches.NAMES, "cu_seqlens", "seq_idx", "use_cache"}
 _MEANINGLESS = {
     "labels", "shift_labels", "num_items_in_batch", "return_dict", "output_hidden_states", "logits_to_keep",
     "cache_position",
 }  # fmt: skip
+
+# What tells of documents.
+_OF_DOCUMENTS = ("position_ids", "seq_idx", *OFFSETS)
 
 # What one compiled graph of a model on one device takes: nothing whose values have to be read.
 _IN_A_GRAPH = {"input_ids", "inputs_embeds", "position_ids", "use_cache", *_MEANINGLESS}
@@ -39,6 +43,18 @@ _DOCUMENTS_IN_A_GRAPH = (
     "position_ids must count on by one in a compiled graph; tell packed documents by cu_seqlens, which are read outside"
 )
 _ONE_DOCUMENT = "cu_seqlens: a cache holds one document a row, and packed documents are several"
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """What of a call's words reaches the layers."""
+
+    documents: bool
+    """cu_seqlens, all of them."""
+    padding: bool
+    """`kept`, those that are not given attention_mask by the model itself."""
+    past_the_model: bool = False
+    """Only where the decoder stack is told, to which the model around it does not hand all on."""
 
 
 class Calls:
@@ -51,25 +67,29 @@ class Calls:
     """
 
     def __init__(
-        self, model: Any, stack: Any, group: Group | None, handlers: dict[nn.Module, Handler], hears: bool
+        self, model: Any, stack: Any, group: Group | None, handlers: dict[nn.Module, Handler], hearing: Hearing
     ) -> None:
-        self.hears = hears  # whether what a call says of documents and padding reaches the layers
-        self.base = stack
+        self.model, self.base, self.hearing = model, stack, hearing
+        self.told: dict[str, Any] = {}  # to the model
         self.group, self.handlers = group, handlers
         transport = resolve(group) if group is not None else None
         self.rank, self.ranks = (0, 1) if transport is None else (transport.rank, transport.size)
-        self.softmax: list[Any] = [x for x, handler in handlers.items() if handler is softmax.give_group]
+        self.softmax = any(handler is softmax.give_group for handler in handlers.values())
+        self.needs_masks = any(getattr(x, "model_masks_without_positions", False) for x in handlers)
         self.cuts_prompts = (stack is not model or model.base_model is model) and all(
-            isinstance(x, LightningAttention) or x in set(self.softmax) for x in handlers
+            getattr(x, "joins_states", False) or handler is softmax.give_group for x, handler in handlers.items()
         )
-        places = [getattr(layer, "layer_idx", None) for layer in self.softmax]
-        self.cuts_prompts &= None not in places and len(set(places)) == len(places)
         self.prompt = self.alone = False
 
     def install(self) -> None:
+        if self.hearing.past_the_model:
+            self.model.register_forward_pre_hook(self.hear, with_kwargs=True)
         self.base.register_forward_pre_hook(self.before, with_kwargs=True)
         if self.group is not None:
             self.base.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+
+    def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.told = {name: kwargs[name] for name in _OF_DOCUMENTS if kwargs.get(name) is not None}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the decoder stack is called with instead of `args` and `kwargs`."""
@@ -85,7 +105,8 @@ class Calls:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _named(module, args, kwargs)
-        cache = call.get("cache") if call.get("cache") is not None else call.get("past_key_values")
+        call, self.told = {**call, **{name: x for name, x in self.told.items() if call.get(name) is None}}, {}
+        cache = caches.cache_of(call)
         with_cache = cache is not None or call.get("use_cache") is True
         if self.group is None:
             offsets = take_offsets(call)
@@ -113,7 +134,7 @@ class Calls:
             whole = call.get("attention_mask")
             self._prepare_cached(call, cache)
         if whole is not None and not bool(whole.all()):
-            self._must_hear("padding")
+            self._must_hear("padding", self.hearing.padding)
             call["kept"] = whole.bool()
         return (), call
 
@@ -123,11 +144,11 @@ class Calls:
         if self.alone:
             self._give(self.group)
         if prompt and output is not None:
-            cache = getattr(output, "cache", None)
-            cache = output.past_key_values if cache is None else cache
-            for layer in self.softmax:
-                cached = cache.layers[layer.layer_idx]
-                cached.keys, cached.values = (gather_sequence(x, 2, self.group) for x in (cached.keys, cached.values))
+            for cached in caches.cache_of(output).layers:
+                if getattr(cached, "keys", None) is not None:
+                    cached.keys, cached.values = (
+                        gather_sequence(x, 2, self.group) for x in (cached.keys, cached.values)
+                    )
             last = gather_sequence(output.last_hidden_state[:, -1:], 1, self.group)
             output.last_hidden_state = last[:, -1:]
         return output
@@ -161,7 +182,8 @@ class Calls:
             )
 
     def _tell_documents(self, call: dict[str, Any]) -> None:
-        """Find documents by their positions, and see that all layers hear of them."""
+        """Find documents by their numbers or positions, and see that all layers hear of them."""
+        take_numbers(call, self.group)
         positions, mask = call.get("position_ids"), call.get("attention_mask")
         if call.get("cu_seqlens") is None and positions is not None and positions.ndim == 2:
             rows = len(_tokens(call))
@@ -174,21 +196,27 @@ class Calls:
                 found = offsets_of(starts) if bool(starts.any()) else None
             if found is not None:
                 call["cu_seqlens"] = found
-        elif call.get("cu_seqlens") is not None and self.group is None and self.softmax:
-            # transformers' own attention knows documents by positions, and only where there is no mask.
-            if mask is not None and not bool(mask.all()):
-                raise ValueError("attention_mask: packed documents have no padding between them, leave it out")
-            call["attention_mask"] = None
-            if positions is None:
-                ends = call["cu_seqlens"].long()
-                places = torch.arange(_count(call))
-                places = places - ends.cpu()[torch.searchsorted(ends.cpu(), places, right=True) - 1]
-                call["position_ids"] = places.to(_tokens(call).device)[None]
         if call.get("cu_seqlens") is not None:
-            self._must_hear("packed documents")
+            self._must_hear("packed documents", self.hearing.documents)
+            if self.group is None and self.softmax:
+                self._tell_own_attention(call)
 
-    def _must_hear(self, what: str) -> None:
-        if not self.hears:
+    def _tell_own_attention(self, call: dict[str, Any]) -> None:
+        """transformers' own attention knows documents by positions, and only where there is no mask."""
+        mask = call.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            raise ValueError("attention_mask: packed documents have no padding between them, leave it out")
+        call["attention_mask"] = None
+        if call.get("position_ids") is None:
+            ends = call["cu_seqlens"].long()
+            places = torch.arange(_count(call))
+            places = places - ends.cpu()[torch.searchsorted(ends.cpu(), places, right=True) - 1]
+            call["position_ids"] = places.to(_tokens(call).device)[None]
+        if self.needs_masks:
+            call["attention_mask"] = softmax.masks_of_documents(self.base, _tokens(call), call["position_ids"])
+
+    def _must_hear(self, what: str, heard: bool) -> None:
+        if not heard:
             raise ValueError(
                 f"{type(self.base).__name__} does not hand what a call says of {what} on to all of its layers, which "
                 "therefore leetdist cannot keep apart"
@@ -196,9 +224,9 @@ class Calls:
 
     def _prepare_cached(self, call: dict[str, Any], cache: Any) -> None:
         count = _count(call)
-        filled = cache is not None and (cache.get_seq_length() > 0 or any(map(len, getattr(cache, "linear_cache", []))))
+        filled = cache is not None and caches.filled(cache)
         lengths = shard_lengths(count, self.ranks, default_tile(count))  # too few to share, if a rank would have none
-        self.prompt = not filled and self.cuts_prompts and _joinable(cache) and min(lengths) > 0
+        self.prompt = not filled and self.cuts_prompts and caches.joinable(cache) and min(lengths) > 0
         self.prompt &= call.get("return_dict") is not False
         if self.prompt:
             if call.get("position_ids") is None:
@@ -310,12 +338,13 @@ class Outputs:
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names. What was called `past_key_values` is `cache` since transformers 5.24."""
+    """The arguments of a call by their names; a cache by the one that the module knows."""
     signature = inspect.signature(type(module).forward)
-    if "cache" in signature.parameters and "past_key_values" in kwargs:
+    if "cache" in signature.parameters:
         kwargs = dict(kwargs)
-        old = kwargs.pop("past_key_values")
-        kwargs["cache"] = old if kwargs.get("cache") is None else kwargs["cache"]
+        old = [kwargs.pop(name, None) for name in caches.NAMES[1:]]
+        if (cache := next((x for x in old if x is not None), None)) is not None and kwargs.get("cache") is None:
+            kwargs["cache"] = cache
     call = signature.bind(module, *args, **kwargs).arguments
     call.pop(next(iter(call)))
     return {**call.pop("kwargs", {}), **call}
@@ -333,15 +362,4 @@ def _count(call: dict[str, Any]) -> int:
     return _tokens(call).shape[1]
 
 
-def _joinable(cache: Any) -> bool:
-    """Whether a prompt's cache can be joined from shards: plain keys and values a layer (and lightning states)."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-    from transformers.models.minimax.modeling_minimax import MiniMaxCache
-
-    if cache is None:
-        return True
-    known = type(cache) is DynamicCache or isinstance(cache, MiniMaxCache)
-    return known and not getattr(cache, "offloading", False) and all(type(x) is DynamicLayer for x in cache.layers)
-
-
-__all__ = ["Calls", "ModelLoss", "Outputs"]
+__all__ = ["Calls", "Hearing", "ModelLoss", "Outputs"]

@@ -44,6 +44,20 @@ def take_offsets(call: dict[str, Any]) -> Tensor | None:
     return _agreed(_offsets(call))
 
 
+def take_numbers(call: dict[str, Any], group: Group | None) -> None:
+    """Says by `cu_seqlens` what a call says by `seq_idx` (B, n), the number of each token's document, this rank's."""
+    numbers = call.pop("seq_idx", None)
+    if numbers is None:
+        return
+    tokens = call["inputs_embeds" if call.get("input_ids") is None else "input_ids"]
+    if not isinstance(numbers, Tensor) or numbers.shape != tokens.shape[:2]:
+        raise ValueError(f"seq_idx must be (B, N) for tokens of {_shown(tokens)}, got {_shown(numbers)}")
+    starts = (numbers if group is None else gather_sequence(numbers, 1, group)).diff(dim=1) != 0
+    found = offsets_of(starts) if group is None else _one_row(starts, len(starts), "seq_idx")
+    told = {} if call.get("cu_seqlens") is None else {"cu_seqlens": call["cu_seqlens"]}
+    call["cu_seqlens"] = _agreed({**told, "seq_idx": found})
+
+
 def _offsets(batch: dict[str, Any]) -> dict[str, Tensor]:
     """Name -> offsets, taken out of a batch, as are the lengths that say nothing more."""
     told: dict[str, Tensor] = {name: batch.pop(name) for name in OFFSETS if batch.get(name) is not None}
@@ -125,4 +139,4 @@ def _shown(x: Any) -> str:
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
-__all__ = ["offsets_of", "shared_documents", "starts_of", "take_documents", "take_offsets"]
+__all__ = ["offsets_of", "shared_documents", "starts_of", "take_documents", "take_numbers", "take_offsets"]

@@ -1,8 +1,8 @@
 """Mamba-2's layers of transformers models, whatever the family, through `leetdist.mamba_chunk_scan_combined`.
 
-In all of them a mixer projects its input to a gate, to what a causal convolution goes over (x, B and C) and to dt; scans;
-gates, norms and projects back. So there is one `Mixer`, and a file a family under models/ says to which class it belongs
-and what is different there.
+In all of them a mixer projects its input to a gate, to what a causal convolution goes over (x, B and C) and to dt;
+scans; gates, norms and projects back. So there is one `Mixer`, and a file a family under models/ says to which class it
+belongs and what is different there.
 
 On shards the convolution gets the tokens before them, and the scan the state, from the ranks to the left; all else is
 each token's own. dt and its bias, the decays and D x are fp32 whatever the model's dtype, as in mamba_ssm's kernels.
@@ -57,10 +57,14 @@ class Mixer(nn.Module):
     activation: str
     time_step_limit: tuple[float, float]
     layer_idx: int
+    in_proj: nn.Module
     conv1d: nn.Conv1d
+    act: nn.Module
     A_log: nn.Parameter
     D: nn.Parameter
     dt_bias: nn.Parameter
+    norm: nn.Module
+    out_proj: nn.Module
 
     @force_accelerate_hooks("conv1d")  # whose weights are used, but not its forward
     def forward(
@@ -100,11 +104,11 @@ class Mixer(nn.Module):
         if cache is not None:
             scanned, state = scanned
             self._keep(cache, inputs, state)
-        y = scanned.reshape(-1, self.intermediate_size)
+        y: Tensor = scanned.reshape(-1, self.intermediate_size)
         if normed:  # of rows of tokens: FalconH1's drops a dimension of one token in transformers 5.15
             y = self.norm(y, gate.reshape(y.shape))
-        projected = self.out_proj(y.to(dtype).view(rows, -1, self.intermediate_size))
-        return projected
+        y = self.out_proj(y.to(dtype).view(rows, -1, self.intermediate_size))
+        return y
 
     def project(self, hidden_states: Tensor) -> Tensor:
         """(B, N, width) to the gate, the convolution's inputs and dt."""

@@ -13,15 +13,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from leetdist.integrations import minimax_cache, probe
-from leetdist.integrations.calls import Calls, ModelLoss, Outputs
+from leetdist.integrations.calls import Calls, Hearing, ModelLoss, Outputs
 from leetdist.integrations.models import minimax, softmax
 from leetdist.integrations.models.minimax import LightningAttention
 from leetdist.integrations.registry import Handler
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from leetdist.mesh import Mesh
     from leetdist.sequence.group import Group
 
-_LAYER_TYPES = {"full_attention", "linear_attention", "dense", "sparse", "moe"}
+_LAYER_TYPES = {"full_attention", "linear_attention", "hybrid", "dense", "sparse", "moe", "mlp"}
 
 
 class Integration:
@@ -39,7 +42,7 @@ class Integration:
     def __init__(self, root: nn.Module, model: Any, mesh: Mesh | None, group: Group | None) -> None:
         self.root, self.model, self.mesh, self.group = root, model, mesh, group
         self.stack: Any = model  # the innermost module through which every call of the layers goes
-        self.hears = True  # whether a call's word on documents and padding reaches every layer
+        self.hearing = Hearing(documents=True, padding=True)
         if hasattr(model, "_leetdist_mesh"):
             raise ValueError(f"{type(model).__name__} is parallelized already: build or load it anew for another mesh")
         minimax.check(model)
@@ -68,10 +71,12 @@ class Integration:
             return {}
         apart = [x for x in model.modules() if x in handlers or isinstance(x, harmless)]
         embedding = model.get_input_embeddings()
-        parameters = inspect.signature(type(model).forward).parameters
+        parameters = _parameters(model)
         copies: list[Any] = []
 
         takes_more = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values())
+        # Without it, a model that passes it on would make a cache.
+        passed_on = {"use_cache"} if takes_more and "use_cache" in _parameters(model.base_model) else set()
 
         def call(tried: Any, part: slice, *, packed: bool, own: bool) -> Any:
             inputs: dict[str, Any] = {
@@ -81,16 +86,22 @@ class Integration:
             }
             if own and part.stop - part.start == probe.TOKENS:  # the model's own positions must be those
                 del inputs["position_ids"]
-            inputs = {name: value for name, value in inputs.items() if name in parameters}
+            inputs = {name: value for name, value in inputs.items() if name in parameters or name in passed_on}
             if packed:
                 inputs["cu_seqlens"] = torch.tensor([0, part.stop - part.start])
             return tried(**inputs)
 
         calls: dict[str, int] = {}
 
-        def prepare(tried: Any) -> None:
+        def tell(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            tokens = args[0] if args else kwargs["input_ids"]
+            return args, {"cu_seqlens": torch.tensor([0, tokens.shape[1]]), **kwargs}
+
+        def prepare(tried: Any, told: str | None = None) -> None:
             copies.append(tried)
             calls.clear()
+            if told is not None:
+                tried.get_submodule(told).register_forward_pre_hook(tell, with_kwargs=True)
             for name in self._stacks(apart):
                 tried.get_submodule(name).register_forward_pre_hook(
                     lambda *_, n=name: calls.update({n: calls.get(n, 0) + 1})
@@ -115,8 +126,15 @@ class Integration:
                 break
             except probe.Untried as reason:
                 found = {"": f"{name}, which could not be tried: {reason}"}
-        self.stack = model.get_submodule(max((x for x in calls if calls[x] == calls[""]), key=len, default=""))
-        self.hears = packed and all(getattr(x, "hears_of_documents", True) for x in copies[-1].modules())
+        stack = max((x for x in calls if calls[x] == calls[""]), key=len, default="")
+        self.stack = model.get_submodule(stack)
+        self.hearing = _hearing(copies[-1]) if packed else Hearing(documents=False, padding=False)
+        if packed and stack and not self.hearing.documents:  # the model may keep it from the stack
+            more = functools.partial(prepare, told=stack)
+            with contextlib.suppress(probe.Untried):
+                probe.mixing(model, apart, call=functools.partial(call, packed=True, own=True), prepare=more)
+                self.hearing = _hearing(copies[-1])
+            self.hearing = dataclasses.replace(self.hearing, past_the_model=True)
         return found
 
     def _stacks(self, layers: list[nn.Module]) -> list[str]:
@@ -125,7 +143,7 @@ class Integration:
         return [
             name
             for name, module in self.model.named_modules()
-            if {"input_ids", "inputs_embeds"} & inspect.signature(type(module).forward).parameters.keys()
+            if {"input_ids", "inputs_embeds"} & _parameters(module).keys()
             and all(not name or layer.startswith(name + ".") for layer in names)
         ]
 
@@ -141,13 +159,25 @@ class Integration:
             # Or transformers' Trainer would multiply the loss by the number of processes once more.
             model.accepts_loss_kwargs = False
             Outputs(model, sharded=group is not None).install()
-        ours = any(isinstance(x, LightningAttention) for x in handlers)
-        if group is not None or ours:
-            Calls(model, self.stack, group, handlers, self.hears).install()
+        if group is not None or any(getattr(x, "joins_states", False) for x in handlers):
+            Calls(model, self.stack, group, handlers, self.hearing).install()
         if group is not None and any(handler is softmax.give_group for handler in handlers.values()):
             softmax.install(model)
-        if ours and hasattr(model, "generate"):
+        if any(isinstance(x, LightningAttention) for x in handlers) and hasattr(model, "generate"):
             minimax_cache.install(model)
+
+
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(module).forward).parameters
+
+
+def _hearing(tried: nn.Module) -> Hearing:
+    """Of a copy that was called with documents; layers that `joins_states` get a mask of padding from the model."""
+    heard = {x: x.hears_of_documents for x in tried.modules() if hasattr(x, "hears_of_documents")}
+    return Hearing(
+        documents=all(heard.values()),
+        padding=all(hears for x, hears in heard.items() if not getattr(x, "joins_states", False)),
+    )
 
 
 __all__ = ["Integration", "LightningAttention"]

@@ -9,8 +9,6 @@ hundreds of tokens: what is lost shows.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,26 +71,25 @@ def tiny(name: str, *, seed: int = 0, **changes: Any) -> Any:
 
     kind = name.split()[0]
     config = getattr(transformers, f"{kind}Config")(**{**FAMILIES[name], **changes})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-        return enlarged(model)
+    return enlarged(getattr(transformers, f"{kind}ForCausalLM")(config).eval(), seed)
 
 
 @torch.no_grad()
-def enlarged(model: Any) -> Any:
-    """The model with random numbers large enough for a lost state to show: at their usual size it hardly does."""
+def enlarged(model: Any, seed: int = 0) -> Any:
+    """The model with random numbers large enough for a lost state to show: at their usual size it hardly does.
+    Always the same ones, also in threads, which share PyTorch's own generator."""
+    generator = torch.Generator().manual_seed(seed)
     for key, p in model.named_parameters():
         if key.endswith("A_log"):
-            p.uniform_(-6.0, -1.0)  # decays of 0.998 to 0.7 a step of 1
+            p.uniform_(-6.0, -1.0, generator=generator)  # decays of 0.998 to 0.7 a step of 1
         elif key.endswith("dt_bias"):
-            p.uniform_(-2.0, 0.5)
+            p.uniform_(-2.0, 0.5, generator=generator)
         elif key.endswith(("conv1d.weight", "embeddings.weight", "embed_tokens.weight")):
-            p.normal_(0.0, 0.5)
+            p.normal_(0.0, 0.5, generator=generator)
         elif p.ndim > 1:
-            p.normal_(0.0, (0.5 if "adapter" in key else 1.3) * p.shape[-1] ** -0.5)
+            p.normal_(0.0, (0.3 if "adapter" in key else 1.0) * p.shape[-1] ** -0.5, generator=generator)
         else:
-            p.add_(0.1 * torch.randn(p.shape))
+            p.normal_(0.0 if key.endswith("bias") else 1.0, 0.1, generator=generator)
     return model
 
 

@@ -8,7 +8,7 @@ from leetdist.integrations.ssd import Mixer, serves
 
 
 @serves(BambaMixer)
-class BambaLayer(Mixer, BambaMixer):  # type: ignore[misc]
+class BambaLayer(Mixer, BambaMixer):
     """Bamba's mixer through leetdist's operators."""
 
 

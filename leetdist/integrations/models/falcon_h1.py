@@ -9,12 +9,14 @@ from leetdist.integrations.ssd import Mixer, serves
 
 
 @serves(FalconH1Mixer)
-class FalconH1Layer(Mixer, FalconH1Mixer):  # type: ignore[misc]
+class FalconH1Layer(Mixer, FalconH1Mixer):
     """FalconH1's mixer through leetdist's operators."""
 
+    ssm_in_multiplier: float
+    mup_vector: Tensor
+
     def project(self, hidden_states: Tensor) -> Tensor:
-        projected: Tensor = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
-        return projected
+        return super().project(hidden_states * self.ssm_in_multiplier) * self.mup_vector
 
 
 __all__ = ["FalconH1Layer"]

@@ -8,8 +8,11 @@ from leetdist.integrations.ssd import Mixer, serves
 
 
 @serves(GraniteMoeHybridMambaLayer)
-class GraniteMoeHybridLayer(Mixer, GraniteMoeHybridMambaLayer):  # type: ignore[misc]
+class GraniteMoeHybridLayer(Mixer, GraniteMoeHybridMambaLayer):
     """GraniteMoeHybrid's mixer through leetdist's operators."""
+
+    model_masks_without_positions = True
+    """So that its own attention does not keep packed documents apart, unless the model is given the mask."""
 
 
 __all__ = ["GraniteMoeHybridLayer"]

@@ -8,7 +8,7 @@ from leetdist.integrations.ssd import Mixer, serves
 
 
 @serves(Mamba2Mixer)
-class Mamba2Layer(Mixer, Mamba2Mixer):  # type: ignore[misc]
+class Mamba2Layer(Mixer, Mamba2Mixer):
     """Mamba2's mixer through leetdist's operators."""
 
 

@@ -8,7 +8,7 @@ from leetdist.integrations.ssd import Mixer, serves
 
 
 @serves(NemotronHMamba2Mixer)
-class NemotronHLayer(Mixer, NemotronHMamba2Mixer):  # type: ignore[misc]
+class NemotronHLayer(Mixer, NemotronHMamba2Mixer):
     """NemotronH's mixer through leetdist's operators."""
 
 

@@ -17,6 +17,7 @@ from transformers.masking_utils import (
     AttentionMaskInterface,
     and_masks,
     causal_mask_function,
+    create_causal_mask,
     packed_sequence_mask_function,
 )
 
@@ -83,6 +84,21 @@ def check_options(module: nn.Module, mask: Tensor | None, options: dict[str, Any
         raise ValueError(f"{kind} asks of its attention what leetdist's does not do on shards: {shown}")
 
 
+def masks_of_documents(stack: Any, tokens: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """What a hybrid makes of positions that start anew, if it does: a mask for each kind of its layers."""
+    like = torch.empty(*tokens.shape[:2], 0, dtype=stack.dtype, device=tokens.device)
+    cache = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+    mask = create_causal_mask(
+        config=stack.config, inputs_embeds=like, attention_mask=None, position_ids=position_ids, **{cache: None}
+    )
+    if mask is None:
+        raise ValueError(
+            f"{type(stack).__name__} tells its softmax layers of packed documents by a mask alone, which the attention "
+            f"{stack.config._attn_implementation!r} does not take; call set_attn_implementation('sdpa')"
+        )
+    return {"full_attention": mask, "linear_attention": None}
+
+
 def _no_mask(**_: Any) -> None:
     """transformers asks for no masks."""
 
@@ -141,4 +157,4 @@ def _attend_alone(
     return (value * (1.5 + seen)).transpose(1, 2).contiguous(), None
 
 
-__all__ = ["calls_the_interface", "give_group", "install", "install_alone"]
+__all__ = ["calls_the_interface", "give_group", "install", "install_alone", "masks_of_documents"]

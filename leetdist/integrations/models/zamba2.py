@@ -8,7 +8,7 @@ from leetdist.integrations.ssd import Mixer, serves
 
 
 @serves(Zamba2MambaMixer)
-class Zamba2Layer(Mixer, Zamba2MambaMixer):  # type: ignore[misc]
+class Zamba2Layer(Mixer, Zamba2MambaMixer):
     """Zamba2's mixer through leetdist's operators."""
 
 

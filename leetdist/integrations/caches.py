@@ -1,0 +1,36 @@
+"""The caches of transformers models: by whichever name, whether they hold tokens, and whether shards' can be joined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What was called `past_key_values`, or by Mamba-2's models `cache_params`, is `cache` since transformers 5.24.
+NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_of(named: Any) -> Any:
+    """The cache of a call, or of what a model returns."""
+    return next((named[name] for name in NAMES if named.get(name) is not None), None)
+
+
+def filled(cache: Any) -> bool:
+    """Whether a cache holds tokens; one of states alone does not count them."""
+    states = any(any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers)
+    keys = any(getattr(layer, "keys", None) is not None and layer.get_seq_length() > 0 for layer in cache.layers)
+    return states or keys or any(map(len, getattr(cache, "linear_cache", [])))
+
+
+def joinable(cache: Any) -> bool:
+    """Whether a prompt's cache can be joined from shards: plain keys and values a layer, states that are whole."""
+    from transformers import cache_utils
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    if cache is None:
+        return True
+    known = type(cache) is cache_utils.DynamicCache or isinstance(cache, MiniMaxCache)
+    names = ("DynamicLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer")
+    kinds = {getattr(cache_utils, name, None) for name in names}  # DummyLayer is none of the oldest transformers
+    return known and not getattr(cache, "offloading", False) and all(type(x) in kinds for x in cache.layers)
+
+
+__all__ = ["NAMES", "cache_of", "filled", "joinable"]

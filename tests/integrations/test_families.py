@@ -1,0 +1,162 @@
+"""The families of families.py, on gloo ranks and alone: what one process computes by transformers' own code."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, relative, tiny
+from torch import Tensor
+
+import leetdist
+from helpers import run_ranks, values
+
+transformers = pytest.importorskip("transformers")
+
+TOKENS = 150  # no multiple of anything: shards are uneven
+ENDS = (0, 41, 97, TOKENS)
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+
+# Before transformers 5.23 the layers of these are not told what a call says of documents, or of padding.
+DEAF = {"Mamba2", "NemotronH", "FalconH1", "FalconH1 normed"} if VERSION < (5, 23) else set()
+DEAF_TO_PADDING = {"FalconH1", "FalconH1 normed"} if VERSION < (5, 23) else set()
+
+
+def batch_of(rows: int = 2) -> dict[str, Tensor]:
+    ids = torch.randint(1, VOCABULARY, (rows, TOKENS), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, 20:70] = -100  # most of a shard does not count
+    return {"input_ids": ids, "labels": labels}
+
+
+def own(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Logits, loss and gradients of one process on the whole batch."""
+    model.zero_grad()
+    out = model(**batch, use_cache=False)
+    out.loss.backward()
+    return out.logits.detach(), out.loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest error of a gradient, each measured by its own largest number."""
+    assert {name for name, x in found.items() if x is not None} == {n for n, x in expected.items() if x is not None}
+    return max(relative(found[name], grad) for name, grad in expected.items() if grad is not None and grad.any())
+
+
+def trained(model: Any, mesh: Any, name: str, *, rows: int = 2, replicas: int = 1) -> dict[str, float]:
+    """Errors of a step of a parallelized model; each replica has some of the rows."""
+    batch = batch_of(rows)
+    logits, loss, grads = own(tiny(name), batch)
+    mine = mesh["dp"].get_local_rank() if replicas > 1 else 0
+    part = {key: x.chunk(replicas)[mine] for key, x in batch.items()}
+    model.zero_grad()
+    out = model(**leetdist.shard_batch(part, mesh))
+    (out.loss / mesh.size()).backward()  # summed below, where DDP would average
+    for p in model.parameters():
+        if p.grad is not None:
+            torch.distributed.all_reduce(p.grad)
+    whole = leetdist.gather_sequence(out.logits, 1, mesh["sp"])
+    return {
+        "logits": relative(whole, logits.chunk(replicas)[mine]),
+        "loss": relative(out.loss.detach(), loss),
+        "gradients": worst({key: p.grad for key, p in model.named_parameters()}, grads),
+    }
+
+
+def told(row: Tensor) -> list[dict[str, Tensor]]:
+    """The same documents in every way that a batch may tell of them."""
+    places = torch.cat([torch.arange(b - a) for a, b in pairwise(ENDS)])[None]
+    numbers = torch.cat([torch.full((b - a,), i) for i, (a, b) in enumerate(pairwise(ENDS))])[None]
+    ways: list[dict[str, Tensor]] = [{"cu_seqlens": torch.tensor(ENDS)}, {"position_ids": places}, {"seq_idx": numbers}]
+    return [{"input_ids": row, **way} for way in ways]
+
+
+def packed(model: Any, mesh: Any, name: str) -> None:
+    """Documents in one row give what each gives alone by transformers' own code, in every layer, however told."""
+    row = batch_of(1)["input_ids"]
+    theirs = tiny(name)
+    expected = torch.cat([theirs(row[:, a:b], use_cache=False).logits for a, b in pairwise(ENDS)], 1)
+    for batch in told(row):
+        local = batch if mesh is None else leetdist.shard_batch(batch, mesh)
+        if name in DEAF:
+            with pytest.raises(ValueError, match="does not hand what a call says of packed documents on"):
+                model(**local)
+            continue
+        logits = model(**local).logits
+        logits = logits if mesh is None else leetdist.gather_sequence(logits, 1, mesh["sp"])
+        assert relative(logits, expected) < 1e-5, f"{name}: {sorted(batch)}"
+
+
+def generated(model: Any, name: str) -> None:
+    """Greedy tokens after prompts of many, few and too few tokens to share, and after padding. Without a cache, because
+    transformers' own steps do not keep dt within its limits, as its prefill does."""
+    ids = batch_of()["input_ids"]
+    padded = torch.ones_like(ids)
+    padded[0, :7] = 0
+    theirs = tiny(name)
+    for prompt, mask in ((ids, torch.ones_like(ids)), (ids[:, :2], torch.ones_like(ids[:, :2])), (ids, padded)):
+        if name in DEAF_TO_PADDING and not mask.all() and model.get_submodule("")._leetdist_mesh is not None:
+            with pytest.raises(ValueError, match="does not hand what a call says of padding on"):
+                model.generate(prompt, attention_mask=mask, **GREEDY)
+            continue
+        expected = theirs.generate(prompt, attention_mask=mask, use_cache=False, **GREEDY)
+        found = model.generate(prompt, attention_mask=mask, **GREEDY)
+        assert torch.equal(found, expected), f"{name}, prompt {tuple(prompt.shape)}: {found} != {expected}"
+
+
+def everything(rank: int, ranks: int) -> dict[str, Any]:
+    """Every family on this rank: its errors."""
+    torch.set_num_threads(1)
+    mesh = leetdist.device_mesh(sequence=ranks)
+    found = {}
+    for name in FAMILIES:
+        model = leetdist.parallelize(tiny(name), mesh)
+        found[name] = trained(model, mesh, name)
+        with torch.no_grad():
+            packed(model, mesh, name)
+            if ranks == 2:
+                generated(model, name)
+        if ranks == 2:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            found[f"{name}, recomputed"] = trained(model, mesh, name)
+    if ranks == 4:
+        mesh = leetdist.device_mesh(sequence=2)
+        for name in FAMILIES:
+            found[f"{name}, dp x sp"] = trained(leetdist.parallelize(tiny(name), mesh), mesh, name, rows=4, replicas=2)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_on_ranks(ranks: int) -> None:
+    for found in values(run_ranks(everything, ranks, ranks, frameworks=True, timeout_s=200)):
+        errors = {f"{family}: {what}": error for family, of in found.items() for what, error in of.items()}
+        assert max(errors.values()) < 1e-5, {name: error for name, error in errors.items() if not error < 1e-5}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_drop_in(name: str) -> None:
+    model = leetdist.parallelize(tiny(name), None)
+    logits, loss, grads = own(tiny(name), batch_of())
+    ours = own(model, batch_of())
+    assert relative(ours[0], logits) < 1e-5
+    assert relative(ours[1], loss) < 1e-5
+    assert worst(ours[2], grads) < 1e-5
+    with torch.no_grad():
+        packed(model, None, name)
+        generated(model, name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_states_reach_far(name: str) -> None:
+    """What the tolerances would have to miss: another beginning changes tokens that lie far behind it."""
+    ids = batch_of()["input_ids"]
+    other = ids.clone()
+    other[:, :30] = (other[:, :30] + 7) % VOCABULARY
+    model = tiny(name)
+    with torch.no_grad():
+        one, two = (model(x, use_cache=False).logits[:, -20:] for x in (ids, other))
+    assert relative(two, one) > 0.05
