@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from families import FAMILIES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -56,6 +57,8 @@ TINY = {
 CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1}, "codegen": {"rotary_dim": 4}, "gptj": {"rotary_dim": 4},
     "minimax": {"num_key_value_heads": 2, "layer_types": ["linear_attention", "full_attention"]},
+    **{name.lower(): {**FAMILIES[name], "vocab_size": 67} for name in ("Bamba", "GraniteMoeHybrid", "Zamba2")},
+    "nemotron_h": {**FAMILIES["NemotronH"], "vocab_size": 67},
     "llama": {"num_key_value_heads": 2}, "gpt_neo": {"attention_types": [[["global"], 2]]}, "fuyu": {},
 }  # fmt: skip
 

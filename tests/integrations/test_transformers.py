@@ -284,10 +284,10 @@ def test_packed_rows_on_one_device() -> None:
 
 
 UNKNOWN = {
-    "Mamba2": lambda: transformers.Mamba2Config(num_hidden_layers=1, hidden_size=32, num_heads=4, head_dim=16),
+    "Mamba": lambda: transformers.MambaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=50),
     "Qwen3Next": lambda: transformers.Qwen3NextConfig(num_hidden_layers=4, hidden_size=32, vocab_size=50),
     "Rwkv": lambda: transformers.RwkvConfig(num_hidden_layers=1, hidden_size=32, vocab_size=50),
-    "Bamba": lambda: transformers.BambaConfig(num_hidden_layers=2, hidden_size=64, vocab_size=50),
+    "Jamba": lambda: transformers.JambaConfig(num_hidden_layers=2, hidden_size=64, vocab_size=50),
 }
 
 
