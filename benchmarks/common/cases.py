@@ -86,6 +86,12 @@ class Case:
         q, k, v, o, decay = self.tensors()
         return {"forward": o, "forward + backward": q + k + v + o + decay}.get(which, 0)
 
+    def input_bytes(self, which: str) -> int:
+        """Of what a call is given: with backward, do as well."""
+        q, k, v, o, decay = self.tensors()
+        state = self.floor_bytes("step") // 2 if which == "step" else 0
+        return q + k + v + decay + state + (o if which == "forward + backward" else 0)
+
     def tensors(self) -> tuple[int, int, int, int, int]:
         """Bytes of q, k, v, o, and of decays a token."""
         tokens = self.batch * self.tokens

@@ -52,8 +52,11 @@ class Contestant:
     passes: tuple[str, ...] = ("forward", "forward + backward")
     operator = "decaying linear attention"
     compiles = True  # at first use
+    by_length = False  # and again for every number of tokens
     gate = "gate"  # the one of Inputs' decays a token that it takes
     takes: frozenset[str] = frozenset()  # of what is special about a case
+    ours = False
+    waits = False  # what it launches is over when `wait` returns, not when torch's stream is through with it
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -84,6 +87,23 @@ class Contestant:
         """One token: o (B, 1, H, Dv) and the new state."""
         raise NotImplementedError
 
+    def launch(self, which: str, x: Inputs) -> None:
+        """One pass, as it is timed."""
+        if which == "step":
+            self.step(x)
+        elif which == "forward":
+            with torch.no_grad():
+                self.forward(x)
+        else:
+            self.gradients(x, x.do)
+
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+
+    def more(self, case: Case, which: str) -> tuple[int, int]:
+        """Bytes beyond those of the case: that must move, and of what a call returns."""
+        return 0, 0
+
     def reference(self, *arguments: Any) -> Tensor:
         q, k, v, log_decay, scale, rows = arguments
         return quadratic(q, k, v, log_decay, scale=scale, rows=rows)
@@ -93,6 +113,7 @@ class Ours(Contestant):
     """leetdist as it is in this tree, or in an earlier commit of it, or asked for another precision."""
 
     name = "leetdist"
+    ours = True
     devices = ("cuda", "cpu")
     passes = ("step", "forward", "forward + backward")
     gate = "log_decay"

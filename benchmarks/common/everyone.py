@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from common.contestants import Contestant, Fla, MiniMax, Ours, Softmax
-from suites.gated import MambaScan, OurMamba
+from suites.gated import Jla, MambaScan, OurMamba
+
+
+def everyone(base: str | None) -> list[Contestant]:
+    """All of them, whether they can run here or not."""
+    ours: list[Contestant] = [Ours(), Ours(precision="tf32"), Ours(precision="high"), OurMamba(), OurMamba(gated=True)]
+    if base is not None:
+        ours.append(Ours(base))
+    peers = [Fla("chunk"), Fla("fused_chunk"), Fla("fused_recurrent"), MambaScan(), MambaScan(gated=True), Jla()]
+    return [*ours, *peers, MiniMax(), Softmax()]
 
 
 def contestants(base: str | None) -> tuple[list[Contestant], dict[str, str]]:
     """Everyone who can run here, and who cannot and why."""
-    everyone: list[Contestant] = [Ours(), Ours(precision="tf32"), Ours(precision="high"), OurMamba()]
-    if base is not None:
-        everyone.append(Ours(base))
-    everyone += [Fla("chunk"), Fla("fused_chunk"), Fla("fused_recurrent"), MambaScan(), MiniMax(), Softmax()]
-    missing = {c.name: reason for c in everyone if (reason := c.missing())}
-    return [c for c in everyone if c.name not in missing], missing
+    all_of_them = everyone(base)
+    missing = {c.name: reason for c in all_of_them if (reason := c.missing())}
+    return [c for c in all_of_them if c.name not in missing], missing

@@ -9,11 +9,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
 from common.cases import DTYPES, Case, checked_rows
-from common.contestants import Contestant, Inputs, Ours
+from common.contestants import Contestant, Inputs
 from common.quiet import no_collection
 from torch import Tensor
 
@@ -31,8 +32,8 @@ SETTLE, TIMED = 4.0, 4.0
 
 @dataclass
 class Result:
-    """One contestant on one case and pass. Times in ms; memory in bytes beyond inputs and outputs; `vs_peer`: the time
-    of the fastest that is not leetdist and computes the same operator, over ours."""
+    """One contestant on one case and pass. Times in ms; memory in bytes beyond inputs and outputs, and over those
+    of the inputs; `vs_peer`: the time of the fastest that is not leetdist and computes the same operator, over ours."""
 
     suite: str
     case: str
@@ -48,6 +49,7 @@ class Result:
     tflops: float | None = None
     gbytes: float | None = None
     peak_bytes: int | None = None
+    peak_share: float | None = None
     note: str = ""
     details: dict[str, object] = field(default_factory=dict)
 
@@ -204,21 +206,30 @@ def _each(functions: list[Callable[[], object]], device: str) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in pairwise(events)]
 
 
-def one_turn(calls: list[Callable[[], object]], once: float, device: str) -> list[float]:
+def one_turn(
+    calls: list[Callable[[], object]], once: float, device: str, wait: Callable[[], None] | None = None
+) -> list[float]:
     """Times (ms) of calls that follow each other, on inputs in turn, as a model's layers would: the larger of what the
-    host and the device take. The first ones, which find the device idle or at a neighbour's clock, do not count."""
-    if device == "cpu":
+    host and the device take. The first ones, which find the device idle or at a neighbour's clock, do not count. Of
+    calls that are over when `wait` returns, their mean."""
+    if device == "cpu" and wait is None:
         return _each(calls[:1], device)
-    before, counted = (max(1, min(most, int(time / once))) for most, time in ((40, SETTLE), (20, TIMED)))
-    return _each([calls[i % len(calls)] for i in range(before + counted)], device)[before:]
+    before, counted = (max(1, min(most, int(span / once))) for most, span in ((40, SETTLE), (20, TIMED)))
+    turns = [calls[i % len(calls)] for i in range(before + counted)]
+    if wait is None:
+        return _each(turns, device)[before:]
+    for call in turns[:before]:
+        call()
+    wait()
+    begin = time.perf_counter()
+    for call in turns[before:]:
+        call()
+    wait()
+    return [(time.perf_counter() - begin) * 1e3 / counted]
 
 
 def call_of(contestant: Contestant, which: str, inputs: Inputs) -> Callable[[], object]:
-    if which == "step":
-        return lambda: contestant.step(inputs)
-    if which == "forward":
-        return torch.no_grad()(lambda: contestant.forward(inputs))
-    return lambda: contestant.gradients(inputs, inputs.do)
+    return partial(contestant.launch, which, inputs)
 
 
 def _graphed(function: Callable[[], object]) -> Callable[[], object]:
@@ -266,7 +277,10 @@ def run_case(
                 calls = [call_of(contestant, which, x) for x in inputs]
                 for call in calls:
                     call()
-                result.peak_bytes = _peak(calls[0], case, which) if device == "cuda" else None
+                contestant.wait()
+                if device == "cuda" and not contestant.waits:
+                    result.peak_bytes = _peak(calls[0]) - case.output_bytes(which) - contestant.more(case, which)[1]
+                    result.peak_share = result.peak_bytes / case.input_bytes(which)
                 ready[contestant.name] = [_graphed(f) for f in calls] if case.graph else calls
         except Exception as error:  # one contestant's failure is a line in the table
             result.note = f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
@@ -284,34 +298,39 @@ def run_case(
                 if contestant.name in ready:
                     calls = ready[contestant.name]
                     with contestant.active():
-                        measured = one_turn(calls, once.get(contestant.name, TIMED), device)
+                        wait = contestant.wait if contestant.waits else None
+                        measured = one_turn(calls, once.get(contestant.name, TIMED), device, wait)
                     once[contestant.name] = statistics.median(measured)
                     if turn:  # the first round warms up
                         times[contestant.name].append(once[contestant.name])
-    floor = case.floor_bytes(which) / bandwidth * 1e3
-    for name, medians in times.items():
-        result, middle = results[name], statistics.median(medians)
+    for contestant in contestants:
+        if contestant.name not in times:
+            continue
+        result, medians = results[contestant.name], times[contestant.name]
+        moved = case.floor_bytes(which) + contestant.more(case, which)[0]
+        floor, middle = moved / bandwidth * 1e3, statistics.median(medians)
         result.milliseconds, result.fastest, result.slowest = middle, min(medians), max(medians)
         result.floor_ms, result.x_floor = floor, middle / floor
         result.tflops = case.flops(which) / middle / 1e9
-        result.gbytes = case.floor_bytes(which) / middle / 1e6
-    peers = [
-        results[c.name].milliseconds for c in contestants if not isinstance(c, Ours) and c.operator == Ours.operator
-    ]
-    fastest = min((peer for peer in peers if peer is not None), default=None)
+        result.gbytes = moved / middle / 1e6
     for contestant in contestants:
-        result = results[contestant.name]
-        if isinstance(contestant, Ours) and fastest is not None and result.milliseconds is not None:
-            result.vs_peer = fastest / result.milliseconds
+        own = results[contestant.name].milliseconds
+        peers = [
+            peer
+            for c in contestants
+            if c.operator == contestant.operator and not c.ours and (peer := results[c.name].milliseconds) is not None
+        ]
+        if contestant.ours and peers and own is not None:
+            results[contestant.name].vs_peer = min(peers) / own
     return list(results.values())
 
 
-def _peak(call: Callable[[], object], case: Case, which: str) -> int:
-    """Memory beyond inputs and outputs at the worst moment of a call."""
+def _peak(call: Callable[[], object]) -> int:
+    """Memory beyond inputs at the worst moment of a call."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - case.output_bytes(which)
+    return torch.cuda.max_memory_allocated() - before

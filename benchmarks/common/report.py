@@ -17,7 +17,7 @@ import torch
 from common.measure import Result
 from common.revision import commit
 
-COLUMNS = ("case", "pass", "contestant", "ms", "x floor", "vs peer", "TFLOP/s", "GB/s", "peak MiB", "error")
+COLUMNS = ("case", "pass", "contestant", "ms", "x floor", "vs peer", "TFLOP/s", "GB/s", "peak MiB (of inputs)", "error")
 
 
 def machine(device: str, bandwidth: float) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def machine(device: str, bandwidth: float) -> dict[str, Any]:
         "commit": commit(),
         "command": shlex.join(["python", *sys.argv]),
     }
-    for name in ("triton", "flash-linear-attention", "transformers"):
+    for name in ("triton", "flash-linear-attention", "transformers", "jax", "jax-linear-attention"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -40,7 +40,7 @@ def machine(device: str, bandwidth: float) -> dict[str, Any]:
 def row(result: Result) -> tuple[str, ...]:
     if result.milliseconds is None:
         return (result.case, result.which, result.contestant, result.note or "-", *[""] * 6)
-    peak = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.0f}"
+    peak = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.0f} ({result.peak_share:.0%})"
     return (
         result.case,
         result.which,

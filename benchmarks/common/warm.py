@@ -7,6 +7,7 @@ follows. The choice is made while others use the GPU too, so it may not be the b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,14 +17,15 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # leetdist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks
 
 import torch
 from common.cases import Case
-from common.contestants import Contestant, Ours
-from common.everyone import contestants
+from common.contestants import Contestant
+from common.everyone import everyone
 from common.measure import call_of, draw
 
 # Tokens. No peer compiles a kernel for a length; ours has others where a GPU has more multiprocessors than tiles.
@@ -34,7 +36,7 @@ def warm(todo: Iterable[tuple[Contestant, Case, str, str]], seconds: float) -> s
     """Each contestant once on short inputs of each kind; what became of it, in words."""
     begin = time.monotonic()
     kinds = {
-        (c.name, short(case, ENOUGH if isinstance(c, Ours) else SHORT), which, device)
+        (c.name, short(case, case.tokens if c.by_length else ENOUGH if c.ours else SHORT), which, device)
         for c, case, which, device in todo
         if c.compiles
     }
@@ -59,14 +61,38 @@ def warm(todo: Iterable[tuple[Contestant, Case, str, str]], seconds: float) -> s
 
 
 def short(case: Case, tokens: int) -> Case:
-    return replace(case, batch=1, tokens=min(case.tokens, tokens), graph=False)
+    return replace(case, batch=case.batch if tokens == case.tokens else 1, tokens=min(case.tokens, tokens), graph=False)
+
+
+def tune_in_parallel() -> None:
+    """Triton's autotuner compiles the configurations that it is going to compare side by side, not one after the other:
+    mamba_ssm's backward has 200."""
+    from triton.runtime import autotuner
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    prune = autotuner.Autotuner.prune_configs
+
+    def compiled(self: Any, given: dict[str, Any]) -> Any:
+        configs = prune(self, given)
+        more = {name: x for name, x in given.items() if name != "warmup"}
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for config in configs:
+                self.fn.warmup(*self.nargs.values(), **more, **config.all_kwargs())
+        return configs
+
+    autotuner.Autotuner.prune_configs = compiled
 
 
 def main() -> None:
     name, case, which, device = json.loads(sys.argv[1])
-    chosen = next(c for c in contestants(None)[0] if c.name == name)
-    inputs = draw(Case(**case | {"passes": tuple(case["passes"])}), device, 0)
+    chosen = next(c for c in everyone(None) if c.name == name)
+    options = tuple(map(tuple, case["options"]))
+    inputs = draw(Case(**case | {"passes": tuple(case["passes"]), "options": options}), device, 0)
+    if device == "cuda" and not chosen.ours:
+        with contextlib.suppress(ImportError):
+            tune_in_parallel()
     call_of(chosen, which, inputs)()
+    chosen.wait()
     if device == "cuda":
         torch.cuda.synchronize()
 

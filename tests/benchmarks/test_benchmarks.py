@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,50 @@ def test_a_decay_a_token_is_checked_with_its_gradient(benchmarks):
     assert case.floor_bytes("forward") == 2 * 100 * 4 * (2 * 2 * 16 + 2 * 4 * 8 + 4)
     (step,) = run_case("test", cases.replace(case, tokens=1, passes=("step",)), "step", [ours()], **options)
     assert step.error < 1e-6
+
+
+@pytest.mark.parametrize("which", ["forward", "forward + backward"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_scans_are_checked_with_what_is_around_them(benchmarks, gated, which):
+    """Their floor has the tensors that D and z add; a scan is compared with its like alone."""
+    suite = benchmarks["suites.gated"]
+
+    class Ungated(suite.OurMamba):
+        name, ours = "wrong", False
+
+        def __init__(self):
+            super().__init__(gated=gated)
+
+        def call(self, leaves):
+            return super().call(leaves) * 1.1
+
+    case = benchmarks["cases"].replace(suite.MAMBA, tokens=100, heads=4, dk=16, dv=8, groups=2, dtype="fp32")
+    contestants = [suite.OurMamba(gated=gated), suite.OurMamba(gated=not gated), Ungated()]
+    run_case = benchmarks["measure"].run_case
+    right, other, wrong = run_case("test", case, which, contestants, "cpu", 1e9, 1, lambda text: None)
+    assert max(right.error, other.error) < 2e-6
+    assert "wrong" in wrong.note
+    assert right.vs_peer is other.vs_peer is None
+    more = 100 * 4 * 8 * 4 * (1 if which == "forward" else 3)
+    assert abs(right.floor_ms - other.floor_ms) == pytest.approx(more / 1e6)
+
+
+def test_who_launches_elsewhere_is_timed_until_it_is_done(benchmarks):
+    ours = benchmarks["contestants"].Ours
+
+    class Elsewhere(ours):
+        name, ours, waits, left = "elsewhere", False, True, 0
+
+        def launch(self, which, x):
+            self.left += 1
+
+        def wait(self):
+            time.sleep(0.002 * self.left)
+            self.left = 0
+
+    here, elsewhere = measured(benchmarks, [ours(), Elsewhere()])
+    assert elsewhere.milliseconds == pytest.approx(2, rel=0.5)
+    assert here.vs_peer == pytest.approx(elsewhere.milliseconds / here.milliseconds)
 
 
 def test_every_case_has_its_own_name(benchmarks):
