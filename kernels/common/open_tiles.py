@@ -27,6 +27,7 @@ class OpenTiles:
     keep: (H,) fp32, what is left of the state before a full tile, as the fold rounds it; None for a decay a token.
     total: (slots, H) fp64, the log-decays of the tile's closed chunks; None for a constant decay.
     tokens: (slots,) int64, seen so far: they say where in its tile and chunk each sequence is.
+    arrived: (slots,) int32, for kernels' own use: zeros between calls.
     """
 
     tile: int
@@ -40,6 +41,7 @@ class OpenTiles:
     keep: Tensor | None
     total: Tensor | None
     tokens: Tensor
+    arrived: Tensor
 
     @property
     def by_token(self) -> bool:

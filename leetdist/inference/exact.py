@@ -41,7 +41,8 @@ def open_tiles(slots: int, like: State) -> OpenTiles:
         log_decay=zeros(heads, chunk, dtype=full) if by_token else decay,
         keep=opened.keep(decay),
         total=zeros(heads, dtype=torch.float64) if by_token and parts else None,
-        tokens=torch.zeros(slots, dtype=torch.int64, device=device),
+        tokens=zeros(dtype=torch.int64),
+        arrived=zeros(dtype=torch.int32),
     )
 
 

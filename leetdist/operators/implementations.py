@@ -269,7 +269,9 @@ GLUON_WIDE = Implementation(
     "Gluon wide", "triton.hopper_wide", _gluon_wide, "Triton",
     costs="sm_90", recordable=True, takes_precision=True,
 )  # fmt: skip
-TRITON = Implementation("Triton", "triton.block", _triton, "Triton", recordable=True, takes_precision=True)
+TRITON = Implementation(
+    "Triton", "triton.block", _triton, "Triton", recordable=True, takes_precision=True, opened="triton.open_chunk"
+)
 PYTORCH = Implementation("PyTorch", "pytorch.block", _pytorch, costs="cpu", opened="pytorch.open_chunk")
 
 CUDA_FLEET = Implementation(
@@ -298,8 +300,9 @@ CUDA_HOPPER_A_TOKEN = Implementation(
     costs="sm_90", features="a", recordable=True, operator="token_decay",
 )  # fmt: skip
 TRITON_A_TOKEN = Implementation(
-    "Triton", "triton.block", _triton, "Triton", recordable=True, takes_precision=True, operator="token_decay"
-)
+    "Triton", "triton.block", _triton, "Triton",
+    recordable=True, takes_precision=True, operator="token_decay", opened="triton.open_chunk",
+)  # fmt: skip
 TRITON_DECODE_A_TOKEN = Implementation("Triton", "triton.decode", _triton, "Triton", operator="token_decay")
 PYTORCH_A_TOKEN = Implementation(
     "PyTorch", "pytorch.block", _pytorch, costs="cpu", operator="token_decay", opened="pytorch.open_chunk"

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from leetdist.kernels.common import release  # noqa: E402
 from leetdist.kernels.common.settings import OF_TRITON  # noqa: E402
-from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, step  # noqa: E402
+from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, open_chunk, step  # noqa: E402
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of  # noqa: E402
 from leetdist.kernels.token_decay.triton import gradient, sums  # noqa: E402
 
@@ -46,7 +46,7 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
             signature[name] = pointers[name]
         elif name in ("a", "b", "c", "q", "k", "v", "do", "o"):
             signature[name] = NAMES[dtype]
-        elif name == "segments":
+        elif name in ("segments", "where"):
             signature[name] = "*i64"
         else:
             signature[name] = "fp32" if name.endswith("scale") else "i64"
@@ -72,6 +72,19 @@ def test_block_kernels_compile_and_fit(architecture: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_kernels_of_a_decay_a_token_compile_and_fit(architecture: int) -> None:
     fits(architecture, torch.bfloat16, 128, 64, reverse=True, by_token=True)  # Mamba-2's
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_an_open_tile_compiles_and_fits(architecture: int, dtype: torch.dtype) -> None:
+    parts = parts_of(dtype, None)
+    for own, by_token in ((False, False), (True, False), (False, True)):
+        config = block_config(128, 128, dtype, TILE, None if own else parts)
+        constants = {"OWN": own, "CHUNK": config.chunk, "COLUMNS": config.columns, "BY_TOKEN": by_token}
+        constants["ROWS"] = block.states_block(128, config) if own else padded(128)
+        constants |= {"PARTS": parts.inputs, "WEIGHTED_PARTS": parts.weighted}
+        result = compiled(open_chunk._advance, architecture, config.warps, config.stages, dtype, **constants)
+        assert result.metadata.shared <= SHARED_MEMORY[architecture]
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)

@@ -155,8 +155,6 @@ def _tile_states(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
     BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    UNITS: tl.constexpr = b.dtype.element_ty == tl.float32
-    dtype: tl.constexpr = tl.float16 if UNITS else b.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     row, column = tl.program_id(1) * ROWS, tl.program_id(2) * COLUMNS
@@ -169,36 +167,70 @@ def _tile_states(
     chunks = tl.where(tile == unread, 0, tl.cdiv(length, CHUNK))
     first = 0
     if not BY_TOKEN:
-        # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of
-        # them.
-        reach = FP32_RANGE / tl.maximum(-gate, 1e-9)
-        reach = tl.minimum(reach, tile_size * 1.0).to(tl.int32)
-        first = tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0)
+        first = first_chunk(gate, chunks, tile_size, CHUNK)
     for step in range(first, chunks):
         offset = (chunks - 1 - step if REVERSE else step) * CHUNK
         count = tl.minimum(length - offset, CHUNK)
         b_i = load_chunk(b, b_token, start + offset, count, row, rows, CHUNK, ROWS)
         c_i = load_chunk(c, c_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        weight = weights_to_state(gate, offset, count, REVERSE, CHUNK, BY_TOKEN)
-        factor = scale
-        if BY_TOKEN and REVERSE and dtype == tl.float16:
-            # The first token's is the largest, and fp16 would lose all of a chunk that begins with a strong decay.
-            largest = power_of_2(weight_across(gate, offset, 1))
-            weight /= largest
-            factor *= largest
-        if UNITS:
-            b_unit, b_inverse = unit(b_i)
-            c_unit, c_inverse = unit(c_i)
-            c_i *= c_inverse
-            weight *= b_inverse
-            factor *= b_unit * c_unit
-        b_i, b_small = in_parts(tl.trans(b_i.to(tl.float32) * weight[:, None]), dtype, WEIGHTED_PARTS)
-        c_i, c_small = in_parts(c_i, dtype, PARTS)
-        state += state * lost_across(gate, offset, count, BY_TOKEN)
-        state += product(b_i, b_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * factor
+        state = summed(state, b_i, c_i, gate, offset, count, scale, REVERSE, CHUNK, PARTS, WEIGHTED_PARTS, BY_TOKEN)
 
     i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     tl.store(out + program * rows * columns + i * columns + j, state, mask=(i < rows) & (j < columns))
+
+
+@triton.jit
+def first_chunk(log_decay, chunks, tile_size, CHUNK: tl.constexpr):
+    """The first chunk that the sum of a tile of so many reads. Tokens so far from the state that gamma^distance is 0 in
+    fp32 are not read: with the usual slopes, half of them."""
+    reach = FP32_RANGE / tl.maximum(-log_decay, 1e-9)
+    reach = tl.minimum(reach, tile_size * 1.0).to(tl.int32)
+    return tl.maximum(chunks - 1 - tl.cdiv(reach, CHUNK), 0)
+
+
+@triton.jit
+def summed(
+    state, b_i, c_i, gate, offset, count, scale,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """The sum of a tile's own tokens, one chunk further."""
+    UNITS: tl.constexpr = b_i.dtype == tl.float32
+    dtype: tl.constexpr = tl.float16 if UNITS else b_i.dtype
+    weight = weights_to_state(gate, offset, count, REVERSE, CHUNK, BY_TOKEN)
+    factor = scale
+    if BY_TOKEN and REVERSE and dtype == tl.float16:
+        # The first token's is the largest, and fp16 would lose all of a chunk that begins with a strong decay.
+        largest = power_of_2(weight_across(gate, offset, 1))
+        weight /= largest
+        factor *= largest
+    if UNITS:
+        b_unit, b_inverse = unit(b_i)
+        c_unit, c_inverse = unit(c_i)
+        c_i *= c_inverse
+        weight *= b_inverse
+        factor *= b_unit * c_unit
+    b_i, b_small = in_parts(tl.trans(b_i.to(tl.float32) * weight[:, None]), dtype, WEIGHTED_PARTS)
+    c_i, c_small = in_parts(c_i, dtype, PARTS)
+    state += state * lost_across(gate, offset, count, BY_TOKEN)
+    return state + product(b_i, b_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * factor
+
+
+@triton.jit
+def in_units(b_i, c_i, weight, added_scale, UNITS: tl.constexpr):
+    """Tokens of b and c in units of their own, these, and the tokens' weights on the way to the state in a common unit,
+    which is times added_scale."""
+    b_unit, c_unit, added_unit = 1.0, 1.0, added_scale
+    if UNITS:
+        b_unit, inverse = units(b_i)
+        b_i *= inverse[:, None]
+        c_unit, inverse = units(c_i)
+        c_i *= inverse[:, None]
+        bc_unit = b_unit * c_unit
+        added_unit = tl.maximum(tl.max(bc_unit, 0), SMALLEST)
+        weight *= bc_unit / added_unit
+        added_unit *= added_scale
+    return b_i, c_i, b_unit, c_unit, weight, added_unit
 
 
 @triton.jit
@@ -242,23 +274,17 @@ def _walk_outputs(
         decay = tl.where(sees, seen_weights(gate, offset, count, distance, REVERSE, CHUNK, BY_TOKEN), 0.0) * scale
         weight = weights_to_state(gate, offset, count, REVERSE, CHUNK, BY_TOKEN)
         from_state = weights_from_state(gate, offset, count, REVERSE, CHUNK, BY_TOKEN) * state_scale
-        near_unit, s_unit, s_inverse, added_unit = 1.0, 1.0, 1.0, added_scale
+        near_unit, s_unit, s_inverse = 1.0, 1.0, 1.0
+        b_i, c_i, b_unit, c_unit, weight, added_unit = in_units(b_i, c_i, weight, added_scale, UNITS)
         if UNITS:
             a_unit, inverse = units(a_i)
             a_i *= inverse[:, None]
-            b_unit, inverse = units(b_i)
-            b_i *= inverse[:, None]
-            c_unit, inverse = units(c_i)
-            c_i *= inverse[:, None]
             bc_unit = b_unit * c_unit
-            added_unit = tl.maximum(tl.max(bc_unit, 0), SMALLEST)
-            weight *= bc_unit / added_unit
             # The largest that a token sees; and a score in such units is below 4 LARGE^2 ROWS.
             largest = tl.max(tl.where(distance >= 0, bc_unit[None, :], SMALLEST), 1)
             decay *= bc_unit[None, :] / largest[:, None] / (LARGE * ROWS)
             near_unit = (a_unit * largest * (LARGE * ROWS))[:, None]
             from_state *= a_unit
-            added_unit *= added_scale
         if dtype == tl.float16:  # a state can exceed fp16's range: it grows with the sequence
             s_unit, s_inverse = unit(state)
         a_i, a_small = in_parts(a_i, dtype, PARTS)
