@@ -28,6 +28,14 @@ inline int thread_number() { return threadIdx.x % THREADS; }
 inline int group_number() { return threadIdx.x / THREADS; }
 inline int group_arrived[2];
 inline unsigned group_generation[2];
+inline int handed_over[2];
+inline unsigned hand_over_generation[2];
+template <int number> void say_here() {
+    if (++handed_over[number] == 2 * THREADS) handed_over[number] = 0, ++hand_over_generation[number];
+}
+template <int number> void wait_here() {
+    emulator.barrier(handed_over[number], hand_over_generation[number], 2 * THREADS);
+}
 inline void meet() { emulator.barrier(group_arrived[group_number()], group_generation[group_number()], THREADS); }
 inline void __syncwarp() {
     const int warp = threadIdx.x / 32;
@@ -119,6 +127,15 @@ inline void load_transposed(Word from, Word (&x)[4]) {
         for (int i = 0; i < 2; i++) x[m] |= Word(at<Bits>(rows[2 * (lane % 4) + i] + lane / 4 * 2)) << 16 * i;
     }
 }
+inline void load_matrices(Word from, Word (&x)[4]) {
+    const Word own[1] = {from};
+    const int lane = threadIdx.x % 32;
+    for (int m = 0; m < 4; m++) {
+        Word rows[8];
+        exchange<1>(own, 8 * m, 8, rows);
+        x[m] = at<Word>(rows[lane / 4] + lane % 4 * 4);
+    }
+}
 template <bool transposed> void store_four(Word to, const Word (&x)[4]) {
     const Word own[1] = {to};
     const int lane = threadIdx.x % 32;
@@ -198,12 +215,16 @@ template <int WIDTH> void zero_rows(Word chunk, int count) {
 
 // ------------------------------------------------------------------------------------------------ products
 
-// An operand: where its chunk begins, and above that the first number or row that is summed over.
+// An operand: where its chunk begins; above that the first number or row that is summed over, and above that how many
+// blocks its right neighbour is from a block, if not one.
 inline Long by_rows(Word chunk) { return chunk; }
-inline Long by_columns(Word chunk) { return chunk; }
-inline Long along_rows(int step) { return Long(16 * step) << 32; }
+inline Long by_columns(Word chunk, int apart = 1) { return chunk | Long(apart - 1) << 56; }
+inline Long along_rows(int step, int apart = 1) { return Long(16 * step) << 32 | Long(apart - 1) << 56; }
 inline Long along_columns(int step) { return Long(16 * step) << 32; }
-inline float operand(Long x, int row, int column) { return from_bits(at<Bits>(swizzled(Word(x), row, column))); }
+inline int along(Long x) { return int(x >> 32 & 0xffffff); }
+inline float operand(Long x, int row, int column) {
+    return from_bits(at<Bits>(swizzled(Word(x), row, column) + column / 64 * int(x >> 56) * BLOCK));
+}
 
 // x (64 x n / 2, of which a thread has those of its two rows) (+)= left right
 template <int n, class Left, class Right> void multiply(float (&x)[n], int add, Left left, Right right) {
@@ -224,14 +245,20 @@ struct Registers {
 };
 inline void product(float (&x)[32], Long a, Long b, int add) {
     const int row = thread_number() / 32 * 16 + threadIdx.x % 32 / 4;
-    multiply(x, add, [&](int i, int k) { return operand(a, row + 8 * i, int(a >> 32) + k); },
-             [&](int k, int column) { return operand(b, column, int(b >> 32) + k); });
+    multiply(x, add, [&](int i, int k) { return operand(a, row + 8 * i, along(a) + k); },
+             [&](int k, int column) { return operand(b, column, along(b) + k); });
 }
 inline void product(float (&x)[32], const Word (&a)[4], Long b, int add) {
-    multiply(x, add, Registers(a), [&](int k, int column) { return operand(b, column, int(b >> 32) + k); });
+    multiply(x, add, Registers(a), [&](int k, int column) { return operand(b, column, along(b) + k); });
+}
+template <bool COLUMNS_> void product(float (&x)[64], Long a, Long b, int add) {
+    const int row = thread_number() / 32 * 16 + threadIdx.x % 32 / 4;
+    multiply(x, add, [&](int i, int k) { return operand(a, row + 8 * i, along(a) + k); }, [&](int k, int column) {
+        return COLUMNS_ ? operand(b, along(b) + k, column) : operand(b, column, along(b) + k);
+    });
 }
 template <int n> void add_product(float (&x)[n], const Word (&a)[4], Long b) {
-    multiply(x, 1, Registers(a), [&](int k, int column) { return operand(b, int(b >> 32) + k, column); });
+    multiply(x, 1, Registers(a), [&](int k, int column) { return operand(b, along(b) + k, column); });
 }
 inline void begin_products() {}
 inline void end_products() {}

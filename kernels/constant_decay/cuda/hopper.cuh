@@ -24,6 +24,14 @@ constexpr int BLOCK = 64 * 64 * 2;  // bytes
 // A thread's number in its warpgroup, and the warpgroup's in its block.
 __device__ __forceinline__ int thread_number() { return GROUPS == 1 ? threadIdx.x : threadIdx.x % THREADS; }
 __device__ __forceinline__ int group_number() { return GROUPS == 1 ? 0 : threadIdx.x / THREADS; }
+// All threads of a block take part in hand-over `number`: those of one warpgroup say that they are here, those of the other
+// wait until all are.
+template <int number> __device__ __forceinline__ void say_here() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(1 + GROUPS + number), "n"(GROUPS * THREADS) : "memory");
+}
+template <int number> __device__ __forceinline__ void wait_here() {
+    asm volatile("bar.sync %0, %1;" ::"n"(1 + GROUPS + number), "n"(GROUPS * THREADS) : "memory");
+}
 // The threads of a warpgroup wait for each other.
 __device__ __forceinline__ void meet() {
     if (GROUPS == 1) __syncthreads();
@@ -122,6 +130,10 @@ __device__ __forceinline__ void store_transposed(Word to, const Word (&x)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
+__device__ __forceinline__ void load_matrices(Word from, Word (&x)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+}
 __device__ __forceinline__ void store_matrices(Word to, const Word (&x)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
@@ -206,8 +218,14 @@ __device__ __forceinline__ Long by_rows(Word chunk) {
     return Long((chunk & 0x3ffff) >> 4) | Long(64) << 32 | Long(1) << 62;
 }
 __device__ __forceinline__ Long by_columns(Word chunk) { return by_rows(chunk) | Long(BLOCK >> 4) << 16; }
+// The same where a block's right neighbour is not the next one in memory, but so many further on.
+__device__ __forceinline__ Long by_columns(Word chunk, int apart) {
+    return by_rows(chunk) | Long(apart * (BLOCK >> 4)) << 16;
+}
 // From the first 16 numbers that are summed over to those of a later step.
-__device__ __forceinline__ Long along_rows(int step) { return Long(step / 4 * (BLOCK >> 4) + step % 4 * 2); }
+__device__ __forceinline__ Long along_rows(int step, int apart = 1) {
+    return Long(step / 4 * apart * (BLOCK >> 4) + step % 4 * 2);
+}
 __device__ __forceinline__ Long along_columns(int step) { return Long(step * (16 * 128 >> 4)); }
 
 #define LIST8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), \
@@ -235,6 +253,12 @@ __device__ __forceinline__ void product(float (&x)[32], const Word (&a)[4], Long
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; " PRODUCT("64")
                  " {" NAMES32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
                  : LIST32(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+// One step of x (64 x 128) = a b (or +=), a by rows; b by rows, or by columns.
+template <bool COLUMNS_> __device__ __forceinline__ void product(float (&x)[64], Long a, Long b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; " PRODUCT("128")
+                 " {" NAMES64 "}, %64, %65, p, 1, 1, 0, %67; }"
+                 : LIST64(x) : "l"(a), "l"(b), "r"(add), "n"(int(COLUMNS_)));
 }
 // One step of x (64 x 64, 64 x 128 or 64 x 256) += a b, b by columns.
 __device__ __forceinline__ void add_product(float (&x)[32], const Word (&a)[4], Long b) {

@@ -20,8 +20,8 @@
 
 constexpr int PARTS = COLUMNS / 64;
 constexpr int HELD = ROWS / 2;  // numbers of a part of the state that a thread holds
-constexpr int ROWS_BYTES = ROWS * CHUNK * 2, COLUMNS_BYTES = COLUMNS * CHUNK * 2;
-constexpr bool LAST_FETCHES = ROWS > 128;  // or else the block's first thread does, when all have met
+[[maybe_unused]] constexpr int ROWS_BYTES = ROWS * CHUNK * 2, COLUMNS_BYTES = COLUMNS * CHUNK * 2;
+[[maybe_unused]] constexpr bool LAST_FETCHES = ROWS > 128;  // or else the block's first thread does, when all have met
 constexpr float LOG2E = 1.4426950408889634f;
 
 #define OPERAND(x) const __grid_constant__ Map x, Offset x##_share
