@@ -23,6 +23,8 @@
 constexpr int WIDTH = ROWS, STEPS = WIDTH / 16;
 constexpr bool LATE = REVERSE;
 constexpr int STAGE = 4 * ROWS_BYTES;
+constexpr int COLUMNS_OUT = LATE ? WIDTH : 64;  // of a warpgroup's outputs
+enum Operands { Q, K, V, D };
 static_assert(ROWS == 128 && COLUMNS == 64 && GROUPS == 2 && !HALF, "of two warpgroups, 64 rows of the state each");
 
 #define OUTPUT(x) const __grid_constant__ Map x, Bits *x##_out, Offset x##_batch, Offset x##_head, Offset x##_token
@@ -56,9 +58,7 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
     tables.place(all_tables + group * Tables::BYTES, tile, log_decay TOKENS_);
     tables.set(scale, state_scale, added_scale);
     auto place = [&](int step, int operand) { return base + step % 2 * STAGE + operand * ROWS_BYTES; };
-    enum { Q, K, V, D };
     // Where a warpgroup's outputs leave from, and what is fetched there next.
-    constexpr int COLUMNS_OUT = LATE ? WIDTH : 64;
     const int leaves = LATE ? group == 0 ? V : K : Q, out_column = LATE ? 0 : 64 * group;
     auto place_out = [&](int step) { return place(step, leaves) + (LATE ? 0 : group * BLOCK); };
     auto arrival = [&](int step) { return arrivals + step % 2 * 8; };
