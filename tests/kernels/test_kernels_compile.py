@@ -18,7 +18,7 @@ from leetdist.kernels.common import release  # noqa: E402
 from leetdist.kernels.common.settings import OF_TRITON  # noqa: E402
 from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, open_chunk, step  # noqa: E402
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of  # noqa: E402
-from leetdist.kernels.token_decay.triton import gradient, sums  # noqa: E402
+from leetdist.kernels.token_decay.triton import added_up, gradient, sums  # noqa: E402
 
 # Shared memory that one program may use, bytes: the CUDA programming guide's table of compute capabilities.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -32,6 +32,8 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
     pointers = {"out": out, "table": "*i64"}
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
     pointers |= {"state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
+    pointers |= {"read": "*fp32", "written": "*fp32", "across": "*fp32", "only": "*i32"}
+    pointers |= {"early_lost": "*i32", "late_lost": "*i32", "lost": "*i32"}
     pointers |= {
         "kept": NAMES[torch.float16 if dtype == torch.float32 else dtype],
         "units": "*fp32",
@@ -142,8 +144,16 @@ def test_fold_compiles(architecture: int) -> None:
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_sums_compile(architecture: int) -> None:
     constants = {"REGULAR": False, "ROWS": 16, "ANCHOR_": 64}
-    for other in ("sums", "keep"):
-        compiled(sums._sums, architecture, 4, 1, torch.float32, **constants, **{other: None})
+    for others in (("sums", "only"), ("keep", "only"), ("keep",)):
+        compiled(sums._sums, architecture, 4, 1, torch.float32, **constants, **dict.fromkeys(others))
+
+
+def test_what_hopper_leaves_of_a_gradient_compiles() -> None:
+    config = gradient.gradient_config(128, 128, torch.bfloat16, TILE)
+    compiled(added_up._add_up, 90, 4, 1, torch.float32, REGULAR=False, CHUNKS=added_up.CHUNKS)
+    constants = {"REGULAR": True, "CHUNK_": config.chunk, "ROWS": 128, "COLUMNS": 128, "FLAGS": added_up.FLAGS}
+    result = compiled(added_up._walk_again, 90, config.warps, config.stages, torch.bfloat16, **constants)
+    assert result.metadata.shared <= SHARED_MEMORY[90]
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)

@@ -146,10 +146,22 @@ def _keep_states(
     heads, q_share, k_share, v_share, tokens, tiles, tile_size, first, chunks, column, rows, columns,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    keep_states(
+        first + program, program, k, v, states, log_decay, kept, units, table, k_batch, k_head, k_token,
+        v_batch, v_head, v_token, heads, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns,
+        REGULAR, CHUNK, ROWS, COLUMNS, PARTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def keep_states(
+    task, program, k, v, states, log_decay, kept, units, table, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    heads, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns,
+    REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """The state at each chunk's start, and its unit."""
     dtype: tl.constexpr = kept.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    task = first + program
     tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
@@ -184,10 +196,25 @@ def _add_inside(
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    add_inside(
+        first + program, program, tl.program_id(1), q, k, v, do, log_decay, out, kept, units, table,
+        q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
+        heads, q_share, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns, scale,
+        REGULAR, CHUNK, ROWS, COLUMNS, PARTS, FIRST,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_inside(
+    task, program, chunk, q, k, v, do, log_decay, out, kept, units, table,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
+    heads, q_share, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns, scale,
+    REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    FIRST: tl.constexpr,
+):  # fmt: skip
     """Of a chunk: M and A, what goes from tokens to tokens, and from the state at its start to tokens."""
     dtype: tl.constexpr = kept.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    task = first + program
     tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
@@ -196,7 +223,6 @@ def _add_inside(
     v += batch * v_batch + head // v_share * v_head + start * v_token
     do += batch * do_batch + head * do_head + start * do_token
     out += (batch * heads + head) * tokens + start
-    chunk = tl.program_id(1)
     offset = chunk * CHUNK
     if offset < length:
         count = tl.minimum(length - offset, CHUNK)
@@ -236,10 +262,24 @@ def _add_behind(
     heads, q_share, k_share, v_share, tokens, tiles, tile_size, first, chunks, column, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    add_behind(
+        first + program, program, q, k, v, do, ends, log_decay, out, kept, units, table,
+        q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
+        heads, q_share, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns, scale,
+        REGULAR, CHUNK, ROWS, COLUMNS, PARTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_behind(
+    task, program, q, k, v, do, ends, log_decay, out, kept, units, table,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
+    heads, q_share, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns, scale,
+    REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Of a tile, backwards with the gradient of the state: B and E, what goes to the state at each chunk's end."""
     dtype: tl.constexpr = kept.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    task = first + program
     tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     gate = gate_of(log_decay, batch, head, heads, start, tokens, True)

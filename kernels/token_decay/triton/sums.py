@@ -23,15 +23,16 @@ UNIT = tl.constexpr(2.0**-44)
 BLOCK = 1024
 
 
-def token_sums(log_decay: Tensor, tiles: Tiles) -> Tensor:
+def token_sums(log_decay: Tensor, tiles: Tiles, only: Tensor | None = None) -> Tensor:
     """Of each token, the log-decays from the last ANCHOR in its tile up to it: (B, H, N, 2) fp32, whose two numbers add
     up to the sum to within 2^-48 of it.
 
-    log_decay: (B, H, N) fp32, any strides. A decay that is positive or NaN makes NaN of the sums from it on.
+    log_decay: (B, H, N) fp32, any strides. A decay that is positive or NaN makes NaN of the sums from it on. only:
+    (B * H * tiles.count,), 0 for tiles whose sums nobody reads.
     """
     batch, heads, tokens = log_decay.shape
     sums = torch.empty(batch, heads, tokens, 2, dtype=torch.float32, device=log_decay.device)
-    _launch(log_decay, tiles, sums, None)
+    _launch(log_decay, tiles, sums, None, only)
     return sums
 
 
@@ -43,11 +44,13 @@ def sums_of(log_decay: Tensor, tiles: Tiles) -> Tensor:
 def transitions(log_decay: Tensor, tiles: Tiles) -> Tensor:
     """Of each tile, the factor with which it takes over the state before it: (B, H, tiles) fp32, rounded once."""
     keep = torch.empty(*log_decay.shape[:2], tiles.count, dtype=torch.float32, device=log_decay.device)
-    _launch(log_decay, tiles, None, keep)
+    _launch(log_decay, tiles, None, keep, None)
     return keep
 
 
-def _launch(log_decay: Tensor, tiles: Tiles, sums: Tensor | None, keep: Tensor | None) -> None:
+def _launch(
+    log_decay: Tensor, tiles: Tiles, sums: Tensor | None, keep: Tensor | None, only: Tensor | None
+) -> None:
     batch, heads, tokens = log_decay.shape
     programs = batch * heads * tiles.count
     if programs:
@@ -55,7 +58,7 @@ def _launch(log_decay: Tensor, tiles: Tiles, sums: Tensor | None, keep: Tensor |
             _sums,
             (programs,),
             (
-                log_decay, sums, keep, _table(tiles, log_decay.device), *log_decay.stride(),
+                log_decay, sums, keep, only, _table(tiles, log_decay.device), *log_decay.stride(),
                 heads, tokens, tiles.count, tiles.size,
             ),
             {"REGULAR": tiles.regular, "ROWS": BLOCK // ANCHOR.value, "ANCHOR_": ANCHOR.value},
@@ -64,10 +67,13 @@ def _launch(log_decay: Tensor, tiles: Tiles, sums: Tensor | None, keep: Tensor |
 
 @triton.jit(do_not_specialize=COUNTS)
 def _sums(
-    log_decay, sums, keep, table, decay_batch, decay_head, decay_token, heads, tokens, tiles, tile_size,
+    log_decay, sums, keep, only, table, decay_batch, decay_head, decay_token, heads, tokens, tiles, tile_size,
     REGULAR: tl.constexpr, ROWS: tl.constexpr, ANCHOR_: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
+    if only is not None:
+        if tl.load(only + program) == 0:
+            return
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     log_decay += batch * decay_batch + head * decay_head + start * decay_token
