@@ -21,9 +21,10 @@ from leetdist.engine.checks import describe
 from leetdist.kernels.common.settings import settings
 from leetdist.launch import commands
 from leetdist.launch.runtime import choose_device
-from leetdist.operators.dispatch import Choice, decoder, in_words, refusals
+from leetdist.operators.dispatch import Choice, decoder
 from leetdist.operators.methods import choice_for, kernels_for
 from leetdist.operators.problem import Problem
+from leetdist.operators.words import in_words, refusals
 
 PACKAGES = ("accelerate", "deepspeed", "transformers")
 HEADS, TOKENS = 32, 131_072

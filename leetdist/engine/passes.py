@@ -126,23 +126,26 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         dtypes = {name: grad.wide for name, grad in grads.items()}
         late = tuple(name for name in wanted if name not in operator.early)
 
+        kept: dict[Lane, dict[str, Tensor]] = {}
+
         def put(
-            names: tuple[str, ...], lane: Lane, compute: Callable[..., dict[str, Tensor]], *given: LaneStates
+            names: tuple[str, ...], lane: Lane, compute: Callable[..., dict[str, Any]], *given: LaneStates, **more: Any
         ) -> None:
             with trace.span(", ".join(f"d{name}" for name in names), plan.rank, lane, q):
                 own = {name: grads[name].place(lane) for name in names}
                 for tiles, from_states in _kinds_of_tiles(plan, lane, *given):
-                    own |= compute(of_lane[lane], *from_states, do_of[lane], tiles, own, dtypes)
-                for name, grad in own.items():
+                    own |= compute(of_lane[lane], *from_states, do_of[lane], tiles, own, dtypes, **more)
+                for name in names:
+                    grad = own.pop(name)
                     assert grad is not None
                     grads[name].put(lane, grad)
+                kept[lane] = cast(Any, own)
 
-        if operator.early:
-            for lane in plan.lanes:
-                put(operator.early, lane, operator.early_gradients, states)
+        for lane in plan.lanes:
+            put(operator.early, lane, operator.early_gradients, states)
         for lane in plan.lanes:
             side.join(lane, plan.rank, q)
-            put(late, lane, operator.late_gradients, states, ends)
+            put(late, lane, operator.late_gradients, states, ends, kept=kept[lane])
 
         head_grads: list[Tensor | None] = [None] * len(operator.heads)
         if needs_gate_grads and operator.heads:

@@ -103,7 +103,8 @@ class Operator(ABC):
         self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, places: Places, dtypes: Dtypes
     ) -> dict[str, Tensor]:
         """Gradients of the inputs named by `early`, for all H heads (one that is shared by several gets one of each),
-        in these dtypes and, where there are some, places."""
+        in these dtypes (of all that are wanted, the late ones too) and, where there are some, places. What comes under
+        other names is kept for `late_gradients`."""
 
     @abstractmethod
     def late_gradients(
@@ -115,8 +116,11 @@ class Operator(ABC):
         tiles: Tiles,
         places: Places,
         dtypes: Dtypes,
+        *,
+        kept: Inputs,
     ) -> dict[str, Tensor]:
-        """Those of the other `tokens` that `places` names; ends: the gradient of the state at each tile's end."""
+        """Those of the other `tokens` that `places` names; ends: the gradient of the state at each tile's end; kept:
+        what `early_gradients` has left."""
 
     @abstractmethod
     def head_gradients(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> dict[str, Tensor]:
@@ -239,6 +243,8 @@ class TileOperator(Operator):
         tiles: Tiles,
         places: Places,
         dtypes: Dtypes,
+        *,
+        kept: Inputs,
     ) -> dict[str, Tensor]:
         whole = {
             name: x[name].new_empty(x[name].shape[0], self.problem.heads, *x[name].shape[2:], dtype=dtypes[name])

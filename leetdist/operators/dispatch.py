@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial, update_wrapper
 from typing import TYPE_CHECKING, Any
@@ -89,14 +89,25 @@ def candidates(step: str, operator: str) -> tuple[Implementation, ...]:
     return tuple(candidate for candidate in CANDIDATES[step] if candidate.operator == operator)
 
 
-def choose(use: Use, facts: Facts) -> Choice:
-    """The first candidate that does not refuse; ValueError in words where all do (which takes a setting)."""
+Refusals = tuple[tuple[Implementation, str], ...]
+
+
+def ask(use: Use, facts: Facts) -> tuple[Choice | None, Refusals]:
+    """The first candidate that does not refuse, and who did before it."""
     refused: list[tuple[Implementation, str]] = []
     for candidate in candidates(use.step, facts.operator):
         reason = candidate.refuses(facts) or _failed.get((candidate, use, facts))
         if reason is None:
-            return Choice(use, facts, candidate, tuple(refused))
+            return Choice(use, facts, candidate, tuple(refused)), tuple(refused)
         refused.append((candidate, reason))
+    return None, tuple(refused)
+
+
+def choose(use: Use, facts: Facts) -> Choice:
+    """The first candidate that does not refuse; ValueError in words where all do (which takes a setting)."""
+    choice, refused = ask(use, facts)
+    if choice is not None:
+        return choice
     because = "; ".join(f"{candidate.name}: {reason}" for candidate, reason in refused)
     raise ValueError(
         f"LEETDIST_BACKEND={facts.settings.backend} leaves no kernel for {use.step.replace('_', ' ')} of this call "
@@ -113,6 +124,20 @@ def chosen(use: Use, problem: Problem, tile: int, *, compiled: bool = False) -> 
         choice = choose(use, facts)
         if not compiled or works(choice, problem):
             return choice
+
+
+def by_two_passes(problem: Problem, tile: int) -> tuple[Choice, ...]:
+    """Who makes all gradients of a call with "early_gradients" and "late_gradients"; mostly nobody: then they are made
+    one by one."""
+    if {problem.q_heads, problem.k_heads, problem.v_heads} != {problem.heads}:
+        return ()
+    facts, found = facts_of(problem, tile), []
+    for step in ("early_gradients", "late_gradients"):
+        choice, _ = ask(Use(step, regular=problem.documents is None), facts)
+        if choice is None or not works(choice, problem):
+            return ()
+        found.append(choice)
+    return tuple(found)
 
 
 # What could not be compiled, and why; what could; the names that people were told of.
@@ -138,9 +163,11 @@ def works(choice: Choice, problem: Problem) -> bool:
         _failed[key] = f"cannot be compiled ({said[0][:300]})"
         if choice.name not in _told:
             _told.add(choice.name)
+            other, _ = ask(use, facts)
+            instead = "each gradient's own kernel" if other is None else other.name
             warnings.warn(
                 f"leetdist: {choice.name} cannot be compiled for {use.step} of {facts.rows} x {facts.columns} in "
-                f"{facts.dtype}; {choose(use, facts).name} computes it instead. {' '.join(said)[:1000]}",
+                f"{facts.dtype}; {instead} computes it instead. {' '.join(said)[:1000]}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -231,12 +258,14 @@ def decay_itself(log_decay: Tensor, tiles: Tiles) -> Tensor:
 class Kernels:
     """The local primitives of a call's two passes; constant_decay.pytorch.block says what each computes. choices: who
     computes them; used: those that the call needs, without gradients the forward pass's; longest_tile: tokens that they
-    may add up one by one."""
+    may add up one by one. early_gradients, late_gradients: where somebody makes all gradients in two passes."""
 
     tile_outputs: Callable[..., Tensor]
     tile_states: Callable[..., Tensor]
     fold: Callable[..., Tensor | None]
     decay_gradient: Callable[..., Tensor]
+    early_gradients: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
+    late_gradients: Callable[..., tuple[Tensor, ...]] | None = None
     choices: tuple[Choice, ...] = ()
     used: tuple[Choice, ...] = ()
     longest_tile: int | None = None
@@ -259,9 +288,9 @@ class Kernels:
         return all("out" in inspect.signature(f).parameters for f in (self.tile_states, self.tile_outputs))
 
 
-def compose(outputs: str, problem: Problem, tile: int) -> Kernels:
+def compose(outputs: str, problem: Problem, tile: int, *, alone: bool = True) -> Kernels:
     """The kernels of a method whose outputs are those of the step `outputs`. They may compute in parts of the tile:
-    see `part_of_tile`."""
+    see `part_of_tile`. alone: nothing else is made of them."""
     regular, square = problem.documents is None, problem.dk == problem.dv
     wide_q, wide_k, wide_v = (
         own < problem.heads and problem.dtype.itemsize == 2
@@ -279,7 +308,16 @@ def compose(outputs: str, problem: Problem, tile: int) -> Kernels:
             for place, (reverse, transposed, wide) in enumerate(kinds)
         ]  # fmt: skip
 
-    kinds = (False, False, False), (False, True, wide_q), (True, True, wide_k), (True, False, wide_v)
+    kinds: tuple[tuple[bool, bool, bool], ...] = (
+        (False, False, False),
+        (False, True, wide_q),
+        (True, True, wide_k),
+        (True, False, wide_v),
+    )
+    two_passes: tuple[Choice, ...] = ()
+    if problem.needs_decay_grad and alone and outputs == "tile_outputs":
+        two_passes = by_two_passes(problem, tile)
+        kinds = kinds[:1] if two_passes else kinds
     by_outputs = take(outputs, tile, *kinds)
     longest = [c.implementation.longest_tile for c in by_outputs if c.implementation.longest_tile is not None]
     part = part_of_tile(min(longest, default=None), tile)
@@ -287,13 +325,12 @@ def compose(outputs: str, problem: Problem, tile: int) -> Kernels:
         by_outputs = take(outputs, part, *kinds)
     both = (False, False, False), (True, False, False)
     by_states, by_fold = take("tile_states", part, *both), take("fold", part, *both)
-    gradient = chosen(Use("decay_gradient", regular=regular), problem, part, compiled=problem.needs_decay_grad)
+    learnt = problem.needs_decay_grad and not two_passes
+    gradient = chosen(Use("decay_gradient", regular=regular), problem, part, compiled=learnt)
     keep = None
     if candidates("transitions", problem.operator):
         keep = chosen(Use("transitions", regular=regular), problem, part, compiled=True)
-    return _composed(
-        tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, backward, problem.needs_decay_grad
-    )
+    return _composed(tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, two_passes, backward, learnt)
 
 
 @lru_cache(maxsize=512)
@@ -303,17 +340,19 @@ def _composed(
     fold: tuple[Choice, ...],
     keep: Choice | None,
     gradient: Choice,
+    two_passes: tuple[Choice, ...],
     backward: bool,
     learnt: bool,
 ) -> Kernels:
     """Plans are remembered by their kernels, so one object."""
     longest = [c.implementation.longest_tile for c in outputs if c.implementation.longest_tile is not None]
-    passes = *outputs, *states, *fold, *([] if keep is None else [keep])
+    passes = *outputs, *states, *fold, *([] if keep is None else [keep]), *two_passes
+    early, late = (choice.function() for choice in two_passes) if two_passes else (None, None)
     used = [choice for choice in passes if backward or choice.use.forward] + [gradient] * learnt
     return Kernels(
         _routed(outputs), _routed(states), _routed(fold), gradient.function(),
+        early_gradients=early, late_gradients=late, transitions=decay_itself if keep is None else keep.function(),
         choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
-        transitions=decay_itself if keep is None else keep.function(),
     )  # fmt: skip
 
 
@@ -337,36 +376,6 @@ def part_of_tile(longest: int | None, tile: int) -> int:
     if longest is None or tile <= longest:
         return tile
     return next((part for part in range(longest, longest // 8, -1) if tile % part == 0), tile)
-
-
-WORDS = {"tile_states": "states", "decay_gradient": "gradient of log_decay", "transitions": "decays of tiles"} | {
-    x: x for x in ("fold", "step", "steps")
-}
-
-
-def in_words(choices: Iterable[Choice]) -> list[dict[str, str]]:
-    """Who computes which steps, in what configuration; of who computes the same in both passes, once."""
-    steps: dict[tuple[str, str, str], dict[str, bool]] = {}
-    for choice in choices:
-        who = choice.name, choice.implementation.module, choice.implementation.configuration(choice.facts)
-        word = WORDS.get(choice.use.step, "outputs")
-        known = steps.setdefault(who, {})
-        known[word] = known.get(word, False) or choice.use.forward
-    return [
-        {
-            "steps": ", ".join(word if forward else f"{word} of the backward pass" for word, forward in known.items()),
-            "name": name,
-            "module": module,
-            "configuration": configuration,
-        }
-        for (name, module, configuration), known in steps.items()
-    ]
-
-
-def refusals(choices: Iterable[Choice]) -> list[dict[str, str]]:
-    """Who was asked before them, and why not."""
-    rows = ((who.name, who.module, reason) for choice in choices for who, reason in choice.refused)
-    return [{"name": name, "module": module, "reason": reason} for name, module, reason in dict.fromkeys(rows)]
 
 
 def backend_of(problem: Problem) -> str:

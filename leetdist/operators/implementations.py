@@ -225,6 +225,13 @@ def _cuda_hopper(facts: Facts) -> str | None:
     return refused or _hopper_16_bit(facts, {64, 128, 256})
 
 
+def _cuda_hopper_gradients(facts: Facts) -> str | None:
+    refused = _cuda_hopper(facts)
+    if refused is None and facts.dtype != torch.bfloat16:
+        refused = f"computes bfloat16, got {_named(facts.dtype)}"
+    return refused or _hopper_16_bit(facts, {128})
+
+
 def _gluon(facts: Facts) -> str | None:
     refused = _hopper(facts) or _triton(facts)
     if refused is None and facts.machine.no_gluon is not None:
@@ -299,6 +306,10 @@ CUDA_HOPPER_A_TOKEN = Implementation(
     "CUDA C++", "cuda.hopper", _cuda_hopper, "NVRTC",
     costs="sm_90", features="a", recordable=True, operator="token_decay",
 )  # fmt: skip
+CUDA_HOPPER_GRADIENTS = Implementation(
+    "CUDA C++", "cuda.gradients", _cuda_hopper_gradients, "NVRTC",
+    features="a", recordable=True, operator="token_decay",
+)  # fmt: skip
 TRITON_A_TOKEN = Implementation(
     "Triton", "triton.block", _triton, "Triton",
     recordable=True, takes_precision=True, operator="token_decay", opened="triton.open_chunk",
@@ -321,7 +332,8 @@ PYTORCH_SCAN = Implementation("PyTorch", "pytorch.scan", _pytorch, operator="mam
 
 # Steps of the two passes (constant_decay.pytorch.block says what each computes; the outputs of methods that go token by
 # token have names of their own), of decoding, and of what Mamba-2 does around them: from the fastest to the one that
-# serves all.
+# serves all. Nobody need serve "early_gradients" and "late_gradients", which make all gradients in two passes, where
+# others make them one by one.
 CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "transitions": (TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "tile_states": (
@@ -335,6 +347,8 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET, PYTORCH_FLEET_A_TOKEN),
     "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN, PYTORCH_BY_TOKEN_A_TOKEN),
     "fold": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
+    "early_gradients": (CUDA_HOPPER_GRADIENTS,),
+    "late_gradients": (CUDA_HOPPER_GRADIENTS,),
     "decay_gradient": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "step": (TRITON_STEP, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
     "steps": (TRITON_STEPS, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),

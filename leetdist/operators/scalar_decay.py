@@ -90,6 +90,8 @@ class ScalarDecay(Operator):
         tiles: Tiles,
         places: Places,
         dtypes: Dtypes,
+        *,
+        kept: Inputs,
     ) -> dict[str, Tensor]:
         def reversed_outputs(name: str, a: Tensor, b: Tensor, c: Tensor, ends: Tensor) -> Tensor:
             return self.kernels.tile_outputs(

@@ -1,8 +1,7 @@
-"""Launches of gradients.cu: all gradients of a decay a token from two passes over each tile, heads of 128 x 128 in bf16.
+"""Launches of gradients.cu: all gradients of a decay a token from two passes over each tile, heads of 128 in bf16.
 
-The gradient of log_decay is what leetdist.kernels.token_decay.triton.gradient says, with its sums taken in other places:
-see gradients.cu and leetdist.kernels.token_decay.triton.added_up. Tiles in which something is not finite are given to
-that module, which says what depends on it, token by token.
+The gradient of log_decay is what leetdist.kernels.token_decay.triton.gradient says, its sums taken in other places: see
+gradients.cu and leetdist.kernels.token_decay.triton.added_up.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def early_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """dq, in `out` if given, and what `late_gradients` is to be told.
 
-    q, k, v, do: (B, H, N, 128) bf16; states: (B, H, tiles.count, 128, 128) fp32, contiguous, those at the tiles' starts;
+    q, k, v, do: (B, H, N, 128) bf16; states: (B, H, tiles.count, 128, 128) fp32, contiguous, at the tiles' starts;
     log_decay: (B, H, N) fp32. What is kept, by name: "read" (B, H, 2, N) fp32, what each token's output reads from the
     state at its chunk's start times its gradient, in two sums; "early_lost" (B * H * tiles.count,), which tiles have
     something in them that is not finite.
@@ -80,7 +79,9 @@ def late_gradients(
     lost = torch.empty(batch * heads * tiles.count, dtype=torch.int32, device=q.device)
     dk, dv = _place(v, q, log_decay, outs[0]), _place(k, do, log_decay, outs[1])
     scales = float(scale), 1.0, scale_of_added(float(scale), 1.0)
-    _launch((q, k, v, do), (ends, written, across), (dk, dv), log_decay, tiles, lost, scales, reverse=True, starts=states)
+    _launch(
+        (q, k, v, do), (ends, written, across), (dk, dv), log_decay, tiles, lost, scales, reverse=True, starts=states
+    )
     grad = added_up(
         q, k, v, do, states, ends, log_decay, tiles, kept["read"], written, across, (kept["early_lost"], lost),
         scale=scale, out=outs[2],

@@ -1,8 +1,8 @@
-"""The gradient of a decay a token from what two passes over each tile have left (kernels/token_decay/cuda/gradients.cu).
+"""The gradient of a decay a token from what two passes over each tile leave (kernels/token_decay/cuda/gradients.cu).
 
-In the terms of leetdist.kernels.token_decay.triton.gradient, A, B and M of each token are there, and Phi, which is <S, R>
-at the start of each tile. E follows from chunk to chunk, for what enters a chunk's first token leaves its last but for
-what its tokens read and write:
+In the terms of leetdist.kernels.token_decay.triton.gradient, A, B and M of each token are there, and Phi, which is
+<S, R> at the start of each tile. E follows from chunk to chunk, for all that enters a chunk leaves it, but for what its
+tokens read, and with what they write:
 
     E = Phi - sum_i A_i      Phi of the next chunk = E + sum_j B_j
 
@@ -51,9 +51,10 @@ def added_up(
 ) -> Tensor:
     """The gradient of log_decay, (B, H, N) fp32, in `out` if given.
 
-    The first eight arguments: see leetdist.kernels.token_decay.triton.gradient.decay_gradient. read: (B, H, 2, N) fp32, A
-    in two parts; written: the same of B and M; across: (B, H, tiles.count) fp32, Phi; lost: (B * H * tiles.count,) int32
-    each, not 0 for tiles that hold something that is not finite. These are walked once more by that module's kernels.
+    The first eight arguments: see leetdist.kernels.token_decay.triton.gradient.decay_gradient. read: (B, H, 2, N) fp32,
+    A in two parts; written: the same of B and M; across: (B, H, tiles.count) fp32, Phi; lost: (B * H * tiles.count,)
+    int32 each, not 0 for tiles that hold something that is not finite. These are walked once more by the kernels of
+    that module, so that what a NaN reaches is the same.
     """
     batch, heads, tokens = log_decay.shape
     if out is None:
@@ -74,7 +75,8 @@ def added_up(
     kept = torch.empty(together, chunks, place, dtype=q.dtype, device=q.device)
     units = torch.empty(together, chunks, dtype=torch.float32, device=q.device)
     constants: dict[str, Any] = {
-        "REGULAR": tiles.regular, "CHUNK_": config.chunk, "ROWS": padded(rows), "COLUMNS": config.columns, "FLAGS": FLAGS,
+        "REGULAR": tiles.regular, "CHUNK_": config.chunk, "ROWS": padded(rows), "COLUMNS": config.columns,
+        "FLAGS": FLAGS,
     }  # fmt: skip
     shares = (heads // x.shape[1] for x in (q, k, v))
     launch(

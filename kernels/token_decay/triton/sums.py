@@ -48,9 +48,7 @@ def transitions(log_decay: Tensor, tiles: Tiles) -> Tensor:
     return keep
 
 
-def _launch(
-    log_decay: Tensor, tiles: Tiles, sums: Tensor | None, keep: Tensor | None, only: Tensor | None
-) -> None:
+def _launch(log_decay: Tensor, tiles: Tiles, sums: Tensor | None, keep: Tensor | None, only: Tensor | None) -> None:
     batch, heads, tokens = log_decay.shape
     programs = batch * heads * tiles.count
     if programs:

@@ -37,8 +37,8 @@ def _kernels_for(problem: Problem, tokens: int, _settings: tuple[str | None, ...
     if method == "auto":
         method = choice_for(problem, tokens).method
     module = importlib.import_module(f"leetdist.operators.methods.{method}")
-    kernels = compose(module.OUTPUTS, problem, problem.tile or default_tile(tokens))
     build = getattr(module, "composed", None)
+    kernels = compose(module.OUTPUTS, problem, problem.tile or default_tile(tokens), alone=build is None)
     return kernels if build is None else cast(Kernels, build(kernels))
 
 
