@@ -57,7 +57,12 @@ def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) 
     if kept is not None:
         return kept
     macros = [(name, str(value)) for name, value in defines]
-    options = ProgramOptions(std="c++17", arch=architecture, define_macro=macros or None)
+    options = ProgramOptions(
+        std="c++17",
+        arch=architecture,
+        define_macro=macros or None,
+        device_as_default_execution_space=True,  # lambdas that are templates cannot say so
+    )
     made = bytes(Program(code, "c++", options).compile("cubin").code)
     _keep(path, made)
     return made
