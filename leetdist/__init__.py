@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from leetdist.integrations.batches import shard_batch
     from leetdist.integrations.loader import ShardedLoader
     from leetdist.integrations.loss import reduce_loss
-    from leetdist.integrations.parallelize import parallelize
+    from leetdist.integrations.parallelize import parallelize, unparallelize
     from leetdist.integrations.trainer import Trainer as Trainer
     from leetdist.mesh import device_mesh
 
@@ -39,6 +39,7 @@ _LAZY: dict[str, str | None] = {
     "parallelize": "leetdist.integrations.parallelize",
     "reduce_loss": "leetdist.integrations.loss",
     "shard_batch": "leetdist.integrations.batches",
+    "unparallelize": "leetdist.integrations.parallelize",
 }
 
 
@@ -77,5 +78,6 @@ __all__ = [
     "sequence_parallel",
     "shard_batch",
     "shard_sequence",
+    "unparallelize",
     "virtual_ranks",
 ]

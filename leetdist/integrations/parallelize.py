@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from leetdist.integrations import models, probe
+from leetdist.integrations.record import NAME, Before, Record, records_of
 from leetdist.integrations.registry import Handler, handler_of, register
 from leetdist.mesh import sequence_group
 
@@ -53,12 +54,12 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
     that cannot be called so either, is refused.
 
     Returns:
-        the model.
+        the model. Called again with the same mesh, it changes nothing; for another one, `unparallelize` comes first.
 
     Raises:
         ValueError: a layer carries a state, mixes tokens in another way, or asks of its attention what leetdist's does
-            not do; there is no layer that leetdist knows; or the model is parallelized for another mesh, or wrapped
-            for training, already. The model is then unchanged.
+            not do; there is no layer that leetdist knows; or the model is parallelized for another mesh or in part,
+            or wrapped for training, already. The model is then unchanged.
 
     Shapes: (B, N_local, ...) in and out, any dtype. Source: LASP-2H, arXiv 2502.07563, for models that have both linear
     and softmax attention.
@@ -80,9 +81,10 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
         if not isinstance(kind, type):
             raise ValueError(f"allow must be several classes of modules, got {kind!r} among them")
     group = sequence_group(mesh)
-    _check_unwrapped(model)
+    _check_unwrapped(model, "call leetdist.parallelize before")
     pretrained = dict(_pretrained(model))
-    if pretrained and all(hasattr(x, "_leetdist_mesh") and _same(x._leetdist_mesh, mesh) for x in pretrained.values()):
+    if records := records_of(model):
+        _check_again(model, records, mesh, pretrained)
         return model
     integrations: dict[str, Any] = {}
     if pretrained:
@@ -110,11 +112,64 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
         )
     if not handlers:
         raise ValueError(f"{type(model).__name__} has no layer that leetdist knows: nothing in it would be sharded")
+    before = Before(model)
     for module, handler in handlers.items():
         handler(module, group)
     for integration in integrations.values():
         integration.install(handlers)
+    changes = before.changes()
+    setattr(model, NAME, Record(mesh, list(handlers), changes))
     return model
+
+
+def unparallelize(model: M) -> M:
+    """Take back what `parallelize` did: the model computes whole sequences by itself again, by its own code. In place.
+
+    Parameters stay what they are by now, also those that were added in between, such as PEFT's adapters.
+
+    Args:
+        model: what `parallelize` returned, or a module around it.
+
+    Returns:
+        the model, which may be parallelized anew, for any mesh.
+
+    Raises:
+        ValueError: nothing in the model is parallelized, or it is wrapped for training: FSDP2 and tensor parallelism
+            have cut its parameters, and cannot be taken off.
+
+    Shapes: (B, N, ...) in and out, any dtype, as before `parallelize`. Source: none; this is bookkeeping.
+
+    >>> import torch, leetdist
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), leetdist.nn.LightningAttention(32, heads=2))
+    >>> model = leetdist.parallelize(model, leetdist.device_mesh(sequence=1))
+    >>> model = leetdist.parallelize(leetdist.unparallelize(model), None)
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module, got {type(model).__name__}")
+    _check_unwrapped(model, "leetdist.unparallelize cannot take off")
+    if not (records := records_of(model)):
+        raise ValueError(f"{type(model).__name__} is not parallelized: there is nothing to take back")
+    for module, record in records.items():
+        delattr(module, NAME)
+        record.undo()
+    return model
+
+
+def _check_again(
+    model: nn.Module, records: dict[nn.Module, Record], mesh: Mesh | None, pretrained: dict[str, nn.Module]
+) -> None:
+    """ValueError if what is parallelized already is not all of the model, or not for this mesh."""
+    name = type(model).__name__
+    if any(not _same(record.mesh, mesh) for record in records.values()):
+        raise ValueError(f"{name} is parallelized already, for another mesh: call leetdist.unparallelize on it first")
+    inside = {x for module in records for x in module.modules()}
+    layers = {x for record in records.values() for x in record.layers}
+    known = [x for x in model.modules() if handler_of(x) is not None and x not in layers]
+    if known or any(x not in inside for x in pretrained.values()):
+        raise ValueError(
+            f"{name} is parallelized already, but only in part: call leetdist.unparallelize on it, and "
+            "leetdist.parallelize once its layers are complete"
+        )
 
 
 def _check_version(transformers: str) -> None:
@@ -128,12 +183,12 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (a is not None and b is not None and bool(a == b))
 
 
-def _check_unwrapped(model: nn.Module) -> None:
+def _check_unwrapped(model: nn.Module, advice: str) -> None:
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
     if wrapped or hasattr(model, "_get_fsdp_state") or any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__} is wrapped or sharded already: call leetdist.parallelize before DDP, fully_shard, "
-            "accelerator.prepare, deepspeed.initialize or tensor parallelism"
+            f"{type(model).__name__} is wrapped or sharded already: {advice} DDP, fully_shard, accelerator.prepare, "
+            "deepspeed.initialize or tensor parallelism"
         )
 
 
@@ -201,4 +256,4 @@ def _within(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(outer + ".")
 
 
-__all__ = ["handler_of", "parallelize", "register"]
+__all__ = ["handler_of", "parallelize", "register", "unparallelize"]

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from leetdist.integrations.batches import IGNORED, shard_batch
 from leetdist.integrations.calls import ModelLoss
+from leetdist.integrations.record import records_of
 from leetdist.mesh import DATA_NAMES, _dimensions, all_sum, all_transports, data_rank, sequence_group
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import gather_sequence
@@ -66,9 +67,8 @@ class Trainer(transformers.Trainer):
 
     def _look(self) -> None:
         """Find the mesh and the loss of the model as it is now."""
-        modules = [x for x in self.model.modules() if "_leetdist_mesh" in vars(x)]
-        self._mesh = modules[0]._leetdist_mesh if modules else None
-        losses = (getattr(x, "loss_function", None) for x in modules)
+        self._mesh = next((record.mesh for record in records_of(self.model).values()), None)
+        losses = (getattr(x, "loss_function", None) for x in self.model.modules())
         self._loss = next((x for x in losses if isinstance(x, ModelLoss)), None)
         if self._mesh is not None:
             self._check()

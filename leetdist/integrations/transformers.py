@@ -43,8 +43,6 @@ class Integration:
         self.root, self.model, self.mesh, self.group = root, model, mesh, group
         self.stack: Any = model  # the innermost module through which every call of the layers goes
         self.hearing = Hearing(documents=True, padding=True)
-        if hasattr(model, "_leetdist_mesh"):
-            raise ValueError(f"{type(model).__name__} is parallelized already: build or load it anew for another mesh")
         minimax.check(model)
         if group is not None:
             self._check_configuration()
@@ -152,7 +150,6 @@ class Integration:
         model, mesh, group = self.model, self.mesh, self.group
         inside = set(model.modules())
         handlers = {layer: handler for layer, handler in handlers.items() if layer in inside}
-        model._leetdist_mesh = mesh
         if mesh is not None:
             if getattr(model.loss_function, "__name__", "") == "ForCausalLMLoss":
                 model.loss_function = ModelLoss(mesh, sharded=group is not None)
