@@ -316,6 +316,11 @@ class Outputs:
     @torch.compiler.disable
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         cached = kwargs.get("use_cache") or any(kwargs.get(x) is not None for x in ("cache", "past_key_values"))
+        if self.sharded and cached and kwargs.get("labels") is not None:
+            raise ValueError(
+                "labels: a call with a cache takes the whole prompt on every rank, and has no loss on shards; learnt "
+                "prefixes of PEFT come as a cache, adapters of weights do not"
+            )
         keep = kwargs.get("logits_to_keep")
         if self.sharded and not cached and (isinstance(keep, Tensor) or keep):
             raise ValueError("logits_to_keep counts from the end of the sequence, which only the last rank holds")

@@ -117,8 +117,9 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
         handler(module, group)
     for integration in integrations.values():
         integration.install(handlers)
-    changes = before.changes()
-    setattr(model, NAME, Record(mesh, list(handlers), changes))
+    record = Record(mesh, list(handlers), before.changes())
+    for module in {model, *pretrained.values()}:  # which an adapter of PEFT around them may be taken from
+        setattr(module, NAME, record)
     return model
 
 
@@ -149,8 +150,9 @@ def unparallelize(model: M) -> M:
     _check_unwrapped(model, "leetdist.unparallelize cannot take off")
     if not (records := records_of(model)):
         raise ValueError(f"{type(model).__name__} is not parallelized: there is nothing to take back")
-    for module, record in records.items():
+    for module in records:
         delattr(module, NAME)
+    for record in {id(record): record for record in records.values()}.values():
         record.undo()
     return model
 
