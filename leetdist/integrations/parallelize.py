@@ -118,7 +118,8 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
     for integration in integrations.values():
         integration.install(handlers)
     record = Record(mesh, list(handlers), before.changes())
-    for module in {model, *pretrained.values()}:  # which an adapter of PEFT around them may be taken from
+    roots: set[nn.Module] = {model, *pretrained.values()}  # an adapter of PEFT may be taken from around them
+    for module in roots:
         setattr(module, NAME, record)
     return model
 
