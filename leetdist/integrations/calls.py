@@ -75,10 +75,12 @@ class Calls:
         transport = resolve(group) if group is not None else None
         self.rank, self.ranks = (0, 1) if transport is None else (transport.rank, transport.size)
         self.softmax = any(handler is softmax.give_group for handler in handlers.values())
+        self.remote = [x for x in handlers if type(x).__module__.split(".")[0] not in ("transformers", "leetdist")]
         self.needs_masks = any(getattr(x, "model_masks_without_positions", False) for x in handlers)
         self.cuts_prompts = (stack is not model or model.base_model is model) and all(
             getattr(x, "joins_states", False) or handler is softmax.give_group for x, handler in handlers.items()
         )
+        self.cuts_prompts &= not self.remote  # whose caches are their own
         self.prompt = self.alone = False
 
     def install(self) -> None:
@@ -203,6 +205,12 @@ class Calls:
 
     def _tell_own_attention(self, call: dict[str, Any]) -> None:
         """transformers' own attention knows documents by positions, and only where there is no mask."""
+        for layer in self.remote:  # which may know documents or not
+            if self.handlers[layer] is softmax.give_group:
+                raise ValueError(
+                    f"packed documents: {type(layer).__name__} is softmax attention of {type(layer).__module__}, in which "
+                    "leetdist keeps them apart on ranks alone; on one device pass each document by itself"
+                )
         mask = call.get("attention_mask")
         if mask is not None and not bool(mask.all()):
             raise ValueError("attention_mask: packed documents have no padding between them, leave it out")
@@ -224,9 +232,9 @@ class Calls:
 
     def _prepare_cached(self, call: dict[str, Any], cache: Any) -> None:
         count = _count(call)
-        filled = cache is not None and caches.filled(cache)
+        empty = caches.joinable(cache) and (cache is None or not caches.filled(cache))
         lengths = shard_lengths(count, self.ranks, default_tile(count))  # too few to share, if a rank would have none
-        self.prompt = not filled and self.cuts_prompts and caches.joinable(cache) and min(lengths) > 0
+        self.prompt = self.cuts_prompts and empty and min(lengths) > 0
         self.prompt &= call.get("return_dict") is not False
         if self.prompt:
             if call.get("position_ids") is None:
@@ -352,7 +360,8 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             kwargs["cache"] = cache
     call = signature.bind(module, *args, **kwargs).arguments
     call.pop(next(iter(call)))
-    return {**call.pop("kwargs", {}), **call}
+    rest = next((name for name, x in signature.parameters.items() if x.kind is inspect.Parameter.VAR_KEYWORD), "")
+    return {**call.pop(rest, {}), **call}
 
 
 def _tokens(call: dict[str, Any]) -> Tensor:
