@@ -208,8 +208,8 @@ class Calls:
         for layer in self.remote:  # which may know documents or not
             if self.handlers[layer] is softmax.give_group:
                 raise ValueError(
-                    f"packed documents: {type(layer).__name__} is softmax attention of {type(layer).__module__}, in which "
-                    "leetdist keeps them apart on ranks alone; on one device pass each document by itself"
+                    f"packed documents: {type(layer).__name__} is softmax attention of {type(layer).__module__}, in "
+                    "which leetdist keeps them apart on ranks alone; on one device pass each document by itself"
                 )
         mask = call.get("attention_mask")
         if mask is not None and not bool(mask.all()):
