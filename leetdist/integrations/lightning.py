@@ -23,7 +23,7 @@ from leetdist.integrations.registry import register
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
 
-_serving: ContextVar[tuple[Any, Tensor | None] | None] = ContextVar("leetdist.serving", default=None)
+_serving: ContextVar[tuple[Any, Tensor | None] | None] = ContextVar("leetdist_serving", default=None)
 
 
 def register_lightning(kind: type[nn.Module], *operators: str) -> None:
