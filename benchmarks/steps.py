@@ -1,7 +1,8 @@
 """python benchmarks/steps.py: the kernels of a call one by one on a Hopper GPU, with a constant decay and one a token.
 
-A line a kernel: median milliseconds, and the bytes it must read and write over that time. An operand that several heads
-share counts once. No token is so far from a state that it is left out.
+A line a kernel: median milliseconds, and the bytes it must read and write over that time. An operand that several
+heads share counts once, and so do gradients that are added up over them, with the sum. No token is so far from a state
+that it is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 import leetdist
+from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant
 from leetdist.kernels.token_decay.cuda import hopper as token
@@ -53,11 +55,17 @@ def steps(shape: Shape, kernels: Any, log_decay: Tensor) -> Iterator[tuple[str, 
         return name, call, sum(x.nbytes for x in (b, c, added))
 
     def outputs(name: str, a: Tensor, b: Tensor, c: Tensor, states: Tensor, reverse: bool) -> Any:
-        dtype = BF16 if c.shape[1] == shape.heads else FP32  # those of heads that share c are still to be added up
-        out = torch.empty(1, shape.heads, shape.tokens, c.shape[3], device="cuda", dtype=dtype)
-        options = {"reverse": reverse, "scale": 0.1, "state_scale": 0.1, "out_dtype": dtype, "out": out}
-        call = partial(kernels.tile_outputs, a, b, c, states, log_decay, tiles, **options)
-        return name, call, sum(x.nbytes for x in (a, b, c, states, out))
+        options: dict[str, Any] = {"reverse": reverse, "scale": 0.1, "state_scale": 0.1}
+        given = a, b, c, states, log_decay, tiles
+        out = torch.empty(1, c.shape[1], shape.tokens, c.shape[3], device="cuda", dtype=BF16)
+        moved = sum(x.nbytes for x in (a, b, c, states, out))
+        if c.shape[1] == shape.heads:
+            return name, partial(kernels.tile_outputs, *given, **options, out_dtype=BF16, out=out), moved
+
+        def added_up() -> Tensor:
+            return sum_shared(kernels.tile_outputs(*given, **options, out_dtype=FP32), c.shape[1], BF16)
+
+        return name, added_up, moved
 
     yield states_of("states", k, v, False)
     yield outputs("o", q, k, v, states, False)

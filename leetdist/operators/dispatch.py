@@ -192,7 +192,9 @@ def rehearse(choice: Choice, problem: Problem) -> None:
     compile_for = getattr(choice.implementation.loaded(), "compile_for", None)
     if compile_for is not None:
         programs = problem.batch * heads * max(1, problem.tokens // facts.tile)
-        compile_for(use.step, facts.rows, facts.columns, facts.dtype, use.wide, use.reverse, programs, device)
+        share = heads // min(q_heads, k_heads, v_heads)
+        options = facts.dtype, use.wide, use.reverse, programs, device
+        compile_for(use.step, facts.rows, facts.columns, *options, share=share)
         return
 
     count = 1 if use.step in ("step", "steps") else TOKENS

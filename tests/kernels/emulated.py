@@ -19,7 +19,7 @@ import torch
 
 from leetdist.kernels.common import loader, tensor_map
 from leetdist.kernels.constant_decay.cuda import hopper
-from leetdist.kernels.token_decay.cuda import hopper as token
+from leetdist.kernels.token_decay.cuda import shared, shared_gradients
 
 HERE = Path(__file__).parent
 HEADER = "constant_decay/cuda/hopper.cuh"
@@ -89,5 +89,5 @@ def emulated(multiprocessors: int = 132) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for module in (hopper, token):
+    for module in (hopper, shared, shared_gradients):
         module._kernel.cache_clear()

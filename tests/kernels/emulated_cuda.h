@@ -27,19 +27,21 @@ struct float4 {
 inline dim3 threadIdx, blockIdx;
 
 struct Emulator {
-    static constexpr int LARGEST = 256;
+    static constexpr int BLOCKS = 2, LARGEST = 256 * BLOCKS;  // fibers of the blocks that are run together
     ucontext_t scheduler, fibers[LARGEST];
     std::vector<char> stacks[LARGEST];
     std::function<void()> kernel;
     bool done[LARGEST];
-    int threads = 0, current = 0, arrived = 0, warp_arrived[LARGEST / 32];
-    unsigned generation = 0, warp_generation[LARGEST / 32];
+    int threads = 0, current = 0, cluster = 1, arrived[BLOCKS], warp_arrived[LARGEST / 32];
+    unsigned first_block = 0, generation[BLOCKS], warp_generation[LARGEST / 32];
     float exchanged[2][LARGEST];
 
+    int block() const { return current / threads; }  // of the cluster
+    void resume(int fiber) { threadIdx.x = fiber % threads, blockIdx.x = first_block + fiber / threads; }
     void yield() {
         const int me = current;
         swapcontext(&fibers[me], &scheduler);
-        threadIdx.x = me;
+        resume(me);
     }
     void barrier(int& count, unsigned& turn, int size) {
         const unsigned now = turn;
@@ -57,11 +59,11 @@ struct Emulator {
         return box[me ^ mask];
     }
     static void enter();
-    void run(unsigned blocks_x, unsigned blocks_y, int count, std::function<void()> function) {
-        kernel = std::move(function), threads = count;
+    void run(unsigned blocks_x, unsigned blocks_y, int count, std::function<void()> function, int together = 1) {
+        kernel = std::move(function), threads = count, cluster = together;
         for (blockIdx.y = 0; blockIdx.y < blocks_y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < blocks_x; ++blockIdx.x) {
-                for (int i = 0; i < threads; ++i) {
+            for (first_block = 0; first_block < blocks_x; first_block += cluster) {
+                for (int i = 0; i < cluster * threads; ++i) {
                     stacks[i].resize(1 << 16);
                     getcontext(&fibers[i]);
                     fibers[i].uc_stack.ss_sp = stacks[i].data();
@@ -72,9 +74,9 @@ struct Emulator {
                 }
                 for (bool busy = true; busy;) {
                     busy = false;
-                    for (current = 0; current < threads; ++current)
+                    for (current = 0; current < cluster * threads; ++current)
                         if (!done[current]) {
-                            busy = true, threadIdx.x = current;
+                            busy = true, resume(current);
                             swapcontext(&scheduler, &fibers[current]);
                         }
                 }
@@ -87,7 +89,10 @@ inline void Emulator::enter() {
     emulator.done[emulator.current] = true;
 }
 
-inline void __syncthreads() { emulator.barrier(emulator.arrived, emulator.generation, emulator.threads); }
+inline void __syncthreads() {
+    const int block = emulator.block();
+    emulator.barrier(emulator.arrived[block], emulator.generation[block], emulator.threads);
+}
 inline float __shfl_xor_sync(unsigned, float value, int mask) { return emulator.shuffle(value, mask); }
 inline float __uint_as_float(unsigned x) {
     float y;

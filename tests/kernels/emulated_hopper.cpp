@@ -17,9 +17,14 @@ template <class... A> void call(void (*kernel)(A...), void** arguments) {
 // arguments: the address of each, as the driver takes them; memory: bytes that a block asks for.
 extern "C" void run(void** arguments, unsigned blocks, int threads, int memory) {
     block_bytes = memory - 1024;  // as much may be lost to where blocks begin
-    emulator.run(blocks, 1, threads, [=] {
-        if (threadIdx.x == 0) std::memset(block_memory, 0xff, sizeof block_memory);  // NaN, until it is written
+    auto block = [=] {
+        if (threadIdx.x == 0) std::memset(block_memory[emulator.block()], 0xff, sizeof *block_memory);  // NaN, until written
         __syncthreads();
         call(KERNEL, arguments);
-    });
+    };
+#ifdef CLUSTER
+    emulator.run(blocks, 1, threads, block, CLUSTER);
+#else
+    emulator.run(blocks, 1, threads, block);
+#endif
 }

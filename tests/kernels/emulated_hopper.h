@@ -26,8 +26,12 @@ inline float __fmul_rn(float x, float y) { return x * y; }
 
 inline int thread_number() { return threadIdx.x % THREADS; }
 inline int group_number() { return threadIdx.x / THREADS; }
-inline int group_arrived[2];
-inline unsigned group_generation[2];
+inline int group_arrived[2 * Emulator::BLOCKS];
+inline unsigned group_generation[2 * Emulator::BLOCKS];
+inline void meet() {
+    const int group = emulator.current / THREADS;
+    emulator.barrier(group_arrived[group], group_generation[group], THREADS);
+}
 inline int handed_over[2];
 inline unsigned hand_over_generation[2];
 template <int number> void say_here() {
@@ -36,24 +40,23 @@ template <int number> void say_here() {
 template <int number> void wait_here() {
     emulator.barrier(handed_over[number], hand_over_generation[number], 2 * THREADS);
 }
-inline void meet() { emulator.barrier(group_arrived[group_number()], group_generation[group_number()], THREADS); }
 inline void __syncwarp() {
-    const int warp = threadIdx.x / 32;
+    const int warp = emulator.current / 32;
     emulator.barrier(emulator.warp_arrived[warp], emulator.warp_generation[warp], 32);
 }
 inline Word warp_words[Emulator::LARGEST][4];
 // What another lane holds, as soon as all of the warp are here.
 template <int n> void exchange(const Word (&own)[n], int first, int lanes, Word (&found)[n * 8]) {
-    for (int i = 0; i < n; i++) warp_words[threadIdx.x][i] = own[i];
+    for (int i = 0; i < n; i++) warp_words[emulator.current][i] = own[i];
     __syncwarp();
     for (int lane = 0; lane < lanes; lane++)
-        for (int i = 0; i < n; i++) found[lane * n + i] = warp_words[threadIdx.x / 32 * 32 + first + lane][i];
+        for (int i = 0; i < n; i++) found[lane * n + i] = warp_words[emulator.current / 32 * 32 + first + lane][i];
     __syncwarp();
 }
 template <class T> T shuffled(T x, int lane) {
-    std::memcpy(warp_words[threadIdx.x], &x, 4);
+    std::memcpy(warp_words[emulator.current], &x, 4);
     __syncwarp();
-    std::memcpy(&x, warp_words[threadIdx.x / 32 * 32 + lane], 4);
+    std::memcpy(&x, warp_words[emulator.current / 32 * 32 + lane], 4);
     __syncwarp();
     return x;
 }
@@ -100,12 +103,12 @@ inline Word minus(Word x) { return x ^ 0x80008000u; }
 
 // ------------------------------------------------------------------------------------------------ shared memory
 
-alignas(1024) inline char block_memory[232448];  // what a block may have
+alignas(1024) inline char block_memory[Emulator::BLOCKS][232448];  // what a block may have
 inline Word block_bytes;                           // what it asked for
 inline Word shared_memory() { return 0; }
 template <class T> T& at(Word place) {
     if (place % sizeof(T) || place + sizeof(T) > block_bytes) __builtin_trap();
-    return *reinterpret_cast<T*>(block_memory + place);
+    return *reinterpret_cast<T*>(block_memory[emulator.block()] + place);
 }
 inline float load(Word from) { return at<float>(from); }
 inline void load(Word from, float& x, float& y) { at<Long>(from), x = load(from), y = load(from + 4); }
@@ -168,13 +171,18 @@ struct Arrival {
         if (missing == 0 && bytes == 0) ++flips, missing = wanted;
     }
 };
-inline std::map<Word, Arrival> arrivals_;
-inline void init_arrival(Word arrival, int arrivals = 1) { at<Long>(arrival), arrivals_[arrival] = {arrivals, arrivals}; }
-inline void arrive(Word arrival) { --arrivals_.at(arrival).missing, arrivals_.at(arrival).look(); }
-inline void expect(Word arrival, int bytes) { arrivals_.at(arrival).bytes += bytes, arrive(arrival); }
-inline void arrived_bytes(Word arrival, int bytes) { arrivals_.at(arrival).bytes -= bytes, arrivals_.at(arrival).look(); }
+inline std::map<Word, Arrival> arrivals_[Emulator::BLOCKS];
+inline Arrival& arrival_at(Word arrival, int block = emulator.block()) { return arrivals_[block].at(arrival); }
+inline void init_arrival(Word arrival, int arrivals = 1) {
+    at<Long>(arrival), arrivals_[emulator.block()][arrival] = {arrivals, arrivals};
+}
+inline void arrive(Word arrival) { --arrival_at(arrival).missing, arrival_at(arrival).look(); }
+inline void expect(Word arrival, int bytes) { arrival_at(arrival).bytes += bytes, arrive(arrival); }
+inline void arrived_bytes(Word arrival, int bytes, int block = emulator.block()) {
+    arrival_at(arrival, block).bytes -= bytes, arrival_at(arrival, block).look();
+}
 inline void wait_arrival(Word arrival, int parity) {
-    while ((arrivals_.at(arrival).flips & 1) == parity) emulator.yield();
+    while ((arrival_at(arrival).flips & 1) == parity) emulator.yield();
 }
 inline bool is_last(Word counter) {
     __syncwarp();
@@ -201,7 +209,7 @@ template <int WIDTH> void fetch(Word to, const Map& map, Place place, Word arriv
 }
 inline void fetch_bytes(Word to, const char* from, int bytes, Word arrival) {
     if (to % 16 || Long(from) % 16 || bytes % 16 || bytes <= 0) __builtin_trap();
-    at<char>(to + bytes - 1), std::memcpy(block_memory + to, from, bytes);
+    at<char>(to + bytes - 1), std::memcpy(block_memory[emulator.block()] + to, from, bytes);
     arrived_bytes(arrival, bytes);
 }
 template <int WIDTH> void write(const Map& map, Place place, Word from) {
@@ -212,6 +220,22 @@ template <int WIDTH> void zero_rows(Word chunk, int count) {
     for (int i = thread_number(); i < WIDTH / 2 * CHUNK; i += THREADS)
         if (i / 32 % CHUNK >= count) store(chunk + i * 4, Word(0));
 }
+
+// ------------------------------------------------------------------------------------------------ clusters
+
+#define __cluster_dims__(...)
+inline int cluster_arrived;
+inline unsigned cluster_generation;
+inline int cluster_rank() { return emulator.block(); }
+inline void meet_cluster() {
+    emulator.barrier(cluster_arrived, cluster_generation, emulator.cluster * emulator.threads);
+}
+inline void send(Word to, Word arrival, int rank, float x, float y, float z, float w) {
+    const float numbers[4] = {x, y, z, w};
+    at<char>(to + 15), std::memcpy(block_memory[rank] + to, numbers, 16);
+    arrived_bytes(arrival, 16, rank);
+}
+inline void write_words(Bits* to, const Word (&x)[4]) { std::memcpy(to, x, 16); }
 
 // ------------------------------------------------------------------------------------------------ products
 

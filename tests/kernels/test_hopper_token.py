@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from helpers import NVCC, ptxas_report
 from leetdist.kernels.common import replay
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant
-from leetdist.kernels.token_decay.cuda import hopper
+from leetdist.kernels.token_decay.cuda import hopper, shared
 from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
 
@@ -180,58 +179,6 @@ def test_bad_tokens_emulated(reverse):
             hopper.tile_outputs, [0, 63, 64, 129], reverse=reverse, tiles=Tiles(128, (0, 150)), rows=64, columns=64,
             dtype=BF16, heads=1, by_token=True,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_heads_that_share_are_added_up_in_pairs(device, reverse):
-    """Against fp64, in a larger batch, launched again, and with something bad in one head of one batch entry."""
-    cases = [(4, 64, 2), (6, 128, 6), (64, 128, 8)] if device == "cuda" else [(2, 64, 2)]
-    for heads, columns, share in cases:
-        a, b, c = (
-            torch.randn(3, 300, own, dim).to(device, BF16).transpose(1, 2)
-            for own, dim in ((heads, 64), (heads, 64), (heads // share, columns))
-        )
-        states, g = (
-            torch.randn(3, heads, PACKED.count, 64, columns).to(device),
-            decays("mixed", 3, heads, 300).to(device),
-        )
-        options: dict[str, Any] = {"reverse": reverse, "scale": 0.5, "state_scale": 0.7}
-        out = hopper.tile_outputs(a, b, c, states, g, PACKED, out_dtype=FP32, **options)
-        doubles = a.double(), b.double(), c.double(), states.double(), g.double()
-        expected = exact.tile_outputs(*doubles, PACKED, out_dtype=torch.float64, **options)
-        assert out.shape == (3, heads // 2, 300, columns)
-        assert heads == 2 or out.stride(1) < out.stride(2)  # laid out as a is
-        for pair in range(heads // 2):
-            assert relative_error(out[:, pair], expected[:, 2 * pair : 2 * pair + 2].sum(1)) < 3e-3
-        last = [x[2:].contiguous() for x in (a, b, c, states, g)]
-        for _ in range(10 if device == "cuda" else 1):
-            assert torch.equal(hopper.tile_outputs(*last, PACKED, out_dtype=FP32, **options), out[2:])
-        for operand, token in (("b", 64), ("c", 200), ("b", 10), ("c", 131))[: 4 if device == "cuda" else 2]:
-            bad = [x.clone() for x in last]
-            bad["abc".index(operand)][0, -1, token, 5] = random.choice((math.nan, math.inf))
-            begin, length = next(span for span in PACKED.spans if sum(span) > token)
-            seen = slice(begin, token + 1) if reverse else slice(token, begin + length)
-            lost = torch.zeros_like(out[2:], dtype=torch.bool)
-            if operand == "b":
-                lost[:, -1, seen] = True
-            else:
-                lost[:, -(share // 2) :, seen, 5] = True
-            found = hopper.tile_outputs(*bad, PACKED, out_dtype=FP32, **options)
-            assert torch.equal(found[~lost], out[2:][~lost])
-            assert not found[lost].isfinite().any()
-
-
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("name", constant.OUTPUTS)
-def test_pairs_compile_and_fit(name, tmp_path):
-    made = constant.defines(name, 64, 128, 1, BF16, True, True, True)
-    said = ptxas_report("token_decay/cuda/summed_outputs.cu", "sm_90a", made, tmp_path)
-    spilled = re.search(r"(\d+) bytes spill stores", said)
-    assert spilled, said
-    assert name == constant.AGAIN or int(spilled[1]) <= SPILLS[True], said
-    assert "serialized" not in said, said
-    blocks = 1 if name == constant.AGAIN else 2
-    assert blocks * (hopper.shared_memory(name, 128) + OWN) <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("bad", [1e-3, math.nan])

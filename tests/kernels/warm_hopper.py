@@ -9,7 +9,7 @@ import torch
 
 from leetdist.kernels.common import loader
 from leetdist.kernels.constant_decay.cuda import hopper
-from leetdist.kernels.token_decay.cuda import hopper as pairs
+from leetdist.kernels.token_decay.cuda import shared
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -17,8 +17,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 def compiled(name: str, held: tuple[int, int, int], dtype: torch.dtype, wide: bool, reverse: bool, token: bool) -> int:
     made = hopper.defines(name, *held, dtype, wide, reverse, token)
     source = f"constant_decay/cuda/{name.split()[0]}.cu"
-    if token and wide and held[0] == pairs.ROWS and dtype == torch.bfloat16:
+    if token and wide and held[0] == shared.WIDTH and dtype == torch.bfloat16:
         loader.cubin("token_decay/cuda/summed_outputs.cu", "sm_90a", made)
+    if token and not wide and held[0] <= 128 and held[1] == shared.WIDTH:
+        paired = "paired_states" if name == "tile_states" else "paired_outputs"
+        loader.cubin(f"token_decay/cuda/{paired}.cu", "sm_90a", made)
     return len(loader.cubin(source, "sm_90a", made))
 
 

@@ -211,6 +211,29 @@ template <int WIDTH> __device__ __forceinline__ void zero_rows(Word chunk, int c
         if (i / 32 % CHUNK >= count) store(chunk + i * 4, Word(0));
 }
 
+// ------------------------------------------------------------------------------------------------ clusters
+
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// All threads of a cluster wait for each other, and see what they have written to each other's shared memory.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Start to write four numbers to the shared memory of another block of the cluster, which count as bytes of its arrival.
+__device__ __forceinline__ void send(Word to, Word arrival, int rank, float x, float y, float z, float w) {
+    asm volatile("{ .reg .b32 t, a; mapa.shared::cluster.u32 t, %0, %2; mapa.shared::cluster.u32 a, %1, %2;"
+                 " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [t], {%3, %4, %5, %6}, [a]; }"
+                 ::"r"(to), "r"(arrival), "r"(rank), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+// 16 bytes to global memory, where multiples of 16 are.
+__device__ __forceinline__ void write_words(Bits* to, const Word (&x)[4]) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+
 // ------------------------------------------------------------------------------------------------ products
 
 // Operands in shared memory. By rows: the product sums over what lies along a row; by columns: over the rows.

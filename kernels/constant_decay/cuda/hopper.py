@@ -108,10 +108,11 @@ def compile_for(
     programs: int,
     device: torch.device,
     *,
+    share: int = 1,
     token: bool = False,
 ) -> None:
     """Compile the kernels that `step` ("tile_states" or "tile_outputs") will launch for so many tiles of all heads.
-    token: for a decay a token."""
+    share: how many heads share an operand, which only kernels of a decay a token (`token`) care for."""
     held, groups, _ = shares(programs, rows, columns, _multiprocessors(device))
     for name in OUTPUTS if step == "tile_outputs" else (step,):
         _kernel(name, rows, held, groups, dtype, wide and step == "tile_outputs", reverse, token, device)

@@ -71,6 +71,11 @@ template <bool OUTPUTS> struct TokenWeights {
         columns = base + SHARED + thread_number() / 32 * OWN, rows = columns + CHUNK * 4;
         pairs = OUTPUTS ? base : columns, from_state = pairs + PAIRS;
     }
+    // Those of another head, `decays` behind this one's, in a place of their own.
+    __device__ __forceinline__ void move(int bytes, Offset decays) {
+        pairs += bytes, from_state += bytes, columns += bytes, rows += bytes;
+        first_decay += decays, shift = int(Long(first_decay) & 15);
+    }
     // Chunks are left out if what is between them and the state decays them to 0 in fp32 (e^-104), and all decays of the
     // tile are numbers. The block's first bytes are not in use yet.
     __device__ __forceinline__ void leave_out(Tile& tile) const {

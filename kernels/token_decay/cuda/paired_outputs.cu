@@ -1,0 +1,216 @@
+// tile_outputs.cu for two heads that share a and b, in one block: their chunks are fetched once, and their scores, which
+// differ by decays alone, are computed once.
+//
+//     P_h = (a b^T) * decay_h      o_h^T = from_state_h S_h^T a^T + c_h^T P_h^T      S_h^T = faded_h S_h^T + (c_h w_h)^T b
+//
+// In Mamba-2 these are o and the gradient of v: a and b are of a group, and the heads have 64 columns, so that two are as
+// large as one of 128. There is place for one head's scores: the second head's wait in registers, rounded, while the
+// first head's are read. Products and their order are those of a head by itself, so the bits are too. `again`, and a
+// tile's number, count pairs. What is not finite is as in tile_outputs.cu.
+
+#include "../../constant_decay/cuda/hopper_tile.cuh"
+#include "../../constant_decay/cuda/hopper_lost.cuh"
+#include "../../constant_decay/cuda/hopper_held.cuh"
+
+constexpr int HEADS = 2;
+constexpr int STAGE = 2 * ROWS_BYTES + HEADS * COLUMNS_BYTES;
+
+extern "C" __global__ void __launch_bounds__(THREADS, AGAIN ? 1 : 2)
+paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
+               Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Bits* out,
+               Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
+               float added_scale, int* again) {
+    if (AGAIN && !again[blockIdx.x]) return;
+    Tile tile(TILE);
+    const int thread = thread_number(), lane = thread % 32, warp = thread / 32, first_head = HEADS * tile.head;
+    out += tile.batch * out_batch + first_head * out_head + tile.start * out_token;
+    float state[HEADS][PARTS][HELD];
+    states += tile.batch * state_batch + first_head * state_head + tile.number * state_tile;
+    states += 2 * (lane % 4) * state_row + (16 * warp + lane / 4) * state_column;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            state[h][0][i] = states[h * state_head + (8 * (i / 4) + i % 2) * state_row + i / 2 % 2 * 8 * state_column];
+
+    // Two places of: a, b, and c of each head. Behind them scores, log-decays, tables and barriers.
+    const Word base = shared_memory(), seen = base + 2 * STAGE, slots = seen + BLOCK;
+    const Word all_tables = slots + 2 * HEADS * SLOT, all_lost = all_tables + HEADS * Tables::BYTES;
+    const Word arrivals = all_lost + HEADS * Lost::BYTES;
+    auto slot = [&](int step, int h) { return slots + (step % 2 * HEADS + h) * SLOT; };
+    auto place_a = [&](int step) { return base + step % 2 * STAGE; };
+    auto place_b = [&](int step) { return place_a(step) + ROWS_BYTES; };
+    auto place_c = [&](int step, int h) { return place_a(step) + 2 * ROWS_BYTES + h * COLUMNS_BYTES; };
+    tile.head = first_head;
+    Tables first_tables;
+    first_tables.place(all_tables, tile, log_decay TOKENS_);
+    first_tables.set(scale, state_scale, added_scale);
+    auto tables = [&](int h) {  // made where it is wanted, for there are no registers to hold both
+        Tables own = first_tables;
+        own.move(h * Tables::BYTES, h * decay_head);
+        return own;
+    };
+    auto fetch_ab = [&](int step) {
+        if (step >= tile.chunks) return;
+        const Word arrival = arrivals + step % 2 * 8;
+        const int first = tile.first(step), count = tile.count(step);
+        expect(arrival, STAGE + tables(0).bytes(count) + tables(1).bytes(count));
+        tile.head = first_head;
+        fetch<ROWS>(place_a(step), a, tile.chunk(step, a_share), arrival);
+        fetch<ROWS>(place_b(step), b, tile.chunk(step, b_share), arrival);
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) tables(h).fetch(slot(step, h), first, count, arrival);
+    };
+    auto fetch_c = [&](int step) {
+        if (step >= tile.chunks) return;
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            tile.head = first_head + h;
+            fetch<COLUMNS>(place_c(step, h), c, tile.chunk(step, c_share), arrivals + step % 2 * 8);
+        }
+    };
+    if (AGAIN)
+        for (int h = 0; h < HEADS; h++) Lost(all_lost + h * Lost::BYTES).start(state[h]);
+    if (thread == 0) {
+        if (!AGAIN) again[blockIdx.x] = 0;
+        for (int i = 0; i < 2; i++) init_arrival(arrivals + i * 8);
+    }
+    publish();
+    __syncthreads();
+    if (thread == 0) fetch_ab(0), fetch_c(0);
+
+    // Outputs of a chunk, whose place in shared memory was that of its c.
+    auto write_chunk = [&](int step) {
+        if (step < 0) return;
+        const int count = tile.count(step);
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            const Word from = place_c(step, h);
+            tile.head = first_head + h;
+            if (count == CHUNK) {
+                if (thread == 0) write<COLUMNS>(o, tile.chunk(step, 1), from);
+                continue;
+            }
+            for (int i = thread; i < COLUMNS / 8 * count; i += THREADS) {
+                const int token = i / (COLUMNS / 8), vector = i % (COLUMNS / 8);
+                Word x[4];
+                const Word at = from + token * 128 + ((vector ^ token) & 7) * 16;
+                load(at, x[0], x[1]), load(at + 8, x[2], x[3]);
+                for (int j = 0; j < 8; j++)
+                    out[h * out_head + (tile.first(step) + token) * out_token + 8 * vector + j] =
+                        Bits(x[j / 2] >> j % 2 * 16);
+            }
+        }
+    };
+
+    for (int step = 0; step < tile.chunks; step++) {
+        const Word a_i = place_a(step), b_i = place_b(step);
+        const int count = tile.count(step);
+        wait_arrival(arrivals + step % 2 * 8, step / 2 & 1);
+        if (AGAIN) {
+            for (int zero = 0; zero < 2; zero++) {
+                for (int h = 0; h < HEADS; h++) {
+                    const Lost lost(all_lost + h * Lost::BYTES);
+                    if (!zero || h == HEADS - 1) lost.find<ROWS, false>(b_i, step, count, zero);
+                    lost.find<COLUMNS, true>(place_c(step, h), step, count, zero);
+                }
+                __syncthreads();
+            }
+            publish();
+        }
+        if (count < CHUNK) {
+            zero_rows<ROWS>(b_i, count);
+            for (int h = 0; h < HEADS; h++) zero_rows<COLUMNS>(place_c(step, h), count);
+            publish();
+        }
+        meet();  // all have written the outputs of the chunk before, and read its scores
+        wait_products<0>();  // for ptxas, which does not see that none is under way
+        if (thread == 0) fetch_ab(step + 1);
+        write_chunk(step - 1);
+
+        float scores[32], o_i[32], faded[HEADS];
+        Word held[HELD_STEPS][4], later[4][4];
+        Units units;
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
+        end_products();
+        auto start_from_state = [&](int h) {
+            units.set(state[h][0]);
+            hold(state[h][0], units.power, 0, held);
+            here(held);
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) product(o_i, held[i], by_rows(a_i) + along_rows(i), i);
+            end_products();
+        };
+        const Word to = seen + (warp * 16 + (lane & 15)) * 128 + ((lane >> 4 ^ lane) & 7) * 16;
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) tables(h).read(slot(step, h), count, faded[h]);
+        wait_products<0>();
+        here(scores);
+        tables(1).each(warp, [&](int part, const float (&d)[8]) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                later[part][i] = pack(scores[8 * part + 2 * i] * d[2 * i], scores[8 * part + 2 * i + 1] * d[2 * i + 1]);
+        });
+        tables(0).decay(scores, seen);
+        start_from_state(0);
+        publish();
+        meet();  // all have written the first head's scores, and their tables, and read the outputs of the chunk before
+        if (thread == 0) wait_writes(), fetch_c(step + 1);
+
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            const Word c_i = place_c(step, h);
+            Word x[4][4];
+            load_left(c_i + place_transposed(), x);
+            if (h == 0) wait_products<0>();
+            here(o_i), here(held);
+            tables(h).fade(o_i, units.unit, count);
+            here(o_i), here(x);
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < 4; i++) product(o_i, x[i], by_rows(seen) + along_rows(i), 1);
+            end_products();
+            Weighted weighted;
+            weighted.set(x, tables(h).pairs);
+            fade(state[h][0], faded[h]);
+            advance(state[h][0], weighted, b_i);
+            wait_products<1>();
+            here(o_i), here(x);
+            if (AGAIN) Lost(all_lost + h * Lost::BYTES).mark(o_i, step, 0);
+#pragma unroll
+            for (int i = 0; i < 32; i += 8) {  // 16 tokens; a warp writes where it alone has read
+                Word y[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) y[j] = pack(o_i[i + 2 * j], o_i[i + 2 * j + 1]);
+                store_transposed(c_i + place_transposed() + i / 8 * 16 * 128, y);
+            }
+            if (h < HEADS - 1) {
+                meet();  // all have read its scores
+#pragma unroll
+                for (int i = 0; i < 4; i++) store_matrices(to ^ i * 32, later[i]);
+            }
+            publish();
+            wait_products<0>();
+            here(state[h][0]), here(weighted);
+            if (h < HEADS - 1) {
+                start_from_state(h + 1);
+                meet();  // all have written the next head's
+                wait_products<0>();
+            }
+        }
+        if (!AGAIN && step == tile.chunks - 1) {
+            float zero = 0.0f;
+#pragma unroll
+            for (int h = 0; h < HEADS; h++)
+#pragma unroll
+                for (int i = 0; i < HELD; i++) zero = fmaf(state[h][0][i], 0.0f, zero);
+            if (zero != 0.0f) again[blockIdx.x] = 1;
+        }
+    }
+    meet();
+    write_chunk(tile.chunks - 1);
+    if (thread == 0) wait_writes();
+}

@@ -1,0 +1,261 @@
+"""Launches for heads that share operands: two of them beside each other in a block (paired_states.cu,
+paired_outputs.cu), with the bits that each has by itself; and outputs that are wanted for their sum over heads alone
+(summed_outputs.cu, of two heads; grouped_outputs.cu, of four or eight)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.common import loader
+from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+
+HEADS = 2  # of a block
+WIDTH = 64  # columns, or rows, of a head's state, of which two are as large as one of 128
+FOUR, GROUPED_COLUMNS = 4, 128  # of a block of grouped_outputs.cu
+
+
+def in_pairs(shared: Sequence[Tensor], c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
+    """Whether heads come in pairs that share these operands, and every multiprocessor has some."""
+    heads = heads_of(log_decay)
+    programs = c.shape[0] * heads * tiles.count
+    return _paired(shared[0].shape[3], c.shape[3], programs, c.device) and not any(
+        heads // x.shape[1] % HEADS for x in shared
+    )
+
+
+def _paired(rows: int, columns: int, programs: int, device: torch.device) -> bool:
+    return rows <= 128 and columns == WIDTH and programs // HEADS > hopper._multiprocessors(device)
+
+
+def paired_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float,
+    to_end: bool,
+    out: Tensor | None,
+) -> Tensor:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_states."""
+    if out is None:
+        out = empty_states(b, c, log_decay, tiles)
+    if not out.numel():
+        return out
+    heads = heads_of(log_decay)
+    kept: list[Tensor] = []
+    launch = _kernel("paired_states", "tile_states", b.shape[3], c.shape[3], b.dtype, False, reverse, 1, b.device)
+    launch(
+        (b.shape[0] * heads // HEADS * tiles.count,), hopper.THREADS,
+        *hopper._operand(b, heads, kept), *hopper._operand(c, heads, kept), out.data_ptr(),
+        *place_of_tiles(tiles, log_decay, 1, HEADS, b), tiles.unread(reverse, to_end), float(scale),
+    )  # fmt: skip
+    return out
+
+
+def paired_outputs(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float,
+    state_scale: float,
+    out_dtype: torch.dtype,
+    out: Tensor | None,
+) -> Tensor:
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs; out_dtype: a's."""
+    if out is None:
+        out = empty_outputs(a, c, log_decay, out_dtype)
+    if not out.numel():
+        return out
+    target = out
+    if hopper._map(out) is None:
+        target = torch.empty_like(out, memory_format=torch.contiguous_format)
+    places = hopper._map(target), target.data_ptr(), *target.stride()[:3]
+    options = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
+    _outputs(
+        "paired_outputs", a, b, c, states, places, log_decay, tiles, c.shape[3], 1, heads=HEADS, cluster=1, wide=False,
+        **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+    return out
+
+
+def summed(a: Tensor, c: Tensor, log_decay: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether outputs are wanted for their sum over heads, and can be added up."""
+    return (
+        out_dtype == torch.float32
+        and a.dtype == torch.bfloat16
+        and a.shape[3] == WIDTH
+        and heads_of(log_decay) // c.shape[1] % HEADS == 0
+    )
+
+
+def added_up(share: int, columns: int) -> tuple[int, int]:
+    """How many heads of `share` with so many columns one block adds up, and how many blocks then do: the association
+    of a sum, which depends on nothing else."""
+    if share % FOUR or columns != GROUPED_COLUMNS:
+        return HEADS, 1
+    return FOUR, 2 if share % (2 * FOUR) == 0 else 1
+
+
+def summed_outputs(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    scale: float,
+    state_scale: float,
+    out: Tensor | None,
+) -> Tensor:
+    """Those of leetdist.kernels.constant_decay.pytorch.block.tile_outputs added up over n heads: in a's dtype,
+    (B, H / n, N, Dc), where that is all that share one of c's, and in fp32 where some are still to be added up. In
+    `out`, which an earlier call has returned, if given."""
+    share = heads_of(log_decay) // c.shape[1]
+    heads, cluster = added_up(share, c.shape[3])
+    together = heads * cluster
+    if out is None:
+        out = empty_outputs(a, c, log_decay[:, ::together], a.dtype if together == share > HEADS else torch.float32)
+    if not out.numel():
+        return out
+    places = out.data_ptr(), *out.stride()[:3]
+    programs = a.shape[0] * heads_of(log_decay) // heads * tiles.count
+    columns, splits = c.shape[3] // 2, 1
+    if heads == HEADS:
+        columns, _, splits = hopper.shares(programs, a.shape[3], c.shape[3], hopper._multiprocessors(c.device))
+    source = "summed_outputs" if heads == HEADS else "grouped_outputs"
+    options = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "wide": out.dtype == torch.float32}
+    _outputs(
+        source, a, b, c, states, places, log_decay, tiles, columns, splits, heads=heads, cluster=cluster,
+        **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return out
+
+
+def _outputs(
+    source: str,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    places: tuple[bytes | int, ...],
+    log_decay: Tensor,
+    tiles: Tiles,
+    columns: int,
+    splits: int,
+    *,
+    heads: int,
+    cluster: int,
+    wide: bool,
+    reverse: bool,
+    scale: float,
+    state_scale: float,
+) -> None:
+    """Launch a kernel of outputs, and its second walk, with so many heads a block; places: where the outputs go, as it
+    takes them."""
+    all_heads = heads_of(log_decay)
+    kept: list[Tensor] = []
+    programs = a.shape[0] * all_heads // heads * tiles.count
+    again = torch.empty(programs * splits, dtype=torch.int32, device=a.device)  # written by every block
+    sharing = (a, b) if source == "paired_outputs" else (c,)
+    arguments = (
+        *(x for operand in (a, b, c) for x in hopper._operand(operand, all_heads, kept)),
+        states.data_ptr(), *states.stride(), *places, *place_of_tiles(tiles, log_decay, splits, heads, *sharing),
+        float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
+    )  # fmt: skip
+    for name in hopper.OUTPUTS:
+        launch = _kernel(source, name, a.shape[3], columns, a.dtype, wide, reverse, cluster, a.device)
+        launch((programs * splits,), hopper.THREADS * heads // HEADS, *arguments)
+
+
+def place_of_tiles(tiles: Tiles, log_decay: Tensor, splits: int, heads: int, *sharing: Tensor) -> tuple[int, ...]:
+    """Where the tiles are, of so many heads at a time. Heads that share these operands come one after the other, tile
+    by tile, in consecutive blocks, which a cluster is made of."""
+    *place, _ = hopper._tiles(tiles, log_decay, splits, *sharing)
+    place[2] //= heads
+    return *place, heads_of(log_decay) // max(x.shape[1] for x in sharing) // heads
+
+
+def compile_for(
+    step: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    wide: bool,
+    reverse: bool,
+    programs: int,
+    device: torch.device,
+    share: int,
+) -> None:
+    """As leetdist.kernels.constant_decay.cuda.hopper.compile_for; share: how many heads share an operand at most."""
+    if share % HEADS:
+        return
+    if step == "tile_states":
+        if _paired(rows, columns, programs, device):
+            _kernel("paired_states", step, rows, columns, dtype, False, reverse, 1, device)
+        return
+    heads, cluster = added_up(share, columns)
+    held, _, _ = hopper.shares(programs // HEADS, rows, columns, hopper._multiprocessors(device))
+    for name in hopper.OUTPUTS:
+        if wide and rows == WIDTH and dtype == torch.bfloat16 and heads == FOUR:
+            wide_too = share != heads * cluster
+            _kernel("grouped_outputs", name, rows, columns // 2, dtype, wide_too, reverse, cluster, device)
+        elif wide and rows == WIDTH and dtype == torch.bfloat16:
+            _kernel("summed_outputs", name, rows, held, dtype, True, reverse, 1, device)
+        elif not wide and _paired(rows, columns, programs, device):
+            _kernel("paired_outputs", name, rows, columns, dtype, False, reverse, 1, device)
+
+
+def shared_memory(source: str, name: str, rows: int, columns: int) -> int:
+    """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
+    heads = FOUR if source == "grouped_outputs" else HEADS
+    if source == "paired_states":
+        operands, slots, tables = 3 * (rows + heads * columns), 3, hopper.TABLES["tile_states"][True]
+    elif (
+        source == "grouped_outputs"
+    ):  # of 128 columns; with two warpgroups' scores, and two places of what each is sent
+        operands, slots = 2 * (heads * 2 * rows + 2 * columns) + 2 * 64 + 2 * 2 * 64, 2
+        tables = hopper.TABLES["tile_outputs"][True]
+    else:
+        own, common = (2 * rows, columns) if source == "summed_outputs" else (columns, 2 * rows)
+        operands, slots = 2 * (heads * own + common) + 64, 2  # and scores
+        tables = hopper.TABLES["tile_outputs"][True]
+    lost = 4 * (columns + 4) if name == hopper.AGAIN else 0
+    return operands // 64 * hopper.BLOCK + hopper.BARRIERS + heads * (tables + slots * hopper.SLOT + lost)
+
+
+@cache
+def _kernel(
+    source: str,
+    name: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    wide: bool,
+    reverse: bool,
+    cluster: int,
+    device: torch.device,
+) -> loader.Kernel:
+    grouped = source == "grouped_outputs"
+    made = hopper.defines(name, rows, columns, 2 if grouped else 1, dtype, wide, reverse, True)
+    return loader.kernel(
+        f"token_decay/cuda/{source}.cu", source, device, (*made, ("CLUSTER", cluster)) if grouped else made,
+        shared_memory=shared_memory(source, name, rows, columns), features="a",
+    )  # fmt: skip

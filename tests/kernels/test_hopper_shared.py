@@ -1,0 +1,222 @@
+"""The CUDA C++ kernels for heads that share operands, on the CPU, emulated, and on a Hopper GPU."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from emulated import emulated
+from test_hopper_cuda import OWN, SHARED_MEMORY
+from test_hopper_token import BF16, FP16, FP32, ON_A_GPU, PACKED, decays
+
+from helpers import NVCC, ptxas_report
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.cuda import hopper as alone
+from leetdist.kernels.token_decay.cuda import hopper, shared, shared_gradients
+from leetdist.kernels.token_decay.pytorch import block as exact
+from leetdist.reference import relative_error
+
+# Bytes a thread may keep in local memory.
+SPILLS = {"paired_states": 0, "paired_outputs": 64}
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, ON_A_GPU])])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(alone, "_multiprocessors", lambda device: 1)  # enough tiles for pairs
+    with emulated(1) if request.param == "emulated" else nullcontext():
+        yield "cuda" if request.param == "cuda" else "cpu"
+
+
+def draw(device: str, tiles: Tiles, rows: int, share: int, dtype: torch.dtype, kind: str, batch: int) -> Any:
+    """a, b, c, states and log_decay: two groups, whose heads share a and b, (B, N, H, D) in memory."""
+    heads, tokens = 2 * share, tiles.num_tokens
+    a, b, c = (
+        torch.randn(batch, tokens, own, dim).to(device, dtype).transpose(1, 2)
+        for own, dim in ((2, rows), (2, rows), (heads, 64))
+    )
+    states = torch.randn(batch, heads, tiles.count, rows, 64).to(device)
+    return a, b, c, states, decays(kind, batch, heads, tokens).to(device)
+
+
+CASES = [  # rows, share, dtype, reverse, kind, tiles, batch
+    (64, 2, BF16, False, "mixed", Tiles(192, (0, 65, 195)), 1),
+    (128, 2, BF16, True, "usual", Tiles(192, (0, 195)), 1),
+]
+ON_A_GPU_TOO = [
+    (rows, share, dtype, reverse, kind, tiles, 3)
+    for tiles in (PACKED, Tiles(512, (0, 1300)))
+    for rows in (64, 128)
+    for share in (2, 8, 6)
+    for dtype in (BF16, FP16)
+    for reverse in (False, True)
+    for kind in ("weak", "usual", "mixed")
+]
+
+
+def test_pairs_have_the_bits_of_single_heads(device):
+    """Whatever they are beside, and whatever is not finite in one of them."""
+    for rows, share, dtype, reverse, kind, tiles, batch in ON_A_GPU_TOO if device == "cuda" else CASES:
+        a, b, c, states, g = draw(device, tiles, rows, share, dtype, kind, batch)
+        options: dict[str, Any] = {"reverse": reverse, "scale": 0.5, "state_scale": 0.7, "out_dtype": dtype}
+        assert shared.in_pairs((a, b), c, g, tiles)
+        for bad in (None, (c, 64, math.nan), (b, 10, math.inf), (g, 131, 0.5)):
+            if bad is not None:
+                x, token, value = bad
+                (x[-1, -1, token, 5:6] if x.ndim == 4 else x[-1, -1, token : token + 1]).fill_(value)
+            out = hopper.tile_outputs(a, b, c, states, g, tiles, **options)
+            expected = alone.tile_outputs(a, b, c, states, g, tiles, **options)
+            assert torch.equal(out.nan_to_num(77.0), expected.nan_to_num(77.0)), (
+                rows,
+                share,
+                dtype,
+                reverse,
+                kind,
+                bad,
+            )
+            assert torch.equal(out.isnan(), expected.isnan())
+            assert bad is not None or out.isfinite().all()
+            added = hopper.tile_states(b, c, g, tiles, reverse=reverse, scale=0.3)
+            expected = alone.tile_states(b, c, g, tiles, reverse=reverse, scale=0.3)
+            assert torch.equal(added.nan_to_num(77.0), expected.nan_to_num(77.0)), (
+                rows,
+                share,
+                dtype,
+                reverse,
+                kind,
+                bad,
+            )
+
+
+def test_what_one_head_of_a_pair_leaves_out(device):
+    """Tokens that decay to nothing for one head are read for the other, and change no bit of the first."""
+    tiles = Tiles(3000 if device == "cuda" else 1000, (0, 3000 if device == "cuda" else 1000))
+    for reverse in (False, True):
+        _, b, c, _, g = draw(device, tiles, 64, 2, BF16, "weak", 1)
+        g[0, 0] = -0.5
+        far = slice(500, None) if reverse else slice(0, tiles.num_tokens - 500)
+        c[0, 0, far] = math.nan
+        added = hopper.tile_states(b, c, g, tiles, reverse=reverse)
+        assert added.isfinite().all()
+        assert torch.equal(added, alone.tile_states(b, c, g, tiles, reverse=reverse))
+
+
+def gradients(device: str, tiles: Tiles, rows: int, share: int, kind: str, batch: int) -> Any:
+    """q, k, v, do, states and their gradients at the tiles' ends, and log_decay."""
+    q, k, v, states, g = draw(device, tiles, rows, share, BF16, kind, batch)
+    return q, k, v, torch.randn_like(v), states, torch.randn_like(states), g
+
+
+def added_up(read: Any, pairs: Any, written: Any, across: Any, tiles: Tiles) -> torch.Tensor:
+    """The gradient of log_decay from what the two passes leave of tokens, (B, H, N), and of tiles."""
+    total = torch.empty_like(read, dtype=torch.float64)
+    for tile, (begin, length) in enumerate(tiles.spans):
+        passing = across[:, :, tile].double()
+        for first in range(begin, begin + length, 64):
+            chunk = slice(first, min(first + 64, begin + length))
+            a, b, inside = (x[:, :, chunk].double() for x in (read, written, pairs))
+            passing = passing - a.sum(-1)
+            before = torch.nn.functional.pad(b.cumsum(-1)[..., :-1], (1, 0))
+            total[:, :, chunk] = inside + a.flip(-1).cumsum(-1).flip(-1) + before + passing[..., None]
+            passing = passing + b.sum(-1)
+    return total
+
+
+@pytest.mark.parametrize("kind", ["weak", "usual", "mixed"])
+def test_gradients_of_heads_that_share(device, kind):
+    """dv against fp64, and what the gradient of log_decay is added up from; in a larger batch, and launched again."""
+    gpu = device == "cuda"
+    for rows, tiles in [(128, PACKED), (64, Tiles(512, (0, 1300)))] if gpu else [(64, Tiles(192, (0, 65, 195)))]:
+        q, k, v, do, states, ends, g = gradients(device, tiles, rows, 8 if gpu else 4, kind, 3 if gpu else 1)
+
+        everything = q, k, v, do, states, ends, g
+        dv, dg = both_passes(*everything, tiles)
+        doubles = [x.double() for x in everything]
+        expected = exact.decay_gradient(*doubles, tiles, scale=0.3)
+        assert relative_error(dg, expected) < 1e-4
+        options: dict[str, Any] = {"reverse": True, "scale": 0.3, "state_scale": 1.0, "out_dtype": torch.float64}
+        expected = exact.tile_outputs(doubles[1], doubles[0], doubles[3], doubles[5], doubles[6], tiles, **options)
+        assert relative_error(dv, expected) < 3e-3
+        for _ in range(3 if gpu else 0):
+            again = both_passes(*(x[-1:].contiguous() for x in everything), tiles)
+            assert torch.equal(again[0], dv[-1:])
+            assert torch.equal(again[1], dg[-1:])
+
+
+def both_passes(q: Any, k: Any, v: Any, do: Any, states: Any, ends: Any, g: Any, tiles: Tiles) -> Any:
+    """dv, and the gradient of log_decay."""
+    sums = torch.full((3, *g.shape), math.nan, device=g.device)
+    _, lost = shared_gradients.flows((q, k, v, do), states, None, g, tiles, sums[0], sums[1], scale=0.3)
+    assert not lost.any()
+    dv = torch.full_like(v, math.nan)
+    across, lost = shared_gradients.flows((k, q, do, v), ends, states, g, tiles, sums[2], None, scale=0.3, out=dv)
+    assert not lost.any()
+    return dv, added_up(*sums, across, tiles)
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("source", "name"), [("paired_states", "tile_states"), *(("paired_outputs", name) for name in alone.OUTPUTS)]
+)
+def test_pairs_compile_and_fit(source, name, reverse, tmp_path):
+    made = alone.defines(name, 128, 64, 1, BF16, False, reverse, True)
+    said = ptxas_report(f"token_decay/cuda/{source}.cu", "sm_90a", made, tmp_path)
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    assert spilled, said
+    assert name == alone.AGAIN or int(spilled[1]) <= SPILLS[source], said
+    assert "serialized" not in said, said
+    blocks = 1 if name == alone.AGAIN else 2
+    assert blocks * (shared.shared_memory(source, name, 128, 64) + OWN) <= SHARED_MEMORY
+
+
+SUMS = [(4, 64, 2, 2), (6, 128, 6, 2), (12, 128, 4, 4), (64, 128, 8, 8), (32, 128, 16, 8), (24, 128, 12, 4)]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("summed", ["pairs", "clusters"])
+def test_heads_that_share_are_added_up(device, reverse, summed):
+    """Against fp64, in a larger batch, launched again, and with something bad in one head of one batch entry."""
+    gpu = device == "cuda"
+    cases = SUMS if gpu else [(2, 64, 2, 2)] if summed == "pairs" else [(8, 128, 8, 8)]
+    tiles, batch = (PACKED, 3) if gpu else (Tiles(128, (0, 65, 195)), 1)
+    for heads, columns, share, together in cases:
+        if gpu and (together == 2) != (summed == "pairs"):
+            continue
+        a, b, c = (
+            torch.randn(batch, tiles.num_tokens, own, dim).to(device, BF16).transpose(1, 2)
+            for own, dim in ((heads, 64), (heads, 64), (heads // share, columns))
+        )
+        states = torch.randn(batch, heads, tiles.count, 64, columns).to(device)
+        g = decays("mixed", batch, heads, tiles.num_tokens).to(device)
+        options: dict[str, Any] = {"reverse": reverse, "scale": 0.5, "state_scale": 0.7}
+        out = hopper.tile_outputs(a, b, c, states, g, tiles, out_dtype=FP32, **options)
+        doubles = a.double(), b.double(), c.double(), states.double(), g.double()
+        expected = exact.tile_outputs(*doubles, tiles, out_dtype=torch.float64, **options)
+        expected = expected.unflatten(1, (-1, together)).sum(2)
+        assert out.shape == expected.shape
+        assert out.dtype == (BF16 if together == share > 2 else FP32)
+        assert heads == 2 or out.stride(1) <= out.stride(2)  # laid out as a is
+        for head in range(heads // together):
+            assert relative_error(out[:, head], expected[:, head]) < 3e-3
+        last = [x[-1:].contiguous() for x in (a, b, c, states, g)]
+        for _ in range(10 if gpu else 1):
+            assert torch.equal(hopper.tile_outputs(*last, tiles, out_dtype=FP32, **options), out[-1:])
+        for operand, token in (("b", 64), ("c", 150), ("b", 10), ("c", 131))[: 4 if gpu else 2]:
+            bad = [x.clone() for x in last]
+            bad["abc".index(operand)][0, -1, token, 5] = random.choice((math.nan, math.inf))
+            begin, length = next(span for span in tiles.spans if sum(span) > token)
+            seen = slice(begin, token + 1) if reverse else slice(token, begin + length)
+            lost = torch.zeros_like(out[-1:], dtype=torch.bool)
+            if operand == "b":
+                lost[:, -1, seen] = True
+            else:
+                lost[:, -(share // together) :, seen, 5] = True
+            found = hopper.tile_outputs(*bad, tiles, out_dtype=FP32, **options)
+            assert torch.equal(found[~lost], out[-1:][~lost])
+            assert not found[lost].isfinite().any()
