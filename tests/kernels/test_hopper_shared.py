@@ -23,7 +23,7 @@ from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
 
 # Bytes a thread may keep in local memory.
-SPILLS = {"paired_states": 0, "paired_outputs": 64}
+SPILLS = {"paired_states": 0, "paired_outputs": 64, "paired_gradients": 64, "summed_outputs": 96, "grouped_outputs": 32}
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, ON_A_GPU])])
@@ -159,20 +159,39 @@ def both_passes(q: Any, k: Any, v: Any, do: Any, states: Any, ends: Any, g: Any,
     return dv, added_up(*sums, across, tiles)
 
 
+AGAIN = alone.AGAIN
+COMPILED = [  # source, step, rows, columns, warpgroups, outputs in fp32, reversed, blocks to a cluster
+    ("paired_states", "tile_states", 128, 64, 1, False, True, None),
+    ("paired_outputs", "tile_outputs", 128, 64, 1, False, False, None),
+    ("paired_outputs", "tile_outputs", 128, 64, 1, False, True, None),
+    ("paired_outputs", AGAIN, 128, 64, 1, False, False, None),
+    ("paired_gradients", "tile_outputs", 128, 64, 2, False, False, None),
+    ("paired_gradients", "tile_outputs", 128, 64, 2, False, True, None),
+    ("paired_gradients", AGAIN, 128, 64, 2, False, True, None),
+    ("summed_outputs", "tile_outputs", 64, 128, 1, True, True, None),
+    ("summed_outputs", AGAIN, 64, 128, 1, True, True, None),
+    ("grouped_outputs", "tile_outputs", 64, 64, 2, False, True, 2),
+    ("grouped_outputs", "tile_outputs", 64, 64, 2, True, False, 1),
+    ("grouped_outputs", AGAIN, 64, 64, 2, False, False, 2),
+]
+
+
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    ("source", "name"), [("paired_states", "tile_states"), *(("paired_outputs", name) for name in alone.OUTPUTS)]
-)
-def test_pairs_compile_and_fit(source, name, reverse, tmp_path):
-    made = alone.defines(name, 128, 64, 1, BF16, False, reverse, True)
+@pytest.mark.parametrize(("source", "name", "rows", "columns", "groups", "wide", "reverse", "cluster"), COMPILED)
+def test_compiles_and_fits(source, name, rows, columns, groups, wide, reverse, cluster, tmp_path):
+    made = alone.defines(name, rows, columns, groups, BF16, wide, reverse, True)
+    made = made if cluster is None else (*made, ("CLUSTER", cluster))
     said = ptxas_report(f"token_decay/cuda/{source}.cu", "sm_90a", made, tmp_path)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
-    assert name == alone.AGAIN or int(spilled[1]) <= SPILLS[source], said
+    assert name == AGAIN or int(spilled[1]) <= SPILLS[source], said
     assert "serialized" not in said, said
-    blocks = 1 if name == alone.AGAIN else 2
-    assert blocks * (shared.shared_memory(source, name, 128, 64) + OWN) <= SHARED_MEMORY
+    blocks = 1 if name == AGAIN or groups == 2 else 2
+    if source == "paired_gradients":
+        asked = shared_gradients.shared_memory(name, rows, reverse)
+    else:
+        asked = shared.shared_memory(source, name, rows, columns)
+    assert blocks * (asked + OWN) <= SHARED_MEMORY
 
 
 SUMS = [(4, 64, 2, 2), (6, 128, 6, 2), (12, 128, 4, 4), (64, 128, 8, 8), (32, 128, 16, 8), (24, 128, 12, 4)]

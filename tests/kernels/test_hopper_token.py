@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -12,13 +11,11 @@ import pytest
 import torch
 from emulated import emulated
 from test_bad_tokens import assert_seen_only_behind
-from test_hopper_cuda import OWN, SHARED_MEMORY, SPILLS
 
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common import replay
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant
-from leetdist.kernels.token_decay.cuda import hopper, shared
+from leetdist.kernels.token_decay.cuda import hopper
 from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
 

@@ -54,9 +54,8 @@ def tile_outputs(
     given = a, b, c, states, log_decay, tiles
     if (out is None or out.shape[1] < heads_of(log_decay)) and shared.summed(a, c, log_decay, out_dtype):
         return shared.summed_outputs(*given, reverse=reverse, scale=scale, state_scale=state_scale, out=out)
-    compute = hopper.tile_outputs
-    if out_dtype == a.dtype and shared.in_pairs((a, b), c, log_decay, tiles):
-        compute = shared.paired_outputs
+    paired = out_dtype == a.dtype and shared.in_pairs((a, b), c, log_decay, tiles)
+    compute = shared.paired_outputs if paired else hopper.tile_outputs
     return compute(*given, reverse=reverse, scale=scale, state_scale=state_scale, out_dtype=out_dtype, out=out)
 
 
