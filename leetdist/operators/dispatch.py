@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
@@ -129,9 +129,8 @@ def chosen(use: Use, problem: Problem, tile: int, *, compiled: bool = False) -> 
 def by_two_passes(problem: Problem, tile: int) -> tuple[Choice, ...]:
     """Who makes all gradients of a call with "early_gradients" and "late_gradients"; mostly nobody: then they are made
     one by one."""
-    if {problem.q_heads, problem.k_heads, problem.v_heads} != {problem.heads}:
-        return ()
-    facts, found = facts_of(problem, tile), []
+    shares = tuple(problem.heads // own for own in (problem.q_heads, problem.k_heads, problem.v_heads))
+    facts, found = replace(facts_of(problem, tile), shares=shares), []
     for step in ("early_gradients", "late_gradients"):
         choice, _ = ask(Use(step, regular=problem.documents is None), facts)
         if choice is None or not works(choice, problem):

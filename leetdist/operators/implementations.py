@@ -58,6 +58,7 @@ class Facts:
     tile: int
     precision: str | None = None
     operator: str = "constant_decay"
+    shares: tuple[int, int, int] = (1, 1, 1)
 
     @property
     def interpreted(self) -> bool:
@@ -225,11 +226,28 @@ def _cuda_hopper(facts: Facts) -> str | None:
     return refused or _hopper_16_bit(facts, {64, 128, 256})
 
 
-def _cuda_hopper_gradients(facts: Facts) -> str | None:
+def _cuda_hopper_bf16(facts: Facts) -> str | None:
     refused = _cuda_hopper(facts)
     if refused is None and facts.dtype != torch.bfloat16:
         refused = f"computes bfloat16, got {_named(facts.dtype)}"
-    return refused or _hopper_16_bit(facts, {128})
+    return refused
+
+
+def _cuda_hopper_gradients(facts: Facts) -> str | None:
+    refused = _cuda_hopper_bf16(facts) or _hopper_16_bit(facts, {128})
+    if refused is None and facts.shares != (1, 1, 1):
+        refused = "heads that share nothing"
+    return refused
+
+
+def _cuda_hopper_shared_gradients(facts: Facts) -> str | None:
+    refused = _cuda_hopper_bf16(facts)
+    if refused is None and (facts.rows > 128 or facts.columns != 64):
+        refused = f"head sizes of 64 or 128 and 64, got {facts.rows} and {facts.columns}"
+    of_q, of_k, of_v = facts.shares
+    if refused is None and (of_q % 4 or of_k % 4 or of_v > 1):
+        refused = "multiples of 4 heads that share q and k, and none that share v"
+    return refused
 
 
 def _gluon(facts: Facts) -> str | None:
@@ -310,6 +328,10 @@ CUDA_HOPPER_GRADIENTS = Implementation(
     "CUDA C++", "cuda.gradients", _cuda_hopper_gradients, "NVRTC",
     features="a", recordable=True, operator="token_decay",
 )  # fmt: skip
+CUDA_HOPPER_SHARED_GRADIENTS = Implementation(
+    "CUDA C++", "cuda.shared_gradients", _cuda_hopper_shared_gradients, "NVRTC",
+    features="a", recordable=True, operator="token_decay",
+)  # fmt: skip
 TRITON_A_TOKEN = Implementation(
     "Triton", "triton.block", _triton, "Triton",
     recordable=True, takes_precision=True, operator="token_decay", opened="triton.open_chunk",
@@ -347,8 +369,8 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET, PYTORCH_FLEET_A_TOKEN),
     "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN, PYTORCH_BY_TOKEN_A_TOKEN),
     "fold": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
-    "early_gradients": (CUDA_HOPPER_GRADIENTS,),
-    "late_gradients": (CUDA_HOPPER_GRADIENTS,),
+    "early_gradients": (CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
+    "late_gradients": (CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
     "decay_gradient": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "step": (TRITON_STEP, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
     "steps": (TRITON_STEPS, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),

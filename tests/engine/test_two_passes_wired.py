@@ -15,7 +15,7 @@ from torch import Tensor
 import leetdist
 from leetdist.engine import plan
 from leetdist.kernels.token_decay.pytorch import block
-from leetdist.operators.implementations import CANDIDATES, Implementation
+from leetdist.operators.implementations import CANDIDATES, Facts, Implementation
 from leetdist.operators.methods import _kernels_for
 
 MODULE = "leetdist.kernels.token_decay.stand_in"
@@ -53,7 +53,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for function in (early_gradients, late_gradients):
         monkeypatch.setattr(module, function.__name__, counted(function.__name__, function), raising=False)
     monkeypatch.setitem(sys.modules, MODULE, module)
-    here = Implementation("stand-in", "stand_in", lambda facts: None, operator="token_decay")
+
+    def refusal(facts: Facts) -> str | None:
+        return None if facts.shares == (1, 1, 1) else "heads that share nothing"
+
+    here = Implementation("stand-in", "stand_in", refusal, operator="token_decay")
     for step in ("early_gradients", "late_gradients"):
         monkeypatch.setitem(CANDIDATES, step, (here,))
     forget()

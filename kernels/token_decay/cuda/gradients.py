@@ -98,6 +98,8 @@ def compile_for(
     reverse: bool,
     programs: int,
     device: torch.device,
+    *,
+    share: int = 1,
 ) -> None:
     """See leetdist.kernels.constant_decay.cuda.hopper.compile_for."""
     for name in NAMES:

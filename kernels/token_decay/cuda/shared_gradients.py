@@ -1,13 +1,13 @@
-"""All gradients of a decay a token where heads share q and k, four or more, and v has 64 columns (Mamba-2), in bf16.
+"""All gradients of a decay a token where heads share q and k, in fours, and v has 64 columns (Mamba-2), in bf16.
 
 dq and dk are sums over heads (shared.py). Beside dv, paired_gradients.cu leaves what the gradient of log_decay is a sum
-of: leetdist.kernels.token_decay.triton.gradient says of what, and added_up.py adds it up. Tiles in which something is
-not finite are given to the former.
+of (leetdist.kernels.token_decay.triton.gradient), which leetdist.kernels.token_decay.triton.added_up adds up.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,93 @@ from leetdist.kernels.common.tensor_map import MAP_BYTES
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+from leetdist.kernels.token_decay.cuda import shared
+from leetdist.kernels.token_decay.cuda.gradients import _place, _placed
+from leetdist.kernels.token_decay.cuda.hopper import tile_outputs
 from leetdist.kernels.token_decay.cuda.shared import FOUR, WIDTH, place_of_tiles
 
 GROUPS = 2  # warpgroups of a block
+
+configuration = hopper.configuration
+
+
+def early_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """dq, added up over heads as leetdist.kernels.token_decay.cuda.hopper.tile_outputs does, and what `late_gradients`
+    is to be told.
+
+    q, k: (B, heads, N, Dk) bf16, of which H / heads is a multiple of 4; v, do: (B, H, N, 64) bf16; states: (B, H,
+    tiles.count, Dk, 64) fp32, contiguous, at the tiles' starts; log_decay: (B, H, N) fp32. What is kept, by name: as
+    leetdist.kernels.token_decay.cuda.gradients.early_gradients, and "pairs" (B, H, 2, N) fp32, in whose second half is
+    what goes from token to token.
+    """
+    options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": torch.float32}
+    dq = tile_outputs(do, v, k, states.mT, log_decay, tiles, out=out, **options)
+    batch, heads, tokens = log_decay.shape
+    read = torch.zeros(batch, heads, 2, tokens, dtype=torch.float32, device=q.device)
+    pairs = torch.empty_like(read)
+    _, lost = flows((q, k, v, do), states, None, log_decay, tiles, read[:, :, 0], pairs[:, :, 1], scale=scale)
+    return dq, {"read": read, "pairs": pairs, "early_lost": lost}
+
+
+def late_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    states: Tensor,
+    ends: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    kept: dict[str, Tensor],
+    *,
+    scale: float,
+    outs: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dk, added up as dq, dv and the gradient of log_decay (B, H, N) fp32, in `outs` where they are given.
+
+    ends: the gradient of the state at each tile's end, as `states`; kept: what `early_gradients` has returned.
+    """
+    from leetdist.kernels.token_decay.triton.added_up import added_up
+
+    options: dict[str, Any] = {"reverse": True, "scale": scale, "state_scale": 1.0, "out_dtype": torch.float32}
+    dk = tile_outputs(v, do, q, ends.mT, log_decay, tiles, out=outs[0], **options)
+    dv, written = _place(k, do, log_decay, outs[1]), kept["pairs"]
+    across, lost = flows((k, q, do, v), ends, states, log_decay, tiles, written[:, :, 0], None, scale=scale, out=dv)
+    grad = added_up(
+        q, k, v, do, states, ends, log_decay, tiles, kept["read"], written, across, (kept["early_lost"], lost),
+        scale=scale, out=outs[2],
+    )  # fmt: skip
+    return dk, _placed(dv, outs[1]), grad
+
+
+def compile_for(
+    step: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    wide: bool,
+    reverse: bool,
+    programs: int,
+    device: torch.device,
+    *,
+    share: int,
+) -> None:
+    """See leetdist.kernels.constant_decay.cuda.hopper.compile_for."""
+    late = step == "late_gradients"
+    shared.compile_for("tile_outputs", columns, rows, dtype, True, late, programs, device, share)
+    for name in hopper.OUTPUTS if late else hopper.OUTPUTS[:1]:
+        _kernel(name, rows, late, device)
 
 
 def flows(
