@@ -1,18 +1,19 @@
 // What paired_gradients.cu wants beside hopper_tile.cuh: sums over rows and columns that lie in several threads.
 
+// Of 2 many sums, half stay with this thread, and half go to the one whose lane is 2 many apart.
+template <int many> __device__ __forceinline__ void exchange_sums(float (&sums)[16]) {
+    const bool upper = threadIdx.x & 2 * many;
+#pragma unroll
+    for (int i = 0; i < many; i++) {
+        const float other = upper ? sums[i] : sums[i + many];
+        sums[i] = (upper ? sums[i + many] : sums[i]) + __shfl_xor_sync(0xffffffffu, other, 2 * many);
+    }
+}
 // Of a thread's 16 tokens, whose numbers the eight threads of the same lane % 4 hold in turn (as outputs, transposed), the
 // sums over them, for all 64 tokens of a warp.
 __device__ __forceinline__ void sum_lanes(float (&sums)[16], Word to) {
     const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int many = 8; many >= 2; many /= 2) {  // of so many tokens this thread keeps the sums
-        const bool upper = lane & 2 * many;
-#pragma unroll
-        for (int i = 0; i < many; i++) {
-            const float other = upper ? sums[i] : sums[i + many];
-            sums[i] = (upper ? sums[i + many] : sums[i]) + __shfl_xor_sync(0xffffffffu, other, 2 * many);
-        }
-    }
+    exchange_sums<8>(sums), exchange_sums<4>(sums), exchange_sums<2>(sums);
     store(to + (lane / 4 * 8 + 2 * (lane % 4)) * 4, sums[0], sums[1]);
 }
 // Of each token the sum over a warp's 16 columns of o, transposed, times x.
