@@ -129,7 +129,7 @@ def chosen(use: Use, problem: Problem, tile: int, *, compiled: bool = False) -> 
 def by_two_passes(problem: Problem, tile: int) -> tuple[Choice, ...]:
     """Who makes all gradients of a call with "early_gradients" and "late_gradients"; mostly nobody: then they are made
     one by one."""
-    shares = tuple(problem.heads // own for own in (problem.q_heads, problem.k_heads, problem.v_heads))
+    shares = problem.heads // problem.q_heads, problem.heads // problem.k_heads, problem.heads // problem.v_heads
     facts, found = replace(facts_of(problem, tile), shares=shares), []
     for step in ("early_gradients", "late_gradients"):
         choice, _ = ask(Use(step, regular=problem.documents is None), facts)

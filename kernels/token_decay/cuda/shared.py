@@ -85,7 +85,7 @@ def paired_outputs(
         target = torch.empty_like(out, memory_format=torch.contiguous_format)
     place = hopper._map(target)
     assert place is not None
-    places = place, target.data_ptr(), *target.stride()[:3]
+    places: tuple[bytes | int, ...] = (place, target.data_ptr(), *target.stride()[:3])
     options = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
     _outputs(
         "paired_outputs", a, b, c, states, places, log_decay, tiles, c.shape[3], 1, heads=HEADS, cluster=1, wide=False,
