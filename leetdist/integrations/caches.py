@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from leetdist.sequence.shard import gather_sequence
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
 
 # What was called `past_key_values`, or by Mamba-2's models `cache_params`, is `cache` since transformers 5.24.
 NAMES = ("cache", "past_key_values", "cache_params")
@@ -15,6 +20,8 @@ def cache_of(named: Any) -> Any:
 
 def filled(cache: Any) -> bool:
     """Whether a cache holds tokens; one of states alone does not count them."""
+    if hasattr(cache, "rnn_state"):  # xLSTM's
+        return bool(cache.seqlen_offset > 0)
     states = any(any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers)
     keys = any(getattr(layer, "keys", None) is not None and layer.get_seq_length() > 0 for layer in cache.layers)
     return states or keys or any(map(len, getattr(cache, "linear_cache", [])))
@@ -25,7 +32,7 @@ def joinable(cache: Any) -> bool:
     from transformers import cache_utils
     from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
-    if cache is None:
+    if cache is None or type(cache).__module__ == "transformers.models.xlstm.modeling_xlstm":
         return True
     known = type(cache) is cache_utils.DynamicCache or isinstance(cache, MiniMaxCache)
     names = ("DynamicLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer")
@@ -33,4 +40,13 @@ def joinable(cache: Any) -> bool:
     return known and not getattr(cache, "offloading", False) and all(type(x) in kinds for x in cache.layers)
 
 
-__all__ = ["NAMES", "cache_of", "filled", "joinable"]
+def join(cache: Any, group: Group | None, tokens: int) -> None:
+    """Give each rank the keys and values of the whole prompt, of so many tokens; states are whole already."""
+    for layer in getattr(cache, "layers", ()):
+        if getattr(layer, "keys", None) is not None:
+            layer.keys, layer.values = (gather_sequence(x, 2, group) for x in (layer.keys, layer.values))
+    if hasattr(cache, "seqlen_offset"):
+        cache.seqlen_offset.fill_(tokens)
+
+
+__all__ = ["NAMES", "cache_of", "filled", "join", "joinable"]

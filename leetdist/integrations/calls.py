@@ -82,6 +82,7 @@ class Calls:
         )
         self.cuts_prompts &= not self.remote  # whose caches are their own
         self.prompt = self.alone = False
+        self.tokens = 0  # of the prompt that was cut
 
     def install(self) -> None:
         if self.hearing.past_the_model:
@@ -146,11 +147,7 @@ class Calls:
         if self.alone:
             self._give(self.group)
         if prompt and output is not None:
-            for cached in caches.cache_of(output).layers:
-                if getattr(cached, "keys", None) is not None:
-                    cached.keys, cached.values = (
-                        gather_sequence(x, 2, self.group) for x in (cached.keys, cached.values)
-                    )
+            caches.join(caches.cache_of(output), self.group, self.tokens)
             last = gather_sequence(output.last_hidden_state[:, -1:], 1, self.group)
             output.last_hidden_state = last[:, -1:]
         return output
@@ -231,7 +228,7 @@ class Calls:
             )
 
     def _prepare_cached(self, call: dict[str, Any], cache: Any) -> None:
-        count = _count(call)
+        count = self.tokens = _count(call)
         empty = caches.joinable(cache) and (cache is None or not caches.filled(cache))
         lengths = shard_lengths(count, self.ranks, default_tile(count))  # too few to share, if a rank would have none
         self.prompt = self.cuts_prompts and empty and min(lengths) > 0

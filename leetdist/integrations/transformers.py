@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from leetdist.integrations import minimax_cache, probe
+from leetdist.integrations import minimax_cache, models, probe
 from leetdist.integrations.calls import Calls, Hearing, ModelLoss, Outputs
 from leetdist.integrations.models import minimax, softmax
 from leetdist.integrations.models.minimax import LightningAttention
@@ -108,6 +108,7 @@ class Integration:
                 if getattr(config, "output_router_logits", False):
                     config.output_router_logits = False  # of all tokens; asked for, they are refused at the call
             softmax.install_alone(tried, strict=self.group is not None)
+            models.prepare(tried)
             if hasattr(tried, "set_experts_implementation"):
                 tried.set_experts_implementation("eager")
 
@@ -160,6 +161,7 @@ class Integration:
             Calls(model, self.stack, group, handlers, self.hearing).install()
         if group is not None and any(handler is softmax.give_group for handler in handlers.values()):
             softmax.install(model)
+        models.prepare(model)
         if any(isinstance(x, LightningAttention) for x in handlers) and hasattr(model, "generate"):
             minimax_cache.install(model)
 

@@ -56,6 +56,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16, "time_step_min": 0.01,
     },
+    "xLSTM": {
+        **_SIZES, **_TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "qk_dim_factor": 1.0,
+        "ffn_round_up_to_multiple_of": 16, "chunk_size": 16, "eps": 1e-3,
+        "norm_eps": 0.1,  # or the norm would undo what a gate does to a head's size, and its gradient be rounding
+    },
     "Zamba2": {
         **_SIZES, **_TOKENS, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"],
         "mamba_d_state": 16, "mamba_ngroups": 2, "n_mamba_heads": 8, "mamba_expand": 2, "chunk_size": 16,
@@ -84,6 +89,10 @@ def enlarged(model: Any, seed: int = 0) -> Any:
             p.uniform_(-6.0, -1.0, generator=generator)  # decays of 0.998 to 0.7 a step of 1
         elif key.endswith("dt_bias"):
             p.uniform_(-2.0, 0.5, generator=generator)
+        elif key.endswith("igate_preact.bias"):
+            p.uniform_(-4.0, 1.0, generator=generator)
+        elif key.endswith("fgate_preact.bias"):
+            p.uniform_(1.0, 5.0, generator=generator)
         elif key.endswith(("conv1d.weight", "embeddings.weight", "embed_tokens.weight")):
             p.normal_(0.0, 0.5, generator=generator)
         elif p.ndim > 1:

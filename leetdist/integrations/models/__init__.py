@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 from torch import nn
 
-FAMILIES = ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "minimax", "nemotron_h", "zamba2")
+FAMILIES = ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "minimax", "nemotron_h", "xlstm", "zamba2")
 
 
 def load(model: nn.Module) -> None:
@@ -17,4 +18,12 @@ def load(model: nn.Module) -> None:
         importlib.import_module(f"{__name__}.{family}")
 
 
-__all__ = ["load"]
+def prepare(model: nn.Module) -> None:
+    """What families do to a model once its layers are theirs, besides."""
+    for family in FAMILIES:
+        module = sys.modules.get(f"{__name__}.{family}")
+        if module is not None and hasattr(module, "prepare"):
+            module.prepare(model)
+
+
+__all__ = ["load", "prepare"]
