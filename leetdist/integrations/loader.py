@@ -13,15 +13,19 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from leetdist.arguments import as_int, check_device
 from leetdist.integrations.batches import Batch, checksums, shard_batch
-from leetdist.mesh import DATA_NAMES, _dimensions, data_rank
+from leetdist.mesh import DATA_NAMES, _dimensions, data_rank, sequence_group
 from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
     from leetdist.mesh import Mesh
 
 # How samplers, datasets and their wrappers (torch's, accelerate's, datasets') say that they give a rank its share.
-_DEALERS = (("num_replicas", "rank"), ("num_processes", "process_index"), ("world_size", "rank"))
-_WRAPPED = ("sampler", "batch_sampler", "dataset", "_distributed", "base_dataloader", "_ex_iterable")
+_DEALERS = (
+    ("num_replicas", "rank"), ("num_processes", "process_index"), ("world_size", "rank"), ("dp_size", "rank"),
+    ("data_parallel_size", "data_parallel_rank"),
+)  # fmt: skip
+# "state": accelerate's loader that reads on one rank, and sends the others their rows.
+_WRAPPED = ("sampler", "batch_sampler", "dataset", "_distributed", "base_dataloader", "_ex_iterable", "state")
 # What a DataLoader is made of, besides its dataset and what draws from it.
 _OPTIONS = (
     "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator",
@@ -46,13 +50,14 @@ class ShardedLoader:
         seed: of the order.
         device: where the batches go; None leaves them on the CPU.
 
-    Attributes: `epoch`, from 0; `step`, batches taken in this epoch; `state_dict()`, `load_state_dict()`: resume.
+    Attributes: `epoch`, from 0; `step`, batches taken in this epoch; `state_dict()`, `load_state_dict()`: resume, with
+    the state of a loader that has one (torchdata's StatefulDataLoader), else by drawing the first `step` batches again.
     `len()`, steps an epoch, where the loader has a length. `progress` is a line for people.
 
     Raises:
-        ValueError: the loader's sampler, dataset or wrapper deals rows to ranks already; the rows of a batch do not
-            divide; the data-parallel ranks draw other rows (looked at where an epoch begins); or, from `shard_batch`,
-            the ranks' rows differ. Shapes and dtypes are those of `shard_batch`.
+        ValueError: the loader's sampler, dataset or wrapper deals rows to ranks already; the mesh has no dimension for
+            sequences; the rows of a batch do not divide; the data-parallel ranks draw other rows (looked at where an
+            epoch begins); or, from `shard_batch`, the ranks' rows differ. Shapes and dtypes are those of `shard_batch`.
 
     Source: the data-sequence hybrid parallelism of LASP, arXiv 2404.02882: rows are dealt by the data-parallel rank of
     the mesh, not by the rank in the job.
@@ -87,12 +92,14 @@ class ShardedLoader:
             raise ValueError("loader must be an iterable that can be started again for each epoch, got an iterator")
         if device is not None:
             check_device(device)
+        sequence_group(mesh)  # says what a mesh has to be
         self.mesh, self.seed, self.device = mesh, seed, device
         self.rank, self.ranks = data_rank(mesh)
         self.epoch = self.step = 0
         self.source: Iterable[Mapping[str, Any]] = loader
         self.given = loader
         self._rows: _Rows | None = None
+        self._ahead = 0  # batches that the loader leaves out itself, as its own state says
         whole: Any = loader
         by_index = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
         if by_index and whole.batch_sampler is not None:
@@ -133,7 +140,8 @@ class ShardedLoader:
             self._check_same_rows(self._rows.drawn)
         elif first:
             self._check_same_rows(checksums(first[0]))
-        for number, batch in enumerate(chain(first, batches)):
+        ahead, self._ahead = self._ahead, 0
+        for number, batch in enumerate(chain(first, batches), ahead):
             if self._rows is not None:
                 yield batch
             elif number >= self.step:
@@ -173,11 +181,20 @@ class ShardedLoader:
             total = ""
         return f"epoch {self.epoch}, step {self.step}{total}"
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "step": self.step, "seed": self.seed}
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "seed": self.seed}
+        given: Any = self.given
+        if self.step and hasattr(given, "state_dict") and hasattr(given, "load_state_dict"):
+            state["loader"] = given.state_dict()
+        return state
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch, self.step, self.seed = state["epoch"], state["step"], state["seed"]
+        given: Any = self.given
+        self._ahead = 0
+        if "loader" in state and hasattr(given, "load_state_dict"):
+            given.load_state_dict(state["loader"])
+            self._ahead = self.step
 
 
 class _Rows(Sampler[list[int]]):

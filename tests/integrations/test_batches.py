@@ -178,10 +178,15 @@ def test_a_mesh_without_a_sequence_dimension_is_refused() -> None:
 
 
 class Meshed:
-    """What ShardedLoader asks of a (dp, sp) mesh, with data ranks only."""
+    """What ShardedLoader asks of a (dp, sp) mesh, or of a dimension, with data ranks only."""
+
+    mesh_dim_names = ("dp", "sp")
 
     def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks, self.mesh_dim_names = rank, ranks, ("dp",)
+        self.rank, self.ranks = rank, ranks
+
+    def __getitem__(self, name: str) -> Meshed:
+        return self if name == "dp" else Meshed(0, 1)
 
     def size(self) -> int:
         return self.ranks
@@ -200,7 +205,6 @@ def rows_of(loader: leetdist.ShardedLoader, steps: int | None = None) -> list[li
 
 
 def loader_of(kind: str, rank: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> leetdist.ShardedLoader:
-    monkeypatch.setattr("leetdist.integrations.batches.sequence_group", lambda mesh: None)
     data = [{"input_ids": torch.full((16,), i)} for i in range(24)]
     source: Any = DataLoader(data, batch_size=4, shuffle=True)  # type: ignore[arg-type]
     if kind == "iterable":
@@ -316,7 +320,6 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def sharded(source: Any, rank: int, ranks: int, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Any:
-    monkeypatch.setattr("leetdist.integrations.batches.sequence_group", lambda mesh: None)
     return leetdist.ShardedLoader(source, Meshed(rank, ranks), **more)  # type: ignore[arg-type]
 
 
