@@ -161,24 +161,37 @@ def _place(tokens, heads, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _log1p(x):
-    """log(1 + x) of fp64 x >= 0, also where 1 + x has lost most of x's digits."""
-    rounded = 1.0 + x
+def _exp_of_negative(x):
+    """exp(x) of fp32 x <= 0 to the last bits, where tl.exp is off by 1e-6 of large ones. Below e^-87 it stays there.
+
+    x = n log(2) + rest, where n times the first of the two parts of log(2) is exact, as in Cody and Waite's Software
+    Manual for the Elementary Functions (1980), chapter 6."""
+    x = tl.where(x < -87.0, -87.0, x)  # where, so that NaN stays
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = (x - n * 0.693359375) + n * 2.12194440e-4
+    return tl.exp(rest) * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x) and its derivative, of fp32."""
+    u = _exp_of_negative(-tl.abs(x))
+    rounded = 1.0 + u
     lost = rounded == 1.0
-    return tl.where(lost, x, tl.log(rounded) * (x / tl.where(lost, 1.0, rounded - 1.0)))
+    log1p = tl.where(lost, u, tl.log(rounded) * (u / tl.where(lost, 1.0, rounded - 1.0)))
+    return tl.where(x > 0.0, x, 0.0 * x) + log1p, tl.where(x > 0.0, 1.0, u) / rounded
 
 
 @triton.jit
 def _steps(dt, bias, least, most, SOFTPLUS: tl.constexpr):
-    """dt with its bias, after softplus, and after limits. softplus in fp64: tl.exp in fp32 is off by 1e-6 of large
-    negative numbers, and x and v have 2 P times as many."""
-    raw = dt.to(tl.float32) + bias
-    soft = raw
+    """Of dt as it is given: after bias, softplus and limits, and the derivative by it."""
+    soft = dt.to(tl.float32) + bias
+    slope = tl.zeros_like(soft) + 1.0
     if SOFTPLUS:
-        wide = raw.to(tl.float64)
-        soft = tl.where(wide > 40.0, wide, _log1p(tl.exp(tl.where(wide > 40.0, 40.0, wide)))).to(tl.float32)
+        soft, slope = _softplus(soft)
     own = tl.where(soft < least, least, soft)  # where, so that NaN stays
-    return raw, soft, tl.where(own > most, most, own)
+    slope = tl.where((soft >= least) & (soft <= most), slope, 0.0)
+    return tl.where(own > most, most, own), slope
 
 
 @triton.jit
@@ -202,7 +215,7 @@ def _scan_inputs(
     added = 0.0
     if bias is not None:
         added = tl.load(bias + head)
-    _raw, _soft, own = _steps(given, added, least, most, SOFTPLUS)
+    own, _slope = _steps(given, added, least, most, SOFTPLUS)
     g = own * tl.load(a + head)
     if starts is not None:
         g = tl.where(tl.load(starts + batch * tokens + i, mask=there, other=0) != 0, float("-inf"), g)
@@ -244,17 +257,14 @@ def _scan_inputs_gradient(
         there = i < tokens
         inside = there[:, None] & (j < width)[None, :]
         given = tl.load(dt + i * dt_token, mask=there, other=0.0)
-        raw, soft, own = _steps(given, added, least, most, SOFTPLUS)
+        own, slope = _steps(given, added, least, most, SOFTPLUS)
         g = tl.load(dlog_decay + i * g_token, mask=there, other=0.0)
         if starts is not None:
             g = tl.where(tl.load(starts + batch * tokens + i, mask=there, other=1) != 0, 0.0, g)
         values = tl.load(x + i[:, None] * x_token, mask=inside, other=0.0).to(tl.float32)
         of_v = tl.load(dv + i[:, None] * dv_token, mask=inside, other=0.0).to(tl.float32)
         if ddt is not None or dbias is not None:
-            grown = tl.sum(of_v * values, 1) + g * decay
-            grown = tl.where((soft >= least) & (soft <= most), grown, 0.0)
-            if SOFTPLUS:
-                grown *= (1.0 / (1.0 + tl.exp(-raw.to(tl.float64)))).to(tl.float32)
+            grown = (tl.sum(of_v * values, 1) + g * decay) * slope
             if ddt is not None:
                 place = ddt + (batch * tokens + i) * heads + head
                 tl.store(place, grown.to(ddt.dtype.element_ty), mask=there)
