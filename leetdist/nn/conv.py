@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leetdist.arguments import as_bool, check_plain, for_autograd
-from leetdist.kernels.common.elementwise import silu, silu_gradient
+from leetdist.kernels.mamba.pytorch import conv
+from leetdist.operators.elementwise import kernel
 from leetdist.sequence.group import resolve
 from leetdist.sequence.halo import (
     agreed_lengths,
@@ -131,62 +132,31 @@ class _CausalConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, before, weight, bias, documents)
         ctx.asked = activation, lengths, transport
-        y = _convolve(torch.cat((before, x), 1), weight, bias, documents)
-        return (y if activation is None else silu(y)).to(x.dtype)
+        function = kernel(conv.convolution, x, weight.shape[1])
+        y: Tensor = function(x, weight, bias, conv.Around(before, documents), activation is not None)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, before, weight, bias, documents = ctx.saved_tensors
         activation, lengths, transport = ctx.asked
-        tokens, width = x.shape[1], weight.shape[1] - 1
-        wide = torch.promote_types(x.dtype, torch.float32)
-        given = torch.cat((before, x), 1)
-        dy = dy.to(wide).contiguous()  # the order of a sum follows the layout
-        if activation is not None:
-            dy = dy * silu_gradient(_convolve(given, weight, bias, documents))
-        after = dy.new_zeros(len(dy), width, dy.shape[2])
-        if transport is not None:
-            ends = list(accumulate(lengths))
-            after = tokens_of(dy, 1, lengths, [(end, end + width) for end in ends], transport)
-        received = torch.cat((torch.zeros_like(after), dy, after), 1)
-        dx = torch.zeros((), dtype=wide, device=x.device)
-        for tap in reversed(range(width + 1)):  # what a token gets from those that see it, from itself onwards
-            later = received[:, width - tap : width - tap + width + tokens]
-            if documents is not None:
-                same = documents[:, : width + tokens] == documents[:, width - tap : width - tap + width + tokens]
-                later = torch.where(same[..., None], later, 0.0)
-            dx = dx + weight[:, tap].to(wide) * later
-        dx = dx.to(x.dtype)
-        dweight = dbias = None
-        if ctx.needs_input_grad[2]:
-            taps = [(dy * seen).sum((0, 1)) for seen in _seen(given.to(wide), width, documents)]
-            dweight = torch.stack(taps, 1).to(weight.dtype)
-        if bias is not None and ctx.needs_input_grad[3]:
-            dbias = dy.sum((0, 1)).to(bias.dtype)
-        return dx[:, width:], dx[:, :width] if ctx.needs_input_grad[1] else None, dweight, dbias, *[None] * 4
-
-
-def _convolve(given: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
-    """The sums, wide, of all tokens but the first W - 1 of `given`."""
-    wide = torch.promote_types(given.dtype, torch.float32)
-    seen = _seen(given.to(wide), weight.shape[1] - 1, documents)
-    weight = weight.to(wide)
-    total = torch.zeros((), dtype=wide, device=given.device) if bias is None else bias.to(wide)
-    for tap, x in enumerate(seen):
-        total = total + weight[:, tap] * x
-    return total
-
-
-def _seen(given: Tensor, width: int, documents: Tensor | None) -> list[Tensor]:
-    """What each tap sees at each token: (B, N, C), zeros where that is of another document."""
-    tokens = given.shape[1] - width
-    taps = [given[:, tap : tap + tokens] for tap in range(width + 1)]
-    if documents is None:
-        return taps
-    own = documents[:, width : width + tokens]
-    # Not multiplied by 0: another document's NaN is none of this one's.
-    return [torch.where((documents[:, tap : tap + tokens] == own)[..., None], x, 0.0) for tap, x in enumerate(taps)]
+        width, around = weight.shape[1] - 1, conv.Around(before, documents)
+        if transport is not None and width:
+            # What sees the last tokens here: of the ranks to the right, their first tokens.
+            held = [min(width, tokens) for tokens in lengths]
+            ends = list(accumulate(held))
+            firsts = torch.cat((x[:, :width], dy[:, :width]), 2)
+            after = tokens_of(firsts, 1, tuple(held), [(end, end + width) for end in ends], transport)
+            later = min(width, ends[-1] - ends[transport.rank])
+            if later:
+                around = conv.Around(before, documents, later, *after.chunk(2, 2))
+        needs = ctx.needs_input_grad[2], bias is not None and ctx.needs_input_grad[3]
+        function = kernel(conv.convolution_gradient, x, width + 1)
+        dx, first, dweight, dbias = function(dy, x, weight, bias, around, activation is not None, needs)
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
+        return dx, first if ctx.needs_input_grad[1] else None, dweight, dbias, *[None] * 4
 
 
 def _documents(

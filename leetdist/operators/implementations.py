@@ -19,6 +19,7 @@ import torch
 from leetdist.kernels.common.settings import Settings, compiler_settings
 
 LARGEST_HEAD = 256
+MOST_TAPS = 4  # of a convolution
 # Tokens that are added to a state one by one. A sum of 4,096 such terms in fp32 is off by 2e-6 where nothing decays;
 # one of 512 by 6e-7, and the fold of 256 such sums by 4e-7.
 ONE_BY_ONE = 512
@@ -349,8 +350,15 @@ PYTORCH_BY_TOKEN_A_TOKEN = Implementation(
 )  # fmt: skip
 PYTORCH_DECODE_A_TOKEN = Implementation("PyTorch", "pytorch.decode", _pytorch, operator="token_decay")
 
+
+def _triton_taps(facts: Facts) -> str | None:
+    return _triton(facts) or (None if facts.columns <= MOST_TAPS else f"up to {MOST_TAPS} taps, got {facts.columns}")
+
+
 TRITON_SCAN = Implementation("Triton", "triton.scan", _triton, "Triton", operator="mamba")
 PYTORCH_SCAN = Implementation("PyTorch", "pytorch.scan", _pytorch, operator="mamba")
+TRITON_CONV = Implementation("Triton", "triton.conv", _triton_taps, "Triton", operator="mamba")
+PYTORCH_CONV = Implementation("PyTorch", "pytorch.conv", _pytorch, operator="mamba")
 
 # Steps of the two passes (constant_decay.pytorch.block says what each computes; the outputs of methods that go token by
 # token have names of their own), of decoding, and of what Mamba-2 does around them: from the fastest to the one that
@@ -378,4 +386,6 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "scan_inputs_gradient": (TRITON_SCAN, PYTORCH_SCAN),
     "scan_outputs": (TRITON_SCAN, PYTORCH_SCAN),
     "scan_outputs_gradient": (TRITON_SCAN, PYTORCH_SCAN),
+    "convolution": (TRITON_CONV, PYTORCH_CONV),
+    "convolution_gradient": (TRITON_CONV, PYTORCH_CONV),
 }  # fmt: skip

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.interpreter]
 DTYPES = [torch.float32, torch.bfloat16 if GPU else torch.float16]
 BOUNDS = {torch.float32: 4e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 PLAIN = right.Steps(False, 0.0, math.inf)
-TOKENS, HEADS = 301, 3  # more than a segment of sums
+TOKENS, HEADS = 270, 2  # more than a segment of sums
 
 CASES: dict[str, dict[str, Any]] = {
     "bare": {},
@@ -57,8 +57,13 @@ def doubled(x: Any) -> Any:
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "width"), [("bare", 64), ("all", 40), ("channels", 5), ("frozen", 16), ("learnt", 1)])
+@pytest.mark.parametrize(
+    ("name", "width", "dtype"),
+    [
+        ("bare", 64, DTYPES[1]), ("all", 40, DTYPES[0]), ("all", 32, DTYPES[1]), ("channels", 5, DTYPES[0]),
+        ("frozen", 16, DTYPES[0]), ("learnt", 1, DTYPES[0]),
+    ],
+)  # fmt: skip
 def test_inputs_and_their_gradient(name: str, width: int, dtype: torch.dtype) -> None:
     case = dict(CASES[name])
     needs = case.pop("needs", (True, True, True, "bias" in case, "skip" in case))
@@ -82,8 +87,10 @@ def test_inputs_and_their_gradient(name: str, width: int, dtype: torch.dtype) ->
             assert relative_error(x, y) < BOUNDS[dtype if key == "x" else torch.float32] * 3, key
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("skip", "gate", "width"), [(0, True, 64), (1, True, 33), (2, True, 8), (2, False, 64)])
+@pytest.mark.parametrize(
+    ("skip", "gate", "width", "dtype"),
+    [(0, True, 64, DTYPES[0]), (1, True, 33, DTYPES[1]), (2, True, 8, DTYPES[0]), (2, False, 64, DTYPES[1])],
+)
 def test_outputs_and_their_gradient(skip: int, gate: bool, width: int, dtype: torch.dtype) -> None:
     given = make(dtype, width, skip=skip)
     o, x, dy = given["dv"], given["x"] if skip else None, given["dskip"] if skip else given["x"]
