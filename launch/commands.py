@@ -150,6 +150,10 @@ def verify() -> Arguments:
     parser.add_argument(
         "--virtual", type=whole(1), metavar="P", help="virtual ranks in this process (4 without --ranks)"
     )
+    parser.add_argument(
+        "--decode", action="store_true",
+        help="instead: one call's outputs on the ranks against prefill in pieces, decoding and drafts, token by token",
+    )  # fmt: skip
     parser.add_argument("--long", type=whole(1), metavar="N", help="add a case of N tokens, 8 heads, 128 x 128, bf16")
     parser.add_argument("--seed", type=whole(0), default=0, help="of the random inputs")
     _json(parser)

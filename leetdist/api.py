@@ -164,12 +164,12 @@ def linear_attention_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: Tensor,
+    state: Any,
     log_decay: Tensor | None = None,
     *,
     scale: float = 1.0,
     inplace: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """One token of decoding: `state = gamma state + k v^T`, `o = scale * q^T state`; differentiable.
 
     On a GPU, without gradients, one kernel that reads and writes the state once; a CUDA graph can capture it. The
@@ -180,7 +180,9 @@ def linear_attention_step(
         q: (B, H, 1, Dk), fp32, bf16, fp16 or fp64.
         k: (B, H, 1, Dk), same dtype and device. Each of q, k and v may have fewer heads, which divide the largest.
         v: (B, H, 1, Dv).
-        state: (B, H, Dk, Dv) fp32 (fp64 with fp64 inputs), as `linear_attention` returns it.
+        state: (B, H, Dk, Dv) fp32 (fp64 with fp64 inputs), as `linear_attention` returns it. Or a `State`, as `stream`
+            makes it: then o has the bits that one call gives this token, the state returned is another `State`, its
+            decay (but a token's own) and scale count, and nothing is differentiable.
         log_decay: (H,) or (H, 1, 1) fp32, or (B, H, 1), this token's; natural log, <= 0 (-inf: the token starts
             anew); None is no decay.
         scale: factor of the output.
@@ -203,6 +205,9 @@ def linear_attention_step(
     """
     check_alone("linear_attention_step")
     log_decay = a_head(log_decay, q, k, v)
+    if not isinstance(state, Tensor) and hasattr(state, "step"):  # a State
+        o, after = state.step(q, k, v, log_decay, scale=scale, inplace=inplace)
+        return o, after
     compiling = torch.compiler.is_compiling()
     problem = describe(
         q, k, v, log_decay, read_values=not compiling,

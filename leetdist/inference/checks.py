@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from leetdist.arguments import as_float, as_int, as_str, check_plain
-from leetdist.engine.checks import METHODS, ONE_DEVICE, check_log_decay, check_written, describe
+from leetdist.engine.checks import DTYPES, METHODS, ONE_DEVICE, check_log_decay, check_written, describe
 
 
 def check_count(name: str, value: Any, least: int) -> int:
@@ -109,6 +109,65 @@ def check_decay(log_decay: Tensor) -> None:
         raise ValueError("log_decay must have values, got a tensor on the meta device")
     # Of a query's heads and device, all that is known.
     check_log_decay(log_decay, log_decay[None, :, None, None], log_decay.shape[0])
+
+
+def check_state(state: Any) -> None:
+    """The parts of a state fit together; values of its tensors are not read."""
+    for name in ("boundary", "k", "v", "log_decay"):
+        x, ndims = getattr(state, name), (1, 3) if name == "log_decay" else (4,)
+        if not isinstance(x, Tensor) or x.ndim not in ndims or x.layout != torch.strided:
+            got = f"{x.layout} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a dense tensor of {' or '.join(map(str, ndims))} dimensions, got {got}")
+        if x.device != state.boundary.device:
+            raise ValueError(f"{name} must be on boundary's device, {state.boundary.device}, got {x.device}")
+    boundary, k, v, log_decay = state.boundary, state.k, state.v, state.log_decay
+    batch, heads, dk, _ = boundary.shape
+    if 0 in boundary.shape:
+        raise ValueError(f"boundary must have no empty dimension, got {tuple(boundary.shape)}")
+    full = torch.float64 if k.dtype == torch.float64 else torch.float32
+    if boundary.dtype != full:
+        raise ValueError(f"boundary must be {full} where k is {k.dtype}, got {boundary.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be of a dtype that linear_attention takes, got {x.dtype}")
+        if (x.shape[0], x.shape[2]) != (batch, k.shape[2]):
+            wanted = f"(B, heads, n, D) = ({batch}, heads, {k.shape[2]}, D)"
+            raise ValueError(f"{name} must have shape {wanted}, as boundary and k have it, got {tuple(x.shape)}")
+        if not x.shape[1] or heads % x.shape[1]:
+            raise ValueError(f"{name} must have a number of heads that divides boundary's {heads}, got {x.shape[1]}")
+    if log_decay.ndim == 3 and log_decay.shape != (batch, heads, k.shape[2]):
+        raise ValueError(
+            f"log_decay must have shape (H,), or (B, H, n) = ({batch}, {heads}, {k.shape[2]}), got "
+            f"{tuple(log_decay.shape)}"
+        )
+    if k.shape[3] != dk:
+        raise ValueError(f"k must have boundary's Dk = {dk}, got shape {tuple(k.shape)}")
+    if log_decay.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
+    check_options(state.scale, state.tile, state.method)
+    check_chunks(state)
+    if state.open >= state.tile:
+        raise ValueError(f"k must hold less than a tile of {state.tile} tokens, got {state.open}")
+    check_count("tokens", state.tokens, state.open)
+
+
+def check_chunks(state: Any) -> None:
+    """What there is of closed chunks."""
+    closed = check_count("closed", state.closed, 0)
+    batch, heads, *_ = shape = tuple(state.boundary.shape)
+    wanted = {"walked": shape, "own": shape, "total": (batch, heads)}
+    for name, size in wanted.items():
+        x = getattr(state, name)
+        if not closed or (name == "total" and not state.by_token):
+            if x is not None:
+                raise ValueError(
+                    f"{name} must be None where {'no chunk is closed' if not closed else 'a decay is a head'}"
+                )
+            continue
+        dtype = torch.float64 if name == "total" else state.boundary.dtype
+        if not isinstance(x, Tensor) or tuple(x.shape) != size or x.dtype != dtype or x.device != state.device:
+            got = f"{x.dtype} of {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be {dtype} of shape {size} on {state.device}, got {got}")
 
 
 def check_path(path: Any) -> None:

@@ -78,16 +78,18 @@ def rows_of(state: State, open_: OpenTiles) -> dict[str, Tensor]:
     return rows
 
 
-def taken(like: State, open_: OpenTiles, slot: int) -> State:
-    """A copy of a slot as a state."""
-    row = {name: x[slot : slot + 1].clone() for name, x in open_.rows.items()}
-    tokens = int(row["tokens"])
-    count = tokens % open_.chunk
+def taken(like: State, open_: OpenTiles, slots: list[int]) -> State:
+    """A copy of slots of one age as a state."""
+    rows = {name: x[slots] for name, x in open_.rows.items()}
+    ages = rows.pop("tokens").tolist()
+    if len(set(ages)) != 1:
+        raise ValueError(f"slots must be of one age to be one state, got {ages} tokens")
+    (tokens, *_), count = ages, ages[0] % open_.chunk
     closed = tokens % open_.tile - count
     names = ("k", "v", "log_decay") if open_.by_token else ("k", "v")
-    parts: dict[str, Any] = {name: row[name][:, :, :count].clone() for name in names}
-    chunks: dict[str, Any] = {name: row.get(name) for name in ("walked", "own", "total")} if closed else NO_CHUNKS
-    return replace(like, boundary=row["start"], **parts, **{**chunks, "closed": closed}, tokens=tokens)
+    parts: dict[str, Any] = {name: rows[name][:, :, :count].clone() for name in names}
+    chunks: dict[str, Any] = {name: rows.get(name) for name in ("walked", "own", "total")} if closed else NO_CHUNKS
+    return replace(like, boundary=rows["start"], **parts, **{**chunks, "closed": closed}, tokens=tokens)
 
 
 @torch.no_grad()

@@ -115,9 +115,20 @@ class StatePool:
         """A copy of what is in a slot, to save or to move to another pool; the slot stays in use."""
         slot = self._held(slot)
         if self.open is not None:
-            return taken(self._like, self.open, slot)
+            return taken(self._like, self.open, [slot])
         now = self.states[slot : slot + 1].to(self._like.boundary.dtype, copy=True)
         return self._like.after(now, int(self.tokens[slot]) - self._like.tokens)
+
+    def take_all(self) -> State:
+        """Of an exact pool all slots in use, in their order, as one state; ValueError where their ages differ."""
+        if self.open is None or not self._used:
+            raise ValueError("take_all is for an exact pool with slots in use")
+        return taken(self._like, self.open, sorted(self._used))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the pool holds, each with a row a slot."""
+        return list(self._rows.values())
 
     def release(self, slots: Iterable[int]) -> None:
         """The slots are free again: all of them, or with a ValueError none."""
@@ -160,6 +171,17 @@ class StatePool:
             q, k, v, self.states, self._like.log_decay if log_decay is None else log_decay,
             scale=self._like.scale, index=index, lengths=lengths, ages=self.tokens,
         )  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        """Factor of the outputs."""
+        return self._like.scale
+
+    def check_decay(self, log_decay: Tensor) -> None:
+        """(H,): it is the pool's own; ValueError else. Of a GPU no values are compared."""
+        mine = self._like.log_decay
+        if mine.shape != log_decay.shape or (mine.is_cpu and log_decay.is_cpu and not torch.equal(mine, log_decay)):
+            raise ValueError("log_decay must be the pool's own, or not be given")
 
     def _check_index(self, index: Tensor, lengths: Tensor | None) -> None:
         slots, kept = (host_values(x) if isinstance(x, Tensor) and x.ndim == 1 else None for x in (index, lengths))

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from leetdist.inference.attend import TILE
 from leetdist.inference.checks import check_count, check_tokens
+from leetdist.inference.pool import StatePool
 from leetdist.inference.state import State, check_like, check_states
 from leetdist.sequence.grid import LARGEST_TILE, default_tile, shard_lengths
 from leetdist.sequence.group import alone, resolve, sequence_parallel
@@ -43,6 +45,9 @@ class Session:
             surrounding `sequence_parallel`.
         piece: tokens a rank takes in at a time: activations of that many, whatever the length of the prompt.
 
+    Where the layers are exact (`exact=True`), so is the session: what a step gives for a token is what one call gives
+    for it, as long as the model's other products do not depend on the number of tokens. All blocks have one tile then.
+
     Tokens are (B, N) int64, the same on every rank; logits (B, vocab) in the model's dtype; states fp32 (of Mamba-2's
     layers a named tuple each, which `keep` does not take).
 
@@ -68,6 +73,14 @@ class Session:
         self.transport = resolve(group)
         self.piece = check_count("piece", piece, 1) * (1 if self.transport is None else self.transport.size)
         self.states: list[Any] = []
+        self.exact = any(getattr(block.attention, "exact", False) for block in model.blocks)
+        if self.exact:
+            tiles = {getattr(block.attention, "tile", None) for block in model.blocks}
+            if len(tiles) != 1 or not all(getattr(block.attention, "exact", False) for block in model.blocks):
+                raise ValueError(
+                    f"model must have exact layers of one tile, or none, got the tiles {sorted(map(str, tiles))}"
+                )
+            self._tile = tiles.pop() or TILE
         self._graph: _Graph | None = None
 
     @torch.no_grad()
@@ -76,7 +89,9 @@ class Session:
         check_tokens(tokens, self._rows)
         if not tokens.shape[1]:
             raise ValueError("tokens: N is 0; a prompt needs at least one token")
-        for piece in tokens.split(self.piece, 1):
+        if self.exact:
+            self.states = [_as_state(state) for state in self.states]
+        for piece in self._pieces(tokens):
             last = self._piece(piece)
             self.tokens += piece.shape[1]
         self._graph = None
@@ -94,6 +109,8 @@ class Session:
         check_tokens(tokens, self._rows)
         if tokens.shape[1] != 1:
             raise ValueError(f"tokens must be one a row, (B, 1), got {tuple(tokens.shape)}; prefill takes several")
+        if self.exact:
+            self.states = [_as_pool(state) for state in self.states]
         if tokens.device.type != "cuda":
             with alone():
                 last, self.states = self._run(tokens, self.states)
@@ -110,18 +127,28 @@ class Session:
         copies = check_count("copies", copies, 1)
         if not self.states:
             raise ValueError("fork: no prompt was taken in, so there is nothing to continue")
-        self.states = _each(self.states, lambda state: state.repeat_interleave(copies, 0))
+        if self.exact:
+            self.states = [_as_state(state).fork(copies) for state in self.states]
+        else:
+            self.states = _each(self.states, lambda state: state.repeat_interleave(copies, 0))
         self._graph = None
 
     @property
     def _rows(self) -> int | None:
         """Rows of the batch; None before a prompt."""
-        return _parts(self.states)[0].shape[0] if self.states else None
+        if not self.states:
+            return None
+        first = self.states[0]
+        if isinstance(first, StatePool):
+            return first.idle
+        return first.boundary.shape[0] if isinstance(first, State) else _parts(self.states)[0].shape[0]
 
     def keep(self) -> dict[str, State]:
         """What `save_states` takes: a state for each block, by its name; ValueError before a prompt."""
         if not self.states:
             raise ValueError("keep: no prompt was taken in, so there are no states")
+        if self.exact:
+            return {_name(number): _as_state(state) for number, state in enumerate(self.states)}
         if not all(isinstance(state, Tensor) for state in self.states):
             raise ValueError("keep: the states of these layers are several tensors each: save session.states yourself")
         kept = {}
@@ -152,6 +179,8 @@ class Session:
                     f"states must be of one moment: {_name(number)} has {told[0]} tokens of {told[1]} rows, blocks.0 "
                     f"{kept[0].tokens} of {kept[0].boundary.shape[0]}"
                 )
+        if self.exact:
+            return self._resume_exactly(kept)
         before = self.states, self.tokens, self._graph
         self.states, self.tokens, self._graph = [state.now for state in kept], kept[0].tokens, None
         try:
@@ -165,10 +194,37 @@ class Session:
             self.states, self.tokens, self._graph = before
             raise
 
+    def _resume_exactly(self, kept: list[State]) -> None:
+        for number, (block, state) in enumerate(zip(self.model.blocks, kept, strict=True)):
+            layer = block.attention
+            wanted = self._tile, layer.head_dim, bool(getattr(layer, "by_token", False))
+            got = state.tile, state.boundary.shape[2], state.by_token
+            if got != wanted:
+                raise ValueError(f"{_name(number)} has (tile, Dk, a decay a token) = {got}, wanted {wanted}")
+            if not state.by_token and not torch.equal(state.log_decay, layer.log_decay(state.device).detach()):
+                raise ValueError(f"{_name(number)} was made with another log_decay than the model's")
+        self.states, self.tokens, self._graph = list(kept), kept[0].tokens, None
+
+    def _pieces(self, tokens: Tensor) -> list[Tensor]:
+        """Of an exact session what fills the open tile, then whole tiles."""
+        if not self.exact:
+            return list(tokens.split(self.piece, 1))
+        head = min(-self.tokens % self._tile, tokens.shape[1])
+        rest = tokens[:, head:].split(max(self._tile, self.piece // self._tile * self._tile), 1)
+        return [piece for piece in (tokens[:, :head], *rest) if piece.shape[1]]
+
     def _piece(self, tokens: Tensor) -> Tensor:
-        if self.transport is None:
-            last, self.states = self._run(tokens, self.states)
+        if self.transport is None or (
+            self.exact and self.tokens % self._tile
+        ):  # from inside a tile there are no shards
+            with alone():
+                last, self.states = self._run(tokens, self.states)
             return last[:, -1]
+        if self.exact:
+            lengths = shard_lengths(tokens.shape[1], self.transport.size, self._tile)
+            with sequence_parallel(self.transport):
+                last, self.states = self._run(cut(tokens, 1, lengths, self.transport), self.states)
+            return gather_sequence(last, 1, self.transport)[:, -1]
         # A state enters on the first rank, where the sequence begins, and comes out on every one.
         states = self.states if self.transport.rank == 0 else []
         count = tokens.shape[1]
@@ -201,7 +257,26 @@ def _each(states: list[Any], function: Callable[[Tensor], Tensor]) -> list[Any]:
 
 def _parts(states: list[Any]) -> list[Tensor]:
     """All tensors of the states."""
-    return [part for state in states for part in ([state] if isinstance(state, Tensor) else state)]
+    return [part for state in states for part in _of(state)]
+
+
+def _of(state: Any) -> list[Tensor]:
+    if isinstance(state, StatePool):
+        return state.tensors
+    return [state] if isinstance(state, Tensor) else list(state)
+
+
+def _as_pool(state: Any) -> StatePool:
+    """A pool of a state's rows, to decode from; in order, each a slot."""
+    if isinstance(state, StatePool):
+        return state
+    pool = StatePool(state.boundary.shape[0], like=state, exact=True)
+    pool.put(state)
+    return pool
+
+
+def _as_state(state: Any) -> State:
+    return state.take_all() if isinstance(state, StatePool) else state
 
 
 class _Graph:
@@ -209,8 +284,10 @@ class _Graph:
 
     def __init__(self, session: Session, tokens: Tensor) -> None:
         self.tokens = tokens.clone()
-        self.states = session.states = _each(session.states, Tensor.clone)
-        held = _parts(_each(self.states, Tensor.clone))
+        if not session.exact:
+            session.states = _each(session.states, Tensor.clone)
+        self.states = session.states
+        held = [x.clone() for x in _parts(self.states)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), alone():  # compiles what is to be compiled

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from leetdist.api import linear_attention
 from leetdist.arguments import check_device
-from leetdist.engine.checks import DTYPES, describe
-from leetdist.inference.checks import check_count, check_options, check_rows
+from leetdist.engine.checks import describe
+from leetdist.inference.checks import check_count, check_piece, check_rows, check_state
 from leetdist.operators.opened import Opened, opened_by
 from leetdist.sequence.group import alone
 
@@ -146,6 +146,28 @@ class State:
         no_query = self.k.new_zeros(1).expand(*self.boundary.shape[:2], *self.k.shape[2:])
         return run(replace(self, boundary=start, **NO_CHUNKS), no_query, self.k, self.v, self.log_decay)[1]
 
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, scale: float, inplace: bool = False
+    ) -> tuple[Tensor, State]:
+        """`linear_attention_step` on this state."""
+        if inplace:
+            raise ValueError("inplace must be False with a State, in which nothing is changed; an exact StatePool is")
+        if scale not in (1.0, self.scale):
+            raise ValueError(f"scale must be the state's own, {self.scale}, or not be given, got {scale}")
+        if isinstance(q, Tensor) and (q.ndim != 4 or q.shape[2] != 1):
+            raise ValueError(f"q must hold one token, (B, H, 1, Dk), got shape {tuple(q.shape)}")
+        if log_decay is not None and log_decay.ndim == 1:
+            if not torch.equal(log_decay, self.log_decay):
+                raise ValueError("log_decay must be the state's own, or not be given")
+            log_decay = None
+        if self.by_token != (log_decay is not None):
+            raise ValueError(f"log_decay must {'' if self.by_token else 'not '}be given, as with the tokens before")
+        after, decay = (self.boundary, self.k, self.v), self.log_decay if log_decay is None else log_decay
+        check_piece(q, k, v, decay, self.scale, self.tile, self.method, after=after)
+        state, own = on_its_grid(self), () if log_decay is None else (log_decay,)
+        with torch.no_grad():
+            return into_open_tile(state, q, k, v, *own)
+
     def after(self, state: Tensor, tokens: int) -> State:
         """After `tokens` more tokens of decoding led to `state`; the tile grid begins anew at this token."""
         parts = {**no_tokens(self.k, self.v, self.log_decay), **NO_CHUNKS}
@@ -231,6 +253,26 @@ def with_open(state: State, k: Tensor, v: Tensor, log_decay: Tensor, more: int) 
     return replace(state, **rest, closed=closed, walked=walked, own=own, total=total, tokens=tokens)
 
 
+def into_open_tile(state: State, q: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> tuple[Tensor, State]:
+    """The outputs of tokens that end in the open tile, or with it, and the state after them.
+
+    The open chunk is computed again from its start. Its earlier rows stand in as zeros: an output depends on its own
+    row of q alone. own: the tokens' decays, if each has one.
+    """
+    before, tokens = state.k.shape[2], q.shape[2]
+    log_decay = state.log_decay
+    k, v = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
+    if own:
+        log_decay = torch.cat((log_decay, own[0].to(log_decay.dtype)), 2)
+    padded = torch.cat((q.new_zeros(*q.shape[:2], before, q.shape[3]), q), 2)
+    if state.open + tokens == state.tile and not state.closed:
+        o, after = run(state, padded, k, v, log_decay)
+        parts = no_tokens(k, v, log_decay)
+        return o[:, :, before:], replace(state, boundary=after, **parts, tokens=state.tokens + tokens)
+    o = outputs_of(state, padded, k, v, log_decay)
+    return o[:, :, before:], with_open(state, k, v, log_decay, tokens)
+
+
 def on_its_grid(state: State) -> State:
     """The state, with a grid that the kernels here know: on another device, whose chunks are others, the grid begins
     anew, as bits are not the same there anyway."""
@@ -240,65 +282,6 @@ def on_its_grid(state: State) -> State:
     if opened.module is not None and state.closed % opened.chunk == 0:
         return state
     return state.after(state.now, 0)
-
-
-def check_state(state: State) -> None:
-    """The parts of a state fit together; values of its tensors are not read."""
-    for name in ("boundary", "k", "v", "log_decay"):
-        x, ndims = getattr(state, name), (1, 3) if name == "log_decay" else (4,)
-        if not isinstance(x, Tensor) or x.ndim not in ndims or x.layout != torch.strided:
-            got = f"{x.layout} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a dense tensor of {' or '.join(map(str, ndims))} dimensions, got {got}")
-        if x.device != state.boundary.device:
-            raise ValueError(f"{name} must be on boundary's device, {state.boundary.device}, got {x.device}")
-    boundary, k, v, log_decay = state.boundary, state.k, state.v, state.log_decay
-    batch, heads, dk, _ = boundary.shape
-    if 0 in boundary.shape:
-        raise ValueError(f"boundary must have no empty dimension, got {tuple(boundary.shape)}")
-    full = torch.float64 if k.dtype == torch.float64 else torch.float32
-    if boundary.dtype != full:
-        raise ValueError(f"boundary must be {full} where k is {k.dtype}, got {boundary.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be of a dtype that linear_attention takes, got {x.dtype}")
-        if (x.shape[0], x.shape[2]) != (batch, k.shape[2]):
-            wanted = f"(B, heads, n, D) = ({batch}, heads, {k.shape[2]}, D)"
-            raise ValueError(f"{name} must have shape {wanted}, as boundary and k have it, got {tuple(x.shape)}")
-        if not x.shape[1] or heads % x.shape[1]:
-            raise ValueError(f"{name} must have a number of heads that divides boundary's {heads}, got {x.shape[1]}")
-    if log_decay.ndim == 3 and log_decay.shape != (batch, heads, k.shape[2]):
-        raise ValueError(
-            f"log_decay must have shape (H,), or (B, H, n) = ({batch}, {heads}, {k.shape[2]}), got "
-            f"{tuple(log_decay.shape)}"
-        )
-    if k.shape[3] != dk:
-        raise ValueError(f"k must have boundary's Dk = {dk}, got shape {tuple(k.shape)}")
-    if log_decay.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
-    check_options(state.scale, state.tile, state.method)
-    check_chunks(state)
-    if state.open >= state.tile:
-        raise ValueError(f"k must hold less than a tile of {state.tile} tokens, got {state.open}")
-    check_count("tokens", state.tokens, state.open)
-
-
-def check_chunks(state: State) -> None:
-    """What there is of closed chunks."""
-    closed = check_count("closed", state.closed, 0)
-    batch, heads, *_ = shape = tuple(state.boundary.shape)
-    wanted = {"walked": shape, "own": shape, "total": (batch, heads)}
-    for name, size in wanted.items():
-        x = getattr(state, name)
-        if not closed or (name == "total" and not state.by_token):
-            if x is not None:
-                raise ValueError(
-                    f"{name} must be None where {'no chunk is closed' if not closed else 'a decay is a head'}"
-                )
-            continue
-        dtype = torch.float64 if name == "total" else state.boundary.dtype
-        if not isinstance(x, Tensor) or tuple(x.shape) != size or x.dtype != dtype or x.device != state.device:
-            got = f"{x.dtype} of {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be {dtype} of shape {size} on {state.device}, got {got}")
 
 
 def check_whole(name: str, state: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def linear_attention_steps(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    states: Tensor,
+    states: Any,
     log_decay: Tensor | None = None,
     *,
     scale: float = 1.0,
@@ -36,7 +38,9 @@ def linear_attention_steps(
         q: (B, H, T, Dk), fp32, bf16, fp16 or fp64.
         k: (B, H, T, Dk), same dtype and device. Each of q, k and v may have fewer heads, which divide the largest.
         v: (B, H, T, Dv).
-        states: (slots, H, Dk, Dv) fp32 (fp64 with fp64 inputs), or bf16, then rounded once a call; changed in place.
+        states: (slots, H, Dk, Dv) fp32 (fp64 with fp64 inputs), or bf16, then rounded once a call; changed in place. Or
+            a `StatePool`, whose decay and scale count, and whose slots grow older; an exact one gives up to 8 tokens
+            the bits that `linear_attention` gives them.
         log_decay: (H,) or (H, 1, 1) fp32, or (B, H, T), one a token; natural log, <= 0 (-inf: the token starts
             anew); None is no decay.
         scale: factor of the output.
@@ -67,7 +71,32 @@ def linear_attention_steps(
     >>> [not torch.equal(pool[i], before[i]) for i in index]
     [True, True, False]
     """
+    if not isinstance(states, Tensor):
+        return _on_pool(q, k, v, states, a_head(log_decay, q, k, v), scale, index, lengths)
     return advance(q, k, v, states, log_decay, scale=scale, index=index, lengths=lengths)
+
+
+def _on_pool(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool: Any,
+    log_decay: Tensor | None,
+    scale: float,
+    index: Tensor | None,
+    lengths: Tensor | None,
+) -> Tensor:
+    if not hasattr(pool, "steps"):
+        raise ValueError(f"states must be a tensor or a StatePool, got {type(pool).__name__}")
+    if scale not in (1.0, pool.scale):
+        raise ValueError(f"scale must be the pool's own, {pool.scale}, or not be given, got {scale}")
+    if index is None:
+        raise ValueError("index must be given with a StatePool: it names the slot of each row")
+    if log_decay is not None and log_decay.ndim == 1:
+        pool.check_decay(log_decay)
+        log_decay = None
+    o: Tensor = pool.steps(q, k, v, index, lengths, log_decay=log_decay)
+    return o
 
 
 @torch.no_grad()

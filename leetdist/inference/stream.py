@@ -14,7 +14,7 @@ from leetdist.api import linear_attention
 from leetdist.arguments import check_device, check_plain
 from leetdist.inference.checks import check_decay, check_options, check_piece, check_shards
 from leetdist.inference.staging import Staging
-from leetdist.inference.state import State, check_continues, no_tokens, on_its_grid, outputs_of, run, with_open
+from leetdist.inference.state import State, check_continues, into_open_tile, no_tokens, on_its_grid, run
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
 
@@ -277,26 +277,6 @@ def _with_decay(piece: Piece, state: State) -> tuple[Tensor, Tensor, Tensor, Ten
     """A piece and what decays it."""
     q, k, v, *own = piece
     return q, k, v, own[0] if own else state.log_decay
-
-
-def into_open_tile(state: State, q: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> tuple[Tensor, State]:
-    """The outputs of tokens that end in the open tile, or with it, and the state after them.
-
-    The open chunk is computed again from its start. Its earlier rows stand in as zeros: an output depends on its own
-    row of q alone. own: the tokens' decays, if each has one.
-    """
-    before, tokens = state.k.shape[2], q.shape[2]
-    log_decay = state.log_decay
-    k, v = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
-    if own:
-        log_decay = torch.cat((log_decay, own[0].to(log_decay.dtype)), 2)
-    padded = torch.cat((q.new_zeros(*q.shape[:2], before, q.shape[3]), q), 2)
-    if state.open + tokens == state.tile and not state.closed:
-        o, after = run(state, padded, k, v, log_decay)
-        parts = no_tokens(k, v, log_decay)
-        return o[:, :, before:], replace(state, boundary=after, **parts, tokens=state.tokens + tokens)
-    o = outputs_of(state, padded, k, v, log_decay)
-    return o[:, :, before:], with_open(state, k, v, log_decay, tokens)
 
 
 def _from_owner(x: Tensor, owner: int, transport: Transport) -> Tensor:

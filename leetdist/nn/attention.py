@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leetdist.api import linear_attention, linear_attention_step
+from leetdist.inference.attend import attend
+from leetdist.kernels.common.elementwise import sigmoid, silu
 from leetdist.nn.decay import log_decay
-from leetdist.sequence.group import resolve
+from leetdist.nn.exact import check_exact
+from leetdist.sequence.group import is_alone
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -35,10 +38,13 @@ class _DecayAttention(nn.Module):
         layers: int,
         learnable_decay: bool,
         group: Group | None,
+        tile: int | None,
+        exact: bool,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.group = group
+        self.tile, self.exact = check_exact(tile, exact)
         if not isinstance(decay, (str, Tensor)):
             raise ValueError(f"decay must be a ladder's name or a tensor of log decays, got {decay!r}")
         ladder = log_decay(decay, heads, layer, layers) if isinstance(decay, str) else decay.detach().float().cpu()
@@ -91,19 +97,25 @@ class _DecayAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         scale: float,
-        state: Tensor | None,
+        state: Any,
         return_state: bool,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:
         """(B, N, H, D) to (B, N, H, Dv), without a copy; one token with a state is a step of decoding."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         decay = self.log_decay(q.device)
-        if state is not None and q.shape[2] == 1 and resolve(self.group) is None:
+        if self.exact:
+            o, state = attend(
+                q, k, v, decay,
+                scale=scale, tile=self.tile, state=state, keep=return_state, cu_seqlens=cu_seqlens, group=self.group,
+            )  # fmt: skip
+            return o.transpose(1, 2), state
+        if state is not None and q.shape[2] == 1 and is_alone(self.group):
             o, state = linear_attention_step(q, k, v, state, decay, scale=scale, inplace=self.inplace)
             return o.transpose(1, 2), state
         call = partial(
             linear_attention, q, k, v, decay,
-            scale=scale, initial_state=state, cu_seqlens=cu_seqlens, group=self.group,
+            scale=scale, initial_state=state, cu_seqlens=cu_seqlens, group=self.group, tile=self.tile,
         )  # fmt: skip
         o, state = call(return_state=True) if return_state else (call(), None)
         return o.transpose(1, 2), state
@@ -126,6 +138,10 @@ class LightningAttention(_DecayAttention):
         learnable_decay: one parameter a head, started at the ladder.
         group: ranks that hold consecutive shards of the sequence; None takes the surrounding `sequence_parallel`, and
             without one computes on this device alone. `leetdist.parallelize` sets it.
+        tile: tile length in tokens, a power of two >= 16; None leaves it to the length of the sequence.
+        exact: prefill and decoding give each token the bits that a training call gives it (`tile` 1,024 where none is
+            named). The state is then a `leetdist.State`, or to decode a `StatePool(..., exact=True)`, and has no
+            gradient.
 
     Raises:
         ValueError: heads do not divide dim, or the decay is none.
@@ -149,8 +165,10 @@ class LightningAttention(_DecayAttention):
         layers: int = 1,
         learnable_decay: bool = False,
         group: Group | None = None,
+        tile: int | None = None,
+        exact: bool = False,
     ) -> None:
-        super().__init__(heads, decay, layer, layers, learnable_decay, group)
+        super().__init__(heads, decay, layer, layers, learnable_decay, group, tile, exact)
         self.head_dim = head_dim or _divide(dim, heads)
         inner = heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
@@ -162,18 +180,18 @@ class LightningAttention(_DecayAttention):
         self,
         x: Tensor,
         *,
-        state: Tensor | None = None,
+        state: Any = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group. state: (B, H, D, D) fp32, on the first rank."""
-        qkv = F.silu(self.qkv_proj(x)).unflatten(-1, (self.heads, 3 * self.head_dim))
+        qkv = silu(self.qkv_proj(x)).unflatten(-1, (self.heads, 3 * self.head_dim))
         q, k, v = qkv.chunk(3, -1)
         o, final = self.attend(q, k, v, 1.0, state, return_state, cu_seqlens)
         o = o.flatten(2)
         # Under autocast o is bf16 and the weight fp32: mixed, there is no fused kernel. It computes in fp32 anyway.
         o = F.rms_norm(o, self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps)
-        y = self.out_proj(torch.sigmoid(self.output_gate(x)) * o)
+        y = self.out_proj(sigmoid(self.output_gate(x)) * o)
         return y if final is None else (y, final)
 
 
@@ -190,7 +208,7 @@ class Retention(_DecayAttention):
         heads: number of heads.
         value_dim: width of v over all heads; None is 2 * dim.
         rotary: rotate q and k by their position (the part of xPos that RetNet keeps); False is the xPos-free variant.
-        decay, layer, layers, learnable_decay, group: as for `LightningAttention`.
+        decay, layer, layers, learnable_decay, group, tile, exact: as for `LightningAttention`.
 
     Raises:
         ValueError: heads do not divide dim or value_dim, or, when called, a rotary layer under a group gets no
@@ -216,8 +234,10 @@ class Retention(_DecayAttention):
         layers: int = 1,
         learnable_decay: bool = False,
         group: Group | None = None,
+        tile: int | None = None,
+        exact: bool = False,
     ) -> None:
-        super().__init__(heads, decay, layer, layers, learnable_decay, group)
+        super().__init__(heads, decay, layer, layers, learnable_decay, group, tile, exact)
         value_dim = value_dim or 2 * dim
         self.head_dim, self.rotary = _divide(dim, heads), rotary
         self.q_proj = nn.Linear(dim, dim, bias=False)
@@ -232,17 +252,17 @@ class Retention(_DecayAttention):
         x: Tensor,
         *,
         position_ids: Tensor | None = None,
-        state: Tensor | None = None,
+        state: Any = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group; position_ids: (B or 1, N), global, for rotary layers."""
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rotary:
             angles = self._angles(x, position_ids, continued=state is not None)
             q, k = _rotate(q, angles), _rotate(k, angles)
         o, final = self.attend(q, k, v, self.head_dim**-0.5, state, return_state, cu_seqlens)
-        y = self.out_proj(F.silu(self.gate(x)) * self.norm(o).flatten(2))
+        y = self.out_proj(silu(self.gate(x)) * self.norm(o).flatten(2))
         return y if final is None else (y, final)
 
     def _angles(self, x: Tensor, position_ids: Tensor | None, continued: bool) -> Tensor:

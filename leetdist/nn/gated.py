@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.arguments import as_bool, as_float, as_int
+from leetdist.inference.attend import attend
 from leetdist.kernels.common.elementwise import silu, softplus
-from leetdist.sequence.group import resolve
+from leetdist.nn.exact import check_exact
+from leetdist.sequence.group import is_alone
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -32,6 +34,7 @@ class SimpleGLA(nn.Module):
         normalizer: the root that is taken of each gate: the larger, the longer a head remembers when training starts.
         group: ranks that hold consecutive shards of the sequence; None takes the surrounding `sequence_parallel`, and
             without one computes on this device alone. `leetdist.parallelize` sets it.
+        tile, exact: as for `LightningAttention`.
 
     Raises:
         ValueError: heads do not divide dim or value_dim, or normalizer is not positive.
@@ -56,6 +59,8 @@ class SimpleGLA(nn.Module):
         *,
         normalizer: float = 16.0,
         group: Group | None = None,
+        tile: int | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__()
         if as_int("dim", dim) < 1:
@@ -68,6 +73,7 @@ class SimpleGLA(nn.Module):
         if not 0 < as_float("normalizer", normalizer) < math.inf:
             raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
         self.heads, self.head_dim, self.normalizer, self.group = heads, dim // heads, normalizer, group
+        self.tile, self.exact = check_exact(tile, exact)
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, value_dim, bias=False)
@@ -87,10 +93,10 @@ class SimpleGLA(nn.Module):
         self,
         x: Tensor,
         *,
-        state: Tensor | None = None,
+        state: Any = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group. state: (B, H, Dk, Dv) fp32, on the first rank."""
         if x.ndim != 3:
             raise ValueError(f"x must have shape (B, N, dim), got {tuple(x.shape)}")
@@ -100,19 +106,26 @@ class SimpleGLA(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         decay, scale = self.log_decay(x), q.shape[-1] ** -0.5
-        final: Tensor | None = None
+        final: Any = None
         one = x.shape[1] == 1 and cu_seqlens is None
-        if state is not None and one and resolve(self.group) is None:
+        if self.exact:
+            o, final = attend(
+                q, k, v, decay,
+                scale=scale, tile=self.tile, state=state, keep=return_state, cu_seqlens=cu_seqlens, group=self.group,
+            )  # fmt: skip
+        elif state is not None and one and is_alone(self.group):
             o, final = linear_attention_step(q, k, v, state, decay, scale=scale)
         elif return_state:
             o, final = linear_attention(
                 q, k, v, decay,
                 scale=scale, initial_state=state, return_state=True, cu_seqlens=cu_seqlens, group=self.group,
+                tile=self.tile,
             )  # fmt: skip
         else:
             o = linear_attention(
-                q, k, v, decay, scale=scale, initial_state=state, cu_seqlens=cu_seqlens, group=self.group
-            )
+                q, k, v, decay,
+                scale=scale, initial_state=state, cu_seqlens=cu_seqlens, group=self.group, tile=self.tile,
+            )  # fmt: skip
         o = nn.functional.rms_norm(
             o.transpose(1, 2), self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps
         )

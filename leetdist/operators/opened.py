@@ -156,7 +156,7 @@ class _Call:
         self.ages = open_.tokens.index_select(0, slots)
         self.begin = self.ages % chunk
         # Where values may be read, no more is computed than there is.
-        on_host = slots.device.type == "cpu" and not torch.compiler.is_compiling()
+        self.on_host = on_host = slots.device.type == "cpu" and not torch.compiler.is_compiling()
         self.width = int(self.begin.max()) + tokens if on_host else chunk + tokens - 1
         self.crosses = self.width > chunk
         self.closes = bool((self.begin + kept >= chunk).any()) if on_host else True
@@ -245,9 +245,11 @@ class _Call:
         total = None if open_.total is None else open_.total.index_select(0, self.slots)
         at = self.ages % open_.tile // chunk * chunk
         opened.advance(k, v, gate, at, walked, own, total)
-        folded = opened.fold(start, own, open_.log_decay, total, open_.tile)
         ends = at + chunk == open_.tile
         here = ends[:, None, None, None]
+        folded = start
+        if not self.on_host or bool(ends.any()):
+            folded = opened.fold(start, own, open_.log_decay, total, open_.tile)
         found = {
             "start": torch.where(here, folded, start),
             "walked": torch.where(here, folded, walked),

@@ -146,6 +146,13 @@ def _inside(served: Transport | None, lengths: tuple[int, ...] | None) -> Iterat
         _scope.transport, _scope.lengths, _scope.name = before
 
 
+def is_alone(group: Group | None) -> bool:
+    """Whether a call with this group, or without one in its surroundings, is this rank's own: nobody shares its
+    tokens."""
+    transport = resolve(group)
+    return transport is None or transport.size == 1
+
+
 def check_alone(call: str) -> None:
     """A call that works on this rank by itself is not under a `sequence_parallel` of several ranks."""
     if _scope.transport is not None and _scope.transport.size > 1:

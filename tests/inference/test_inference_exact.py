@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,50 @@ def test_memory_of_a_slot_is_what_the_docs_say() -> None:
     pool = leetdist.StatePool(2, like=state, exact=True)
     assert pool.open is not None
     assert pool.open.bytes_a_slot == H * (64 + chunk // 2) * 1024 + 8
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_steps_on_states_and_pools_by_the_functions(by_token: bool) -> None:
+    kind = Kind(tile=32, by_token=by_token, scale=0.5)
+    tensors = kind.tokens(100, rows=2)
+    o, last = kind.one_call(tensors)
+    _, state = kind.prefill([x[:, :, :30] for x in tensors], 1)
+    pool = leetdist.StatePool(3, like=state, exact=True)
+    index = torch.tensor(pool.put(state))
+    for t in range(30, 100):
+        q, k, v, *own = (x[:, :, t : t + 1] for x in tensors)
+        decay = own[0] if own else LOG_DECAY
+        token, state = leetdist.linear_attention_step(q, k, v, state, decay, scale=0.5)
+        assert torch.equal(token, o[:, :, t : t + 1])
+        assert torch.equal(leetdist.linear_attention_steps(q, k, v, pool, decay, index=index), token)
+    assert torch.equal(state.now, last)
+    assert state.tokens == 100
+    q, k, v, *own = (x[:, :, :1] for x in tensors)
+    decay = own[0] if own else None
+    with pytest.raises(ValueError, match=r"scale must be the state's own, 0.5, or not be given, got 0.3"):
+        leetdist.linear_attention_step(q, k, v, state, decay, scale=0.3)
+    with pytest.raises(ValueError, match="inplace must be False with a State"):
+        leetdist.linear_attention_step(q, k, v, state, decay, inplace=True)
+    with pytest.raises(ValueError, match=r"scale must be the pool's own, 0.5, or not be given, got 0.3"):
+        leetdist.linear_attention_steps(q, k, v, pool, decay, scale=0.3, index=index)
+    with pytest.raises(ValueError, match="index must be given with a StatePool"):
+        leetdist.linear_attention_steps(q, k, v, pool, decay)
+    with pytest.raises(ValueError, match="states must be a tensor or a StatePool, got list"):
+        leetdist.linear_attention_steps(q, k, v, [], decay)  # type: ignore[arg-type]
+
+
+def test_verify_decode_names_the_first_difference(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Equal as it is; and where sums are taken in another order, token, tile, chunk, row and head."""
+    from leetdist.launch import verify
+    from leetdist.testing.equality import Case
+
+    monkeypatch.setattr(verify, "decoding_cases", lambda _: [Case(700, 16, 16, tile=256, decay="slow")])
+    options = ["--decode", "--virtual", "2", "--device", "cpu"]
+    assert verify.main(options) == 0
+    assert "all 1 cases equal, bit for bit: prefill, decoding, drafts" in capsys.readouterr().out
+    fold = Opened.fold
+    monkeypatch.setattr(Opened, "fold", lambda self, start, own, *rest: fold(self, start, own * 1.001, *rest))
+    assert verify.main(options) == 1
+    printed = capsys.readouterr().out
+    assert "DIFFERS" in printed
+    assert re.search(r"o differs first at token \d+ \(tile [12], chunk \d of it\), row 0, head \d: ", printed), printed

@@ -28,9 +28,9 @@ KNOWS = {
     "reference": (),
     "mesh": ("arguments", "sequence"),
     "mamba": ("arguments", "kernels", "sequence", "operators", "api"),
-    "nn": ("arguments", "kernels", "sequence", "operators", "api", "mamba"),
+    "nn": ("arguments", "kernels", "sequence", "operators", "api", "mamba", "inference"),
     "integrations": ("arguments", "sequence", "engine", "api", "inference", "mamba", "mesh", "nn"),
-    "testing": ("sequence", "api"),
+    "testing": ("sequence", "api", "inference"),
     # leetdist itself: the public names
     "": ("sequence", "api", "decoder", "explain", "inference", "reference", "mamba", "mesh", "nn", "integrations"),
     "launch": (

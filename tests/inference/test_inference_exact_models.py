@@ -1,0 +1,115 @@
+"""Models whose layers are exact: a session gives each token the bits of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import leetdist
+from leetdist.launch.model import Config, LanguageModel
+
+DIM = 64
+
+
+class Products(nn.Linear):
+    """A product whose rows do not depend on how many there are: always 16 at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        blocks = F.pad(rows, (0, 0, 0, -len(rows) % 16)).unflatten(0, (-1, 16))
+        y = torch.bmm(blocks, self.weight.mT.expand(len(blocks), -1, -1)).flatten(0, 1)[: len(rows)]
+        return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
+
+
+def model_of(layer: Callable[..., nn.Module], **options: Any) -> LanguageModel:
+    model = LanguageModel(Config(dim=DIM, layers=2, heads=2, hidden=96))
+    for number, block in enumerate(model.blocks):
+        if layer is not leetdist.nn.SimpleGLA:
+            options.update(layer=number, layers=2)
+        block.attention = layer(DIM, heads=2, tile=32, exact=True, **options)
+        block.attention.by_token = layer is leetdist.nn.SimpleGLA
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Products
+    return model
+
+
+LAYERS = [
+    (leetdist.nn.LightningAttention, {}),
+    (leetdist.nn.Retention, {"rotary": False}),
+    (leetdist.nn.SimpleGLA, {}),
+]
+
+
+@pytest.mark.parametrize(("layer", "options"), LAYERS)
+@torch.no_grad()
+def test_a_session_has_the_bits_of_one_forward_pass(layer: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    model, tokens = model_of(layer, **options), torch.randint(0, 256, (2, 150))
+    whole = model(tokens)
+    session = leetdist.Session(model, piece=50)
+    assert torch.equal(session.prefill(tokens[:, :70]), whole[:, 69])
+    for t in range(70, 90):
+        assert torch.equal(session.step(tokens[:, t : t + 1]), whole[:, t])
+    leetdist.save_states(tmp_path / "states", session.keep())
+    other = leetdist.Session(model)
+    other.resume(leetdist.load_states(tmp_path / "states"))
+    assert torch.equal(other.prefill(tokens[:, 90:131]), whole[:, 130])
+    other.fork(2)
+    assert torch.equal(other.step(tokens[:, 131:132].repeat_interleave(2, 0)), whole[:, 131].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@torch.no_grad()
+def test_a_shared_prompt_has_the_bits_of_one_forward_pass(ranks: int) -> None:
+    model, tokens = model_of(leetdist.nn.LightningAttention), torch.randint(0, 256, (1, 150))
+    whole = model(tokens)
+
+    def on_a_rank(group: Any) -> list[Tensor]:
+        session = leetdist.Session(model, group=group, piece=32)
+        return [session.prefill(tokens[:, :120]), session.step(tokens[:, 120:121]), session.prefill(tokens[:, 121:])]
+
+    for found in leetdist.virtual_ranks(on_a_rank, ranks):
+        for o, at in zip(found, (119, 120, 149), strict=True):
+            assert torch.equal(o, whole[:, at])
+
+
+def test_what_exact_layers_refuse() -> None:
+    layer, x = leetdist.nn.LightningAttention(DIM, heads=2, exact=True), torch.randn(1, 20, DIM)
+    with pytest.raises(ValueError, match=r"an exact layer's state has no gradient: ask for it, and give one, under"):
+        layer(x, return_state=True)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="cu_seqlens must be None where an exact layer keeps a state"):
+            layer(x, return_state=True, cu_seqlens=torch.tensor([0, 20]))
+        with pytest.raises(ValueError, match="state must be a State or an exact StatePool in an exact layer, got Tens"):
+            layer(x, state=torch.zeros(1, 2, 32, 32), return_state=True)
+    with pytest.raises(ValueError, match="tile must be a power of two of at least 16 tokens, or None, got 24"):
+        leetdist.nn.SimpleGLA(DIM, heads=2, tile=24)
+    with pytest.raises(ValueError, match="exact must be True or False, got 1"):
+        leetdist.nn.Retention(DIM, heads=2, exact=1)
+    model = model_of(leetdist.nn.LightningAttention)
+    model.blocks[1].attention.tile = 64
+    with pytest.raises(ValueError, match="model must have exact layers of one tile, or none"):
+        leetdist.Session(model)
+
+
+@torch.no_grad()
+def test_a_group_of_one_rank_steps_as_no_group_does() -> None:
+    for layer in (leetdist.nn.SimpleGLA(DIM, heads=2), leetdist.nn.LightningAttention(DIM, heads=2)):
+        x = torch.randn(1, 30, DIM)
+        _, state = layer(x[:, :29], return_state=True)
+        expected = layer(x[:, 29:], state=state, return_state=True)
+
+        def on_a_rank(group: Any) -> Any:
+            layer.group = group  # noqa: B023
+            return layer(x[:, 29:], state=state, return_state=True)  # noqa: B023
+
+        (found,) = leetdist.virtual_ranks(on_a_rank, 1)
+        layer.group = None
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
