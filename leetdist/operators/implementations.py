@@ -288,8 +288,9 @@ def _pytorch(facts: Facts) -> str | None:
 
 
 CUDA_HOPPER = Implementation(
-    "CUDA C++", "cuda.hopper", _cuda_hopper, "NVRTC", costs="sm_90", features="a", recordable=True
-)
+    "CUDA C++", "cuda.hopper", _cuda_hopper, "NVRTC",
+    costs="sm_90", features="a", recordable=True, opened="cuda.open_chunk",
+)  # fmt: skip
 GLUON_HOPPER = Implementation("Gluon", "triton.hopper", _gluon_hopper, "Triton", costs="sm_90", recordable=True)
 GLUON_WIDE = Implementation(
     "Gluon wide", "triton.hopper_wide", _gluon_wide, "Triton",
@@ -323,7 +324,7 @@ PYTORCH_DECODE = Implementation("PyTorch", "pytorch.decode", _pytorch)
 
 CUDA_HOPPER_A_TOKEN = Implementation(
     "CUDA C++", "cuda.hopper", _cuda_hopper, "NVRTC",
-    costs="sm_90", features="a", recordable=True, operator="token_decay",
+    costs="sm_90", features="a", recordable=True, operator="token_decay", opened="cuda.open_chunk",
 )  # fmt: skip
 CUDA_HOPPER_GRADIENTS = Implementation(
     "CUDA C++", "cuda.gradients", _cuda_hopper_gradients, "NVRTC",

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from leetdist.kernels.common import loader, tensor_map
-from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda import hopper, open_chunk
 from leetdist.kernels.token_decay.cuda import shared, shared_gradients
 
 HERE = Path(__file__).parent
-HEADER = "constant_decay/cuda/hopper.cuh"
+HEADERS = "constant_decay/cuda/hopper.cuh", "constant_decay/cuda/hopper_warp.cuh"
 
 
 @cache
@@ -36,7 +36,10 @@ def _library(source: str, name: str, defines: tuple[tuple[str, int], ...]) -> ct
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     made = Path(_folder().name, hashlib.sha256(repr((source, defines)).encode()).hexdigest()[:16])
-    made.with_suffix(".cuh").write_text(loader.text(source).replace(loader.text(HEADER), ""))
+    text = loader.text(source)
+    for header in HEADERS:
+        text = text.replace(loader.text(header), "")
+    made.with_suffix(".cuh").write_text(text)
     macros = [f"-D{macro}={value}" for macro, value in (*defines, ("KERNEL", name), ("TEXT", f'"{made}.cuh"'))]
     command = [
         compiler,
@@ -60,9 +63,11 @@ def _kernel(source: str, name: str, device: Any, defines: Any, *, shared_memory:
 
     def launch(grid: tuple[int, ...], block: int, *arguments: Any) -> None:
         held = loader.Arguments(arguments)
+        x, y = (*grid, 1)[:2]
         library.run(
-            ctypes.c_void_p(held.places), ctypes.c_uint(grid[0]), ctypes.c_int(block), ctypes.c_int(shared_memory)
-        )
+            ctypes.c_void_p(held.places), ctypes.c_uint(x), ctypes.c_uint(y), ctypes.c_int(block),
+            ctypes.c_int(shared_memory),
+        )  # fmt: skip
 
     return launch
 
@@ -89,5 +94,5 @@ def emulated(multiprocessors: int = 132) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for module in (hopper, shared, shared_gradients):
+    for module in (hopper, open_chunk, shared, shared_gradients):
         module._kernel.cache_clear()

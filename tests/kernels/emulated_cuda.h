@@ -24,7 +24,7 @@ struct dim3 {
 struct float4 {
     float x, y, z, w;
 };
-inline dim3 threadIdx, blockIdx;
+inline dim3 threadIdx, blockIdx, blockDim;
 
 struct Emulator {
     static constexpr int BLOCKS = 2, LARGEST = 256 * BLOCKS;  // fibers of the blocks that are run together
@@ -34,7 +34,8 @@ struct Emulator {
     bool done[LARGEST];
     int threads = 0, current = 0, cluster = 1, arrived[BLOCKS], warp_arrived[LARGEST / 32];
     unsigned first_block = 0, generation[BLOCKS], warp_generation[LARGEST / 32];
-    float exchanged[2][LARGEST];
+    double exchanged[2][LARGEST];
+    bool any[BLOCKS][2] = {};  // of the threads at a barrier, by turns
 
     int block() const { return current / threads; }  // of the cluster
     void resume(int fiber) { threadIdx.x = fiber % threads, blockIdx.x = first_block + fiber / threads; }
@@ -51,16 +52,16 @@ struct Emulator {
             while (turn == now) yield();
         }
     }
-    float shuffle(float value, int mask) {
+    double shuffle(double value, int mask) {
         const int me = current, warp = me / 32;
-        float* const box = exchanged[warp_generation[warp] % 2];
+        double* const box = exchanged[warp_generation[warp] % 2];
         box[me] = value;
         barrier(warp_arrived[warp], warp_generation[warp], 32);
         return box[me ^ mask];
     }
     static void enter();
     void run(unsigned blocks_x, unsigned blocks_y, int count, std::function<void()> function, int together = 1) {
-        kernel = std::move(function), threads = count, cluster = together;
+        kernel = std::move(function), threads = count, blockDim.x = count, cluster = together;
         for (blockIdx.y = 0; blockIdx.y < blocks_y; ++blockIdx.y)
             for (first_block = 0; first_block < blocks_x; first_block += cluster) {
                 for (int i = 0; i < cluster * threads; ++i) {
@@ -93,7 +94,16 @@ inline void __syncthreads() {
     const int block = emulator.block();
     emulator.barrier(emulator.arrived[block], emulator.generation[block], emulator.threads);
 }
-inline float __shfl_xor_sync(unsigned, float value, int mask) { return emulator.shuffle(value, mask); }
+template <class T> T __shfl_xor_sync(unsigned, T value, int mask) { return T(emulator.shuffle(value, mask)); }
+inline bool __syncthreads_or(bool x) {
+    bool& any = emulator.any[emulator.block()][emulator.generation[emulator.block()] % 2];
+    any |= x;
+    __syncthreads();
+    const bool found = any;
+    __syncthreads();
+    any = false;
+    return found;
+}
 inline float __uint_as_float(unsigned x) {
     float y;
     std::memcpy(&y, &x, 4);

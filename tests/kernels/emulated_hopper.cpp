@@ -14,8 +14,8 @@ template <class... A, size_t... i> void call(void (*kernel)(A...), void** argume
 template <class... A> void call(void (*kernel)(A...), void** arguments) {
     call(kernel, arguments, std::index_sequence_for<A...>{});
 }
-// arguments: the address of each, as the driver takes them; memory: bytes that a block asks for.
-extern "C" void run(void** arguments, unsigned blocks, int threads, int memory) {
+// arguments: the address of each, as the driver takes them; x, y: blocks; memory: bytes that a block asks for.
+extern "C" void run(void** arguments, unsigned x, unsigned y, int threads, int memory) {
     block_bytes = memory - 1024;  // as much may be lost to where blocks begin
     auto block = [=] {
         if (threadIdx.x == 0) std::memset(block_memory[emulator.block()], 0xff, sizeof *block_memory);  // NaN, until written
@@ -23,8 +23,8 @@ extern "C" void run(void** arguments, unsigned blocks, int threads, int memory) 
         call(KERNEL, arguments);
     };
 #ifdef CLUSTER
-    emulator.run(blocks, 1, threads, block, CLUSTER);
+    emulator.run(x, y, threads, block, CLUSTER);
 #else
-    emulator.run(blocks, 1, threads, block);
+    emulator.run(x, y, threads, block);
 #endif
 }

@@ -288,3 +288,40 @@ inline void begin_products() {}
 inline void end_products() {}
 template <int under_way> void wait_products() {}
 template <class T> void here(T&) {}
+
+// ------------------------------------------------------------------------------------------------ hopper_warp.cuh
+
+inline void add_small(float (&x)[4], const Word (&a)[4], Word b, Word b_further) {
+    const Word own[2] = {b, b_further};
+    Word columns[32 * 8];  // of all lanes
+    for (int part = 0; part < 4; part++) {
+        Word some[16];
+        exchange<2>(own, 8 * part, 8, some);
+        std::memcpy(columns + 16 * part, some, sizeof some);
+    }
+    multiply(x, 1, Registers(a), [&](int k, int column) {  // a lane has numbers 2 (lane % 4) of column lane / 4
+        return unpack(columns[(4 * column + k % 8 / 2) * 2 + k / 8], k % 2);
+    });
+}
+struct alignas(16) Vector {
+    Word words[4];
+};
+inline void copy_vector(Word to, const Bits* from) {
+    if (Long(from) % 16) __builtin_trap();
+    std::memcpy(&at<Vector>(to), from, 16);
+}
+inline void wait_copies() {}
+inline void copy_vector(Bits* to, const Bits* from) {
+    if (Long(from) % 16 || Long(to) % 16) __builtin_trap();
+    std::memcpy(to, from, 16);
+}
+inline void copy_vector(Bits* to, Word from) { std::memcpy(to, &at<Vector>(from), 16); }
+inline void load_two(const float* from, float& x, float& y) { x = from[0], y = from[1]; }
+inline void store_two(float* to, float x, float y) { to[0] = x, to[1] = y; }
+inline void store(Word to, Bits x) { at<Bits>(to) = x; }
+inline Word join(Word x, Word y, bool high) { return high ? x >> 16 | (y & 0xffff0000u) : (x & 0xffffu) | y << 16; }
+inline bool arrives_last(unsigned* counter, unsigned blocks) {
+    *counter = (*counter + 1) % blocks;
+    return *counter == 0;
+}
+inline void __threadfence() {}

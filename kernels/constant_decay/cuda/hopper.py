@@ -25,6 +25,7 @@ TABLES = {"tile_states": (256, 4 * 256), "tile_outputs": (1280, 512 + 4 * 448)}
 SLOT = 272  # bytes in which a chunk's log-decays come
 AGAIN = "tile_outputs again"  # the second compilation of tile_outputs.cu, for tiles with NaNs and infinities
 OUTPUTS = ("tile_outputs", AGAIN)  # launched one behind the other
+ONWARD = "tile_states onward"  # the compilation of tile_states.cu that goes on from a state
 
 
 def tile_states(
@@ -54,6 +55,37 @@ def tile_states(
         *_tiles(tiles, log_decay, splits, b, c), tiles.unread(reverse, to_end), float(scale),
     )  # fmt: skip
     return out
+
+
+def onward(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    states: Tensor,
+    *,
+    at: int | Tensor,
+    whole: int = 0,
+    total: Tensor | None = None,
+) -> None:
+    """`tile_states` of one tile, forward, not from zero but from `states` (B, H, Db, Dc), in place: its tokens from
+    number `at` on, a multiple of CHUNK (a number, or (B,) int64).
+
+    whole: of the tile's own sum, the tile's length: what that leaves out is forgotten where it ends. total: (B, H)
+    fp64, the sum of the log-decays before, one a token; NaN says that one is no decay.
+    """
+    heads, token = heads_of(log_decay), log_decay.ndim == 3
+    programs = b.shape[0] * heads
+    columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
+    kept: list[Tensor] = []
+    places, place = (0, at) if isinstance(at, int) else (at.contiguous(), 0)
+    launch = _kernel(ONWARD, b.shape[3], columns, groups, b.dtype, False, False, token, b.device)
+    launch(
+        (programs * splits,), THREADS * groups,
+        *_operand(b, heads, kept), *_operand(c, heads, kept), states.data_ptr(),
+        *_tiles(Tiles(b.shape[2], (0, b.shape[2])), log_decay, splits, b, c), -1, 1.0,
+        places if isinstance(places, int) else places.data_ptr(), place, whole,
+        0 if total is None else total.data_ptr(),
+    )  # fmt: skip
 
 
 def tile_outputs(
@@ -142,7 +174,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool = False) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
-    if name == "tile_states":
+    step = name.split()[0]
+    if step == "tile_states":
         chunks_b = chunks_c = slots = 3 if rows <= 128 else 2 * groups
         chunks_a = 0
     elif rows <= 128:
@@ -151,8 +184,8 @@ def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool =
         chunks_a, chunks_b, chunks_c = (1, 1, 2) if groups == 1 else (2, 3, 2)
         slots = chunks_a
     operands = (chunks_a + chunks_b) * rows + chunks_c * groups * columns
-    scores = 0 if name == "tile_states" else 1 if groups == 1 else chunks_b
-    each = TABLES["tile_states" if name == "tile_states" else "tile_outputs"][token]
+    scores = 0 if step == "tile_states" else 1 if groups == 1 else chunks_b
+    each = TABLES[step][token]
     if name == AGAIN:
         each += 4 * (columns + 4)  # from which token on each column is lost
     return (operands // 64 + scores) * BLOCK + BARRIERS + groups * each + (slots * SLOT if token else 0)
@@ -166,7 +199,7 @@ def defines(
         ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
         ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name == AGAIN)),
     )  # fmt: skip
-    return (*made, ("TOKEN", 1)) if token else made
+    return made + (("TOKEN", 1),) * token + (("ONWARD", 1),) * (name == ONWARD)
 
 
 @cache

@@ -27,12 +27,15 @@ struct Units {
     }
 };
 
-// A part of the state, or half of it, as an operand on the left.
+// 16 rows of a part of the state as an operand on the left.
+__device__ __forceinline__ void hold(const float (&state)[HELD], const float (&power)[2], int step, Word (&held)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        held[i] = pack(state[8 * step + 2 * i] * power[i % 2], state[8 * step + 2 * i + 1] * power[i % 2]);
+}
+// A part of it, or half of one.
 __device__ __forceinline__ void hold(const float (&state)[HELD], const float (&power)[2], int half,
                                      Word (&held)[HELD_STEPS][4]) {
 #pragma unroll
-    for (int i = 0; i < 8 * HELD_STEPS; i += 2) {
-        const int from = half * 8 * HELD_STEPS + i;
-        held[i / 8][i / 2 % 4] = pack(state[from] * power[i / 2 % 2], state[from + 1] * power[i / 2 % 2]);
-    }
+    for (int i = 0; i < HELD_STEPS; i++) hold(state, power, half * HELD_STEPS + i, held[i]);
 }

@@ -19,9 +19,15 @@ struct Weights {
         log_gamma = bounded(log_decay[tile.head]), g = log_gamma * LOG2E;
     }
     // Chunks whose tokens are so far from the state that gamma^distance is 0 in fp32 (from e^-104 on) are left out.
-    __device__ __forceinline__ void leave_out(Tile& tile) const {
-        const int reach = int(min(104.0f / max(-log_gamma, 1e-9f), float(tile.length)));
-        tile.chunks = min(tile.all, (reach + CHUNK - 1) / CHUNK + 1);
+    __device__ __forceinline__ int reached(int length, int all) const {
+        const int reach = int(min(104.0f / max(-log_gamma, 1e-9f), float(length)));
+        return min(all, (reach + CHUNK - 1) / CHUNK + 1);
+    }
+    __device__ __forceinline__ void leave_out(Tile& tile) const { tile.chunks = reached(tile.length, tile.all); }
+    // Whether a tile of `whole` tokens, all known at once, leaves out all before the chunk that begins at `token`.
+    __device__ __forceinline__ bool begins(int whole, int token, float) const {
+        const int all = (whole + CHUNK - 1) / CHUNK;
+        return token == (all - reached(whole, all)) * CHUNK;
     }
     __device__ __forceinline__ int bytes(int) const { return 0; }
     __device__ __forceinline__ void fetch(Word, int, int, Word) const {}

@@ -1,17 +1,30 @@
 // leetdist.kernels.constant_decay.pytorch.block.tile_states on Hopper: see hopper_tile.cuh.
+//
+// -DONWARD=1: not from zero, but from what `out` holds, which a walk had made of the same tile's tokens before `place`,
+// a multiple of CHUNK (places: one a batch entry). whole: of the tile's own sum, the tile's length, for what that leaves
+// out; else 0. total: what the decays before sum up to, NaN if they did not.
 
 #include "hopper_tile.cuh"
 
 constexpr int STAGES = !LAST_FETCHES ? 3 : GROUPS == 1 ? 2 : 4;
 constexpr int STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
 
+#ifndef ONWARD
+#define ONWARD 0
+#endif
+#if ONWARD
+#define FROM , const Offset *places, Offset place, Offset whole, const double *total
+#else
+#define FROM
+#endif
+
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 2 / GROUPS)
-tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scale) {
+tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scale FROM) {
     Tile tile(TILE);
     if (tile.number == unread) return;
     Weights weights;
     weights.start(tile, log_decay TOKENS_);
-    weights.leave_out(tile);
+    if (!ONWARD) weights.leave_out(tile);
     const Word base = shared_memory(), slots = base + STAGES * STAGE, all_weights = slots + STAGES * SLOT;
     weights.place(all_weights + group_number() * Weights::BYTES, tile, log_decay TOKENS_);
     const Word arrivals = all_weights + GROUPS * Weights::BYTES, counters = arrivals + STAGES * 8;
@@ -35,11 +48,19 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scal
     weights.set(1.0f, CHUNK);
     if (LAST_FETCHES) meet();
 
+    const int lane = threadIdx.x % 32, warp = thread_number() / 32;
+    const int all = GROUPS * COLUMNS * int(splits);
+    out += Offset(tile.program) * ROWS * all + 2 * (lane % 4) * all + tile.own + 16 * warp + lane / 4;
+    auto place_of = [&](int part, int i) { return (8 * (i / 4) + i % 2) * all + 64 * part + i / 2 % 2 * 8; };
     float state[PARTS][HELD];
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int i = 0; i < HELD; i++) state[part][i] = 0.0f;
+        for (int i = 0; i < HELD; i++) state[part][i] = ONWARD ? out[place_of(part, i)] : 0.0f;
+#if ONWARD
+    if (places) place = places[tile.batch];
+    bool numbers = !total || total[tile.program] == total[tile.program];
+#endif
     for (int step = 0; step < tile.chunks; step++) {
         const Word b_i = base + step % STAGES * STAGE, c_i = b_i + ROWS_BYTES + group_number() * COLUMNS_BYTES;
         const int count = tile.count(step);
@@ -55,6 +76,15 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scal
         wait_products<0>();  // for ptxas, which does not see that none is under way
         float faded = weights.faded(count);
         weights.read(slots + step % STAGES * SLOT, count, faded);
+#if ONWARD
+        numbers = numbers && faded == faded;
+        if (whole && numbers && weights.begins(int(whole), int(place) + tile.first(step), faded)) {
+#pragma unroll
+            for (int part = 0; part < PARTS; part++)
+#pragma unroll
+                for (int i = 0; i < HELD; i++) state[part][i] = 0.0f;
+        }
+#endif
         Weighted weighted[PARTS];
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
@@ -70,12 +100,8 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scal
         if (LAST_FETCHES && is_last(counters + step % STAGES * 4)) fetch_chunk(step + STAGES);
     }
 
-    const int lane = threadIdx.x % 32, warp = thread_number() / 32;
-    const int all = GROUPS * COLUMNS * int(splits);
-    out += Offset(tile.program) * ROWS * all + 2 * (lane % 4) * all + tile.own + 16 * warp + lane / 4;
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int i = 0; i < HELD; i++)
-            out[(8 * (i / 4) + i % 2) * all + 64 * part + i / 2 % 2 * 8] = scale * state[part][i];
+        for (int i = 0; i < HELD; i++) out[place_of(part, i)] = scale * state[part][i];
 }

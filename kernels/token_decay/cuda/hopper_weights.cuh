@@ -77,7 +77,8 @@ template <bool OUTPUTS> struct TokenWeights {
         first_decay += decays, shift = int(Long(first_decay) & 15);
     }
     // Chunks are left out if what is between them and the state decays them to 0 in fp32 (e^-104), and all decays of the
-    // tile are numbers. The block's first bytes are not in use yet.
+    // tile are numbers. Forward, where tokens may come one by one, one chunk's own decays must do so, for no sum knows
+    // those to come. The block's first bytes are not in use yet.
     __device__ __forceinline__ void leave_out(Tile& tile) const {
         constexpr int AT_ONCE = 64;
         const Word sums = shared_memory();
@@ -87,12 +88,21 @@ template <bool OUTPUTS> struct TokenWeights {
         for (int from = 0; from < tile.all; from += AT_ONCE) {  // beginning beside the state
 #pragma unroll 4
             for (int i = threadIdx.x / 32; i < AT_ONCE; i += WARPS * GROUPS) {
-                const int token = (REVERSE ? from + i : tile.all - 1 - from - i) * CHUNK + lane;
-                const bool first = token >= 0 && token < tile.length, second = token >= 0 && token + 32 < tile.length;
-                float sum = (first ? step_of<FAR>(first_decay[token]) : 0.0f) +
-                            (second ? step_of<FAR>(first_decay[token + 32]) : 0.0f);
+                const int chunk = REVERSE ? from + i : tile.all - 1 - from - i;
+                float sum;
+                if (REVERSE) {
+                    const int token = chunk * CHUNK + lane;
+                    sum = (token < tile.length ? step_of<FAR>(first_decay[token]) : 0.0f) +
+                          (token + 32 < tile.length ? step_of<FAR>(first_decay[token + 32]) : 0.0f);
 #pragma unroll
-                for (int apart = 1; apart < 32; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+                    for (int apart = 1; apart < 32; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+                } else {
+                    const int token = chunk * CHUNK + 2 * lane;
+                    const float x = chunk >= 0 && token < tile.length ? step_of<NEAR>(first_decay[token]) : 0.0f;
+                    const float y = chunk >= 0 && token + 1 < tile.length ? step_of<NEAR>(first_decay[token + 1]) : 0.0f;
+                    const float all = Sums(x, y).all;
+                    sum = exp2_(all) == 0.0f ? FAR : all != all ? all : 0.0f;
+                }
                 if (lane == 0) store(sums + i * 4, sum);
             }
             __syncthreads();
@@ -105,6 +115,8 @@ template <bool OUTPUTS> struct TokenWeights {
         }
         tile.chunks = between == between ? chunks : tile.all;
     }
+    // See kernels/constant_decay/cuda/hopper_weights.cuh; not where a decay before is no number.
+    __device__ __forceinline__ bool begins(int, int, float faded) const { return faded == 0.0f; }
     // The 16 bytes around a number are always there.
     __device__ __forceinline__ int bytes(int count) const { return (shift + 4 * count + 15) & ~15; }
     __device__ __forceinline__ void fetch(Word slot, int first, int count, Word arrival) const {
