@@ -5,8 +5,8 @@
     torchrun --nproc-per-node=2 benchmarks/models.py --family NemotronH ... --code leetdist  # one sequence, two GPUs
 
 Random weights, bf16 on a GPU. First the code is compared with transformers' own in fp32 on fewer tokens; then times are
-taken, in turns. Prefill is a forward with a cache that returns the last token's logits; a step is forward, backward, with
-activation checkpointing, and AdamW. The own code takes mamba_ssm's kernels where they can be imported, and PyTorch
+taken, in turns. Prefill is a forward with a cache that returns the last token's logits; a step is forward, backward,
+with activation checkpointing, and AdamW. The own code takes mamba_ssm's kernels where they can be imported, and PyTorch
 otherwise.
 """
 
