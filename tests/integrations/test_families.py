@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 TOKENS = 150  # no multiple of anything: shards are uneven
 ENDS = (0, 41, 97, TOKENS)
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 # Before transformers 5.23 the layers of these are not told what a call says of documents, or of padding.
@@ -91,48 +91,56 @@ def packed(model: Any, mesh: Any, name: str) -> None:
 
 
 def generated(model: Any, name: str) -> None:
-    """Greedy tokens after prompts of many, few and too few tokens to share, and after padding. Without a cache, because
+    """Greedy tokens after a prompt with padding, and after too few tokens to share. Theirs without a cache, because
     transformers' own steps do not keep dt within its limits, as its prefill does."""
     ids = batch_of()["input_ids"]
     padded = torch.ones_like(ids)
     padded[0, :7] = 0
     theirs = tiny(name)
-    for prompt, mask in ((ids, torch.ones_like(ids)), (ids[:, :2], torch.ones_like(ids[:, :2])), (ids, padded)):
-        if name in DEAF_TO_PADDING and not mask.all() and model.get_submodule("")._leetdist_mesh is not None:
+    for prompt, mask in ((ids, padded), (ids[:, :2], torch.ones_like(ids[:, :2]))):
+        if name in DEAF_TO_PADDING and not mask.all() and model._leetdist_mesh is not None:
             with pytest.raises(ValueError, match="does not hand what a call says of padding on"):
                 model.generate(prompt, attention_mask=mask, **GREEDY)
-            continue
+            mask = torch.ones_like(ids)
         expected = theirs.generate(prompt, attention_mask=mask, use_cache=False, **GREEDY)
         found = model.generate(prompt, attention_mask=mask, **GREEDY)
         assert torch.equal(found, expected), f"{name}, prompt {tuple(prompt.shape)}: {found} != {expected}"
 
 
-def everything(rank: int, ranks: int) -> dict[str, Any]:
+def on_two(rank: int) -> dict[str, Any]:
     """Every family on this rank: its errors."""
     torch.set_num_threads(1)
-    mesh = leetdist.device_mesh(sequence=ranks)
+    mesh = leetdist.device_mesh(sequence=2)
     found = {}
     for name in FAMILIES:
         model = leetdist.parallelize(tiny(name), mesh)
         found[name] = trained(model, mesh, name)
         with torch.no_grad():
             packed(model, mesh, name)
-            if ranks == 2:
-                generated(model, name)
-        if ranks == 2:
+            generated(model, name)
+        if name in ("NemotronH", "Zamba2"):
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})
             found[f"{name}, recomputed"] = trained(model, mesh, name)
-    if ranks == 4:
-        mesh = leetdist.device_mesh(sequence=2)
-        for name in FAMILIES:
-            found[f"{name}, dp x sp"] = trained(leetdist.parallelize(tiny(name), mesh), mesh, name, rows=4, replicas=2)
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_on_ranks(ranks: int) -> None:
-    for found in values(run_ranks(everything, ranks, ranks, frameworks=True, timeout_s=200)):
+def on_four(rank: int) -> dict[str, Any]:
+    """A sequence of each family on four ranks, and of some on two, whose other two have other rows."""
+    torch.set_num_threads(1)
+    whole, halves = leetdist.device_mesh(sequence=4), leetdist.device_mesh(sequence=2)
+    found = {}
+    for name in (name for name in FAMILIES if " " not in name):
+        found[name] = trained(leetdist.parallelize(tiny(name), whole), whole, name)
+    for name in ("FalconH1", "NemotronH"):
+        model = leetdist.parallelize(tiny(name), halves)
+        found[f"{name}, dp x sp"] = trained(model, halves, name, rows=4, replicas=2)
+    return found
+
+
+@pytest.mark.parametrize(("work", "ranks"), [(on_two, 2), (on_four, 4)])
+def test_on_ranks(work: Any, ranks: int) -> None:
+    for found in values(run_ranks(work, ranks, frameworks=True, timeout_s=200)):
         errors = {f"{family}: {what}": error for family, of in found.items() for what, error in of.items()}
         assert max(errors.values()) < 1e-5, {name: error for name, error in errors.items() if not error < 1e-5}
 
