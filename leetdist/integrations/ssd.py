@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 
+from leetdist.api import linear_attention_step
 from leetdist.integrations.registry import register
 from leetdist.mamba import mamba_chunk_scan_combined
 from leetdist.nn.conv import causal_conv1d
@@ -96,11 +97,16 @@ class Mixer(nn.Module):
         x, z = (y.unflatten(-1, (self.num_heads, -1)) for y in (x, gate))
         B, C = (y.unflatten(-1, (self.n_groups, -1)) for y in (B, C))
         normed = not isinstance(self.norm, nn.Identity)
-        scanned: Any = mamba_chunk_scan_combined(
-            x, dt, -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))), B, C,
-            D=self.D, z=None if normed else z, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.time_step_limit,
-            initial_states=state, return_final_states=cache is not None, cu_seqlens=cu_seqlens, group=self.group,
-        )  # fmt: skip
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        scanned: Any
+        if state is not None and x.shape[1] == 1 and self.group is None:
+            scanned = self._step(x, dt, A, B, C, None if normed else z, state)
+        else:
+            scanned = mamba_chunk_scan_combined(
+                x, dt, A, B, C, D=self.D, z=None if normed else z,
+                dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.time_step_limit,
+                initial_states=state, return_final_states=cache is not None, cu_seqlens=cu_seqlens, group=self.group,
+            )  # fmt: skip
         if cache is not None:
             scanned, state = scanned
             self._keep(cache, inputs, state)
@@ -114,6 +120,18 @@ class Mixer(nn.Module):
         """(B, N, width) to the gate, the convolution's inputs and dt."""
         projected: Tensor = self.in_proj(hidden_states)
         return projected
+
+    def _step(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `mamba_chunk_scan_combined` gives one token, and the state after it."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.time_step_limit)
+        q, k, v = (y.transpose(1, 2) for y in (C, B, (x * dt[..., None]).to(x.dtype)))
+        o, after = linear_attention_step(q, k, v, state.to(wide).mT, (dt * A.to(wide)).transpose(1, 2))
+        y = o.transpose(1, 2) + x * self.D.to(wide)[:, None]
+        y = y if z is None else y * F.silu(z.to(wide))
+        return y.to(x.dtype), after.mT
 
     def _convolved(self, inputs: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         silu = self.activation in ("silu", "swish")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,3 +169,10 @@ def test_states_reach_far(name: str) -> None:
     with torch.no_grad():
         one, two = (model(x, use_cache=False).logits[:, -20:] for x in (ids, other))
     assert relative(two, one) > 0.05
+
+
+def test_the_documents_table_has_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    table = page.split("### Families with recurrent layers")[1].split("###")[0]
+    rows = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")} - {"family"}
+    assert {name.split()[0] for name in FAMILIES} <= rows
