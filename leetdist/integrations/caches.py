@@ -49,4 +49,15 @@ def join(cache: Any, group: Group | None, tokens: int) -> None:
         cache.seqlen_offset.fill_(tokens)
 
 
-__all__ = ["NAMES", "cache_of", "filled", "join", "joinable"]
+def check_grows(cache: Any) -> None:
+    """ValueError for a cache whose keys are as many as there may once be, the last of them of no token yet."""
+    from transformers.cache_utils import StaticLayer
+
+    if any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", [])):
+        raise ValueError(
+            f"{type(cache).__name__} has a fixed length, where leetdist's softmax attention on ranks takes all keys "
+            "for those of tokens: leave cache_implementation out, or use DynamicCache"
+        )
+
+
+__all__ = ["NAMES", "cache_of", "check_grows", "filled", "join", "joinable"]

@@ -115,7 +115,7 @@ class Calls:
             offsets = take_offsets(call)
             if offsets is not None:
                 call["cu_seqlens"] = offsets
-            if not with_cache or _count(call) > 1:
+            if not with_cache or (_count(call) > 1 and not isinstance(call.get("attention_mask"), dict)):
                 self._tell_documents(call)
             if call.get("cu_seqlens") is not None:
                 if with_cache:
@@ -183,15 +183,15 @@ class Calls:
     def _tell_documents(self, call: dict[str, Any]) -> None:
         """Find documents by their numbers or positions, and see that all layers hear of them."""
         take_numbers(call, self.group)
-        positions, mask = call.get("position_ids"), call.get("attention_mask")
+        positions, mask, kept = call.get("position_ids"), call.get("attention_mask"), None
         if call.get("cu_seqlens") is None and positions is not None and positions.ndim == 2:
             rows = len(_tokens(call))
-            if mask is not None:  # beside a cache it tells of the tokens there too
-                mask = mask[:, -positions.shape[1] :]
+            if isinstance(mask, Tensor) and mask.ndim == 2:  # beside a cache it tells of the tokens there too
+                kept = mask[:, -positions.shape[1] :]
             if self.group is not None:
-                found = shared_documents(positions, rows, mask, self.group)
+                found = shared_documents(positions, rows, kept, self.group)
             else:
-                starts = starts_of(positions.expand(rows, -1), mask)
+                starts = starts_of(positions.expand(rows, -1), kept)
                 found = offsets_of(starts) if bool(starts.any()) else None
             if found is not None:
                 call["cu_seqlens"] = found
@@ -209,7 +209,7 @@ class Calls:
                     "which leetdist keeps them apart on ranks alone; on one device pass each document by itself"
                 )
         mask = call.get("attention_mask")
-        if mask is not None and not bool(mask.all()):
+        if mask is not None and (not isinstance(mask, Tensor) or not bool(mask.all())):
             raise ValueError("attention_mask: packed documents have no padding between them, leave it out")
         call["attention_mask"] = None
         if call.get("position_ids") is None:
@@ -229,6 +229,8 @@ class Calls:
 
     def _prepare_cached(self, call: dict[str, Any], cache: Any) -> None:
         count = self.tokens = _count(call)
+        if self.softmax:
+            caches.check_grows(cache)
         empty = caches.joinable(cache) and (cache is None or not caches.filled(cache))
         lengths = shard_lengths(count, self.ranks, default_tile(count))  # too few to share, if a rank would have none
         self.prompt = self.cuts_prompts and empty and min(lengths) > 0

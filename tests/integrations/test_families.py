@@ -171,6 +171,26 @@ def test_states_reach_far(name: str) -> None:
     assert relative(two, one) > 0.05
 
 
+@pytest.mark.parametrize("name", ["Bamba", "Mamba2"])
+def test_static_caches(name: str) -> None:
+    """Of a fixed length: right alone and where no softmax layer reads keys, else refused on ranks."""
+    ids = batch_of()["input_ids"][:, :40]
+    mask = torch.ones_like(ids)
+    options = {**GREEDY, "attention_mask": mask, "cache_implementation": "static", "disable_compile": True}
+    expected = tiny(name).generate(ids, **{**GREEDY, "attention_mask": mask}, use_cache=False)
+    assert torch.equal(leetdist.parallelize(tiny(name), None).generate(ids, **options), expected)
+
+    def rank(group: Any) -> Tensor:
+        found: Tensor = leetdist.parallelize(tiny(name), group).generate(ids, **options)
+        return found
+
+    if name == "Bamba":
+        with pytest.raises(ValueError, match=r"StaticCache has a fixed length|attention_mask must be"):
+            leetdist.virtual_ranks(rank, 2)
+    else:
+        assert all(torch.equal(x, expected) for x in leetdist.virtual_ranks(rank, 2))
+
+
 def test_the_documents_table_has_every_family() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
     table = page.split("### Families with recurrent layers")[1].split("###")[0]

@@ -299,6 +299,20 @@ def test_models_with_unknown_states_are_refused(name: str) -> None:
         leetdist.parallelize(model, None)
 
 
+def test_static_caches_are_refused_on_ranks() -> None:
+    """Their keys are as many as there may once be: taken for those of tokens, they gave other words."""
+    ids = batch_of()["input_ids"][:, :40]
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    models = [llama() for _ in range(2)]
+
+    def rank(group: Any) -> None:
+        model = leetdist.parallelize(models[group.rank], group)
+        with pytest.raises(ValueError, match="StaticCache has a fixed length"):
+            model.generate(ids, attention_mask=torch.ones_like(ids), disable_compile=True, **options)
+
+    leetdist.virtual_ranks(rank, 2)
+
+
 class HybridAttentionBlock(nn.Module):
     """Named like something unknown, but a stack of known layers; with an unknown one when asked."""
 
