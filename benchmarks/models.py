@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import inspect
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ import torch.distributed as dist
 import transformers
 from common.place import needs_gpu
 from common.revision import commit
+from common.warm import tune_in_parallel
 
 import leetdist
 from leetdist.reference import relative_error
@@ -79,14 +81,20 @@ def build(family: str, options: argparse.Namespace, device: torch.device, dtype:
     return model.to(dtype).eval()
 
 
+def code_of(family: str) -> Any:
+    """transformers' module of the family."""
+    name = {"NemotronH": "nemotron_h", "FalconH1": "falcon_h1"}.get(family, family.lower())
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
 def own_kernels(family: str) -> str:
     """What the family's own scan is computed by; its fused training kernel is left out, which needs causal_conv1d."""
-    name = {"NemotronH": "nemotron_h", "FalconH1": "falcon_h1"}.get(family, family.lower())
-    module = sys.modules[f"transformers.models.{name}.modeling_{name}"]
+    module = code_of(family)
     if hasattr(module, "mamba2_split_conv1d_scan_combined"):
         module.mamba2_split_conv1d_scan_combined = lambda *_, **__: None
     with contextlib.suppress(ImportError):
         importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        tune_in_parallel()
         return "mamba_ssm"
     return "PyTorch"
 
@@ -119,8 +127,11 @@ def checked(
 ) -> dict[str, float]:
     """Relative errors of each code's logits against transformers' own in fp32; on ranks those of the last token."""
     ids = torch.randint(VOCABULARY, (1, CHECKED), device=device, generator=torch.Generator(device).manual_seed(2))
+    module = code_of(family)
+    scan, module.mamba2_chunk_scan = module.mamba2_chunk_scan, inspect.unwrap(module.mamba2_chunk_scan)  # PyTorch's
     with torch.no_grad():
         exact = build(family, options, device, torch.float32)(ids, use_cache=False).logits
+        module.mamba2_chunk_scan = scan
         if mesh is not None:
             return {name: relative_error(prefill(model, {"input_ids": ids}, mesh), exact[:, -1:])
                     for name, model in models.items()}  # fmt: skip

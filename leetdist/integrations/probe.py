@@ -56,6 +56,7 @@ def mixing(
         names = {name for name, child in module.named_modules() if child in set(known)}
         try:
             tried = _copy(module)
+            names &= dict(tried.named_modules()).keys()  # those of layers like earlier ones are not there
             for name in names:
                 _keep_apart(tried.get_submodule(name))
             if prepare is not None:

@@ -171,6 +171,25 @@ def test_states_reach_far(name: str) -> None:
     assert relative(two, one) > 0.05
 
 
+DEEP: dict[str, dict[str, Any]] = {
+    "Mamba2": {"num_hidden_layers": 7},
+    "NemotronH": {"layers_block_type": [*["mamba", "mlp"] * 2, "attention", *["mamba", "mlp"] * 2]},
+    "Zamba2": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_as_many_layers_as_models_have(name: str) -> None:
+    """More than the few that are tried, of those alike."""
+    ids = batch_of()["input_ids"][:, :40]
+    with torch.no_grad():
+        expected, found = (
+            model(ids, use_cache=False).logits
+            for model in (tiny(name, **DEEP[name]), leetdist.parallelize(tiny(name, **DEEP[name]), None))
+        )
+    assert relative(found, expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["Bamba", "Mamba2"])
 def test_static_caches(name: str) -> None:
     """Of a fixed length: right alone and where no softmax layer reads keys, else refused on ranks."""

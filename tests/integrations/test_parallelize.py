@@ -189,8 +189,8 @@ def test_a_wrapped_model_is_refused() -> None:
 
 def llama(**changes: Any) -> Any:
     transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, **changes)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **changes}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4)
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -290,6 +290,16 @@ def test_a_model_of_transformers_within_another() -> None:
         torch.testing.assert_close(out, expected)
     with pytest.raises(ValueError, match=r"more \(GRU\)"):
         leetdist.parallelize(Wrapper(nn.GRU(8, 8)), None)
+
+
+def test_as_many_layers_as_models_have() -> None:
+    """More than the few that are tried, of those alike."""
+
+    def rank(group: Any) -> int:
+        model = leetdist.parallelize(llama(num_hidden_layers=7), group)
+        return sum(layer.self_attn.group is group for layer in model.model.layers)
+
+    assert leetdist.virtual_ranks(rank, 2) == [7, 7]
 
 
 def test_sequence_classification_is_refused_on_shards() -> None:
