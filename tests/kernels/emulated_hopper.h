@@ -184,9 +184,10 @@ inline void arrived_bytes(Word arrival, int bytes, int block = emulator.block())
 inline void wait_arrival(Word arrival, int parity) {
     while ((arrival_at(arrival).flips & 1) == parity) emulator.yield();
 }
+inline bool is_last_of(Word many, Word counter) { return at<Word>(counter)++ % many == many - 1; }
 inline bool is_last(Word counter) {
     __syncwarp();
-    return thread_number() % 32 == 0 && at<Word>(counter)++ % (WARPS * GROUPS) == WARPS * GROUPS - 1;
+    return thread_number() % 32 == 0 && is_last_of(WARPS * GROUPS, counter);
 }
 // Where a number of a block lies, which begins where 1,024 bytes do.
 inline Word swizzled(Word chunk, int row, int column) {

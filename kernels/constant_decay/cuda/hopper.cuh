@@ -172,12 +172,15 @@ __device__ __forceinline__ void wait_arrival(Word arrival, int parity) {
     } while (!done);
 }
 
-// Count this warp; whether it is the last of the block's (in one thread). What all of them have read is read by then.
-__device__ __forceinline__ bool is_last(Word counter) {
-    if (thread_number() % 32 > 0) return false;
+// Count this thread, or this warp; whether it is the last of `many`, or of the block's (in one thread). What all of them
+// have read is read by then.
+__device__ __forceinline__ bool is_last_of(Word many, Word counter) {
     Word before;
     asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(counter) : "memory");
-    return before % (WARPS * GROUPS) == WARPS * GROUPS - 1;
+    return before % many == many - 1;
+}
+__device__ __forceinline__ bool is_last(Word counter) {
+    return thread_number() % 32 == 0 && is_last_of(WARPS * GROUPS, counter);
 }
 
 // Start to copy a chunk of WIDTH columns: its blocks side by side.

@@ -53,7 +53,7 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
     const Word handed = low + 4 * BLOCK, from_on = handed + (LATE ? 2 * BLOCK : 0);
     const Word partial = from_on + (LATE ? BLOCK : 0), slots = partial + (LATE ? WARPS * CHUNK * 4 : 0);
     const Word all_tables = slots + 2 * SLOT, lost_from = all_tables + GROUPS * Tables::BYTES;
-    const Word arrivals = lost_from + GROUPS * LostRows::BYTES;
+    const Word arrivals = lost_from + GROUPS * LostRows::BYTES, released = arrivals + 2 * 8;
     Tables tables;
     tables.place(all_tables + group * Tables::BYTES, tile, log_decay TOKENS_);
     tables.set(scale, state_scale, added_scale);
@@ -82,11 +82,17 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
             fetch<64>(place_out(step), q, at, arrival(step));
         }
     };
+    // Early, a warpgroup's outputs and state are its own: it waits for the other nowhere but for chunks.
+    auto meet_all = [&] {
+        if (LATE) __syncthreads();
+        else meet();
+    };
     const LostRows lost(lost_from, group);
     if (AGAIN) lost.start(state, group);
     if (threadIdx.x == 0) {
         if (!AGAIN) again[blockIdx.x] = 0;
         for (int i = 0; i < 2; i++) init_arrival(arrivals + i * 8);
+        store(released, Word(0));
     }
     if (LATE) triangle(from_on);
     publish();
@@ -113,6 +119,7 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
             Bits* to = out + (tile.start + tile.first(step) + token) * token_stride + out_column + 2 * pair;
             to[0] = Bits(x), to[1] = Bits(x >> 16);
         }
+        meet();  // all have read what is fetched into now
     };
     // The pairs of a chunk, of which each warp has those of its rows.
     auto write_pairs = [&](int step) {
@@ -135,13 +142,22 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
     auto walk = [&](auto which) {
         constexpr int GROUP = decltype(which)::value;
         constexpr bool PAIRS_ = LATE && GROUP == 0 && !AGAIN, HANDS = LATE && GROUP == 1 && !AGAIN;
-        // Scores are of `a` and `b`, outputs from the state of `x`, from tokens `c`; the state gets `c` times `added`.
-        constexpr int SCORES_A = !LATE ? D : GROUP == 0 ? V : K, SCORES_B = !LATE ? V : GROUP == 0 ? D : Q;
+        // Scores are of `a` and `b`, outputs from the state of `a`, from tokens `c`; the state gets `left` times `added`.
+        constexpr int A = !LATE ? D : GROUP == 0 ? V : K, B = !LATE ? V : GROUP == 0 ? D : Q;
         constexpr int C = !LATE ? K : GROUP == 0 ? Q : D, LEFT = LATE ? Q : K, ADDED = LATE ? D : V;
         constexpr bool BY_COLUMNS = LATE && GROUP == 1;  // the state, or it transposed
+        float o[COLUMNS_OUT / 2], earlier[32], faded;
+        // Outputs of a chunk, and its pairs, leave during the next one's first products.
+        auto store_chunk = [&](int step) {
+            if (step < 0) return;
+            if (AGAIN) lost.mark(o, step, row, LATE ? GROUP : 0, out_column);
+            store_rows(o, place_out(step) + place_by_rows());
+            if (PAIRS_) sum_earlier_rows(earlier, row, partial + warp * CHUNK * 4);
+        };
+        wait_arrival(arrival(0), 0);
+        tables.read(slots, tile.count(0), faded);
         for (int step = 0; step < tile.chunks; step++) {
             const int count = tile.count(step);
-            wait_arrival(arrival(step), step / 2 & 1);
             if (AGAIN) {
                 for (int zero = 0; zero < 2; zero++) {
                     lost.find(place(step, LEFT), place(step, ADDED), GROUP, step, count, zero);
@@ -153,36 +169,42 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
                 zero_rows<WIDTH>(place(step, 2 * GROUP), count), zero_rows<WIDTH>(place(step, 2 * GROUP + 1), count);
                 publish();
             }
-            __syncthreads();  // all are done with the chunk before, and have written its outputs
+            if (AGAIN || count < CHUNK) __syncthreads();
             wait_products<0>();  // for ptxas, which does not see that none is under way
-            if (threadIdx.x == 0 && step + 1 < tile.chunks) fetch_first(step + 1);
-            write_chunk(step - 1), write_pairs(step - 1);
-
-            float scores[32], o[COLUMNS_OUT / 2], faded;
+            float scores[32];
             begin_products();
 #pragma unroll
             for (int i = 0; i < STEPS; i++)
-                product(scores, by_rows(place(step, SCORES_A)) + along_rows(i),
-                        by_rows(place(step, SCORES_B)) + along_rows(i), i);
+                product(scores, by_rows(place(step, A)) + along_rows(i), by_rows(place(step, B)) + along_rows(i), i);
             end_products();
+            meet_all();  // all are done with the chunk before
+            if (thread == 0 && step + 1 < tile.chunks && is_last_of(2, released)) fetch_first(step + 1);
+            store_chunk(step - 1);
             store_state(state, high + GROUP * BLOCK, low + GROUP * BLOCK);
-            tables.read(slots + step % 2 * SLOT, count, faded);
             publish();
-            __syncthreads();  // the state is there
+            meet_all();  // the state is there
+            write_chunk(step - 1), write_pairs(step - 1);
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) from_state<BY_COLUMNS>(o, place(step, A), high, GROUP, i, i);
+            if (!LATE || GROUP == 1) {
+#pragma unroll
+                for (int i = 0; i < STEPS; i++) from_state<BY_COLUMNS>(o, place(step, A), low, GROUP, i, 1);
+            }
+            end_products();
+
+            Word x[4][4];
+            load_left(place(step, LEFT) + GROUP * BLOCK + place_transposed(), x);
+            Weighted weighted;
+            weighted.set(x, tables.pairs);
+            fade(state, faded);
+            advance(state, weighted, place(step, ADDED));
             if (thread == 0) {
                 wait_writes();
                 if (step + 1 < tile.chunks) fetch_rest(step + 1);
             }
-            begin_products();
-#pragma unroll
-            for (int i = 0; i < STEPS; i++) from_state<BY_COLUMNS>(o, place(step, SCORES_A), high, GROUP, i, i);
-            if (!LATE || GROUP == 1) {
-#pragma unroll
-                for (int i = 0; i < STEPS; i++) from_state<BY_COLUMNS>(o, place(step, SCORES_A), low, GROUP, i, 1);
-            }
-            end_products();
 
-            wait_products<1>();
+            wait_products<2>();
             here(scores);
             if (HANDS) {
                 store_thread(handed, scores);
@@ -201,56 +223,46 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
                 times_thread(handed, scores);
                 halve(scores, pairs_high, pairs_low);
             }
-            wait_products<0>();
+            wait_products<1>();
             here(o);
             fade_rows(o, tables.from_state);
             if (!AGAIN && !LATE) write_sums(step, o, place(step, Q) + GROUP * BLOCK, of_tokens + GROUP * tokens);
-            if (HANDS) {
-                write_sums(step, o, place(step, V), of_tokens);
-                say_here<1>();  // v is read
-            }
+            if (HANDS) write_sums(step, o, place(step, V), of_tokens);
             here(o), here(weights);
             begin_products();
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 add_product(o, weights[i], by_columns(place(step, C) + (LATE ? 0 : GROUP * BLOCK)) + along_columns(i));
             end_products();
+            wait_products<1>();
+            here(state), here(weighted);
             if (PAIRS_) {
                 here(pairs_high), here(pairs_low);
                 begin_products();
 #pragma unroll
-                for (int i = 0; i < 4; i++) product(scores, pairs_high[i], by_rows(from_on) + along_rows(i), i);
+                for (int i = 0; i < 4; i++) product(earlier, pairs_high[i], by_rows(from_on) + along_rows(i), i);
 #pragma unroll
-                for (int i = 0; i < 4; i++) product(scores, pairs_low[i], by_rows(from_on) + along_rows(i), 1);
+                for (int i = 0; i < 4; i++) product(earlier, pairs_low[i], by_rows(from_on) + along_rows(i), 1);
                 end_products();
-                wait_products<0>();
-                here(scores), here(pairs_high), here(pairs_low);
-                sum_earlier_rows(scores, row, partial + warp * CHUNK * 4);
             }
-            Word x[4][4];
-            load_left(place(step, LEFT) + GROUP * BLOCK + place_transposed(), x);
-            Weighted weighted;
-            weighted.set(x, tables.pairs);
-            fade(state, faded);
-            advance(state, weighted, place(step, ADDED));
-            wait_products<1>();
-            here(o), here(weights);
-            if (AGAIN) lost.mark(o, step, row, LATE ? GROUP : 0, out_column);
-            if (LATE && GROUP == 0 && !AGAIN) wait_here<1>();
-            else if (AGAIN) __syncthreads();
-            else meet();
-            store_rows(o, place_out(step) + place_by_rows());
-            publish();
+            if (step + 1 < tile.chunks) {
+                wait_arrival(arrival(step + 1), (step + 1) / 2 & 1);
+                if (!PAIRS_) meet();  // all have read this chunk's tables
+                tables.read(slots + (step + 1) % 2 * SLOT, tile.count(step + 1), faded);
+            }
             wait_products<0>();
-            here(state), here(weighted);
+            here(o), here(weights);
+            if (PAIRS_) here(earlier), here(pairs_high), here(pairs_low);
         }
+        meet_all();
+        store_chunk(tile.chunks - 1);
+        publish();
+        meet();
+        write_chunk(tile.chunks - 1), write_pairs(tile.chunks - 1);
+        if (thread == 0) wait_writes();
     };
     if (group == 0) walk(Number<0>());
     else walk(Number<1>());
-
-    __syncthreads();
-    write_chunk(tile.chunks - 1), write_pairs(tile.chunks - 1);
-    if (thread == 0) wait_writes();
     if (AGAIN) return;
     float zero = 0.0f, sum = 0.0f;
 #pragma unroll

@@ -95,6 +95,15 @@ __device__ __forceinline__ void triangle(Word to) {
               column >= row ? one : column + 1 >= row ? one & 0xffff0000u : Word(0));
     }
 }
+// Of so many sums this thread keeps one half, with what the thread that keeps the other has of it.
+template <int many> __device__ __forceinline__ void halve_sums(float (&sums)[16]) {
+    const bool upper = threadIdx.x & 2 * many;
+#pragma unroll
+    for (int i = 0; i < many; i++) {
+        const float other = __shfl_xor_sync(0xffffffffu, upper ? sums[i] : sums[i + many], 2 * many);
+        sums[i] = (upper ? sums[i + many] : sums[i]) + other;
+    }
+}
 // Of each column the sum over a warp's rows that are earlier; `row`: the thread's first.
 __device__ __forceinline__ void sum_earlier_rows(const float (&x)[32], int row, Word to) {
     const int lane = threadIdx.x % 32;
@@ -104,15 +113,7 @@ __device__ __forceinline__ void sum_earlier_rows(const float (&x)[32], int row, 
         const int column = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
         sums[i] = (row < column ? x[4 * (i / 2) + i % 2] : 0.0f) + (row + 8 < column ? x[4 * (i / 2) + 2 + i % 2] : 0.0f);
     }
-#pragma unroll
-    for (int many = 8; many >= 2; many /= 2) {  // of so many columns this thread keeps the sums
-        const bool upper = lane & 2 * many;
-#pragma unroll
-        for (int i = 0; i < many; i++) {
-            const float other = upper ? sums[i] : sums[i + many];
-            sums[i] = (upper ? sums[i + many] : sums[i]) + __shfl_xor_sync(0xffffffffu, other, 2 * many);
-        }
-    }
+    halve_sums<8>(sums), halve_sums<4>(sums), halve_sums<2>(sums);
     store(to + (lane / 4 * 8 + 2 * (lane % 4)) * 4, sums[0], sums[1]);
 }
 
