@@ -208,6 +208,7 @@ template <int WIDTH> void fetch(Word to, const Map& map, Place place, Word arriv
     each_number(map, place, WIDTH, [&](int row, int column, Bits* x) { at<Bits>(swizzled(to, row, column)) = x ? *x : 0; });
     arrived_bytes(arrival, WIDTH * 64 * 2);
 }
+template <int WIDTH> void fetch_ahead(const Map&, Place) {}
 inline void fetch_bytes(Word to, const char* from, int bytes, Word arrival) {
     if (to % 16 || Long(from) % 16 || bytes % 16 || bytes <= 0) __builtin_trap();
     at<char>(to + bytes - 1), std::memcpy(block_memory[emulator.block()] + to, from, bytes);

@@ -192,7 +192,14 @@ template <int WIDTH> __device__ __forceinline__ void fetch(Word to, const Map& m
                      ::"r"(to + block * BLOCK), "l"(&map), "r"(at.column + block * 64), "r"(at.token), "r"(at.head),
                        "r"(at.batch), "r"(arrival) : "memory");
 }
-// The same of a few bytes: multiples of 16, from where multiples of 16 are.
+// Bring it into the second cache: whoever fetches it a chunk's time later does not wait for memory.
+template <int WIDTH> __device__ __forceinline__ void fetch_ahead(const Map& map, Place at) {
+#pragma unroll
+    for (int block = 0; block < WIDTH / 64; block++)
+        asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];"
+                     ::"l"(&map), "r"(at.column + block * 64), "r"(at.token), "r"(at.head), "r"(at.batch) : "memory");
+}
+// The same as `fetch` of a few bytes: multiples of 16, from where multiples of 16 are.
 __device__ __forceinline__ void fetch_bytes(Word to, const char* from, int bytes, Word arrival) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(arrival) : "memory");

@@ -24,6 +24,7 @@ constexpr int WIDTH = ROWS, STEPS = WIDTH / 16;
 constexpr bool LATE = REVERSE;
 constexpr int STAGE = 4 * ROWS_BYTES;
 constexpr int COLUMNS_OUT = LATE ? WIDTH : 64;  // of a warpgroup's outputs
+constexpr int AHEAD = 3;  // chunks from the one at work to the one that comes into the second cache
 enum Operands { Q, K, V, D };
 static_assert(ROWS == 128 && COLUMNS == 64 && GROUPS == 2 && !HALF, "of two warpgroups, 64 rows of the state each");
 
@@ -62,10 +63,18 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
     const int leaves = LATE ? group == 0 ? V : K : Q, out_column = LATE ? 0 : 64 * group;
     auto place_out = [&](int step) { return place(step, leaves) + (LATE ? 0 : group * BLOCK); };
     auto arrival = [&](int step) { return arrivals + step % 2 * 8; };
+    auto at = [&](int step, int operand) {
+        return tile.chunk(step, operand == Q ? q_share : operand == K ? k_share : operand == V ? v_share : d_share);
+    };
+    auto map_of = [&](int operand) -> const Map& { return operand == Q ? q : operand == K ? k : operand == V ? v : d; };
     auto fetch_operand = [&](int step, int operand) {
-        const Place at = tile.chunk(step, operand == Q ? q_share : operand == K ? k_share : operand == V ? v_share : d_share);
-        const Map& map = operand == Q ? q : operand == K ? k : operand == V ? v : d;
-        fetch<WIDTH>(place(step, operand), map, at, arrival(step));
+        fetch<WIDTH>(place(step, operand), map_of(operand), at(step, operand), arrival(step));
+    };
+    // One chunk at a time is on its way to shared memory, which is too little to keep memory busy: others come into the
+    // second cache meanwhile. Each warpgroup sees to two operands.
+    auto fetch_operands_ahead = [&](int step) {
+        if (step >= tile.chunks) return;
+        for (int i = 0; i < 2; i++) fetch_ahead<WIDTH>(map_of(2 * group + i), at(step, 2 * group + i));
     };
     auto fetch_first = [&](int step) {
         expect(arrival(step), STAGE + tables.bytes(tile.count(step)));
@@ -78,8 +87,7 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
             if (group == 0) fetch_operand(step, V);
             else fetch_operand(step, K);
         } else {
-            Place at = tile.chunk(step, q_share, out_column);
-            fetch<64>(place_out(step), q, at, arrival(step));
+            fetch<64>(place_out(step), q, tile.chunk(step, q_share, out_column), arrival(step));
         }
     };
     // Early, a warpgroup's outputs and state are its own: it waits for the other nowhere but for chunks.
@@ -99,7 +107,7 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
     __syncthreads();
     if (threadIdx.x == 0 && tile.chunks > 0) fetch_first(0);
     __syncthreads();
-    if (thread == 0 && tile.chunks > 0) fetch_rest(0);
+    if (thread == 0 && tile.chunks > 0) fetch_rest(0), fetch_operands_ahead(1), fetch_operands_ahead(2);
 
     auto write_chunk = [&](int step) {
         if (step < 0) return;
@@ -202,6 +210,7 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
             if (thread == 0) {
                 wait_writes();
                 if (step + 1 < tile.chunks) fetch_rest(step + 1);
+                fetch_operands_ahead(step + AHEAD);
             }
 
             wait_products<2>();
