@@ -119,8 +119,9 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
     const int kept = int(length);
 
     // The state at the chunk's start, transposed: S^T (16 columns x ROWS) a warp.
-    const Offset place = ((row.slot * heads + row.head) * ROWS + two) * WIDTH + first_column + 16 * warp + 2 * left;
-    start += place, walked += place, own += place;
+    const Offset block_place = (row.slot * heads + row.head) * ROWS * WIDTH + first_column;
+    const Offset place = block_place + two * WIDTH + 16 * warp + 2 * left;
+    walked += place;
     float state[HELD];
 #pragma unroll
     for (int i = 0; i < HELD; i += 4)
@@ -152,8 +153,8 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
     int shift = -open, rows = min(CHUNK, open + tokens);
     auto fetch_chunk = [&] {
         const int before = max(-shift, 0), first = max(shift, 0);
-        weights.read(rows, shift);
         own_k.fetch(all_k, before, first, rows - before), own_v.fetch(all_v, before, first, rows - before);
+        weights.read(rows, shift);
     };
     auto wait_chunk = [&] {
         wait_copies();
@@ -169,9 +170,17 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
         for (int i = 0; i < STEPS; i++) hold(state, units.power, i, held[i]);
     };
     fetch_chunk();
+    if (closes)  // what will be wanted then
+        for (int i = thread; i < ROWS * (COLUMNS / 32); i += ALL) {
+            const Offset line = block_place + i / (COLUMNS / 32) * WIDTH + i % (COLUMNS / 32) * 32;
+            prefetch(own + line);
+            if (last) prefetch(start + line);
+        }
+    start += place, own += place;
     // All blocks of the row count when they have read its age, or where the chunk is full, when they have read all of it.
-    bool is_last = kept && !keeps && thread == 0 && arrives_last(arrived + row.slot, unsigned(heads * SPLITS));
+    const bool all_read = kept && !keeps && thread == 0 && arrives_last(arrived + row.slot, unsigned(heads * SPLITS));
     wait_chunk();
+    if (all_read) ages[row.slot] = age + kept;
     if (kept && !keeps) {
         if (split == 0 && row.head % int(k_share) == 0) own_k.keep(all_k, open, kept);
         if (row.head % int(v_share) == 0) own_v.keep(all_v, open, kept);
@@ -355,18 +364,17 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
         fetch_chunk(), wait_chunk();
     }
 
-    if (keeps) {
-        __syncthreads();
-        if (thread == 0) {
-            __threadfence();
-            is_last = arrives_last(arrived + row.slot, unsigned(heads * SPLITS));
-        }
-        if (__syncthreads_or(is_last)) {
-            weights.keep_closed(open, kept, chunk_start == 0, last);
-            for (int i = 0; i < k_heads; i++) k_of(i).keep(CHUNK - open, after - CHUNK);
-            for (int i = 0; i < v_heads * SPLITS; i++)
-                v_of(i / SPLITS, i % SPLITS * COLUMNS).keep(CHUNK - open, after - CHUNK);
-        }
+    if (!keeps) return;
+    bool is_last = false;
+    __syncthreads();
+    if (thread == 0) {
+        __threadfence();
+        is_last = arrives_last(arrived + row.slot, unsigned(heads * SPLITS));
     }
+    if (!__syncthreads_or(is_last)) return;
     if (is_last) ages[row.slot] = age + kept;
+    weights.keep_closed(open, kept, chunk_start == 0, last);
+    for (int i = 0; i < k_heads; i++) k_of(i).keep(CHUNK - open, after - CHUNK);
+    for (int i = 0; i < v_heads * SPLITS; i++)
+        v_of(i / SPLITS, i % SPLITS * COLUMNS).keep(CHUNK - open, after - CHUNK);
 }
