@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leetdist.api import linear_attention, linear_attention_step
+from leetdist.arguments import as_float
 from leetdist.inference.attend import attend
 from leetdist.kernels.common.elementwise import sigmoid, silu
 from leetdist.nn.decay import log_decay
@@ -201,20 +202,32 @@ class Retention(_DecayAttention):
         q, k = rotate(q_proj(x)), rotate(k_proj(x)) / sqrt(D)      v = v_proj(x)
         y = out_proj(silu(gate(x)) * norm_per_head(retention(q, k, v)))
 
-    The norm is per head and without weights, and makes RetNet's own normalisations of the scores redundant.
+    The norm is per head and without weights, and makes RetNet's own normalisations of the scores redundant, but for its
+    eps. `layout` names what checkpoints of others want, which load by the names that their own layers have:
+
+    - "torchscale", the paper's authors': as above, and outputs are divided by the root of the summed decays before the
+      norm, sqrt((1 - gamma^(t + 1)) / (1 - gamma)) for token t of a document, so positions are asked for without
+      rotations too. What it divides by besides, the scores' own sum where that is larger than 1, the norm undoes, and
+      is left out.
+    - "fla", flash-linear-attention's: the halves of a head are rotated instead of neighbours, with 10000^(-2 i / D)
+      instead of 10000^(-i / (D / 2 - 1)); the norm has weights and an eps of 1e-5.
 
     Args:
-        dim: width of x; q and k have width dim / heads a head.
+        dim: width of x.
         heads: number of heads.
         value_dim: width of v over all heads; None is 2 * dim.
+        key_dim: width of q, and of k, over all heads; None is dim.
+        layout: "leetdist", "torchscale" or "fla".
+        eps: of the norm; None is 1e-6, in "fla" 1e-5.
         rotary: rotate q and k by their position (the part of xPos that RetNet keeps); False is the xPos-free variant.
         decay, layer, layers, learnable_decay, group, tile, exact: as for `LightningAttention`.
 
     Raises:
-        ValueError: heads do not divide dim or value_dim, or, when called, a rotary layer under a group gets no
-            `position_ids`.
+        ValueError: heads do not divide key_dim or value_dim, there is no such layout, or, when called, a layer that
+            needs them gets no `position_ids` under a group.
 
-    Source: RetNet, arXiv 2307.08621, section 2.3.
+    Source: RetNet, arXiv 2307.08621, section 2.3; MultiScaleRetention of torchscale 0.3 and of flash-linear-attention
+    0.6 for their layouts.
 
     >>> import torch, leetdist
     >>> layer = leetdist.nn.Retention(64, heads=4)
@@ -228,6 +241,9 @@ class Retention(_DecayAttention):
         heads: int,
         value_dim: int | None = None,
         *,
+        key_dim: int | None = None,
+        layout: str = "leetdist",
+        eps: float | None = None,
         rotary: bool = True,
         decay: str | Tensor = "retnet",
         layer: int = 0,
@@ -238,14 +254,18 @@ class Retention(_DecayAttention):
         exact: bool = False,
     ) -> None:
         super().__init__(heads, decay, layer, layers, learnable_decay, group, tile, exact)
-        value_dim = value_dim or 2 * dim
-        self.head_dim, self.rotary = _divide(dim, heads), rotary
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
+        if layout not in _LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}, got {layout!r}")
+        value_dim, key_dim, fla = value_dim or 2 * dim, key_dim or dim, layout == "fla"
+        self.head_dim, self.rotary, self.layout = _divide(key_dim, heads), rotary, layout
+        self.q_proj = nn.Linear(dim, key_dim, bias=False)
+        self.k_proj = nn.Linear(dim, key_dim, bias=False)
         self.v_proj = nn.Linear(dim, value_dim, bias=False)
-        self.gate = nn.Linear(dim, value_dim, bias=False)
-        self.norm = nn.RMSNorm(_divide(value_dim, heads), eps=1e-6, elementwise_affine=False)
-        self.out_proj = nn.Linear(value_dim, dim, bias=False)
+        eps = (1e-5 if fla else 1e-6) if eps is None else as_float("eps", eps)
+        gate, norm, out_proj = _LAYOUTS[layout]
+        self.add_module(gate, nn.Linear(dim, value_dim, bias=False))
+        self.add_module(norm, nn.RMSNorm(_divide(value_dim, heads), eps=eps, elementwise_affine=fla))
+        self.add_module(out_proj, nn.Linear(value_dim, dim, bias=False))
 
     def forward(
         self,
@@ -258,15 +278,20 @@ class Retention(_DecayAttention):
     ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group; position_ids: (B or 1, N), global, for rotary layers."""
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        gate, norm, out_proj = (getattr(self, name) for name in _LAYOUTS[self.layout])
+        scaled = self.layout == "torchscale"
+        positions = self._positions(x, position_ids, continued=state is not None) if self.rotary or scaled else x
         if self.rotary:
-            angles = self._angles(x, position_ids, continued=state is not None)
-            q, k = _rotate(q, angles), _rotate(k, angles)
+            angles, rotate = self._angles(positions), _rotate_halves if self.layout == "fla" else _rotate
+            q, k = rotate(q, angles), rotate(k, angles)
         o, final = self.attend(q, k, v, self.head_dim**-0.5, state, return_state, cu_seqlens)
-        y = self.out_proj(silu(self.gate(x)) * self.norm(o).flatten(2))
+        if scaled:
+            o = (o * self._root(positions)).to(o.dtype)
+        y = out_proj(silu(gate(x)) * norm(o).flatten(2))
         return y if final is None else (y, final)
 
-    def _angles(self, x: Tensor, position_ids: Tensor | None, continued: bool) -> Tensor:
-        """(B or 1, N, 1, D / 2) fp64: the position times each pair's frequency."""
+    def _positions(self, x: Tensor, position_ids: Tensor | None, continued: bool) -> Tensor:
+        """(B or 1, N)"""
         if position_ids is None:
             if self.group is not None or continued:
                 raise ValueError(
@@ -274,9 +299,38 @@ class Retention(_DecayAttention):
                     "(B or 1, N) positions in the whole sequence, as leetdist.shard_batch makes them"
                 )
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        return position_ids
+
+    def _angles(self, position_ids: Tensor) -> Tensor:
+        """(B or 1, N, 1, D / 2) fp64: the position times each pair's frequency."""
         # fp64, whatever the default dtype: at ten million, fp32 tells angles apart by 1, and bf16 no two positions.
-        half = torch.linspace(0, 1, self.head_dim // 2, dtype=torch.float64, device=x.device)
+        pairs, device = self.head_dim // 2, position_ids.device
+        half = torch.linspace(0, 1, pairs, dtype=torch.float64, device=device)
+        if self.layout == "fla":
+            half = torch.arange(pairs, dtype=torch.float64, device=device) / pairs
         return position_ids[..., None, None].double() * 10000.0**-half
+
+    def _root(self, position_ids: Tensor) -> Tensor:
+        """(B or 1, N, H, 1) fp64: one over the root of a token's summed decays."""
+        decay = self.log_decay(position_ids.device).double()
+        seen = position_ids[..., None].double() + 1
+        total = torch.expm1(seen * decay) / torch.expm1(decay)
+        return torch.where(decay == 0, seen, total).rsqrt()[..., None]
+
+
+# What the gate, the norm and the last projection of a layout are called.
+_LAYOUTS = {
+    "leetdist": ("gate", "norm", "out_proj"),
+    "torchscale": ("g_proj", "group_norm", "out_proj"),
+    "fla": ("g_proj", "g_norm_swish_gate", "o_proj"),
+}
+
+
+def _rotate_halves(x: Tensor, angles: Tensor) -> Tensor:
+    """Each pair (x_i, x_(D/2 + i)) turned by its angle, in fp32 at least."""
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    cos, sin = angles.cos().to(first.dtype), angles.sin().to(first.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:

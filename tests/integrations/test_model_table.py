@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-EXACT = ("llama", "minimax", "gpt2", "opt", "qwen3_moe", "deepseek_v3", "mamba2")
+EXACT = ("llama", "minimax", "gpt2", "opt", "qwen3_moe", "deepseek_v3", "mamba2", "xlstm")
 REFUSED = ("gpt_oss", "gemma2", "mamba", "bloom", "roberta", "recurrent_gemma")
 
 
