@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 from leetdist.kernels.common import loader
 from leetdist.kernels.constant_decay.cuda import hopper
-from leetdist.kernels.token_decay.cuda import shared
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def compiled(name: str, held: tuple[int, int, int], dtype: torch.dtype, wide: bool, reverse: bool, token: bool) -> int:
-    made = hopper.defines(name, *held, dtype, wide, reverse, token)
-    source = f"constant_decay/cuda/{name.split()[0]}.cu"
-    if token and wide and held[0] == shared.WIDTH and dtype == torch.bfloat16:
-        loader.cubin("token_decay/cuda/summed_outputs.cu", "sm_90a", made)
-    if token and not wide and held[0] <= 128 and held[1] == shared.WIDTH:
-        paired = "paired_states" if name == "tile_states" else "paired_outputs"
-        loader.cubin(f"token_decay/cuda/{paired}.cu", "sm_90a", made)
+Job = tuple[str, tuple[tuple[str, int], ...]]  # a source, and what it is compiled with
+
+
+def compiled(job: Job) -> int:
+    source, made = job
     return len(loader.cubin(source, "sm_90a", made))
+
+
+def of_shared_heads() -> Iterator[Job]:
+    """Those of kernels/token_decay/cuda/shared.py and shared_gradients.py."""
+    for rows, reverse, dtype in itertools.product((64, 128), (False, True), DTYPES):
+        for source, groups, names in (("shared_states", 4, ("tile_states",)), ("paired_outputs", 1, hopper.OUTPUTS)):
+            for name in names:
+                made = hopper.defines(name, rows, 64, groups, dtype, False, reverse, True)
+                yield f"token_decay/cuda/{source}.cu", made
+    for size, reverse, name in itertools.product((64, 128), (False, True), hopper.OUTPUTS):
+        made = hopper.defines(name, 64, size, 1, torch.bfloat16, True, reverse, True)
+        yield "token_decay/cuda/summed_outputs.cu", made
+        if reverse or name != hopper.AGAIN:
+            made = hopper.defines(name, size, 64, 2, torch.bfloat16, False, reverse, True)
+            yield "token_decay/cuda/paired_gradients.cu", made
+    for wide, reverse, name, cluster in itertools.product((False, True), (False, True), hopper.OUTPUTS, (1, 2)):
+        made = hopper.defines(name, 64, 64, 2, torch.bfloat16, wide, reverse, True)
+        yield "token_decay/cuda/grouped_outputs.cu", (*made, ("CLUSTER", cluster))
 
 
 if __name__ == "__main__":
     held = [(rows, columns, 1) for rows in (128, 64) for columns in (128, 64)] + [(256, 64, 1), (256, 64, 2)]
     shapes = list(itertools.product(held, DTYPES, (False, True), (False, True), (False, True)))
-    jobs = [(name, *shape) for name in hopper.OUTPUTS for shape in shapes]
-    jobs += [("tile_states", *shape) for shape in shapes if not shape[2]]
+    kinds = [(name, *shape) for name in hopper.OUTPUTS for shape in shapes]
+    kinds += [("tile_states", *shape) for shape in shapes if not shape[2]]
+    jobs = [
+        (f"constant_decay/cuda/{name.split()[0]}.cu", hopper.defines(name, *held, *more)) for name, held, *more in kinds
+    ]
     with ProcessPoolExecutor() as pool:
-        sizes = list(pool.map(compiled, *zip(*jobs, strict=True)))
+        sizes = list(pool.map(compiled, [*jobs, *of_shared_heads()]))
     print(f"{len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB in {loader.cache_folder()}")

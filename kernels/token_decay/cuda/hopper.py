@@ -27,7 +27,7 @@ def tile_states(
     out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.token_decay.pytorch.block.tile_states."""
-    compute = shared.paired_states if shared.in_pairs((b,), c, log_decay, tiles) else hopper.tile_states
+    compute = shared.shared_states if shared.in_fours(b, c, log_decay, tiles) else hopper.tile_states
     return compute(b, c, log_decay, tiles, reverse=reverse, scale=scale, to_end=to_end, out=out)
 
 
@@ -54,7 +54,7 @@ def tile_outputs(
     given = a, b, c, states, log_decay, tiles
     if (out is None or out.shape[1] < heads_of(log_decay)) and shared.summed(a, c, log_decay, out_dtype):
         return shared.summed_outputs(*given, reverse=reverse, scale=scale, state_scale=state_scale, out=out)
-    paired = out_dtype == a.dtype and shared.in_pairs((a, b), c, log_decay, tiles)
+    paired = out_dtype == a.dtype and shared.in_pairs(a, b, c, log_decay, tiles)
     compute = shared.paired_outputs if paired else hopper.tile_outputs
     return compute(*given, reverse=reverse, scale=scale, state_scale=state_scale, out_dtype=out_dtype, out=out)
 

@@ -1,10 +1,9 @@
-"""Launches for heads that share operands: two of them beside each other in a block (paired_states.cu,
+"""Launches for heads that share operands: some of them beside each other in a block (shared_states.cu,
 paired_outputs.cu), with the bits that each has by itself; and outputs that are wanted for their sum over heads alone
 (summed_outputs.cu, of two heads; grouped_outputs.cu, of four or eight)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,25 +15,33 @@ from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
-HEADS = 2  # of a block
+HEADS = 2  # of a warpgroup
 WIDTH = 64  # columns, or rows, of a head's state, of which two are as large as one of 128
-FOUR, GROUPED_COLUMNS = 4, 128  # of a block of grouped_outputs.cu
+FOUR = 4  # heads of a block
+GROUPED_COLUMNS = 128  # of grouped_outputs.cu
 
 
-def in_pairs(shared: Sequence[Tensor], c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
-    """Whether heads come in pairs that share these operands, and every multiprocessor has some."""
+def in_pairs(a: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
+    """Whether heads come in pairs that share a and b, and every multiprocessor has some."""
     heads = heads_of(log_decay)
     programs = c.shape[0] * heads * tiles.count
-    return _paired(shared[0].shape[3], c.shape[3], programs, c.device) and not any(
-        heads // x.shape[1] % HEADS for x in shared
+    return _together(HEADS, a.shape[3], c.shape[3], programs, c.device) and not any(
+        heads // x.shape[1] % HEADS for x in (a, b)
     )
 
 
-def _paired(rows: int, columns: int, programs: int, device: torch.device) -> bool:
-    return rows <= 128 and columns == WIDTH and programs // HEADS > hopper._multiprocessors(device)
+def in_fours(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
+    """Whether heads come in fours that share b, and every multiprocessor has some."""
+    heads = heads_of(log_decay)
+    programs = c.shape[0] * heads * tiles.count
+    return _together(FOUR, b.shape[3], c.shape[3], programs, c.device) and heads // b.shape[1] % FOUR == 0
 
 
-def paired_states(
+def _together(heads: int, rows: int, columns: int, programs: int, device: torch.device) -> bool:
+    return rows <= 128 and columns == WIDTH and programs // heads > hopper._multiprocessors(device)
+
+
+def shared_states(
     b: Tensor,
     c: Tensor,
     log_decay: Tensor,
@@ -52,11 +59,11 @@ def paired_states(
         return out
     heads = heads_of(log_decay)
     kept: list[Tensor] = []
-    launch = _kernel("paired_states", "tile_states", b.shape[3], c.shape[3], b.dtype, False, reverse, 1, b.device)
+    launch = _kernel("shared_states", "tile_states", b.shape[3], c.shape[3], b.dtype, False, reverse, 1, b.device)
     launch(
-        (b.shape[0] * heads // HEADS * tiles.count,), hopper.THREADS,
+        (b.shape[0] * heads // FOUR * tiles.count,), FOUR * hopper.THREADS,
         *hopper._operand(b, heads, kept), *hopper._operand(c, heads, kept), out.data_ptr(),
-        *place_of_tiles(tiles, log_decay, 1, HEADS, b), tiles.unread(reverse, to_end), float(scale),
+        *place_of_tiles(tiles, log_decay, 1, FOUR, b), tiles.unread(reverse, to_end), float(scale),
     )  # fmt: skip
     return out
 
@@ -210,8 +217,8 @@ def compile_for(
     if share % HEADS:
         return
     if step == "tile_states":
-        if _paired(rows, columns, programs, device):
-            _kernel("paired_states", step, rows, columns, dtype, False, reverse, 1, device)
+        if share % FOUR == 0 and _together(FOUR, rows, columns, programs, device):
+            _kernel("shared_states", step, rows, columns, dtype, False, reverse, 1, device)
         return
     heads, cluster = added_up(share, columns)
     held, _, _ = hopper.shares(programs // HEADS, rows, columns, hopper._multiprocessors(device))
@@ -221,15 +228,15 @@ def compile_for(
             _kernel("grouped_outputs", name, rows, columns // 2, dtype, wide_too, reverse, cluster, device)
         elif wide and rows == WIDTH and dtype == torch.bfloat16:
             _kernel("summed_outputs", name, rows, held, dtype, True, reverse, 1, device)
-        elif not wide and _paired(rows, columns, programs, device):
+        elif not wide and _together(HEADS, rows, columns, programs, device):
             _kernel("paired_outputs", name, rows, columns, dtype, False, reverse, 1, device)
 
 
 def shared_memory(source: str, name: str, rows: int, columns: int) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
-    heads = FOUR if source == "grouped_outputs" else HEADS
-    if source == "paired_states":
-        operands, slots, tables = 3 * (rows + heads * columns), 3, hopper.TABLES["tile_states"][True]
+    heads = FOUR if source in ("grouped_outputs", "shared_states") else HEADS
+    if source == "shared_states":
+        operands, slots, tables = 4 * (rows + heads * columns), 4, hopper.TABLES["tile_states"][True]
     elif (
         source == "grouped_outputs"
     ):  # of 128 columns; with two warpgroups' scores, and two places of what each is sent
@@ -256,7 +263,8 @@ def _kernel(
     device: torch.device,
 ) -> loader.Kernel:
     grouped = source == "grouped_outputs"
-    made = hopper.defines(name, rows, columns, 2 if grouped else 1, dtype, wide, reverse, True)
+    groups = {"grouped_outputs": 2, "shared_states": FOUR}.get(source, 1)
+    made = hopper.defines(name, rows, columns, groups, dtype, wide, reverse, True)
     return loader.kernel(
         f"token_decay/cuda/{source}.cu", source, device, (*made, ("CLUSTER", cluster)) if grouped else made,
         shared_memory=shared_memory(source, name, rows, columns), features="a",
