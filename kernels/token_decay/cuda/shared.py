@@ -18,6 +18,7 @@ from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 HEADS = 2  # of a warpgroup
 WIDTH = 64  # columns, or rows, of a head's state, of which two are as large as one of 128
 FOUR = 4  # heads of a block
+GROUPS = {"grouped_outputs": 2, "shared_states": 4, "shared_outputs": 4}  # warpgroups of a block, if more than one
 GROUPED_COLUMNS = 128  # of grouped_outputs.cu
 
 
@@ -183,7 +184,7 @@ def _outputs(
     kept: list[Tensor] = []
     programs = a.shape[0] * all_heads // heads * tiles.count
     again = torch.empty(programs * splits, dtype=torch.int32, device=a.device)  # written by every block
-    sharing = (a, b) if source == "paired_outputs" else (c,)
+    sharing = (a, b) if source in ("paired_outputs", "shared_outputs") else (c,)
     arguments = (
         *(x for operand in (a, b, c) for x in hopper._operand(operand, all_heads, kept)),
         states.data_ptr(), *states.stride(), *places, *place_of_tiles(tiles, log_decay, splits, heads, *sharing),
@@ -191,7 +192,7 @@ def _outputs(
     )  # fmt: skip
     for name in hopper.OUTPUTS:
         launch = _kernel(source, name, a.shape[3], columns, a.dtype, wide, reverse, cluster, a.device)
-        launch((programs * splits,), hopper.THREADS * heads // HEADS, *arguments)
+        launch((programs * splits,), hopper.THREADS * GROUPS.get(source, 1), *arguments)
 
 
 def place_of_tiles(tiles: Tiles, log_decay: Tensor, splits: int, heads: int, *sharing: Tensor) -> tuple[int, ...]:
@@ -234,7 +235,7 @@ def compile_for(
 
 def shared_memory(source: str, name: str, rows: int, columns: int) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
-    heads = FOUR if source in ("grouped_outputs", "shared_states") else HEADS
+    heads = HEADS if source in ("paired_outputs", "summed_outputs") else FOUR
     if source == "shared_states":
         operands, slots, tables = 4 * (rows + heads * columns), 4, hopper.TABLES["tile_states"][True]
     elif (
@@ -242,6 +243,8 @@ def shared_memory(source: str, name: str, rows: int, columns: int) -> int:
     ):  # of 128 columns; with two warpgroups' scores, and two places of what each is sent
         operands, slots = 2 * (heads * 2 * rows + 2 * columns) + 2 * 64 + 2 * 2 * 64, 2
         tables = hopper.TABLES["tile_outputs"][True]
+    elif source == "shared_outputs":
+        operands, slots, tables = 2 * (2 * rows + heads * columns) + heads * 64, 2, hopper.TABLES["tile_outputs"][True]
     else:
         own, common = (2 * rows, columns) if source == "summed_outputs" else (columns, 2 * rows)
         operands, slots = 2 * (heads * own + common) + 64, 2  # and scores
@@ -263,8 +266,7 @@ def _kernel(
     device: torch.device,
 ) -> loader.Kernel:
     grouped = source == "grouped_outputs"
-    groups = {"grouped_outputs": 2, "shared_states": FOUR}.get(source, 1)
-    made = hopper.defines(name, rows, columns, groups, dtype, wide, reverse, True)
+    made = hopper.defines(name, rows, columns, GROUPS.get(source, 1), dtype, wide, reverse, True)
     return loader.kernel(
         f"token_decay/cuda/{source}.cu", source, device, (*made, ("CLUSTER", cluster)) if grouped else made,
         shared_memory=shared_memory(source, name, rows, columns), features="a",
