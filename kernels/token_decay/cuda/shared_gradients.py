@@ -44,14 +44,13 @@ def early_gradients(
 
     q, k: (B, heads, N, Dk) bf16, of which H / heads is a multiple of 4; v, do: (B, H, N, 64) bf16; states: (B, H,
     tiles.count, Dk, 64) fp32, contiguous, at the tiles' starts; log_decay: (B, H, N) fp32. What is kept, by name: as
-    leetdist.kernels.token_decay.cuda.gradients.early_gradients, and "pairs" (B, H, 2, N) fp32, in whose second half is
-    what goes from token to token.
+    leetdist.kernels.token_decay.cuda.gradients.early_gradients, "read" in one sum, and "pairs" (B, H, 2, N) fp32, in
+    whose second half is what goes from token to token.
     """
     options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": torch.float32}
     dq = tile_outputs(do, v, k, states.mT, log_decay, tiles, out=out, **options)
     batch, heads, tokens = log_decay.shape
-    read = torch.zeros(batch, heads, 2, tokens, dtype=torch.float32, device=q.device)
-    pairs = torch.empty_like(read)
+    read, pairs = (torch.empty(batch, heads, n, tokens, dtype=torch.float32, device=q.device) for n in (1, 2))
     _, lost = flows((q, k, v, do), states, None, log_decay, tiles, read[:, :, 0], pairs[:, :, 1], scale=scale)
     return dq, {"read": read, "pairs": pairs, "early_lost": lost}
 

@@ -51,8 +51,8 @@ def added_up(
 ) -> Tensor:
     """The gradient of log_decay, (B, H, N) fp32, in `out` if given.
 
-    The first eight arguments: see leetdist.kernels.token_decay.triton.gradient.decay_gradient. read: (B, H, 2, N) fp32,
-    A in two parts; written: the same of B and M; across: (B, H, tiles.count) fp32, Phi; lost: (B * H * tiles.count,)
+    The first eight arguments: see leetdist.kernels.token_decay.triton.gradient.decay_gradient. read: (B, H, n, N) fp32,
+    A in n parts; written: the same of B and M; across: (B, H, tiles.count) fp32, Phi; lost: (B * H * tiles.count,)
     int32 each, not 0 for tiles that hold something that is not finite. These are walked once more by the kernels of
     that module, so that what a NaN reaches is the same.
     """
@@ -66,7 +66,7 @@ def added_up(
     counts = heads, tokens, tiles.count, tiles.size
     launch(
         _add_up, (tasks,), (log_decay, read, written, across, *lost, target, table, *log_decay.stride(), *counts),
-        {"REGULAR": tiles.regular, "CHUNKS": CHUNKS}, num_warps=4, num_stages=1,
+        {"REGULAR": tiles.regular, "CHUNKS": CHUNKS, "READ": read.shape[2]}, num_warps=4, num_stages=1,
     )  # fmt: skip
     rows, columns = q.shape[3], do.shape[3]
     config, chunks = gradient_config(rows, columns, q.dtype, tiles.size), ceil_div(min(tiles.size, tokens), 64)
@@ -94,7 +94,7 @@ def added_up(
 @triton.jit(do_not_specialize=COUNTS)
 def _add_up(
     log_decay, read, written, across, early_lost, late_lost, out, table, decay_batch, decay_head, decay_token,
-    heads, tokens, tiles, tile_size, REGULAR: tl.constexpr, CHUNKS: tl.constexpr,
+    heads, tokens, tiles, tile_size, REGULAR: tl.constexpr, CHUNKS: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """One tile, so many chunks at a time; late_lost becomes what is lost in either pass."""
     program = tl.program_id(0).to(tl.int64)
@@ -102,7 +102,7 @@ def _add_up(
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     tl.store(late_lost + program, tl.load(late_lost + program) | tl.load(early_lost + program))
     log_decay += row // heads * decay_batch + row % heads * decay_head + start * decay_token
-    read += 2 * row * tokens + start
+    read += READ * row * tokens + start
     written += 2 * row * tokens + start
     out += row * tokens + start
     phi = tl.load(across + program)
@@ -111,7 +111,9 @@ def _add_up(
         token = offset + tl.arange(0, CHUNKS)[:, None] * CHUNK + position
         here = token < length
         g = tl.load(log_decay + token.to(tl.int64) * decay_token, mask=here, other=0.0)
-        a = tl.load(read + token, mask=here, other=0.0) + tl.load(read + tokens + token, mask=here, other=0.0)
+        a = tl.load(read + token, mask=here, other=0.0)
+        for part in tl.static_range(1, READ):
+            a += tl.load(read + part * tokens + token, mask=here, other=0.0)
         b = tl.load(written + token, mask=here, other=0.0)
         before = tl.load(written + token - 1, mask=here & (position > 0), other=0.0)
         kept = tl.where(tl.sum(g, 1) > LEAST, 1.0, 0.0)
