@@ -18,7 +18,7 @@ from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 HEADS = 2  # of a warpgroup
 WIDTH = 64  # columns, or rows, of a head's state, of which two are as large as one of 128
 FOUR = 4  # heads of a block
-GROUPS = {"grouped_outputs": 2, "shared_states": 4, "shared_outputs": 4}  # warpgroups of a block, if more than one
+GROUPS = {"grouped_outputs": 2, "shared_states": 4}  # warpgroups of a block, if more than one
 GROUPED_COLUMNS = 128  # of grouped_outputs.cu
 
 
@@ -184,7 +184,7 @@ def _outputs(
     kept: list[Tensor] = []
     programs = a.shape[0] * all_heads // heads * tiles.count
     again = torch.empty(programs * splits, dtype=torch.int32, device=a.device)  # written by every block
-    sharing = (a, b) if source in ("paired_outputs", "shared_outputs") else (c,)
+    sharing = (a, b) if source == "paired_outputs" else (c,)
     arguments = (
         *(x for operand in (a, b, c) for x in hopper._operand(operand, all_heads, kept)),
         states.data_ptr(), *states.stride(), *places, *place_of_tiles(tiles, log_decay, splits, heads, *sharing),
@@ -243,8 +243,6 @@ def shared_memory(source: str, name: str, rows: int, columns: int) -> int:
     ):  # of 128 columns; with two warpgroups' scores, and two places of what each is sent
         operands, slots = 2 * (heads * 2 * rows + 2 * columns) + 2 * 64 + 2 * 2 * 64, 2
         tables = hopper.TABLES["tile_outputs"][True]
-    elif source == "shared_outputs":
-        operands, slots, tables = 2 * (2 * rows + heads * columns) + heads * 64, 2, hopper.TABLES["tile_outputs"][True]
     else:
         own, common = (2 * rows, columns) if source == "summed_outputs" else (columns, 2 * rows)
         operands, slots = 2 * (heads * own + common) + 64, 2  # and scores
