@@ -57,6 +57,12 @@ class Hearing:
     """Only where the decoder stack is told, to which the model around it does not hand all on."""
 
 
+_UNSHIFTED = (
+    "shift_labels must be given: the label of a shard's last token is on the next rank, so labels are "
+    "shifted before they are cut; leetdist.shard_batch does both"
+)
+
+
 class Calls:
     """Around the forward of the decoder stack: documents told to its layers, shards checked, whole prompts cut.
 
@@ -282,10 +288,7 @@ class ModelLoss:
     ) -> Tensor:
         if shift_labels is None:
             if self.sharded:
-                raise ValueError(
-                    "shift_labels must be given: the label of a shard's last token is on the next rank, so labels are "
-                    "shifted before they are cut; leetdist.shard_batch does both"
-                )
+                raise ValueError(_UNSHIFTED)
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if logits.shape[:-1] != shift_labels.shape:
             raise ValueError(
@@ -336,6 +339,11 @@ class Outputs:
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = _named(module, args, kwargs)
         if call.get("labels") is None:
+            return
+        if getattr(output, "log_probs", None) is not None:  # trl's fused head: the loss is its trainer's, of these
+            if self.sharded and call.get("shift_labels") is None:
+                raise ValueError(_UNSHIFTED)
+            output.loss = None
             return
         loss = output[0] if isinstance(output, tuple) else output.loss
         ours = getattr(module, "loss_function", None)
