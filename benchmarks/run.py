@@ -7,6 +7,7 @@ one. Then they take turns. The floor is the bytes that must move over the copy b
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -123,6 +124,8 @@ def main() -> int:
             print(f"stopped after {arguments.seconds:.0f} s, {len(todo) - number + 1} passes left out")
             break
         if not facts:
+            gc.collect()
+            gc.freeze()  # what is loaded is not looked through again after every contestant
             facts = machine(device, copy_bandwidth(device))
             print(json.dumps(facts), flush=True)
         prefix = f"[{number}/{len(todo)}] {case.name}, {which}: "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 from common.contestants import Contestant, Fla, MiniMax, Ours, Softmax
 from suites.gated import Jla, MambaScan, OurMamba
 
@@ -18,5 +20,7 @@ def everyone(base: str | None) -> list[Contestant]:
 def contestants(base: str | None) -> tuple[list[Contestant], dict[str, str]]:
     """Everyone who can run here, and who cannot and why."""
     all_of_them = everyone(base)
-    missing = {c.name: reason for c in all_of_them if (reason := c.missing())}
+    with ThreadPoolExecutor() as pool:  # some try to import what they need, each in a process of its own
+        reasons = list(pool.map(lambda c: c.missing(), all_of_them))
+    missing = {c.name: reason for c, reason in zip(all_of_them, reasons, strict=True) if reason}
     return [c for c in all_of_them if c.name not in missing], missing

@@ -265,6 +265,7 @@ def run_case(
     for contestant in contestants:
         result = results[contestant.name]
         say(f"checking {contestant.name}")
+        begin = time.monotonic()
         try:
             with contestant.active():
                 # Other inputs than the timed ones, where there is room for them.
@@ -288,6 +289,7 @@ def run_case(
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
+            result.details["checked_in_seconds"] = round(time.monotonic() - begin, 2)
 
     times: dict[str, list[float]] = {name: [] for name in ready}
     once: dict[str, float] = {}

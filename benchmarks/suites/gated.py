@@ -168,7 +168,7 @@ class Jla(Contestant):
     def __init__(self) -> None:
         self.arrays = Prepared[Tensor]()
         self.jitted: dict[tuple[str, float], Any] = {}
-        self.last: Any = ()
+        self.last: Any = None
 
     def missing(self) -> str | None:
         return why_not_imported("jla.ops")
@@ -202,7 +202,7 @@ class Jla(Contestant):
         self.last = function(*(self.arrays.of(x.case, y, self.array) for y in given))
 
     def wait(self) -> None:
-        if self.last != ():
+        if self.last is not None:
             importlib.import_module("jax").block_until_ready(self.last)
 
     def forward(self, x: Inputs) -> Tensor:
