@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leetdist.api import linear_attention
+from leetdist.api import linear_attention, linear_attention_step
 from leetdist.arguments import as_bool, as_float, as_int, check_plain, for_autograd
 from leetdist.kernels.mamba.pytorch import scan
 from leetdist.operators.elementwise import kernel
@@ -104,28 +105,76 @@ def mamba_chunk_scan_combined(
         if transport is not None:
             agree(error, transport, "the arguments of mamba_chunk_scan_combined")
         raise
-    x, dt, A = (for_autograd(y) for y in (x, dt, A))
-    D, z, dt_bias = (None if y is None else for_autograd(y) for y in (D, z, dt_bias))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    A = A.to(wide)
-    bias, D = (None if y is None else y.to(wide) for y in (dt_bias, D))
     starts = None
     if seq_idx is not None:
         # Zeros before the sequence: so initial_states are of document 0.
         before = halo(seq_idx, 1, group, width=1)
         starts = seq_idx != torch.cat((before, seq_idx[:, :-1]), 1)[:, : seq_idx.shape[1]]
+    initial = None if initial_states is None else initial_states.to(torch.promote_types(x.dtype, torch.float32)).mT
+
+    def attend(v: Tensor, log_decay: Tensor) -> Any:
+        return linear_attention(
+            C.transpose(1, 2), B.transpose(1, 2), v, log_decay,
+            initial_state=initial, return_state=return_final_states, cu_seqlens=cu_seqlens,
+            group=group, tile=tile, precision=precision,
+        )  # fmt: skip
+
     steps = scan.Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
+    y, states = _around(attend, x, dt, A, D, z, dt_bias, starts, steps)
+    return y if states is None else (y, states.mT)
+
+
+def decode(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    states: Tensor,
+    *,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_limit: tuple[float, float],
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token of `mamba_chunk_scan_combined` with softplus, by `linear_attention_step`: y, and the states after it,
+    (B, H, P, S), which lie in memory as (B, H, S, P) and need no copy if the next step gets them as they are. inplace:
+    they are written over `states`."""
+
+    def attend(v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_attention_step(
+            C.transpose(1, 2), B.transpose(1, 2), v, states.mT, log_decay, inplace=inplace
+        )  # fmt: skip
+
+    y, new = _around(attend, x, dt, A, D, None, dt_bias, None, scan.Steps(True, *map(float, dt_limit)))
+    assert new is not None
+    return y, states if inplace else new.mT
+
+
+def _around(
+    attend: Callable[[Tensor, Tensor], Any],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    starts: Tensor | None,
+    steps: scan.Steps,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and states where there are some, of `attend(v, log_decay)`."""
+    x, dt, A = (for_autograd(y) for y in (x, dt, A))
+    D, z, dt_bias = (None if y is None else for_autograd(y) for y in (D, z, dt_bias))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    A = A.to(wide)
+    bias, D = (None if y is None else y.to(wide) for y in (dt_bias, D))
     v, log_decay, skipped = _Inputs.apply(x, dt, A, bias, D, starts, steps)
-    attended: Any = linear_attention(
-        C.transpose(1, 2), B.transpose(1, 2), v.transpose(1, 2), log_decay,
-        initial_state=None if initial_states is None else initial_states.to(wide).mT,
-        return_state=return_final_states, cu_seqlens=cu_seqlens, group=group, tile=tile, precision=precision,
-    )  # fmt: skip
-    o, states = attended if return_final_states else (attended, None)
+    attended = attend(v.transpose(1, 2), log_decay)
+    o, states = attended if isinstance(attended, tuple) else (attended, None)
     y = o.transpose(1, 2)
     if D is not None or z is not None:
         y = _Outputs.apply(y, skipped, None if D is None else D.detach(), z)
-    return y if states is None else (y, states.mT)
+    return y, states
 
 
 class _Inputs(torch.autograd.Function):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from leetdist.arguments import as_float, as_int
 from leetdist.kernels.common.elementwise import silu
-from leetdist.mamba import check_limits, mamba_chunk_scan_combined
+from leetdist.mamba import check_limits, decode, mamba_chunk_scan_combined
 from leetdist.nn.conv import causal_conv1d
+from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -52,6 +53,8 @@ class Mamba2(nn.Module):
     Raises:
         ValueError: heads * head_dim is not expand * dim, or groups do not divide the heads.
 
+    A token that goes on from a state, on one device, is a step of decoding (`leetdist.linear_attention_step`).
+
     Source: Mamba-2, arXiv 2405.21060, section 8; initial A (1 to 16) and dt (0.001 to 0.1) as in its code.
 
     >>> import torch, leetdist
@@ -59,6 +62,9 @@ class Mamba2(nn.Module):
     >>> layer(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])
     """
+
+    inplace = False
+    """Decoding writes the new state over the old one: what a captured graph wants, and only without gradients."""
 
     def __init__(
         self,
@@ -127,11 +133,16 @@ class Mamba2(nn.Module):
         z, inputs, last = self.scan_inputs(
             x, initial=None if state is None else state.conv, return_state=return_state, **documents
         )
-        scanned: Any = mamba_chunk_scan_combined(
-            **inputs, dt_softplus=True, dt_limit=self.dt_limit,
-            initial_states=None if state is None else state.ssm, return_final_states=return_state,
-            **documents, group=self.group,
-        )  # fmt: skip
+        scanned: Any
+        one = x.shape[1] == 1 and seq_idx is None and cu_seqlens is None
+        if state is not None and return_state and one and resolve(self.group) is None:
+            scanned = decode(**inputs, states=state.ssm, dt_limit=self.dt_limit, inplace=self.inplace)
+        else:
+            scanned = mamba_chunk_scan_combined(
+                **inputs, dt_softplus=True, dt_limit=self.dt_limit,
+                initial_states=None if state is None else state.ssm, return_final_states=return_state,
+                **documents, group=self.group,
+            )  # fmt: skip
         y, ssm = scanned if return_state else (scanned, None)
         y = self.out_proj(self.norm(y.flatten(2), z))
         return y if last is None or ssm is None else (y, Mamba2State(last, ssm))

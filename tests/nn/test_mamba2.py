@@ -94,6 +94,27 @@ def test_decoding_equals_the_whole(name: str) -> None:
         torch.testing.assert_close(y, whole[:, t : t + 1])
 
 
+def test_a_step_writes_over_its_state_where_it_may() -> None:
+    """And its gradients are those of the scan that it stands for."""
+    layer, x = mamba(dt_limit=(0.0, 0.5)), torch.randn(2, 11, DIM)
+    _, state = layer(x[:, :10], return_state=True)
+    y, after = layer(x[:, 10:], state=state, return_state=True)
+    for found, wanted in zip(torch.autograd.grad(y.sum(), list(layer.parameters())), gradients(layer, x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        layer.inplace = True
+        mine = Mamba2State(*(part.detach().clone() for part in state))
+        again, new = layer(x[:, 10:], state=mine, return_state=True)
+    assert new.ssm is mine.ssm
+    torch.testing.assert_close(again, y)
+    torch.testing.assert_close(new, after)
+
+
+def gradients(layer: Mamba2, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of the last token's outputs, through all tokens."""
+    return torch.autograd.grad(layer(x)[:, 10:].sum(), list(layer.parameters()))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(
