@@ -30,7 +30,7 @@ STEPS = [replace(case, batch=256, tokens=1, passes=("step",)) for case in (LONG,
 
 SUITE = (
     "a decay a token: 32 heads of 128, and Mamba-2's 64 heads of 64 with 8 groups of 128",
-    [MAMBA, LONG, *SHORT, *STEPS, *(replace(case, graph=True) for case in SHORT + STEPS)],
+    [LONG, MAMBA, *SHORT, *(replace(case, graph=True) for case in SHORT + STEPS), *STEPS],
 )
 BOTH = ("forward", "forward + backward")
 D = 0.01  # of the scan with D and z: x is v / dt, so that D x is about as large as o

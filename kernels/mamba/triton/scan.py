@@ -20,6 +20,7 @@ from leetdist.kernels.mamba.pytorch.scan import Gradients, Steps
 
 ELEMENTS = 4096  # of x that a program holds; half as many where it holds sums as well
 SEGMENT = 256  # tokens whose sums one program takes
+TURNED = 64  # tokens and heads of a program that only looks at dt: beside x, v and o that is little, but (B, N, H)
 COUNTS = ["tokens"]
 
 
@@ -29,15 +30,12 @@ def scan_inputs(
     """See leetdist.kernels.mamba.pytorch.scan.scan_inputs."""
     batch, tokens, heads, width = x.shape
     v = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    log_decay = torch.empty(batch, heads, tokens, dtype=A.dtype, device=x.device)
+    own, log_decay = _turned(dt, A, bias, starts, steps)
     block, columns = _block(width)
     _launch(
-        _scan_inputs, batch * heads * ceil_div(tokens, block),
-        (
-            x, dt, A.contiguous(), _contiguous(bias), _contiguous(starts), v, log_decay, *x.stride(), *dt.stride(),
-            *steps[1:], tokens, heads, width,
-        ),
-        {"SOFTPLUS": steps.softplus, "TOKENS": block, "COLUMNS": columns},
+        _products, batch * heads * ceil_div(tokens, block),
+        (x, own, v, *x.stride(), tokens, heads, width),
+        {"TOKENS": block, "COLUMNS": columns},
     )  # fmt: skip
     return v, log_decay
 
@@ -59,29 +57,51 @@ def scan_inputs_gradient(
     batch, tokens, heads, width = x.shape
     segments = ceil_div(tokens, SEGMENT)
     block, columns = _block(2 * width)[0], _block(width)[1]
+    if D is None:
+        dskip = None
 
     def empty(wanted: bool, *shape: int, dtype: torch.dtype = A.dtype) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
 
+    own, _ = _turned(dt, A, bias, None, steps)
     dx, ddt = empty(needs[0], *x.shape, dtype=x.dtype), empty(needs[1], *dt.shape, dtype=dt.dtype)
-    dA, dbias = (empty(wanted, batch * segments, heads) for wanted in needs[2:4])
+    grown = empty(needs[1] or needs[3], *own.shape)
     dD = None if D is None else empty(needs[4], batch * segments, *D.shape)
-    if D is None:
-        dskip = None
     _launch(
-        _scan_inputs_gradient, batch * heads * segments,
+        _products_gradient, batch * heads * segments,
         (
-            x, dt, A.contiguous(), _contiguous(bias), _contiguous(D), _contiguous(starts), dv, dlog_decay,
-            dskip, dx, ddt, dA, dbias, dD,
-            *x.stride(), *dt.stride(), *dv.stride(), *dlog_decay.stride(), *_strides(dskip),
-            *steps[1:], tokens, heads, width, segments,
+            x, own, _contiguous(D), dv, dskip, dx, grown, dD,
+            *x.stride(), *dv.stride(), *_strides(dskip), tokens, heads, width, segments,
         ),
-        {
-            "SOFTPLUS": steps.softplus, "WIDE": D is not None and D.ndim == 2,
-            "TOKENS": block, "COLUMNS": columns, "SEGMENT_": SEGMENT,
-        },
+        {"WIDE": D is not None and D.ndim == 2, "TOKENS": block, "COLUMNS": columns, "SEGMENT_": SEGMENT},
     )  # fmt: skip
+    blocks = ceil_div(tokens, TURNED)
+    dA, dbias = (empty(wanted, batch * blocks, heads) for wanted in needs[2:4])
+    if ddt is not None or dA is not None or dbias is not None:
+        _launch(
+            _steps_gradient, batch * blocks * ceil_div(heads, TURNED),
+            (
+                dt, A.contiguous(), _contiguous(bias), _contiguous(starts), grown, dlog_decay, ddt, dA, dbias,
+                *dt.stride(), *dlog_decay.stride(), *steps[1:], tokens, heads,
+            ),
+            {"SOFTPLUS": steps.softplus, "TOKENS": TURNED, "HEADS": min(TURNED, triton.next_power_of_2(heads))},
+        )  # fmt: skip
     return Gradients(dx, ddt, *(None if parts is None else parts.sum(0) for parts in (dA, dbias, dD)))
+
+
+def _turned(dt: Tensor, A: Tensor, bias: Tensor | None, starts: Tensor | None, steps: Steps) -> tuple[Tensor, Tensor]:
+    """dt after bias, softplus and limits, and log decays: (B, H, N)."""
+    batch, tokens, heads = dt.shape
+    own, log_decay = (torch.empty(batch, heads, tokens, dtype=A.dtype, device=dt.device) for _ in range(2))
+    _launch(
+        _steps_of, batch * ceil_div(tokens, TURNED) * ceil_div(heads, TURNED),
+        (
+            dt, A.contiguous(), _contiguous(bias), _contiguous(starts), own, log_decay,
+            *dt.stride(), *steps[1:], tokens, heads,
+        ),
+        {"SOFTPLUS": steps.softplus, "TOKENS": TURNED, "HEADS": min(TURNED, triton.next_power_of_2(heads))},
+    )  # fmt: skip
+    return own, log_decay
 
 
 def scan_outputs(o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor | None) -> Tensor:
@@ -201,93 +221,121 @@ def _silu(x):
     return x * s, s
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _scan_inputs(
-    x, dt, a, bias, starts, v, log_decay,
-    x_batch, x_token, x_head, x_column, dt_batch, dt_token, dt_head, least, most, tokens, heads, width,
-    SOFTPLUS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    batch, head, first = _place(tokens, heads, TOKENS)
-    i, j = first + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
-    there = i < tokens
-    inside = there[:, None] & (j < width)[None, :]
-    given = tl.load(dt + batch * dt_batch + i * dt_token + head * dt_head, mask=there, other=0.0)
+@triton.jit
+def _turn(tokens, heads, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """Batch entry, block of tokens, tokens and heads of a program that looks at dt."""
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(tokens, TOKENS)
+    parts = tl.cdiv(heads, HEADS)
+    block = program // parts % blocks
+    i = block * TOKENS + tl.arange(0, TOKENS)[:, None]
+    return program // parts // blocks, block, i, program % parts * HEADS + tl.arange(0, HEADS)[None, :]
+
+
+@triton.jit
+def _given_steps(dt, bias, place, h, heads, inside, least, most, SOFTPLUS: tl.constexpr):
+    """See _steps; of what is loaded."""
     added = 0.0
     if bias is not None:
-        added = tl.load(bias + head)
-    own, _slope = _steps(given, added, least, most, SOFTPLUS)
-    g = own * tl.load(a + head)
+        added = tl.load(bias + h, mask=h < heads, other=0.0)
+    return _steps(tl.load(dt + place, mask=inside, other=0.0), added, least, most, SOFTPLUS)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _steps_of(
+    dt, a, bias, starts, own, log_decay, dt_batch, dt_token, dt_head, least, most, tokens, heads,
+    SOFTPLUS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    batch, _block, i, h = _turn(tokens, heads, TOKENS, HEADS)
+    inside = (i < tokens) & (h < heads)
+    place = batch * dt_batch + i * dt_token + h * dt_head
+    steps, _slope = _given_steps(dt, bias, place, h, heads, inside, least, most, SOFTPLUS)
+    g = steps * tl.load(a + h, mask=h < heads, other=0.0)
     if starts is not None:
-        g = tl.where(tl.load(starts + batch * tokens + i, mask=there, other=0) != 0, float("-inf"), g)
-    tl.store(log_decay + (batch * heads + head) * tokens + i, g, mask=there)
+        g = tl.where(tl.load(starts + batch * tokens + i, mask=i < tokens, other=0) != 0, float("-inf"), g)
+    place = (batch * heads + h) * tokens + i
+    tl.store(own + place, steps, mask=inside)
+    tl.store(log_decay + place, g, mask=inside)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _steps_gradient(
+    dt, a, bias, starts, grown, dlog_decay, ddt, da, dbias,
+    dt_batch, dt_token, dt_head, g_batch, g_head, g_token, least, most, tokens, heads,
+    SOFTPLUS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """grown: what dt gets by dt x, (B, H, N)."""
+    batch, block, i, h = _turn(tokens, heads, TOKENS, HEADS)
+    inside = (i < tokens) & (h < heads)
+    place = batch * dt_batch + i * dt_token + h * dt_head
+    steps, slope = _given_steps(dt, bias, place, h, heads, inside, least, most, SOFTPLUS)
+    g = tl.load(dlog_decay + batch * g_batch + h * g_head + i * g_token, mask=inside, other=0.0)
+    if starts is not None:
+        g = tl.where(tl.load(starts + batch * tokens + i, mask=i < tokens, other=0) != 0, 0.0, g)
+    part = (batch * tl.cdiv(tokens, TOKENS) + block) * heads + h
+    if da is not None:
+        tl.store(da + part, tl.sum(tl.where(inside, g * steps, 0.0), 0)[None, :], mask=h < heads)
+    if grown is not None:
+        total = tl.load(grown + (batch * heads + h) * tokens + i, mask=inside, other=0.0)
+        total = (total + g * tl.load(a + h, mask=h < heads, other=0.0)) * slope
+        if ddt is not None:
+            tl.store(ddt + (batch * tokens + i) * heads + h, total.to(ddt.dtype.element_ty), mask=inside)
+        if dbias is not None:
+            tl.store(dbias + part, tl.sum(tl.where(inside, total, 0.0), 0)[None, :], mask=h < heads)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _products(
+    x, own, v, x_batch, x_token, x_head, x_column, tokens, heads, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    batch, head, first = _place(tokens, heads, TOKENS)
+    i, j = first + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
+    inside = (i < tokens)[:, None] & (j < width)[None, :]
+    steps = tl.load(own + (batch * heads + head) * tokens + i, mask=i < tokens, other=0.0)
     x += batch * x_batch + head * x_head + i[:, None] * x_token + j[None, :] * x_column
-    values = tl.load(x, mask=inside, other=0.0).to(tl.float32) * own[:, None]
+    values = tl.load(x, mask=inside, other=0.0).to(tl.float32) * steps[:, None]
     v += ((batch * tokens + i[:, None]) * heads + head) * width + j[None, :]
     tl.store(v, values.to(v.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _scan_inputs_gradient(
-    x, dt, a, bias, skip, starts, dv, dlog_decay, dskip, dx, ddt, da, dbias, dd,
-    x_batch, x_token, x_head, x_column, dt_batch, dt_token, dt_head,
-    dv_batch, dv_token, dv_head, dv_column, g_batch, g_head, g_token,
-    dskip_batch, dskip_token, dskip_head, dskip_column, least, most, tokens, heads, width, segments,
-    SOFTPLUS: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SEGMENT_: tl.constexpr,
+def _products_gradient(
+    x, own, skip, dv, dskip, dx, grown, dd,
+    x_batch, x_token, x_head, x_column, dv_batch, dv_token, dv_head, dv_column,
+    dskip_batch, dskip_token, dskip_head, dskip_column, tokens, heads, width, segments,
+    WIDE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SEGMENT_: tl.constexpr,
 ):  # fmt: skip
     batch, head, first = _place(tokens, heads, SEGMENT_)
     segment = first // SEGMENT_
     j = tl.arange(0, COLUMNS)
     x += batch * x_batch + head * x_head + j[None, :] * x_column
     dv += batch * dv_batch + head * dv_head + j[None, :] * dv_column
-    dt += batch * dt_batch + head * dt_head
-    dlog_decay += batch * g_batch + head * g_head
-    decay, added = tl.load(a + head), 0.0
-    if bias is not None:
-        added = tl.load(bias + head)
+    row = (batch * heads + head) * tokens
     if dskip is not None:
         dskip += batch * dskip_batch + head * dskip_head + j[None, :] * dskip_column
         if WIDE:
             factor = tl.load(skip + head * width + j, mask=j < width, other=0.0)[None, :]
         else:
             factor = tl.load(skip + head)
-    sum_a, sum_bias = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
     sum_d = tl.zeros((TOKENS, COLUMNS), tl.float32)
     for offset in range(0, SEGMENT_, TOKENS):
         i = first + offset + tl.arange(0, TOKENS)
         there = i < tokens
         inside = there[:, None] & (j < width)[None, :]
-        given = tl.load(dt + i * dt_token, mask=there, other=0.0)
-        own, slope = _steps(given, added, least, most, SOFTPLUS)
-        g = tl.load(dlog_decay + i * g_token, mask=there, other=0.0)
-        if starts is not None:
-            g = tl.where(tl.load(starts + batch * tokens + i, mask=there, other=1) != 0, 0.0, g)
         values = tl.load(x + i[:, None] * x_token, mask=inside, other=0.0).to(tl.float32)
         of_v = tl.load(dv + i[:, None] * dv_token, mask=inside, other=0.0).to(tl.float32)
-        if ddt is not None or dbias is not None:
-            grown = (tl.sum(of_v * values, 1) + g * decay) * slope
-            if ddt is not None:
-                place = ddt + (batch * tokens + i) * heads + head
-                tl.store(place, grown.to(ddt.dtype.element_ty), mask=there)
-            if dbias is not None:
-                sum_bias += tl.where(there, grown, 0.0)
-        if da is not None:
-            sum_a += tl.where(there, g * own, 0.0)
-        grown_x = of_v * own[:, None]
+        if grown is not None:
+            tl.store(grown + row + i, tl.sum(of_v * values, 1), mask=there)
+        of_x = of_v * tl.load(own + row + i, mask=there, other=0.0)[:, None]
         if dskip is not None:
             of_skip = tl.load(dskip + i[:, None] * dskip_token, mask=inside, other=0.0).to(tl.float32)
-            grown_x += of_skip * factor
+            of_x += of_skip * factor
             if dd is not None:
                 sum_d += of_skip * values
         if dx is not None:
             place = dx + ((batch * tokens + i[:, None]) * heads + head) * width + j[None, :]
-            tl.store(place, grown_x.to(dx.dtype.element_ty), mask=inside)
-    part = (batch * segments + segment) * heads + head
-    if da is not None:
-        tl.store(da + part, tl.sum(sum_a, 0))
-    if dbias is not None:
-        tl.store(dbias + part, tl.sum(sum_bias, 0))
+            tl.store(place, of_x.to(dx.dtype.element_ty), mask=inside)
     if dd is not None:
-        of_columns = tl.sum(sum_d, 0)
+        part, of_columns = (batch * segments + segment) * heads + head, tl.sum(sum_d, 0)
         if WIDE:
             tl.store(dd + part * width + j, of_columns, mask=j < width)
         else:
