@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from leetdist.api import linear_attention
 from leetdist.arguments import check_device
 from leetdist.engine.checks import describe
 from leetdist.inference.checks import check_count, check_piece, check_rows, check_state
+from leetdist.kernels.common.settings import raw_settings
 from leetdist.operators.opened import Opened, opened_by
 from leetdist.sequence.group import alone
 
@@ -104,15 +105,9 @@ class State:
     @property
     def opened(self) -> Opened:
         """Who computes the open tile, here."""
-        heads, dk, dv = self.boundary.shape[1:]
-        shapes = ((heads, dk), (self.k.shape[1], dk), (self.v.shape[1], dv))
-        q, k, v = (self.k.new_empty(1, own, 1, dim) for own, dim in shapes)
-        gate = self.log_decay if not self.by_token else self.log_decay.new_empty(1, heads, 1)
-        problem = describe(
-            q, k, v, gate, read_values=False, scale=self.scale, initial_state=None, return_state=True,
-            cu_seqlens=None, method=self.method, tile=self.tile,
-        )  # fmt: skip
-        return opened_by(problem, self.tile)
+        shapes = tuple((x.shape[1], x.shape[3]) for x in (self.k, self.v))
+        heads = self.boundary.shape[1]
+        return _opened(heads, shapes, self.k.dtype, self.device, self.by_token, self.method, self.tile, raw_settings())
 
     @cached_property
     def now(self) -> Tensor:
@@ -193,6 +188,28 @@ class State:
         return replace(self, **{"log_decay": self.log_decay.to(device), **moved})
 
 
+@lru_cache(maxsize=256)
+def _opened(
+    heads: int,
+    shapes: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    by_token: bool,
+    method: str,
+    tile: int,
+    _settings: tuple[str | None, ...],
+) -> Opened:
+    """Of every push, which is short: what the state's shapes lead to. shapes: heads and size of k and v."""
+    with torch.inference_mode(False):
+        k, v = (torch.empty(1, own, 1, dim, dtype=dtype, device=device) for own, dim in shapes)
+        gate = torch.empty((1, heads, 1) if by_token else (heads,), dtype=torch.float32, device=device)
+    problem = describe(
+        k.new_empty(1, heads, 1, k.shape[3]), k, v, gate, read_values=False,
+        scale=1.0, initial_state=None, return_state=True, cu_seqlens=None, method=method, tile=tile,
+    )  # fmt: skip
+    return opened_by(problem, tile)
+
+
 # The tensors of a state, of which those of closed chunks may be missing.
 TENSORS = ("boundary", "k", "v", "log_decay", "walked", "own", "total")
 NO_CHUNKS: dict[str, Any] = {"closed": 0, "walked": None, "own": None, "total": None}
@@ -216,11 +233,14 @@ def run(state: State, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tup
 
 def outputs_of(state: State, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     """The outputs of the open chunk's tokens and those behind them in its tile."""
+    start = state.boundary if state.walked is None else state.walked
+    if state.method == "block" and (opened := state.opened).module is not None:
+        with torch.autocast(q.device.type, enabled=False):  # the kernels of the call below, without its questions
+            return opened.outputs(q, k, v, start, log_decay, state.scale)
     with alone():
         return linear_attention(
             q, k, v, log_decay,
-            scale=state.scale, initial_state=state.boundary if state.walked is None else state.walked,
-            method=state.method, tile=state.tile,
+            scale=state.scale, initial_state=start, method=state.method, tile=state.tile,
         )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ def filled(cache: Any) -> bool:
         return bool(cache.seqlen_offset > 0)
     states = any(any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers)
     keys = any(getattr(layer, "keys", None) is not None and layer.get_seq_length() > 0 for layer in cache.layers)
-    return states or keys or any(map(len, getattr(cache, "linear_cache", [])))
+    linear = getattr(cache, "linear_cache", [])  # of other layers an empty list
+    return states or keys or any(not isinstance(x, list) or x for x in linear)
 
 
 def joinable(cache: Any) -> bool:

@@ -238,7 +238,9 @@ class Calls:
         if self.softmax:
             caches.check_grows(cache)
         empty = caches.joinable(cache) and (cache is None or not caches.filled(cache))
-        lengths = shard_lengths(count, self.ranks, default_tile(count))  # too few to share, if a rank would have none
+        lengths = shard_lengths(
+            count, self.ranks, self._tile() or default_tile(count)
+        )  # too few to share, if a rank would have none
         self.prompt = self.cuts_prompts and empty and min(lengths) > 0
         self.prompt &= call.get("return_dict") is not False
         if self.prompt:
@@ -251,6 +253,11 @@ class Calls:
                     call[name] = cut(call[name], 1, lengths, transport)
         else:
             self._give(None)
+
+    def _tile(self) -> int | None:
+        """What the layers' tile is pinned to."""
+        tiles: list[Any] = [getattr(layer, "tile", None) for layer in self.handlers]
+        return next((tile for tile in tiles if tile), None)
 
     def _give(self, group: Group | None) -> None:
         self.alone = group is None

@@ -14,6 +14,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from leetdist.api import linear_attention, linear_attention_step
+from leetdist.inference.attend import attend
+from leetdist.inference.state import State
 from leetdist.inference.steps import linear_attention_steps
 
 
@@ -21,10 +23,12 @@ from leetdist.inference.steps import linear_attention_steps
 class _Forward:
     """What going back into a forward takes: the state before it, and its keys and values (B, H, T, D)."""
 
-    before: Tensor | None
+    before: Any
     k: Tensor
     v: Tensor
     log_decay: Tensor
+    tile: int | None
+    exact: bool
 
 
 class LightningCache(MiniMaxCache):
@@ -41,7 +45,7 @@ class LightningCache(MiniMaxCache):
     """
 
     is_croppable = True
-    linear_cache: list[Any]  # of lightning layers the state, of others an empty list
+    linear_cache: list[Any]  # of lightning layers the state (a `State` of exact ones), of others an empty list
 
     def __init__(self, *, recording: bool = False) -> None:
         super().__init__()
@@ -49,26 +53,40 @@ class LightningCache(MiniMaxCache):
         self._seen: dict[int, int] = {}
         self._forwards: dict[int, list[_Forward]] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        """(B, H, T, D) outputs of T more tokens of a lightning layer."""
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        *,
+        tile: int | None = None,
+        exact: bool = False,
+    ) -> Tensor:
+        """(B, H, T, D) outputs of T more tokens of a lightning layer; exact: with the bits of one call."""
         before = self.get_linear_cache(layer)
-        if before is not None and q.shape[2] == 1:
+        if exact and before is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            return attend(q, k, v, log_decay, tile=tile)[0]  # training, where nobody goes on from the cache
+        if exact:
+            o, after = attend(q, k, v, log_decay, tile=tile, state=before, keep=True)
+        elif before is not None and q.shape[2] == 1:
             o, after = linear_attention_step(q, k, v, before, log_decay)
         elif before is not None and self.recording:  # a draft's tokens give what they would give one by one
             after = before.clone()
             o = linear_attention_steps(q, k, v, after, log_decay)
         else:
-            o, after = linear_attention(q, k, v, log_decay, initial_state=before, return_state=True)
+            o, after = linear_attention(q, k, v, log_decay, initial_state=before, return_state=True, tile=tile)
         self.set_linear_cache(layer, after)
         self._seen[layer] = self._seen.get(layer, 0) + q.shape[2]
         if self.recording:
-            self._forwards.setdefault(layer, []).append(_Forward(before, k, v, log_decay))
+            self._forwards.setdefault(layer, []).append(_Forward(before, k, v, log_decay, tile, exact))
         return o
 
-    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
-        """(B, H, D, D) fp32, or None before the first forward."""
+    def get_linear_cache(self, layer_idx: int) -> Any:
+        """(B, H, D, D) fp32 (a `State` of an exact layer), or None before the first forward."""
         state = self.linear_cache[layer_idx] if layer_idx < len(self.linear_cache) else None
-        return state if isinstance(state, Tensor) else None
+        return state if isinstance(state, (Tensor, State)) else None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens so far: the same in all layers, told by one that counts them."""
@@ -109,19 +127,26 @@ class LightningCache(MiniMaxCache):
             self.set_linear_cache(layer, _state_after(forward, kept))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._rows(lambda _: beam_idx)
         self._cached("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows(lambda x: x.repeat_interleave(repeats, 0))
+        self._rows(lambda rows: torch.arange(rows).repeat_interleave(repeats))
         self._cached("batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(lambda x: x[indices])
+        self._rows(lambda rows: torch.arange(rows)[indices.cpu()])
         self._cached("batch_select_indices", indices)
 
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.linear_cache = [change(x) if isinstance(x, Tensor) else x for x in self.linear_cache]
+    def _rows(self, chosen: Callable[[int], Tensor]) -> None:
+        """Of every state the rows chosen, of so many."""
+
+        def change(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.index_select(0, chosen(x.shape[0]).to(x.device))
+            return x.select(chosen(x.boundary.shape[0])) if isinstance(x, State) else x
+
+        self.linear_cache = [change(x) for x in self.linear_cache]
         self._forwards.clear()
 
     def _cached(self, method: str, argument: Any) -> None:
@@ -131,11 +156,15 @@ class LightningCache(MiniMaxCache):
                 getattr(cached, method)(argument)
 
 
-def _state_after(forward: _Forward, kept: int) -> Tensor:
+def _state_after(forward: _Forward, kept: int) -> Any:
     """The state after the first `kept` tokens of a forward."""
     k, v = forward.k[:, :, :kept], forward.v[:, :, :kept]
+    if forward.exact:
+        no_query = torch.zeros_like(k)
+        more = {"tile": forward.tile, "state": forward.before, "keep": True}
+        return attend(no_query, k, v, forward.log_decay, **more)[1] if kept else forward.before
     if forward.before is None and kept:
-        return linear_attention(torch.zeros_like(k), k, v, forward.log_decay, return_state=True)[1]
+        return linear_attention(torch.zeros_like(k), k, v, forward.log_decay, return_state=True, tile=forward.tile)[1]
     if forward.before is None:
         return torch.zeros(*k.shape[:2], k.shape[3], v.shape[3], device=k.device)
     state = forward.before.clone()

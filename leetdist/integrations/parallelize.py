@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from leetdist.inference.attend import TILE
 from leetdist.integrations import models, probe
 from leetdist.integrations.record import NAME, Before, Record, records_of
-from leetdist.integrations.registry import Handler, handler_of, register
+from leetdist.integrations.registry import Handler, becomes_exact, handler_of, register
 from leetdist.mesh import sequence_group
+from leetdist.nn.exact import check_exact
 
 if TYPE_CHECKING:
     from leetdist.mesh import Mesh
@@ -32,7 +34,14 @@ _POINTWISE = (
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]] = ()) -> M:
+def parallelize(
+    model: M,
+    mesh: Mesh | None,
+    *,
+    allow: Iterable[type[nn.Module]] = (),
+    tile: int | None = None,
+    exact: bool = False,
+) -> M:
     """Make a model work on shards of its sequences: the layers it knows get `mesh`'s sequence ranks. In place.
 
     Knows `leetdist.nn`'s layers; transformers' MiniMax, Mamba2 and its hybrids (Bamba, FalconH1, GraniteMoeHybrid,
@@ -48,6 +57,9 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
         mesh: a (dp, sp) mesh, or the group that shares a sequence; None, or one rank, is a drop-in that computes the
             same on one device, faster.
         allow: classes that are refused, and in which no token reaches another all the same.
+        tile: tile length in tokens of all of them, a power of two >= 16; None leaves each what it has.
+        exact: training, prefill, drafts and decoding of all linear layers have one set of bits (what else it takes:
+            docs/reinforcement-learning.md); False leaves each what it has.
 
     Layers are told by what they do, on a few tokens and on a small copy of the model: with the known layers kept from
     mixing, a part of a sequence must give what it gives within the whole. A layer that cannot be called so, in a model
@@ -80,6 +92,7 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
     for kind in allow:
         if not isinstance(kind, type):
             raise ValueError(f"allow must be several classes of modules, got {kind!r} among them")
+    tile, exact = check_exact(tile, exact)
     group = sequence_group(mesh)
     _check_unwrapped(model, "call leetdist.parallelize before")
     pretrained = dict(_pretrained(model))
@@ -98,6 +111,10 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
     for module in model.modules():
         if (handler := handler_of(module)) is not None:
             handlers[module] = handler
+    linear = list(handlers)
+    strange = sorted({type(module).__name__ for module in linear if not becomes_exact(module)})
+    if (exact or tile is not None) and strange:
+        raise ValueError(f"exact and tile must not be given for a model with {', '.join(strange)}, which have neither")
     for integration in integrations.values():
         handlers |= integration.softmax_layers(handlers)
 
@@ -115,6 +132,9 @@ def parallelize(model: M, mesh: Mesh | None, *, allow: Iterable[type[nn.Module]]
     before = Before(model)
     for module, handler in handlers.items():
         handler(module, group)
+    for module in linear if exact or tile is not None else ():
+        layer: Any = module
+        layer.tile, layer.exact = tile or layer.tile or TILE, exact or layer.exact
     for integration in integrations.values():
         integration.install(handlers)
     record = Record(mesh, list(handlers), before.changes())

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 Handler: TypeAlias = "Callable[[Any, Group | None], None]"
 
 _handlers: dict[type[nn.Module], Handler] = {}
+_exact: set[Handler] = set()
 
 
-def register(kind: type[nn.Module]) -> Callable[[Handler], Handler]:
+def register(kind: type[nn.Module], *, exact: bool = False) -> Callable[[Handler], Handler]:
     """Decorator: how `parallelize` treats modules of this class (and of its subclasses).
 
     The handler gets the module and the group of its sequence (None: this process alone), and makes the module's
     forward right for a shard: contiguous, in rank order, on the tile grid. It may be called again with another group.
+    exact: whether the module then has `tile` and `exact`, as leetdist.nn's layers.
 
     >>> class Mixer(nn.Module):
     ...     group = None
@@ -34,9 +36,16 @@ def register(kind: type[nn.Module]) -> Callable[[Handler], Handler]:
 
     def add(handler: Handler) -> Handler:
         _handlers[kind] = handler
+        if exact:
+            _exact.add(handler)
         return handler
 
     return add
+
+
+def becomes_exact(module: nn.Module) -> bool:
+    """Whether the module, with its handler's help, has `tile` and `exact`."""
+    return hasattr(module, "exact") or handler_of(module) in _exact
 
 
 def handler_of(module: nn.Module) -> Handler | None:

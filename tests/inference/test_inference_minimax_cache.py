@@ -147,3 +147,36 @@ def test_beams_keep_their_states() -> None:
     tokens = torch.randint(1, 64, (2, 15))
     options = {"num_beams": 3, "max_new_tokens": 10}
     assert torch.equal(generated(ours, tokens, **options), generated(ours, tokens, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_an_exact_model_goes_back_by_the_bits() -> None:
+    """What is decoded, in drafts too and after going back, are one call's outputs: of the layer itself, for the model's
+    products are PyTorch's."""
+    model = leetdist.parallelize(tiny("l"), None, tile=16, exact=True)
+    (layer,) = (x for x in model.modules() if isinstance(x, LightningAttention))
+    assert (layer.tile, layer.exact) == (16, True)
+    q, k, v = (torch.randn(2, 4, 60, 8) for _ in range(3))
+    whole, _ = layer._attend(q, k, v, None, None)
+    cache, decay = LightningCache(recording=True), layer.log_decay(q.device)
+    assert torch.equal(layer._attend(q[:, :, :21], k[:, :, :21], v[:, :, :21], cache, None)[0], whole[:, :, :21])
+    cache.crop(0)
+    begin = 21
+    for count, removed in ((5, 2), (1, 0), (7, 7), (9, 1), (3, 0), (8, 5)):
+        at = slice(begin, begin + count)
+        assert torch.equal(layer._attend(q[:, :, at], k[:, :, at], v[:, :, at], cache, None)[0], whole[:, :, at])
+        cache.crop(-removed)
+        begin += count - removed
+    cache.reorder_cache(torch.tensor([1, 0]))
+    o = cache.attend(0, *(x[[1, 0], :, begin : begin + 1] for x in (q, k, v)), decay, tile=16, exact=True)
+    assert torch.equal(o, whole[[1, 0], :, begin : begin + 1])
+
+
+def test_an_exact_model_generates_and_learns() -> None:
+    theirs, ours = tiny("fllf"), leetdist.parallelize(tiny("fllf"), None, tile=16, exact=True)
+    prompt = torch.randint(2, 64, (2, 21))
+    expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert torch.equal(ours.generate(prompt, max_new_tokens=12, do_sample=False), expected)
+    ours(input_ids=prompt, labels=prompt).loss.backward()
+    with pytest.raises(ValueError, match="exact and tile must not be given for a model with Mamba2"):
+        leetdist.parallelize(leetdist.nn.Mamba2(32, 4, 16), None, exact=True)

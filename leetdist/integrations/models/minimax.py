@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from leetdist.api import linear_attention, linear_attention_step
+from leetdist.inference.attend import attend
 from leetdist.integrations.minimax_cache import LightningCache
 from leetdist.integrations.registry import register
 
@@ -34,6 +35,8 @@ class LightningAttention(MiniMaxLightningAttention):
 
     joins_states = True  # as in leetdist.integrations.ssd
     group: Group | None
+    tile: int | None = None  # these two as those of leetdist.nn.LightningAttention
+    exact: bool = False
     slopes: Tensor | None
     """(H,) fp32 on the CPU, once the buffer has its values."""
 
@@ -95,22 +98,29 @@ class LightningAttention(MiniMaxLightningAttention):
         o = o.transpose(1, 2).reshape(rows, tokens, -1)
         return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * self.norm(o)), state
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: Any, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         decay = self.log_decay(q.device)
+        if cache is None and self.exact:
+            return attend(q, k, v, decay, tile=self.tile, cu_seqlens=cu_seqlens, group=self.group)
         if cache is None:
-            return linear_attention(q, k, v, decay, cu_seqlens=cu_seqlens, group=self.group), None
+            return linear_attention(q, k, v, decay, cu_seqlens=cu_seqlens, group=self.group, tile=self.tile), None
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens: a cache holds one document a row, and packed documents are several")
         state = cache.get_linear_cache(self.layer_idx)
         if isinstance(cache, LightningCache) and self.group is None:  # it keeps the state itself
-            return cache.attend(self.layer_idx, q, k, v, decay), cache.get_linear_cache(self.layer_idx)
+            o = cache.attend(self.layer_idx, q, k, v, decay, tile=self.tile, exact=self.exact)
+            return o, cache.get_linear_cache(self.layer_idx)
+        if self.exact:
+            o, state = attend(q, k, v, decay, tile=self.tile, state=state, keep=True, group=self.group)
+            cache.set_linear_cache(self.layer_idx, state)
+            return o, state
         if isinstance(state, Tensor) and q.shape[2] == 1 and self.group is None:
             o, state = linear_attention_step(q, k, v, state, decay)
         else:
             state = state if isinstance(state, Tensor) else None
-            o, state = linear_attention(q, k, v, decay, initial_state=state, return_state=True, group=self.group)
+            o, state = linear_attention(
+                q, k, v, decay, initial_state=state, return_state=True, group=self.group, tile=self.tile
+            )
         cache.set_linear_cache(self.layer_idx, state)
         return o, state
 
@@ -155,7 +165,7 @@ def _own_options(config: Any) -> Iterator[tuple[str, str, Any]]:
                 yield f"layernorm_{part}_{factor}", f"{part.replace('attention', 'attn')}_{factor}_factor", value
 
 
-@register(MiniMaxLightningAttention)
+@register(MiniMaxLightningAttention, exact=True)
 def _lightning(layer: Any, group: Group | None) -> None:
     if not isinstance(layer, LightningAttention):
         layer.__class__, layer.decays, layer.slopes = LightningAttention, {}, None
