@@ -183,11 +183,22 @@ def test_any_schedule_has_the_bits_of_one_call_in_triton(monkeypatch: pytest.Mon
     run_schedule(Kind(tile=128, by_token=by_token, heads=(H, 2, 2)), 6, 160)
 
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("by_token", [False, True])
-@pytest.mark.parametrize("hopper", ["0", "1"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("dk", "dv", "tile"), [(128, 128, 256), (64, 128, 128), (80, 48, 128), (128, 128, 16)])
+@pytest.mark.parametrize(
+    ("dk", "dv", "tile", "dtype", "hopper", "by_token"),
+    [
+        (128, 128, 256, BF16, "1", False),
+        (128, 64, 256, BF16, "1", True),
+        (64, 128, 128, FP16, "1", False),
+        (128, 128, 256, FP32, "1", True),
+        (128, 128, 16, BF16, "1", False),
+        (128, 128, 256, BF16, "0", True),
+        (80, 48, 128, FP32, "0", False),
+    ],
+)
 def test_any_schedule_has_the_bits_of_one_call_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, dk: int, dv: int, tile: int, dtype: torch.dtype, hopper: str, by_token: bool
 ) -> None:
