@@ -298,3 +298,14 @@ def test_auto_is_never_far_from_the_best(monkeypatch: pytest.MonkeyPatch) -> Non
     # In tiles that are no longer than its blocks, lightning is block, whatever was measured.
     assert "lightning" not in choice.ratios
     assert "lightning" in cost.choose(problem, 2 * cost.LIGHTNING_BLOCK, where="cpu", token_scan=True).ratios
+
+
+@pytest.mark.parametrize("method", ["vanilla", "recursion"])
+def test_a_decay_a_token_is_differentiable_twice(method):
+    q, k, v = (torch.randn(1, 1, 5, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    decay = (-torch.rand(1, 1, 5, dtype=torch.float64)).requires_grad_()
+
+    def last(*given):
+        return leetdist.linear_attention(*given, method=method)[:, :, -1]
+
+    assert torch.autograd.gradgradcheck(last, (q, k, v, decay), fast_mode=True)

@@ -20,7 +20,7 @@ from leetdist.kernels.mamba.pytorch.scan import Gradients, Steps
 
 ELEMENTS = 4096  # of x that a program holds; half as many where it holds sums as well
 SEGMENT = 256  # tokens whose sums one program takes
-TURNED = 64  # tokens and heads of a program that only looks at dt: beside x, v and o that is little, but (B, N, H)
+TURNED = 32  # tokens and heads of a program that only looks at dt: beside x, v and o that is little, but (B, N, H)
 COUNTS = ["tokens"]
 
 
