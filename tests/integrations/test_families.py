@@ -171,6 +171,21 @@ def test_states_reach_far(name: str) -> None:
     assert relative(two, one) > 0.05
 
 
+@pytest.mark.parametrize("name", ["Mamba2", "FalconH1"])
+def test_bf16_models(name: str) -> None:
+    """Decays, dt and D x are fp32 in them too: no farther from the model in fp32 than transformers' own code."""
+    ids = batch_of()["input_ids"]
+    with torch.no_grad():
+        rounded = tiny(name).bfloat16()
+        exact = tiny(name)
+        exact.load_state_dict({key: x.float() for key, x in rounded.state_dict().items()})
+        expected = exact(ids, use_cache=False).logits
+        theirs = relative(rounded(ids, use_cache=False).logits.float(), expected)
+        ours = relative(leetdist.parallelize(rounded, None)(ids, use_cache=False).logits.float(), expected)
+    assert ours < 1.5 * theirs
+    assert ours < 0.05
+
+
 DEEP: dict[str, dict[str, Any]] = {
     "Mamba2": {"num_hidden_layers": 7},
     "NemotronH": {"layers_block_type": [*["mamba", "mlp"] * 2, "attention", *["mamba", "mlp"] * 2]},
