@@ -29,7 +29,7 @@ added_up = pytest.importorskip("leetdist.kernels.token_decay.triton.added_up")
 SPILLS = {
     "shared_states": 32,
     "paired_outputs": 64,
-    "paired_gradients": 64,
+    "paired_gradients": 96,
     "summed_outputs": 96,
     "grouped_outputs": 32,
 }
