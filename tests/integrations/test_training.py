@@ -1,18 +1,23 @@
 """Every way of training, sharded, against one process on whole sequences: gradients, losses, and three steps.
 
-Two jobs, of 2 and of 4 processes, go through all settings; a test a setting looks at what they found.
+Jobs of 2 and of 4 processes go through all settings, with a model of our own, one of `leetdist.nn.Mamba2` layers and a
+hybrid of transformers; a test a setting looks at what they found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from itertools import islice
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 import torch.nn.functional as F
+from families import enlarged, tiny
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import leetdist
@@ -22,6 +27,51 @@ from leetdist.launch.model import Config, LanguageModel
 CONFIG = Config(vocab=48, dim=32, layers=2, heads=2, hidden=40, learnable_decay=True)
 ROWS, TOKENS, STEPS = 4, 150, 3
 MESHES = {"sp 2": (2, 2), "dp 2 x sp 2": (4, 2)}  # ranks, ranks a sequence
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.RMSNorm(32), leetdist.nn.Mamba2(32, head_dim=8, state=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixer(self.norm(x))
+
+
+class MambaModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(CONFIG.vocab, 32), nn.Linear(32, CONFIG.vocab)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        enlarged(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.training else block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class Hybrid(nn.Module):
+    """transformers' Bamba: Mamba-2 and softmax layers, these with rotary positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny("Bamba")
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def blocks(self) -> Any:
+        return self.model.model.layers
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return logits
+
+
+# Over two ranks, and a step each.
+KINDS: dict[str, Callable[[], nn.Module]] = {"Mamba-2": MambaModel, "Bamba": Hybrid}
 
 
 def data() -> list[dict[str, Tensor]]:
@@ -36,8 +86,10 @@ def data() -> list[dict[str, Tensor]]:
     return rows
 
 
-def model_of(*, checkpointing: bool) -> LanguageModel:
+def model_of(kind: str, *, checkpointing: bool) -> Any:
     torch.manual_seed(0)
+    if kind in KINDS:
+        return KINDS[kind]().train(checkpointing)
     model = LanguageModel(CONFIG, checkpointing=checkpointing)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,6 +117,10 @@ class Engine:
     scale: float = 1.0
 
 
+Build: TypeAlias = Callable[..., Any]  # a model, with its activations recomputed or not
+Setting: TypeAlias = Callable[[Build, Any], Engine]
+
+
 @dataclass
 class Run:
     losses: list[float] = field(default_factory=list)
@@ -78,12 +134,13 @@ def loader_of(mesh: Any) -> leetdist.ShardedLoader:
 
 def forward_backward(engine: Engine, batch: dict[str, Tensor], mesh: Any) -> float:
     """Gradients of the mean loss over all ranks, and that loss."""
+    positions = (batch["position_ids"],) if isinstance(inner(engine), Hybrid) else ()
     counted = (batch["labels"] != -100).sum()
     total = leetdist.reduce_loss(counted.double(), 1, mesh, total_tokens=1).long()
     mean = 0.0
     parts = (batch[name].chunk(engine.micro_batches) for name in ("input_ids", "labels"))
     for ids, labels in zip(*parts, strict=True):
-        logits = engine.model(ids)
+        logits = engine.model(ids, *positions)
         loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         loss = leetdist.reduce_loss(loss_sum, (labels != -100).sum(), mesh, total_tokens=total)
         mean += loss.item()
@@ -91,12 +148,16 @@ def forward_backward(engine: Engine, batch: dict[str, Tensor], mesh: Any) -> flo
     return mean
 
 
-def train(engine: Engine, mesh: Any) -> Run:
-    """Three steps; gradients are those of the first."""
+def inner(engine: Engine) -> Any:
+    return engine.model.module if hasattr(engine.model, "module") else engine.model
+
+
+def train(engine: Engine, mesh: Any, steps: int = STEPS) -> Run:
+    """Some steps; gradients are those of the first."""
     run = Run()
     mesh = engine.mesh or mesh
-    module = engine.model.module if hasattr(engine.model, "module") else engine.model
-    for batch in loader_of(mesh):
+    module = inner(engine)
+    for batch in islice(loader_of(mesh), steps):
         run.losses.append(forward_backward(engine, batch, mesh))
         if len(run.losses) == 1:
             run.grads = {name: engine.grad(p).clone() for name, p in module.named_parameters()}
@@ -114,34 +175,34 @@ def plain(model: Any, optimizer: torch.optim.Optimizer, **changes: Any) -> Engin
     return Engine(model, lambda loss: loss.backward(), step, **{**whole, **changes})
 
 
-def ddp(mesh: Any) -> Engine:
-    model = leetdist.parallelize(model_of(checkpointing=True), mesh)
+def ddp(build: Build, mesh: Any) -> Engine:
+    model = leetdist.parallelize(build(checkpointing=True), mesh)
     model = nn.parallel.DistributedDataParallel(model)
     return plain(model, optimizer_of(model))
 
 
-def ddp_on_accelerates_mesh(mesh: Any) -> Engine:
+def ddp_on_accelerates_mesh(build: Build, mesh: Any) -> Engine:
     """A mesh that accelerate's ParallelismConfig made; its dimensions have other names."""
     from accelerate.parallelism_config import ParallelismConfig
 
     data, sequence = mesh["dp"].size(), mesh["sp"].size()
     theirs = ParallelismConfig(dp_shard_size=data, cp_size=sequence).build_device_mesh("cpu")
     assert theirs.mesh_dim_names == (("dp_shard", "cp") if data > 1 else ("cp",))
-    engine = ddp(theirs)
+    engine = ddp(build, theirs)
     engine.mesh = theirs
     return engine
 
 
-def restarting(mesh: Any) -> Engine:
+def restarting(build: Build, mesh: Any) -> Engine:
     """Wrong on purpose: the layers do not hear of the other ranks."""
-    model = nn.parallel.DistributedDataParallel(model_of(checkpointing=True))
+    model = nn.parallel.DistributedDataParallel(build(checkpointing=True))
     return plain(model, optimizer_of(model))
 
 
-def fsdp2(mesh: Any) -> Engine:
+def fsdp2(build: Build, mesh: Any) -> Engine:
     from torch.distributed.fsdp import fully_shard
 
-    model = leetdist.parallelize(model_of(checkpointing=True), mesh)
+    model = leetdist.parallelize(build(checkpointing=True), mesh)
     # Parameters are sharded, and gradients averaged, over every rank: those of a sequence too.
     ranks = mesh["dp", "sp"]._flatten("dp_sp")
     for block in model.blocks:
@@ -155,15 +216,15 @@ def fsdp2(mesh: Any) -> Engine:
     )
 
 
-def zero(stage: int) -> Callable[[Any], Engine]:
-    def build(mesh: Any) -> Engine:
+def zero(stage: int) -> Setting:
+    def setting(build: Build, mesh: Any) -> Engine:
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
         # Or it compiles a kernel for ranks that share memory, for two minutes, which nothing here is about.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-        model = leetdist.parallelize(model_of(checkpointing=True), mesh)
+        model = leetdist.parallelize(build(checkpointing=True), mesh)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage},
@@ -174,13 +235,13 @@ def zero(stage: int) -> Callable[[Any], Engine]:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
         return Engine(engine, engine.backward, engine.step, safe_get_full_grad, safe_get_full_fp32_param)
 
-    return build
+    return setting
 
 
-def accelerated(*, fsdp: bool) -> Callable[[Any], Engine]:
+def accelerated(*, fsdp: bool) -> Setting:
     """accelerate, with two micro-batches a step; it divides each loss by their number."""
 
-    def build(mesh: Any) -> Engine:
+    def setting(build: Build, mesh: Any) -> Engine:
         from accelerate import Accelerator, FullyShardedDataParallelPlugin
         from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import DistributedType
@@ -189,12 +250,14 @@ def accelerated(*, fsdp: bool) -> Callable[[Any], Engine]:
         if fsdp:  # on the CPU, accelerate takes DDP instead and says nothing: let it think that this is a GPU
             PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
             PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+        model = leetdist.parallelize(build(checkpointing=True), mesh)
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[type(model.blocks[0]).__name__],
         )
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin if fsdp else None)
         assert accelerator.num_processes == mesh.size()
-        model = leetdist.parallelize(model_of(checkpointing=True), mesh)
         model, optimizer = accelerator.prepare(model, optimizer_of(model))
         assert all(hasattr(p, "full_tensor") == fsdp for p in model.parameters())
 
@@ -207,10 +270,10 @@ def accelerated(*, fsdp: bool) -> Callable[[Any], Engine]:
 
         return Engine(model, accelerator.backward, step, lambda p: whole(p.grad), whole, micro_batches=2, scale=2.0)
 
-    return build
+    return setting
 
 
-SETTINGS: dict[str, Callable[[Any], Engine]] = {
+SETTINGS: dict[str, Setting] = {
     "DDP": ddp,
     "FSDP2": fsdp2,
     "ZeRO-1": zero(1),
@@ -226,16 +289,21 @@ def everything(rank: int, sequence: int) -> dict[str, Any]:
     """On one rank: for each setting its largest relative errors against one process, or what it raised."""
     torch.set_num_threads(1)
     mesh = leetdist.device_mesh(sequence=sequence)
-    reference = model_of(checkpointing=False)
-    expected = train(plain(reference, optimizer_of(reference)), None)
-    found: dict[str, Any] = {"falls": expected.losses}
-    for name, build in {**SETTINGS, "restarting": restarting}.items():
-        run = train(build(mesh), mesh)
-        found[name] = {
-            "losses": relative(torch.tensor(run.losses), torch.tensor(expected.losses)),
-            "gradients": worst(run.grads, expected.grads),
-            "parameters": worst(run.params, expected.params),
-        }
+    found: dict[str, Any] = {}
+    steps = {"own": STEPS, **dict.fromkeys(KINDS if mesh.size() == sequence else (), 1)}
+    expected = {}
+    for kind, count in steps.items():
+        reference = model_of(kind, checkpointing=False)
+        expected[kind] = train(plain(reference, optimizer_of(reference)), None, count)
+    # All models by each setting, and not the other way round: accelerate's FSDP2 stays in the process' environment.
+    for name, setting in {**SETTINGS, "restarting": restarting}.items():
+        for kind, count in steps.items():
+            run = train(setting(partial(model_of, kind), mesh), mesh, count)
+            found[f"{kind}, {name}"] = {
+                "losses": relative(torch.tensor(run.losses), torch.tensor(expected[kind].losses)),
+                "gradients": worst(run.grads, expected[kind].grads),
+                "parameters": worst(run.params, expected[kind].params),
+            }
     return found
 
 
@@ -244,7 +312,7 @@ def relative(out: Tensor, expected: Tensor) -> float:
 
 
 def worst(out: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    assert out.keys() == expected.keys()
+    assert out.keys() == expected.keys(), sorted(out.keys() ^ expected.keys())
     return max(relative(out[name], expected[name]) for name in expected)
 
 
@@ -258,20 +326,23 @@ def outcomes() -> dict[str, list[Outcome]]:
     }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+CASES = [("own", mesh) for mesh in MESHES] + [(kind, "sp 2") for kind in KINDS]
+
+
+@pytest.mark.parametrize(("kind", "mesh"), CASES)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_equals_one_process(setting: str, mesh: str, outcomes: dict[str, list[Outcome]]) -> None:
+def test_equals_one_process(setting: str, kind: str, mesh: str, outcomes: dict[str, list[Outcome]]) -> None:
     for rank, outcome in enumerate(outcomes[mesh]):
         assert outcome.error is None, f"rank {rank}: {outcome.error}"
         assert outcome.ended, f"rank {rank} was killed"
-        for what, error in outcome.value[setting].items():
+        for what, error in outcome.value[f"{kind}, {setting}"].items():
             assert error < 2e-5, f"rank {rank}: {what} are off by {error:.1e}"
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("kind", "mesh"), CASES)
 def test_a_restarting_state_shows_in_gradients_and_not_in_the_loss(
-    mesh: str, outcomes: dict[str, list[Outcome]]
+    kind: str, mesh: str, outcomes: dict[str, list[Outcome]]
 ) -> None:
     for outcome in outcomes[mesh]:
-        assert outcome.value["restarting"]["gradients"] > 0.1
-        assert outcome.value["restarting"]["losses"] < 0.02
+        assert outcome.value[f"{kind}, restarting"]["gradients"] > 0.1
+        assert outcome.value[f"{kind}, restarting"]["losses"] < (0.02 if kind == "own" else 1)
