@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 ON_A_GPU = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 HEADS, TILE, CHUNK = 2, 128, open_chunk.CHUNK
+BY_TOKEN = "leetdist.kernels.token_decay.cuda.open_chunk"  # which wants Triton
 # Bytes a thread may keep in local memory: where a chunk is closed, one time of 64.
 SPILLS = 520
 
@@ -174,10 +176,38 @@ def test_a_few_tokens_at_a_time_have_the_bits_of_one_call(dtype, token, most):
         compare("cuda", rows, columns, dtype, token, tokens=3 * TILE + CHUNK + 9, most=most)
 
 
+def test_another_order_of_the_same_sum_is_seen(device):
+    """A chunk that is folded onto the state as if it were a tile, instead of added to it by the walk: the same numbers,
+    otherwise rounded."""
+    q, k, v, g = draw(device, 1, CHUNK + 8, 64, 64, BF16, False)
+    initial = torch.randn(1, HEADS, 64, 64, device=device)
+    tiles = Tiles(TILE, (0, CHUNK + 8))
+    options: dict[str, Any] = {"reverse": False, "scale": 0.3, "state_scale": 0.3, "out_dtype": BF16}
+    expected = constant.tile_outputs(q, k, v, initial[:, :, None].contiguous(), g, tiles, **options)
+    states = []
+    for tile in (TILE, CHUNK):
+        open_ = replace(empty(1, k, v, g), tile=tile, keep=torch.exp(CHUNK * g))
+        assert open_.walked is not None
+        open_.start.copy_(initial), open_.walked.copy_(initial)
+        o = torch.cat(
+            [
+                open_chunk.open_steps(*some, open_, None, scale=0.3, index=None, lengths=None)
+                for some in zip(*(x.split(8, 2) for x in (q, k, v)), strict=True)
+            ],
+            2,
+        )
+        states.append(open_.walked)
+        assert torch.equal(o[:, :, :CHUNK], expected[:, :, :CHUNK])
+        if tile == TILE:
+            assert torch.equal(o, expected)
+    torch.testing.assert_close(*states)
+    assert not torch.equal(*states)
+
+
 @pytest.mark.parametrize("token", [False, True])
 def test_what_a_tile_adds_has_the_same_bits_in_parts(device, token):
     _, k, v, g = draw(device, 2, TILE, 64, 64, BF16, token)
-    kernels = by_token if token else constant
+    kernels, module = (by_token, pytest.importorskip(BY_TOKEN)) if token else (constant, open_chunk)
     expected = kernels.tile_states(k, v, g, Tiles(TILE, (0, TILE)), reverse=False)[:, :, 0]
     walked, own = (torch.zeros(2, HEADS, 64, 64, device=device) for _ in range(2))
     total = torch.zeros(2, HEADS, dtype=torch.float64, device=device) if token else None
@@ -185,7 +215,7 @@ def test_what_a_tile_adds_has_the_same_bits_in_parts(device, token):
         some = slice(at, at + count)
         gate = g[:, :, some] if token else g
         place = torch.full((2,), at, device=device) if at else at
-        open_chunk.advance(k[:, :, some], v[:, :, some], gate, walked, own, total, tile=TILE, at=place)
+        module.advance(k[:, :, some], v[:, :, some], gate, walked, own, total, tile=TILE, at=place)
     assert torch.equal(own, expected)
     if not token:
         skipped = open_chunk.left_out(g, TILE)
@@ -214,3 +244,12 @@ def test_compiles_and_fits(rows, columns, dtype, token, tmp_path):
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
     assert int(spilled[1]) <= SPILLS, said
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("token", [False, True])
+def test_what_goes_on_from_a_state_compiles_without_spills(token, tmp_path):
+    made = constant.defines(constant.ONWARD, 128, 128, 1, BF16, False, False, token)
+    said = ptxas_report("constant_decay/cuda/tile_states.cu", "sm_90a", made, tmp_path)
+    assert " 0 bytes spill stores" in said, said
+    assert "serialized" not in said, said

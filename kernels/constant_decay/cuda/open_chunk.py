@@ -44,18 +44,9 @@ def advance(
     tile: int,
     at: int | Tensor,
 ) -> None:
-    """See leetdist.kernels.constant_decay.pytorch.open_chunk.advance."""
+    """See leetdist.kernels.constant_decay.pytorch.open_chunk.advance; `total` is read here, and not moved on."""
     hopper.onward(k, v, log_decay, walked, at=at)
     hopper.onward(k, v, log_decay, own, at=at, whole=tile, total=total)
-    if total is not None:
-        total += _summed(log_decay)
-
-
-def _summed(log_decay: Tensor) -> Tensor:
-    """(B, H) fp64: the log-decays of (B, H, n) as token_decay/triton/sums.py adds them up; NaN if one is none."""
-    decays = log_decay <= 0
-    counted = (log_decay.masked_fill(~decays, 0).clamp_min(-128.0).double() * 2.0**44).long()
-    return (counted.sum(2).double() * 2.0**-44).masked_fill(~decays.all(2), torch.nan)
 
 
 def open_steps(

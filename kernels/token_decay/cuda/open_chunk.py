@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from leetdist.kernels.constant_decay.cuda.open_chunk import advance, open_chunk, open_steps
-from leetdist.kernels.token_decay.pytorch.open_chunk import keep_of, left_out
+from torch import Tensor
+
+from leetdist.kernels.constant_decay.cuda import open_chunk as constant
+from leetdist.kernels.constant_decay.cuda.open_chunk import open_chunk, open_steps
+from leetdist.kernels.token_decay.triton.open_chunk import counted, keep_of, left_out
 
 __all__ = ["advance", "keep_of", "left_out", "open_chunk", "open_steps"]
+
+
+def advance(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    walked: Tensor,
+    own: Tensor,
+    total: Tensor | None,
+    *,
+    tile: int,
+    at: int | Tensor,
+) -> None:
+    """See leetdist.kernels.constant_decay.pytorch.open_chunk.advance."""
+    constant.advance(k, v, log_decay, walked, own, total, tile=tile, at=at)
+    if total is not None:
+        total += counted(log_decay)
