@@ -31,7 +31,7 @@ compiled_old=$(grep -lE "GPUTarget" tests/*/test_*.py | xargs grep -LiE "gluon|h
 launched="tests/kernels/test_launcher.py tests/kernels/test_replay.py"
 torch="tests/engine/test_engine.py tests/engine/test_exactness.py tests/engine/test_errors.py tests/operators
     tests/engine/test_engine_compile.py tests/engine/test_ways_of_calling.py tests/sequence/test_distributed.py"
-models="tests/integrations/test_transformers.py tests/integrations/test_parallelize.py
+models="tests/integrations/test_transformers.py tests/integrations/test_parallelize.py tests/integrations/test_families.py
     tests/integrations/test_model_table.py tests/inference/test_inference_generate.py
     tests/inference/test_inference_minimax_cache.py"
 interpreted="tests/engine tests/inference tests/kernels tests/operators tests/sequence"
