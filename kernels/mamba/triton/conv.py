@@ -73,7 +73,7 @@ def convolution_gradient(
 
 def compile_for(
     step: str, rows: int, columns: int, dtype: torch.dtype, wide: bool, reverse: bool, programs: int,
-    device: torch.device,
+    device: torch.device, *, share: int = 1,
 ) -> None:  # fmt: skip
     """Launch a step's kernel once, on a token of zeros."""
     x = torch.zeros(1, 1, 1, dtype=dtype, device=device)

@@ -122,7 +122,7 @@ def scan_outputs_gradient(
 
 def compile_for(
     step: str, rows: int, columns: int, dtype: torch.dtype, wide: bool, reverse: bool, programs: int,
-    device: torch.device,
+    device: torch.device, *, share: int = 1,
 ) -> None:  # fmt: skip
     """Launch a step's kernel once, on a token of zeros of `columns` columns."""
     x = torch.zeros(1, 1, 1, columns, dtype=dtype, device=device)

@@ -1,0 +1,55 @@
+"""What the dispatch calls to compile a kernel before the first call of a kind: every module that has it takes it so."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+from leetdist.operators import dispatch, elementwise
+from leetdist.operators.dispatch import Choice, Use, facts_of
+from leetdist.operators.implementations import CANDIDATES
+from leetdist.operators.problem import Problem
+
+ALL = [(step, candidate) for step, candidates in CANDIDATES.items() for candidate in candidates if candidate.compiler]
+
+
+@pytest.mark.parametrize(("step", "candidate"), ALL, ids=lambda x: x if isinstance(x, str) else x.module)
+def test_takes_what_a_rehearsal_gives(step: str, candidate, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        module = importlib.import_module(f"leetdist.kernels.{candidate.operator}.{candidate.module}")
+    except ImportError as error:
+        pytest.skip(str(error))
+    if not hasattr(module, "compile_for"):
+        pytest.skip("is launched itself")
+    seen = []
+
+    def compile_for(
+        step: str, rows: int, columns: int, dtype: torch.dtype, wide: bool, reverse: bool, programs: int, device,
+        **more: object,
+    ) -> None:  # fmt: skip
+        seen.append((step, rows, columns, dtype, wide, reverse, programs, device, more))
+
+    problem = Problem(
+        batch=1, q_heads=2, k_heads=2, v_heads=4, dk=64, dv=64, dtype=torch.bfloat16, device=torch.device("cpu"),
+        scale=1.0, method="auto", tile=None, documents=None, has_decay=True, return_state=False, grad_mode=True,
+        needs_grad=True, needs_initial_grad=False, needs_decay_grad=True, has_initial=False, tokens=1,
+        operator=candidate.operator,
+    )  # fmt: skip
+    original = module.compile_for
+    monkeypatch.setattr(module, "compile_for", compile_for)
+    dispatch.rehearse(Choice(Use(step), facts_of(problem, 128), candidate, ()), problem)
+    *given, more = seen[0]
+    inspect.signature(original).bind(*given, **more)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "step", [step for step, them in CANDIDATES.items() if them[0].operator == elementwise.OPERATOR]
+)
+def test_steps_around_the_attention_are_not_passed_over(step: str) -> None:
+    columns = 4 if "convolution" in step else 64
+    choice = elementwise.choice(step, torch.device("cuda", 0), torch.bfloat16, columns)
+    assert choice.implementation.compiler == "Triton", choice.refused
