@@ -77,10 +77,12 @@ template <bool OUTPUTS> struct TokenWeights {
         first_decay += decays, shift = int(Long(first_decay) & 15);
     }
     // Chunks are left out if what is between them and the state decays them to 0 in fp32 (e^-104), and all decays of the
-    // tile are numbers. Forward, where tokens may come one by one, one chunk's own decays must do so, for no sum knows
-    // those to come. The block's first bytes are not in use yet.
+    // tile are numbers. Forward, tokens may also come one by one (open_chunk.cu), and then no sum knows those to come: so
+    // one chunk's own decays must leave nothing, or all of them less than 2^-278, which is 0 of any number of fp32. The
+    // block's first bytes are not in use yet.
     __device__ __forceinline__ void leave_out(Tile& tile) const {
         constexpr int AT_ONCE = 64;
+        constexpr float LEAST = REVERSE ? -104.0f * LOG2E : -278.0f;
         const Word sums = shared_memory();
         const int lane = threadIdx.x % 32;
         float between = 0.0f;
@@ -101,14 +103,14 @@ template <bool OUTPUTS> struct TokenWeights {
                     const float x = chunk >= 0 && token < tile.length ? step_of<NEAR>(first_decay[token]) : 0.0f;
                     const float y = chunk >= 0 && token + 1 < tile.length ? step_of<NEAR>(first_decay[token + 1]) : 0.0f;
                     const float all = Sums(x, y).all;
-                    sum = exp2_(all) == 0.0f ? FAR : all != all ? all : 0.0f;
+                    sum = exp2_(all) == 0.0f ? FAR : all;
                 }
                 if (lane == 0) store(sums + i * 4, sum);
             }
             __syncthreads();
             const int end = min(AT_ONCE, tile.all - from);
             for (int i = 0; i < end; i++) {
-                if (!(between <= -104.0f * LOG2E)) chunks = from + i + 1;
+                if (!(between <= LEAST)) chunks = from + i + 1;
                 between += load(sums + i * 4);
             }
             __syncthreads();
