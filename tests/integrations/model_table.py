@@ -64,6 +64,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Of weights. Zamba2's own gradients would move by 1 % with the last bits of its weights.
+LARGE, LESS = 1.5, {"zamba2": 0.75}
+
+
 def configuration(kind: str) -> Any:
     """A tiny one: the default, with all numbers of TINY that it has; without those that it does not take together."""
     build = CONFIG_MAPPING[kind]
@@ -108,7 +112,7 @@ def built(kind: str) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
-                p.copy_(torch.randn(p.shape) * (1.5 * min(p.shape[-2:]) ** -0.5))
+                p.copy_(torch.randn(p.shape) * (LESS.get(kind, LARGE) * min(p.shape[-2:]) ** -0.5))
             elif p.ndim == 1:
                 p.add_(0.1 * torch.randn(p.shape))
     return model
@@ -193,7 +197,10 @@ def cell(error: Callable[[], float]) -> str:
 def generated(kind: str) -> str:
     ids = batch_of()["input_ids"]
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    expected = built(kind).generate(ids, **options)
+    model = built(kind)
+    # Without a cache where there is a choice: with one, Mamba-2's layers of transformers do not keep dt in its limits.
+    more = {"use_cache": False} if kind in {name.lower() for name in FAMILIES} else {}
+    expected = model.generate(ids, **options, **more)
 
     def rank(model: Any, group: Any) -> Any:
         with torch.no_grad():

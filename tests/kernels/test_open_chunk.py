@@ -239,7 +239,8 @@ def test_compiles_and_fits(rows, columns, dtype, token, tmp_path):
     said = ptxas_report(
         "constant_decay/cuda/open_chunk.cu", "sm_90a", open_chunk.defines(rows, columns, 1, dtype, token), tmp_path
     )
-    blocks = (256 if rows > 128 else 512) // (2 * columns)
+    # Blocks of 32 columns are for calls that have not as many as there are multiprocessors.
+    blocks = 1 if columns == 32 else (256 if rows > 128 else 512) // (2 * columns)
     assert blocks * (open_chunk.shared_memory(rows, columns, token) + OWN) <= SHARED_MEMORY
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
