@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,10 @@ def steps(engine: Any, mesh: Any, first: int, last: int) -> None:
 
 
 def ddp_saves(rank: int, folder: Path) -> dict[str, Tensor]:
-    from test_training import ddp
+    from test_training import ddp, model_of
 
     mesh = leetdist.device_mesh(sequence=2)
-    engine = ddp(mesh)
+    engine = ddp(partial(model_of, "own"), mesh)
     steps(engine, mesh, 0, 2)
     checkpoint.save(folder, 2, engine.model, engine.optimizer, note="two steps")
     steps(engine, mesh, 2, 3)
@@ -145,10 +146,10 @@ def ddp_saves(rank: int, folder: Path) -> dict[str, Tensor]:
 
 
 def fsdp2_goes_on(rank: int, folder: Path) -> dict[str, Tensor]:
-    from test_training import fsdp2
+    from test_training import fsdp2, model_of
 
     mesh = leetdist.device_mesh(sequence=2)
-    engine = fsdp2(mesh)
+    engine = fsdp2(partial(model_of, "own"), mesh)
     newest = checkpoint.latest(folder)
     assert newest is not None
     extra = checkpoint.load(newest[1], engine.model, engine.optimizer)

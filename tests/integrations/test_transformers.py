@@ -195,8 +195,11 @@ def wrong_calls(rank: int, ranks: int) -> None:
         model(**local, logits_to_keep=1)
     with pytest.raises(ValueError, match="token_type_ids is not known"):
         model(**local, token_type_ids=torch.zeros_like(local["input_ids"]))
+    unlabelled = {name: x for name, x in local.items() if "label" not in name}
     with pytest.raises(ValueError, match="packed documents are several"):
-        model(**local, cu_seqlens=torch.tensor([0, TOKENS]), use_cache=True)
+        model(**unlabelled, cu_seqlens=torch.tensor([0, TOKENS]), use_cache=True)
+    with pytest.raises(ValueError, match="labels: a call with a cache"):
+        model(**local, use_cache=True)
     with pytest.raises(ValueError, match="packed documents lie in one row"):
         model(**{**local, "position_ids": local["position_ids"] % 40})
     with pytest.raises(ValueError, match=f"rank {rank} of {ranks} has no tokens"):
