@@ -25,8 +25,9 @@ class Trainer(transformers.Trainer):
     """transformers' Trainer, whose batches are dealt to the data-parallel ranks and cut for those that share a row.
 
     Losses, gradient norms, evaluations and checkpoints are those of one process: with gradient accumulation, packed
-    rows (`DataCollatorWithFlattening`), lengths that differ and labels masked anywhere, under DDP, FSDP2 and DeepSpeed
-    as Trainer sets them up. `per_device_train_batch_size` is of whole rows, and of the ranks that share them together.
+    rows (`DataCollatorWithFlattening`), lengths that differ and labels masked anywhere, under DDP as Trainer sets it
+    up. (Its settings of FSDP and DeepSpeed have not been run with it; loops of one's own have, tests/integrations.)
+    `per_device_train_batch_size` is of whole rows, and of the ranks that share them together.
 
     For a trainer made of transformers', this class before it: `class Trainer(leetdist.Trainer, trl.SFTTrainer): pass`.
 
