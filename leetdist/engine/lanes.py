@@ -43,21 +43,22 @@ class Lane:
 
     def pick(self, states: Tensor) -> Tensor:
         """(rows, width, Dk, Dv) without the mute heads."""
-        return states if len(self.sent) == self.width else states[:, _index(self.sent, states.device)]
+        return states if len(self.sent) == self.width else states[:, index_of(self.sent, states.device)]
 
     def spread(self, states: Tensor) -> Tensor:
         """The inverse of `pick`, with zeros for the mute heads."""
         if len(self.sent) == self.width:
             return states
         whole = states.new_zeros(states.shape[0], self.width, *states.shape[2:])
-        whole[:, _index(self.sent, states.device)] = states
+        whole[:, index_of(self.sent, states.device)] = states
         return whole
 
 
 @lru_cache(maxsize=512)
-def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+def index_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers as an index, which is copied to a GPU once: that stops the stream, and no graph may do it."""
     with torch.inference_mode(False):  # kept, and used in calls that record gradients too
-        return torch.tensor(heads, dtype=torch.int64, device=device)
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def make_lanes(

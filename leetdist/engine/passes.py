@@ -16,7 +16,7 @@ from torch import Tensor
 
 from leetdist.engine import scan, trace
 from leetdist.engine.filling import LaneStates, LaneTokens, in_order
-from leetdist.engine.lanes import Lane
+from leetdist.engine.lanes import Lane, index_of
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.plan import Plan
 from leetdist.kernels.common.recording import HostStep, note, take
@@ -141,11 +141,12 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
                     grads[name].put(lane, grad)
                 kept[lane] = cast(Any, own)
 
-        for lane in plan.lanes:
-            put(operator.early, lane, operator.early_gradients, states)
+        if operator.early:
+            for lane in plan.lanes:
+                put(operator.early, lane, operator.early_gradients, states)
         for lane in plan.lanes:
             side.join(lane, plan.rank, q)
-            put(late, lane, operator.late_gradients, states, ends, kept=kept[lane])
+            put(late, lane, operator.late_gradients, states, ends, kept=kept.get(lane, {}))
 
         head_grads: list[Tensor | None] = [None] * len(operator.heads)
         if needs_gate_grads and operator.heads:
@@ -178,10 +179,11 @@ def _with_zeros(q: Tensor, flat_states: Tensor | None, plan: Plan) -> Tensor:
     given, every = LaneStates(q, plan, flat_states), plan.with_all_states
     count = q.shape[0] * plan.problem.heads * every.tiles.count * plan.problem.dk * plan.problem.dv
     states = LaneStates(q, every, given.like.new_zeros(count))
-    linked = {start for start, _ in plan.tiles.spans}
-    own = torch.tensor([start in linked for start, _ in every.tiles.spans], device=q.device)
-    for lane in plan.lanes if plan.linked else ():
-        states[lane][:, :, own] = given[lane]
+    if plan.linked:
+        number_of = {start: number for number, (start, _) in enumerate(every.tiles.spans)}
+        own = index_of(tuple(number_of[start] for start, _ in plan.tiles.spans), q.device)
+        for lane in plan.lanes:
+            states[lane][:, :, own] = given[lane]
     assert states.flat is not None
     return states.flat
 

@@ -5,7 +5,6 @@ Two jobs, of 1 and 2 processes, go through all families; a test a family compare
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ from helpers import run_ranks, values
 transformers = pytest.importorskip("transformers")
 
 RANKS, ROWS, TOKENS, STEPS = 2, 4, 96, 1
-HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 
 def lora(model: Any) -> Any:
@@ -33,7 +31,7 @@ def lora(model: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
-LEARNT: dict[str, Callable[[Any], Any]] = {"Trainer": lambda model: model, **({"LoRA": lora} if HAS_PEFT else {})}
+LEARNT: dict[str, Callable[[Any], Any]] = {"Trainer": lambda model: model, "LoRA": lora}
 
 
 def rows() -> list[dict[str, Tensor]]:
@@ -75,11 +73,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
     return {n: values(run_ranks(everything, n, n, folder, frameworks=True, timeout_s=200)) for n in (1, RANKS)}
 
 
-@pytest.mark.parametrize("how", ["Trainer", "LoRA"])
+@pytest.mark.parametrize("how", LEARNT)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logs_are_those_of_one_process(name: str, how: str, outcomes: dict[int, list[Any]]) -> None:
-    if how not in LEARNT:
-        pytest.skip("needs peft")
     (expected,) = outcomes[1]
     for found in outcomes[RANKS]:
         lines = found[f"{name}, {how}"]

@@ -7,14 +7,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from test_transformers import llama, tiny
 from torch import Tensor
 
 import leetdist
-
-peft = pytest.importorskip("peft")
 
 RANKS = 2
 ONE_AT_A_TIME = threading.Lock()
