@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +15,19 @@ from torch import Tensor
 import leetdist
 
 RANKS = 2
-ONE_AT_A_TIME = threading.Lock()
 BUILD = {"MiniMax": (tiny, ["qkv_proj", "q_proj", "v_proj"]), "Llama": (llama, ["q_proj", "v_proj", "down_proj"])}
 
 
 def adapted(model: Any, targets: list[str]) -> Any:
-    """The same random adapters on every rank, none of them zero; ranks are threads, which share one generator."""
-    with ONE_AT_A_TIME, torch.random.fork_rng():
-        torch.manual_seed(3)
-        config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-        return peft.get_peft_model(model, config).eval()
+    """The same random adapters on every rank, none of them zero, by a generator of their own: ranks are threads, and
+    what another thread draws of the one they share would change them."""
+    config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    model, generator = peft.get_peft_model(model, config).eval(), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
+    return model
 
 
 def merged(model: Any) -> Any:

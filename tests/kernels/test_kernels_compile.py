@@ -150,7 +150,9 @@ def test_sums_compile(architecture: int) -> None:
 
 def test_what_hopper_leaves_of_a_gradient_compiles() -> None:
     config = gradient.gradient_config(128, 128, torch.bfloat16, TILE)
-    compiled(added_up._add_up, 90, 4, 1, torch.float32, REGULAR=False, CHUNKS=added_up.CHUNKS)
+    for read in (1, 2):
+        constants = {"REGULAR": False, "CHUNKS": added_up.CHUNKS, "READ": read}
+        compiled(added_up._add_up, 90, 4, 1, torch.float32, **constants)
     constants = {"REGULAR": True, "CHUNK_": config.chunk, "ROWS": 128, "COLUMNS": 128, "FLAGS": added_up.FLAGS}
     result = compiled(added_up._walk_again, 90, config.warps, config.stages, torch.bfloat16, **constants)
     assert result.metadata.shared <= SHARED_MEMORY[90]
