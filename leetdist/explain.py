@@ -10,7 +10,7 @@ from leetdist.engine.checks import ONE_DEVICE, describe
 from leetdist.engine.inputs import a_head
 from leetdist.engine.plan import plan_call
 from leetdist.kernels.common.settings import settings
-from leetdist.operators.dispatch import Kernels
+from leetdist.operators.composition import Kernels
 from leetdist.operators.implementations import machine_of
 from leetdist.operators.methods import choice_for, kernels_for
 from leetdist.operators.words import in_words, refusals

@@ -9,11 +9,10 @@ One that cannot be compiled, or not loaded, is passed over from then on, with on
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial, update_wrapper
+from functools import lru_cache, partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -248,135 +247,6 @@ def decoder(step: str, problem: Problem) -> Choice:
     if found is None:
         found = _decoders[key] = chosen(Use(step), problem, 1, compiled=True)
     return found
-
-
-def decay_itself(log_decay: Tensor, tiles: Tiles) -> Tensor:
-    """What `fold` takes of a constant decay: its powers, n tokens' decay, it rounds itself."""
-    return log_decay
-
-
-@dataclass(frozen=True, eq=False)
-class Kernels:
-    """The local primitives of a call's two passes; constant_decay.pytorch.block says what each computes. choices: who
-    computes them; used: those that the call needs, without gradients the forward pass's; longest_tile: tokens that they
-    may add up one by one. early_gradients, late_gradients: where somebody makes all gradients in two passes."""
-
-    tile_outputs: Callable[..., Tensor]
-    tile_states: Callable[..., Tensor]
-    fold: Callable[..., Tensor | None]
-    decay_gradient: Callable[..., Tensor]
-    early_gradients: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
-    late_gradients: Callable[..., tuple[Tensor, ...]] | None = None
-    choices: tuple[Choice, ...] = ()
-    used: tuple[Choice, ...] = ()
-    longest_tile: int | None = None
-    transitions: Callable[..., Tensor] = decay_itself
-
-    def __str__(self) -> str:
-        """Names and versions: ranks with the same compute the same bits."""
-        return ", ".join(dict.fromkeys(choice.name for choice in self.used))
-
-    @cached_property
-    def recordable(self) -> bool:
-        """Whether all launches of the two passes are seen by leetdist.kernels.common.recording. (A gradient of decays
-        a head, which is summed over tiles and ranks, is never repeated.)"""
-        repeated = (c for c in self.choices if (c.use.step, c.facts.operator) != ("decay_gradient", "constant_decay"))
-        return all(c.implementation.recordable for c in repeated)
-
-    @cached_property
-    def writes_into_places(self) -> bool:
-        """Whether the kernels can write where they are told: several lanes fill one output."""
-        return all("out" in inspect.signature(f).parameters for f in (self.tile_states, self.tile_outputs))
-
-
-def compose(outputs: str, problem: Problem, tile: int, *, alone: bool = True) -> Kernels:
-    """The kernels of a method whose outputs are those of the step `outputs`. They may compute in parts of the tile:
-    see `part_of_tile`. alone: nothing else is made of them."""
-    regular, square = problem.documents is None, problem.dk == problem.dv
-    wide_q, wide_k, wide_v = (
-        own < problem.heads and problem.dtype.itemsize == 2
-        for own in (problem.q_heads, problem.k_heads, problem.v_heads)
-    )
-    backward = problem.needs_grad or problem.needs_initial_grad
-
-    def take(step: str, tile: int, *kinds: tuple[bool, bool, bool]) -> list[Choice]:
-        """For each (reverse, transposed, wide); the first is the forward pass's."""
-        return [
-            chosen(
-                Use(step, reverse, transposed and not square, wide, regular), problem, tile,
-                compiled=backward or place == 0,
-            )
-            for place, (reverse, transposed, wide) in enumerate(kinds)
-        ]  # fmt: skip
-
-    kinds: tuple[tuple[bool, bool, bool], ...] = (
-        (False, False, False),
-        (False, True, wide_q),
-        (True, True, wide_k),
-        (True, False, wide_v),
-    )
-    two_passes: tuple[Choice, ...] = ()
-    if problem.needs_decay_grad and alone and outputs == "tile_outputs":
-        two_passes = by_two_passes(problem, tile)
-        kinds = kinds[:1] if two_passes else kinds
-    by_outputs = take(outputs, tile, *kinds)
-    longest = [c.implementation.longest_tile for c in by_outputs if c.implementation.longest_tile is not None]
-    part = part_of_tile(min(longest, default=None), tile)
-    if part != tile:
-        by_outputs = take(outputs, part, *kinds)
-    both = (False, False, False), (True, False, False)
-    by_states, by_fold = take("tile_states", part, *both), take("fold", part, *both)
-    learnt = problem.needs_decay_grad and not two_passes
-    gradient = chosen(Use("decay_gradient", regular=regular), problem, part, compiled=learnt)
-    keep = None
-    if candidates("transitions", problem.operator):
-        keep = chosen(Use("transitions", regular=regular), problem, part, compiled=True)
-    return _composed(tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, two_passes, backward, learnt)
-
-
-@lru_cache(maxsize=512)
-def _composed(
-    outputs: tuple[Choice, ...],
-    states: tuple[Choice, ...],
-    fold: tuple[Choice, ...],
-    keep: Choice | None,
-    gradient: Choice,
-    two_passes: tuple[Choice, ...],
-    backward: bool,
-    learnt: bool,
-) -> Kernels:
-    """Plans are remembered by their kernels, so one object."""
-    longest = [c.implementation.longest_tile for c in outputs if c.implementation.longest_tile is not None]
-    passes = *outputs, *states, *fold, *([] if keep is None else [keep]), *two_passes
-    early, late = (choice.function() for choice in two_passes) if two_passes else (None, None)
-    used = [choice for choice in passes if backward or choice.use.forward] + [gradient] * learnt
-    return Kernels(
-        _routed(outputs), _routed(states), _routed(fold), gradient.function(),
-        early_gradients=early, late_gradients=late, transitions=decay_itself if keep is None else keep.function(),
-        choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
-    )  # fmt: skip
-
-
-def _routed(choices: tuple[Choice, ...]) -> Callable[..., Any]:
-    """One function for all uses of a step: nearly always the same; else by direction and by the state's rows."""
-    functions = {(c.use.reverse, c.facts.rows): c.function() for c in choices}
-    first = next(iter(functions.values()))
-    if all(function is first for function in functions.values()):
-        return first
-
-    def routed(x: Tensor, *args: Any, reverse: bool, **kwargs: Any) -> Any:
-        return functions[reverse, x.shape[3]](x, *args, reverse=reverse, **kwargs)
-
-    everywhere = all("out" in inspect.signature(function).parameters for function in functions.values())
-    return update_wrapper(routed, first) if everywhere else routed
-
-
-def part_of_tile(longest: int | None, tile: int) -> int:
-    """The tile length that kernels compute with which may add up `longest` tokens one by one: the call's, or where that
-    is too long for them, a part of it, so that all that lies on the call's grid lies on theirs."""
-    if longest is None or tile <= longest:
-        return tile
-    return next((part for part in range(longest, longest // 8, -1) if tile % part == 0), tile)
 
 
 def backend_of(problem: Problem) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Dtypes, Inputs, Operator, Places
-from leetdist.operators.dispatch import part_of_tile
+from leetdist.operators.composition import part_of_tile
 from leetdist.operators.methods import kernels_for
 
 if TYPE_CHECKING:

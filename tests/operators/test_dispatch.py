@@ -3,6 +3,7 @@ that what is named is what is launched."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
@@ -298,7 +299,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, call: Any) -> set[str]:
             seen.add(module)
             return function(*args, **kwargs)
 
-        return dispatch.update_wrapper(spy, function)
+        return functools.update_wrapper(spy, function)
 
     for step, candidates in CANDIDATES.items():
         for candidate in candidates:

@@ -17,7 +17,7 @@ from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch.fleet import ConstantPowers, decayed_cumsum
 from leetdist.kernels.constant_decay.pytorch.token_walk import TokenWalk
 from leetdist.operators import cost
-from leetdist.operators.dispatch import part_of_tile
+from leetdist.operators.composition import part_of_tile
 from leetdist.testing.equality import Case, check
 from oracle import BOUNDS, assert_matches_oracle, differing
 

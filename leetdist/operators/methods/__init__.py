@@ -19,7 +19,8 @@ from leetdist.arguments import for_autograd
 from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.constant_decay.pytorch.walk import LEAST
 from leetdist.operators import cost
-from leetdist.operators.dispatch import Kernels, Use, chosen, compose
+from leetdist.operators.composition import Kernels, compose
+from leetdist.operators.dispatch import Use, chosen
 from leetdist.sequence.grid import default_tile
 
 if TYPE_CHECKING:

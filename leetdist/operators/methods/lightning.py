@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.operators.composition import Kernels
 from leetdist.operators.cost import LIGHTNING_BLOCK as BLOCK
-from leetdist.operators.dispatch import Kernels
 
 OUTPUTS = "tile_outputs"
 
