@@ -88,8 +88,6 @@ def backward_pass(
     of the inputs (None for those beside q, k and v unless needs_gate_grads), and of the initial state (on the first
     rank, if the call has one).
     """
-    if needs_gate_grads and plan.alone is not None:  # which the plan of a compiled call does not know
-        flat_states, plan = _with_zeros(inputs[0], flat_states, plan), plan.with_all_states
     return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
 
 
@@ -126,36 +124,44 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         dtypes = {name: grad.wide for name, grad in grads.items()}
         late = tuple(name for name in wanted if name not in operator.early)
 
-        kept: dict[Lane, dict[str, Tensor]] = {}
+        # What early gradients leave for late ones, of each kind of tiles.
+        kept: dict[tuple[Lane, int], dict[str, Tensor]] = {}
 
         def put(
-            names: tuple[str, ...], lane: Lane, compute: Callable[..., dict[str, Any]], *given: LaneStates, **more: Any
+            names: tuple[str, ...], lane: Lane, compute: Callable[..., dict[str, Any]], *given: LaneStates, late: bool
         ) -> None:
             with trace.span(", ".join(f"d{name}" for name in names), plan.rank, lane, q):
                 own = {name: grads[name].place(lane) for name in names}
-                for tiles, from_states in _kinds_of_tiles(plan, lane, *given):
-                    own |= compute(of_lane[lane], *from_states, do_of[lane], tiles, own, dtypes, **more)
+                for kind, (tiles, from_states) in enumerate(_kinds_of_tiles(plan, lane, *given)):
+                    more = {"kept": kept.pop((lane, kind), {})} if late else {}
+                    found = compute(of_lane[lane], *from_states, do_of[lane], tiles, own, dtypes, **more)
+                    own |= {name: found.pop(name) for name in names}
+                    kept[lane, kind] = found
                 for name in names:
-                    grad = own.pop(name)
+                    grad = own[name]
                     assert grad is not None
                     grads[name].put(lane, grad)
-                kept[lane] = cast(Any, own)
 
         if operator.early:
             for lane in plan.lanes:
-                put(operator.early, lane, operator.early_gradients, states)
+                put(operator.early, lane, operator.early_gradients, states, late=False)
         for lane in plan.lanes:
             side.join(lane, plan.rank, q)
-            put(late, lane, operator.late_gradients, states, ends, kept=kept.get(lane, {}))
+            put(late, lane, operator.late_gradients, states, ends, late=True)
 
         head_grads: list[Tensor | None] = [None] * len(operator.heads)
         if needs_gate_grads and operator.heads:
             shares = {
-                lane: operator.head_gradients(of_lane[lane], states[lane], ends[lane], do_of[lane], tiles)
+                lane: [
+                    operator.head_gradients(of_lane[lane], *from_states, do_of[lane], tiles)
+                    for tiles, from_states in _kinds_of_tiles(plan, lane, states, ends)
+                ]
                 for lane in plan.lanes
             }
             for place, name in enumerate(operator.heads):
-                whole = in_order({lane: share[name] for lane, share in shares.items()}, plan)
+                whole = in_order(
+                    {lane: _of_every_tile([x[name] for x in share], plan) for lane, share in shares.items()}, plan
+                )
                 like = inputs[len(operator.tokens) + place]
                 head_grads[place] = scan.head_gradient_to_first(whole, like, name, plan)
         dinitial_whole = None
@@ -174,18 +180,16 @@ def _kinds_of_tiles(plan: Plan, lane: Lane, *states: LaneStates) -> Iterator[tup
         yield plan.alone, [plan.zero_states(lane)] * len(states)
 
 
-def _with_zeros(q: Tensor, flat_states: Tensor | None, plan: Plan) -> Tensor:
-    """States of all tiles, where those that are alone had none."""
-    given, every = LaneStates(q, plan, flat_states), plan.with_all_states
-    count = q.shape[0] * plan.problem.heads * every.tiles.count * plan.problem.dk * plan.problem.dv
-    states = LaneStates(q, every, given.like.new_zeros(count))
-    if plan.linked:
-        number_of = {start: number for number, (start, _) in enumerate(every.tiles.spans)}
-        own = index_of(tuple(number_of[start] for start, _ in plan.tiles.spans), q.device)
-        for lane in plan.lanes:
-            states[lane][:, :, own] = given[lane]
-    assert states.flat is not None
-    return states.flat
+def _of_every_tile(kinds: list[Tensor], plan: Plan) -> Tensor:
+    """What each tile adds, (B, heads, tiles, ...) of each kind of tiles, in the order of the row."""
+    if len(kinds) == 1:
+        return kinds[0]
+    assert plan.alone is not None
+    number_of = {start: number for number, (start, _) in enumerate(plan.every_tile.spans)}
+    whole = kinds[0].new_empty(*kinds[0].shape[:2], len(number_of), *kinds[0].shape[3:])
+    for tiles, own in zip((plan.tiles, plan.alone), kinds, strict=True):
+        whole[:, :, index_of(tuple(number_of[start] for start, _ in tiles.spans), own.device)] = own
+    return whole
 
 
 def _of_lane(inputs: Inputs, lane: Lane, plan: Plan) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
 from leetdist.engine.values import Decays, bad_step, decays_of, forgetting_bound
 from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.common.memory import zero_states
 from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Operator
@@ -69,17 +70,13 @@ class Plan:
         """Linked or alone, in the order of the row."""
         return self.tiles if self.alone is None else Tiles(self.tiles.size, self.tiles.bounds)
 
-    @cached_property
-    def with_all_states(self) -> Plan:
-        """The same where tiles that are alone have states too."""
-        return replace(self, tiles=self.every_tile, alone=None)
-
     def zero_states(self, lane: Lane) -> Tensor:
         """(B, lane's heads, tiles that are alone, Dk, Dv), without memory: the states from which they start and end."""
         assert self.alone is not None
         problem = self.problem
         dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
-        return _zero(problem.device, dtype).expand(problem.batch, lane.width, self.alone.count, problem.dk, problem.dv)
+        shape = problem.batch, lane.width, self.alone.count, problem.dk, problem.dv
+        return zero_states(shape, dtype, problem.device)
 
     @cached_property
     def repeatable(self) -> bool:
@@ -124,12 +121,6 @@ class Plan:
         return tuple(
             0 if h in self.mute else min(chain, 1) if h in self.forgetting else chain for h in range(self.problem.heads)
         )
-
-
-@lru_cache(maxsize=64)
-def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # kept, and used in calls that record gradients too
-        return torch.zeros(1, 1, 1, 1, 1, dtype=dtype, device=device)
 
 
 def plan_call(
@@ -339,10 +330,10 @@ def make_plan(
 def _linked_and_alone(
     layout: Layout, rank: int, tile: int, problem: Problem, operator: Operator, any_initial: bool
 ) -> tuple[Tiles, Tiles | None]:
-    """A sequence of one tile needs no states where none is given, returned or learnt from: 5,000 packed documents
-    in 131,072 tokens had 10 GB of them. (What learns a decay reads states.)"""
+    """A sequence of one tile needs no states where none is given or returned: 5,000 packed documents in 131,072 tokens
+    had 10 GB of them."""
     tiles = layout.tiles(rank, tile)
-    if any_initial or problem.return_state or problem.needs_decay_grad:
+    if any_initial or problem.return_state:
         return tiles, None
     last = tiles.num_segments - 1
     linked = {0} if layout.continues_from_left(rank) else set()

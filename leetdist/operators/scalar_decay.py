@@ -103,10 +103,12 @@ class ScalarDecay(Operator):
         dv = reversed_outputs("v", x["k"], x["q"], do, ends)
         return {"k": dk, "v": dv}
 
-    def decay_gradient(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> Tensor:
-        """As the kernels give it: a number a tile, or a token."""
+    def decay_gradient(
+        self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles, *, out: Tensor | None = None
+    ) -> Tensor:
+        """As the kernels give it: a number a tile; or a token, then in `out` if given."""
         return self.kernels.decay_gradient(
-            x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, scale=self.scale
+            x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, scale=self.scale, **_into(out)
         )
 
     def head_gradients(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> dict[str, Tensor]:

@@ -49,6 +49,6 @@ class TokenDecay(ScalarDecay):
             return dict(zip(late, grads, strict=True))
         of_tokens = super().late_gradients(x, states, ends, do, tiles, places, dtypes, kept=kept)
         if "log_decay" in places:
-            grad, place = self.decay_gradient(x, states, ends, do, tiles), places["log_decay"]
-            of_tokens["log_decay"] = grad if place is None else place.copy_(grad)
+            place = places["log_decay"]
+            of_tokens["log_decay"] = self.decay_gradient(x, states, ends, do, tiles, out=place)
         return of_tokens

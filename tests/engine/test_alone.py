@@ -1,5 +1,4 @@
-"""Sequences of one tile have no states where nobody gives, wants or learns from one; their bits are those of a call by
-itself."""
+"""Sequences of one tile have no states where nobody gives or wants one; their bits are those of a call by itself."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import torch
 import leetdist
 from leetdist.engine.plan import plan_call
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.reference import relative_error
 
 HEADS, D = 2, 8
 LENGTHS = (3, 70, 16, 0, 5, 40, 1)  # of 16 tokens a tile: the second and the one before the last have several
@@ -26,37 +26,55 @@ def drawn(tokens: int, *, gates: bool = False) -> list[torch.Tensor]:
     return [q, k, v, decay, do]
 
 
-def with_gradients(q: Any, k: Any, v: Any, decay: Any, do: Any, **options: Any) -> list[torch.Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o = leetdist.linear_attention(q, k, v, decay, tile=16, **options)
-    return [o.detach(), *torch.autograd.grad(o, (q, k, v), do)]
+def with_gradients(
+    q: Any, k: Any, v: Any, decay: Any, do: Any, *, learnt: bool = False, **options: Any
+) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in ((q, k, v, decay) if learnt else (q, k, v))]
+    o = leetdist.linear_attention(*leaves, *([] if learnt else [decay]), tile=16, **options)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
 
 @pytest.mark.parametrize("method", ["block", "fleet", "recursion", "lightning", "causal_dot_product"])
-@pytest.mark.parametrize("gates", [False, True])
-def test_packed_beside_longer_ones(method: str, gates: bool) -> None:
+@pytest.mark.parametrize(("gates", "learnt"), [(False, False), (True, False), (True, True)])
+def test_packed_beside_longer_ones(method: str, gates: bool, learnt: bool) -> None:
     x = drawn(int(BOUNDS[-1]), gates=gates)
-    packed = with_gradients(*x, cu_seqlens=BOUNDS, method=method)
+    packed = with_gradients(*x, cu_seqlens=BOUNDS, method=method, learnt=learnt)
     for begin, end in pairwise(BOUNDS.unique().tolist()):
         own = [y if y.ndim == 1 else y[:, :, begin:end] for y in x]
-        for ours, alone in zip(packed, with_gradients(*own, method=method), strict=True):
+        for ours, alone in zip(packed, with_gradients(*own, method=method, learnt=learnt), strict=True):
             assert torch.equal(ours[:, :, begin:end], alone)
 
 
+@pytest.mark.parametrize("gates", [False, True])
+def test_a_learnt_decay_beside_longer_ones(gates: bool) -> None:
+    """Against the recurrence in fp64; and with the bits of a call whose tiles all have states, for it gives some."""
+    x = drawn(int(BOUNDS[-1]), gates=gates)
+    packed = with_gradients(*x, cu_seqlens=BOUNDS, learnt=True)
+    right = with_gradients(*(y.double() for y in x), cu_seqlens=BOUNDS, learnt=True, method="recursion")
+    for ours, theirs in zip(packed, right, strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+    initial = torch.zeros(len(LENGTHS), HEADS, D, D)
+    for ours, theirs in zip(
+        packed, with_gradients(*x, cu_seqlens=BOUNDS, learnt=True, initial_state=initial), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("learnt", [False, True])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_packed_over_ranks(ranks: int) -> None:
+def test_packed_over_ranks(ranks: int, learnt: bool) -> None:
     x = drawn(int(BOUNDS[-1]))
-    whole = with_gradients(*x, cu_seqlens=BOUNDS)
+    whole = with_gradients(*x, cu_seqlens=BOUNDS, learnt=learnt)
     cuts = [0, *(len(LENGTHS) * 16 * rank // ranks for rank in range(1, ranks)), int(BOUNDS[-1])]
 
     def shard(group: Any) -> list[torch.Tensor]:
         begin, end = cuts[group.rank], cuts[group.rank + 1]
         own = [y if y.ndim == 1 else y[:, :, begin:end] for y in x]
-        return with_gradients(*own, cu_seqlens=BOUNDS, group=group)
+        return with_gradients(*own, cu_seqlens=BOUNDS, group=group, learnt=learnt)
 
     parts = leetdist.virtual_ranks(shard, ranks)
-    for name, one, *shards in zip(("o", "dq", "dk", "dv"), whole, *parts, strict=True):
-        assert torch.equal(torch.cat(shards, 2), one), name
+    for name, one, *shards in zip(("o", "dq", "dk", "dv", "dg")[: len(whole)], whole, *parts, strict=True):
+        assert torch.equal(sum(shards) if name == "dg" else torch.cat(shards, 2), one), name
 
 
 def planned(tokens: int, **options: Any) -> Any:
@@ -75,7 +93,8 @@ def test_who_has_states() -> None:
     assert [count for _, count in packed.alone.spans] == [3, 16, 5, 1]
     assert packed.tiles.count == 5 + 3
     assert packed.every_tile.count == 12
-    for asked in ({"return_state": True}, {"learnt": True}, {"initial_state": torch.zeros(1, HEADS, D, D)}):
+    assert planned(16, learnt=True).alone is not None
+    for asked in ({"return_state": True}, {"initial_state": torch.zeros(1, HEADS, D, D)}):
         assert planned(16, **asked).alone is None
 
 

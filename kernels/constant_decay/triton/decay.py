@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _decay_of, _powers, _span, _table
@@ -40,7 +41,8 @@ def decay_gradient(
             _decay_gradient,
             (batch * heads * tiles.count, blocks),
             (
-                q, k, v, do, states, state_grads, log_decay, out, _table(tiles, q.device),
+                q, k, v, do, states, step_of(states), state_grads, step_of(state_grads), log_decay, out,
+                _table(tiles, q.device),
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
                 heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
                 q.shape[2], tiles.count, tiles.size, rows, columns, scale,
@@ -119,7 +121,7 @@ def _rounded_to_tf32(x):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _decay_gradient(
-    q, k, v, do, states, state_grads, log_decay, out, table,
+    q, k, v, do, states, states_step, state_grads, grads_step, log_decay, out, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     do_batch, do_head, do_token, heads, q_share, k_share, v_share, tokens, tiles, tile_size, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr,
@@ -137,8 +139,8 @@ def _decay_gradient(
 
     i, j = tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     inside = (i < rows) & (j < columns)
-    element = program * rows * columns + i * columns + j
-    state = tl.load(states + element, mask=inside, other=0.0)
+    element = i * columns + j
+    state = tl.load(states + program * states_step + element, mask=inside, other=0.0)
     slope = tl.zeros((ROWS, COLUMNS), tl.float32)
 
     position = tl.arange(0, CHUNK)
@@ -166,7 +168,7 @@ def _decay_gradient(
         slope += _weighted_sum(k_i, weight, v_i, DOUBLE) * tl.exp(g)
         state = state * across + _weighted_sum(k_i, to_state(g, count, False, CHUNK), v_i, DOUBLE)
 
-    gradient = tl.load(state_grads + element, mask=inside, other=0.0)
+    gradient = tl.load(state_grads + program * grads_step + element, mask=inside, other=0.0)
     # Both axes at once: Triton 3.6 fails to compile one after the other for Blackwell.
     share = tl.sum(total) + tl.sum((slope * gradient).to(tl.float64))
     tl.store(out + program * tl.num_programs(1) + tl.program_id(1), share)

@@ -30,9 +30,9 @@ static_assert(ROWS == 128 && COLUMNS == 64 && GROUPS == 2 && !HALF, "of two warp
 
 #define OUTPUT(x) const __grid_constant__ Map x, Bits *x##_out, Offset x##_batch, Offset x##_head, Offset x##_token
 
-// states: (B, H, tiles, 128, 128), where the pass begins. Early: first is dq, second not used; of_tokens (B, H, 2, N), A
-// of each half of the columns. Late: first is dk, second dv; of_tokens (B, H, 2, N), B and the pairs; across (B, H,
-// tiles), from `starts`, which are the early pass's states.
+// states: (B, H, tiles, 128, 128), where the pass begins; of these and `starts`, an address of 0 stands for zeros. Early:
+// first is dq, second not used; of_tokens (B, H, 2, N), A of each half of the columns. Late: first is dk, second dv;
+// of_tokens (B, H, 2, N), B and the pairs; across (B, H, tiles), from `starts`, which are the early pass's states.
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 1)
 gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, const float* starts, OUTPUT(first),
           OUTPUT(second), float* of_tokens, float* across, TILES, float scale, float state_scale, float added_scale,
@@ -46,7 +46,8 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
     of_tokens += 2 * head_row * tokens + tile.start;
     float state[HELD];
 #pragma unroll
-    for (int i = 0; i < HELD; i++) state[i] = states[place_of_state + i / 2 % 2 * 8 * WIDTH + i / 4 * 8 + i % 2];
+    for (int i = 0; i < HELD; i++)
+        state[i] = states ? states[place_of_state + i / 2 % 2 * 8 * WIDTH + i / 4 * 8 + i % 2] : 0.0f;
 
     // Two places of chunks of q, k, v and do. Behind them the state, high and low, in blocks of 64 x 64: its first 64
     // columns and all its rows, then the others. Then scores that one warpgroup hands the other, and what sums them.
@@ -277,7 +278,8 @@ gradients(OPERAND(q), OPERAND(k), OPERAND(v), OPERAND(d), const float* states, c
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         zero = fmaf(state[i], 0.0f, zero);
-        if (LATE) sum = fmaf(state[i], starts[place_of_state + i / 2 % 2 * 8 * WIDTH + i / 4 * 8 + i % 2], sum);
+        if (LATE && starts)
+            sum = fmaf(state[i], starts[place_of_state + i / 2 % 2 * 8 * WIDTH + i / 4 * 8 + i % 2], sum);
     }
     if (zero != 0.0f) again[blockIdx.x] = 1;
     if (LATE) {

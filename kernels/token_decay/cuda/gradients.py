@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
-from leetdist.kernels.common.memory import empty_outputs
+from leetdist.kernels.common.memory import address_of, empty_outputs
 from leetdist.kernels.common.tensor_map import MAP_BYTES
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
@@ -39,10 +39,10 @@ def early_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """dq, in `out` if given, and what `late_gradients` is to be told.
 
-    q, k, v, do: (B, H, N, 128) bf16; states: (B, H, tiles.count, 128, 128) fp32, contiguous, at the tiles' starts;
-    log_decay: (B, H, N) fp32. What is kept, by name: "read" (B, H, 2, N) fp32, what each token's output reads from the
-    state at its chunk's start times its gradient, in two sums; "early_lost" (B * H * tiles.count,), which tiles have
-    something in them that is not finite.
+    q, k, v, do: (B, H, N, 128) bf16; states: (B, H, tiles.count, 128, 128) fp32, contiguous (or zero_states), at the
+    tiles' starts; log_decay: (B, H, N) fp32. What is kept, by name: "read" (B, H, 2, N) fp32, what each token's output
+    reads from the state at its chunk's start times its gradient, in two sums; "early_lost" (B * H * tiles.count,),
+    which tiles have something in them that is not finite.
     """
     batch, heads, tokens, _ = q.shape
     read = torch.empty(batch, heads, 2, tokens, dtype=torch.float32, device=q.device)
@@ -124,7 +124,7 @@ def _launch(
     heads, kept = log_decay.shape[1], []  # type: ignore[var-annotated]
     begin, of_tokens, across = sums
     arguments: list[Any] = [x for operand in operands for x in hopper._operand(operand, heads, kept)]
-    arguments += [begin.data_ptr(), (begin if starts is None else starts).data_ptr()]
+    arguments += [address_of(x) for x in (begin, begin if starts is None else starts)]
     for out in outs:
         arguments += [hopper._map(out) or bytes(MAP_BYTES), out.data_ptr(), *out.stride()[:3]]
     arguments += [of_tokens.data_ptr(), across.data_ptr(), *hopper._tiles(tiles, log_decay, 1, *operands)]

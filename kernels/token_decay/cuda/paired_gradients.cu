@@ -23,7 +23,7 @@ constexpr int STAGE = 2 * ROWS_BYTES + 2 * ALL * COLUMNS_BYTES;
 static_assert(PARTS == 1 && GROUPS == 2 && !HALF && !LAST_FETCHES && (LATE || !AGAIN));
 
 // of_tokens: (B, H, N), A or B; pairs: the same, early; across: (B, H, tiles), late, from `starts`, the early pass's states;
-// lost: (B, H, tiles), whether there is something that is not finite.
+// lost: (B, H, tiles), whether there is something that is not finite. Of states and starts, an address of 0: zeros.
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 1)
 paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* states, const float* starts,
                  const __grid_constant__ Map o, Bits* out, Offset out_batch, Offset out_head, Offset out_token,
@@ -45,7 +45,7 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
 #pragma unroll
     for (int h = 0; h < HEADS; h++)
 #pragma unroll
-        for (int i = 0; i < HELD; i++) state[h][0][i] = states[place_in_state(h, i)];
+        for (int i = 0; i < HELD; i++) state[h][0][i] = states ? states[place_in_state(h, i)] : 0.0f;
 
     // Two places of: a, b, and c and d of each head. Behind them scores, or early what sums them; sums of each warp,
     // log-decays, tables and barriers.
@@ -291,7 +291,7 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             zero = fmaf(state[h][0][i], 0.0f, zero);
-            if (LATE) sum = fmaf(state[h][0][i], starts[place_in_state(h, i)], sum);
+            if (LATE && starts) sum = fmaf(state[h][0][i], starts[place_in_state(h, i)], sum);
         }
         if (zero != 0.0f) store(flags + own(h) * 4, Word(1));
 #pragma unroll

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
+from leetdist.kernels.common.memory import address_of
 from leetdist.kernels.common.tensor_map import MAP_BYTES
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
@@ -136,7 +137,7 @@ def flows(
     scales = (float(scale), 1.0, scale_of_added(float(scale), 1.0)) if late else (float(scale), float(scale), 1.0)
     arguments = (
         *(x for operand in operands for x in hopper._operand(operand, heads, kept)),
-        states.data_ptr(), (states if starts is None else starts).data_ptr(),
+        *(address_of(x) for x in (states, states if starts is None else starts)),
         *((bytes(MAP_BYTES), 0, 0, 0, 0) if out is None else (hopper._map(out), out.data_ptr(), *out.stride()[:3])),
         of_tokens.data_ptr(), of_tokens.stride(1), *((0, 0) if pairs is None else (pairs.data_ptr(), pairs.stride(1))),
         across.data_ptr(), lost.data_ptr(), *place_of_tiles(tiles, log_decay, 1, FOUR, *operands[:2]), *scales,

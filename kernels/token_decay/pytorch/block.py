@@ -61,8 +61,9 @@ def decay_gradient(
     tiles: Tiles,
     *,
     scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of log_decay, (B, H, N) in its dtype.
+    """The gradient of log_decay, (B, H, N) in its dtype; in `out` if given, where other tiles' may be.
 
     In a chunk with state S at its start and R the gradient of the state at its end, token t's decay is a factor of all
     that passes it, `j < t <= i`:
@@ -82,13 +83,16 @@ def decay_gradient(
     """
     heads = log_decay.shape[1]
     chunk_states = 2 * q.shape[0] * heads * (tiles.num_tokens // CHUNK) * states.shape[3] * states.shape[4] * 8
-    if chunk_states <= MOST_BYTES or heads == 1:
-        return _decay_gradient(q, k, v, do, states, state_grads, log_decay, tiles=tiles, scale=scale)
-    each = []
-    for head in range(heads):
-        own = [x[:, head * x.shape[1] // heads, None] for x in (q, k, v, do, states, state_grads, log_decay)]
-        each.append(_decay_gradient(*own, tiles=tiles, scale=scale))
-    return torch.cat(each, 1)
+    if out is None:
+        out = torch.empty_like(log_decay)
+    together = 1 if chunk_states > MOST_BYTES else heads
+    for first in range(0, heads, together):
+        own = [
+            x[:, first * x.shape[1] // heads : ((first + together) * x.shape[1] - 1) // heads + 1]
+            for x in (q, k, v, do, states, state_grads, log_decay, out)
+        ]
+        _decay_gradient(*own, tiles=tiles, scale=scale)
+    return out
 
 
 def _decay_gradient(
@@ -99,10 +103,11 @@ def _decay_gradient(
     states: Tensor,
     state_grads: Tensor,
     log_decay: Tensor,
+    out: Tensor,
     *,
     tiles: Tiles,
     scale: float,
-) -> Tensor:
+) -> None:
     q, k, v, do, exact = (x.double() for x in (q, k, v, do, log_decay))
     chunks, inside_tiles = tiles.finer(min(CHUNK, tiles.size))
     keep = transitions(exact, chunks)
@@ -114,7 +119,7 @@ def _decay_gradient(
 
     starts = at_chunks(k, v, states, scale=1.0, reverse=False)
     ends = at_chunks(q, do, state_grads, scale=scale, reverse=True)
-    total = exact.new_empty(*exact.shape, 1)
+    total = out.double()[..., None]
     later = exact.new_ones(chunks.size, chunks.size).triu()
     for chunk in TokenDecayWalk(chunks, exact, torch.float64, reverse=False):
         q_i, k_i, v_i, do_i = (chunk.take(x) for x in (q, k, v, do))
@@ -128,4 +133,4 @@ def _decay_gradient(
         before = running_sums(F.pad(written[..., :-1], (1, 0)), -1)  # taking the last away again would leave rounding
         kept = (start * end).mul_(chunk.across()).sum((-1, -2))[..., None]
         chunk.put(total, (near + before + kept)[..., None])
-    return total[..., 0].to(log_decay.dtype)
+    out.copy_(total[..., 0])

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
@@ -61,7 +62,7 @@ def added_up(
         out = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
-    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    target = out.contiguous()  # of other tiles too
     tasks, table = batch * heads * tiles.count, _table(tiles, q.device)
     counts = heads, tokens, tiles.count, tiles.size
     launch(
@@ -82,7 +83,8 @@ def added_up(
     launch(
         _walk_again, (together,),
         (
-            q, k, v, do, states, ends, token_sums(log_decay, tiles, lost[1]), target, kept, units, table, lost[1],
+            q, k, v, do, states, step_of(states), ends, step_of(ends), token_sums(log_decay, tiles, lost[1]), target,
+            kept, units, table, lost[1],
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             heads, *shares, tokens, tiles.count, tiles.size, tasks, chunks, rows, columns, scale,
         ),
@@ -135,7 +137,7 @@ def _then(part, more, next_part, next_more):
 
 @triton.jit(do_not_specialize=[*COUNTS, "tasks", "chunks"])
 def _walk_again(
-    q, k, v, do, states, ends, log_decay, out, kept, units, table, lost,
+    q, k, v, do, states, states_step, ends, ends_step, log_decay, out, kept, units, table, lost,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
     heads, q_share, k_share, v_share, tokens, tiles, tile_size, tasks, chunks, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK_: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAGS: tl.constexpr,
@@ -151,7 +153,7 @@ def _walk_again(
                 if task < tasks:
                     if tl.load(lost + task) != 0:
                         keep_states(
-                            task, program, k, v, states, log_decay, kept, units, table,
+                            task, program, k, v, states, states_step, log_decay, kept, units, table,
                             k_batch, k_head, k_token, v_batch, v_head, v_token, heads, k_share, v_share,
                             tokens, tiles, tile_size, chunks, 0, rows, columns, REGULAR, CHUNK_, ROWS, COLUMNS, 1,
                         )  # fmt: skip
@@ -166,7 +168,7 @@ def _walk_again(
                             )  # fmt: skip
                         tl.debug_barrier()
                         add_behind(
-                            task, program, q, k, v, do, ends, log_decay, out, kept, units, table,
+                            task, program, q, k, v, do, ends, ends_step, log_decay, out, kept, units, table,
                             q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
                             do_batch, do_head, do_token, heads, q_share, k_share, v_share,
                             tokens, tiles, tile_size, chunks, 0, rows, columns, scale,

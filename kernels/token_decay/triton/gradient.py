@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.common.launch import launch
+from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import Config, padded
 from leetdist.kernels.constant_decay.triton.decay import _rounded_to_tf32
@@ -61,16 +62,19 @@ def decay_gradient(
     tiles: Tiles,
     *,
     scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of log_decay: (B, H, N) fp32.
+    """The gradient of log_decay: (B, H, N) fp32, in `out` if given, where other tiles' may be.
 
     q, k, v: (B, H or fewer, N, Dk or Dv), do: (B, H, N, Dv), fp32, bf16 or fp16; states, ends: (B, H, tiles.count, Dk,
-    Dv) fp32, contiguous, the state at each tile's start and the gradient of the state at its end.
+    Dv) fp32, contiguous (or zero_states), the state at each tile's start and the gradient of the state at its end.
     """
     batch, heads, tokens, columns = do.shape
     rows = q.shape[3]
     config, parts = gradient_config(rows, columns, q.dtype, tiles.size), 2 if q.dtype == torch.float32 else 1
-    out = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    if out is None:
+        out = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    target = out.contiguous()
     tasks, chunks = batch * heads * tiles.count, ceil_div(min(tiles.size, tokens), config.chunk)
     if not out.numel():
         return out
@@ -95,13 +99,16 @@ def decay_gradient(
             counts = tokens, tiles.count, tiles.size, first, chunks, column, rows, columns
             launch(
                 _keep_states, grid,
-                (k, v, states, sums, kept, units, table, *k.stride()[:3], *v.stride()[:3], *shared, *counts),
+                (
+                    k, v, states, step_of(states), sums, kept, units, table, *k.stride()[:3], *v.stride()[:3],
+                    *shared, *counts,
+                ),
                 constants, **options,
             )  # fmt: skip
             launch(
                 _add_inside, (grid[0], chunks),
                 (
-                    q, k, v, do, sums, out, kept, units, table, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                    q, k, v, do, sums, target, kept, units, table, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                     *do.stride()[:3], *shared, *counts, scale,
                 ),
                 {**constants, "FIRST": column == 0}, **inside,
@@ -109,12 +116,12 @@ def decay_gradient(
             launch(
                 _add_behind, grid,
                 (
-                    q, k, v, do, ends, sums, out, kept, units, table, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                    *do.stride()[:3], *shared, *counts, scale,
+                    q, k, v, do, ends, step_of(ends), sums, target, kept, units, table, *q.stride()[:3],
+                    *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *shared, *counts, scale,
                 ),
                 constants, **options,
             )  # fmt: skip
-    return out
+    return out if target is out else out.copy_(target)
 
 
 def gradient_config(rows: int, columns: int, dtype: torch.dtype, tile: int) -> Config:
@@ -142,13 +149,13 @@ def _processors(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=VARYING)
 def _keep_states(
-    k, v, states, log_decay, kept, units, table, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    k, v, states, states_step, log_decay, kept, units, table, k_batch, k_head, k_token, v_batch, v_head, v_token,
     heads, q_share, k_share, v_share, tokens, tiles, tile_size, first, chunks, column, rows, columns,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     keep_states(
-        first + program, program, k, v, states, log_decay, kept, units, table, k_batch, k_head, k_token,
+        first + program, program, k, v, states, states_step, log_decay, kept, units, table, k_batch, k_head, k_token,
         v_batch, v_head, v_token, heads, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns,
         REGULAR, CHUNK, ROWS, COLUMNS, PARTS,
     )  # fmt: skip
@@ -156,7 +163,8 @@ def _keep_states(
 
 @triton.jit
 def keep_states(
-    task, program, k, v, states, log_decay, kept, units, table, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    task, program, k, v, states, states_step, log_decay, kept, units, table,
+    k_batch, k_head, k_token, v_batch, v_head, v_token,
     heads, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +175,7 @@ def keep_states(
     gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
     k += batch * k_batch + head // k_share * k_head + start * k_token
     v += batch * v_batch + head // v_share * v_head + start * v_token
-    state = _load_state(states + task * rows * columns, rows, column, columns, ROWS, COLUMNS)
+    state = _load_state(states + task * states_step, rows, column, columns, ROWS, COLUMNS)
     place = kept + program * chunks * (PARTS * ROWS * COLUMNS)
     units += program * chunks
     for step in range(tl.cdiv(length, CHUNK)):
@@ -257,14 +265,14 @@ def add_inside(
 
 @triton.jit(do_not_specialize=VARYING)
 def _add_behind(
-    q, k, v, do, ends, log_decay, out, kept, units, table,
+    q, k, v, do, ends, ends_step, log_decay, out, kept, units, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
     heads, q_share, k_share, v_share, tokens, tiles, tile_size, first, chunks, column, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     add_behind(
-        first + program, program, q, k, v, do, ends, log_decay, out, kept, units, table,
+        first + program, program, q, k, v, do, ends, ends_step, log_decay, out, kept, units, table,
         q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
         heads, q_share, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns, scale,
         REGULAR, CHUNK, ROWS, COLUMNS, PARTS,
@@ -273,7 +281,7 @@ def _add_behind(
 
 @triton.jit
 def add_behind(
-    task, program, q, k, v, do, ends, log_decay, out, kept, units, table,
+    task, program, q, k, v, do, ends, ends_step, log_decay, out, kept, units, table,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
     heads, q_share, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
@@ -288,7 +296,7 @@ def add_behind(
     v += batch * v_batch + head // v_share * v_head + start * v_token
     do += batch * do_batch + head * do_head + start * do_token
     out += (batch * heads + head) * tokens + start
-    gradient = _load_state(ends + task * rows * columns, rows, column, columns, ROWS, COLUMNS)
+    gradient = _load_state(ends + task * ends_step, rows, column, columns, ROWS, COLUMNS)
     position = tl.arange(0, CHUNK)
     i, j = position[:, None], position[None, :]
     many = tl.cdiv(length, CHUNK)
