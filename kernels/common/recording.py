@@ -11,6 +11,12 @@ from typing import Any
 _thread = threading.local()
 
 
+class Number(int):
+    """An integer argument of launches that is another in each call of a kind. source: which of the call's `numbers`."""
+
+    source: int
+
+
 @dataclass(frozen=True, eq=False)
 class TritonLaunch:
     """The compiled kernel (None: only Triton knows), the grid of three numbers, all arguments with the constants."""

@@ -1,9 +1,9 @@
 """A call's launches, recorded once and repeated: what the host does for a short call that it has seen before.
 
-Between two calls with the same shapes, only addresses change. So the second call of a kind is recorded: which memory
-it takes, and each launch with its arguments, of which those that are addresses are known by where they come from. From
-then on the host takes as much memory and repeats the launches. Unlike a CUDA graph, nothing is copied, no memory is
-held, and the launches go to the current stream (into a graph too, while one captures).
+Between two calls with the same shapes, only addresses change, and numbers that a call names. So the second call of a
+kind is recorded: which memory it takes, and each launch with its arguments, of which those that are addresses are known
+by where they come from. From then on the host takes as much memory and repeats the launches. Unlike a CUDA graph,
+nothing is copied, no memory is held, and the launches go to the current stream (into a graph too, while one captures).
 
 A call is repeated only if launches, and steps of the host that are noted too (kernels/common/recording.py), are all
 that it does: any other operation seen while it is recorded (a copy, a sum) refuses it, and it runs as ever.
@@ -75,7 +75,8 @@ class Map:
 
 @dataclass(eq=False)
 class CudaStep:
-    """One launch of a kernel in CUDA C++, and where addresses and maps go among its arguments, in words of 64 bits."""
+    """One launch of a kernel in CUDA C++, and where addresses (or numbers) and maps go among its arguments, in words of
+    64 bits."""
 
     kernel: Kernel
     grid: tuple[int, int, int]
@@ -138,9 +139,9 @@ class Replay:
     returned: list[int | None]
     held: list[Tensor]
 
-    def __call__(self, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    def __call__(self, inputs: list[Tensor], numbers: tuple[int, ...] = ()) -> tuple[Tensor | None, ...]:
         device, taken = self.device, []
-        sources = [x.data_ptr() for x in inputs]
+        sources = [*numbers, *[x.data_ptr() for x in inputs]]
         for action in self.actions:
             if isinstance(action, Memory):
                 x = torch.empty_strided(action.shape, action.strides, dtype=action.dtype, device=device)
@@ -154,14 +155,20 @@ class Replay:
 
 
 def record(
-    function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor], arguments: tuple[Any, ...]
+    function: Callable[..., tuple[Tensor | None, ...]],
+    inputs: list[Tensor],
+    arguments: tuple[Any, ...],
+    numbers: tuple[int, ...] = (),
 ) -> tuple[tuple[Tensor | None, ...], Replay | None]:
-    """function(*arguments), and how to repeat it for other `inputs` (its arguments that are tensors); None if it
-    cannot be."""
+    """function(*arguments, *numbers), and how to repeat it for other `inputs` (its arguments that are tensors) and
+    numbers; None if it cannot be."""
+    marked = [recording.Number(x) for x in numbers]
+    for source, number in enumerate(marked):
+        number.source = source
     with Recorder() as recorder:
-        outputs = function(*arguments)
+        outputs = function(*arguments, *marked)
     taken = [event for event in recorder.events if isinstance(event, Tensor)]
-    sources = {x.data_ptr(): place for place, x in enumerate((*inputs, *taken))}
+    sources = {x.data_ptr(): place for place, x in enumerate((*inputs, *taken), len(numbers))}
     if recorder.refused or len(sources) < len(inputs) + len(taken):  # or two share an address
         return outputs, None
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*inputs, *taken)}
@@ -170,7 +177,7 @@ def record(
     for x in outputs:
         place = None
         if x is not None:
-            place = sources.get(x.data_ptr(), 0) - len(inputs)
+            place = sources.get(x.data_ptr(), 0) - len(inputs) - len(numbers)
             if place < 0 or x.numel() != taken[place].numel() or place in returned:
                 return outputs, None
             memory[place] = Memory(x.shape, x.stride(), x.dtype)
@@ -203,6 +210,8 @@ def _cuda_step(launched: recording.CudaLaunch, sources: dict[int, int], storages
                 return None
             made = partial(_words, kind=argument.kind)
             step.maps.append((slice(place, after), sources[argument.address], Map(made)))
+        elif isinstance(argument, recording.Number):
+            step.addresses.append((place, argument.source))
         elif isinstance(argument, int) and argument in sources:
             step.addresses.append((place, sources[argument]))
         elif isinstance(argument, int) and any(begin <= argument < begin + size for begin, size in storages.items()):
@@ -226,6 +235,8 @@ def _triton_step(
     if handed is None:
         return None
     step = TritonStep(launched.compiled, handed, [], [])
+    if any(isinstance(x, recording.Number) for x in launched.arguments):
+        return None  # Triton may have compiled for its value
     for number, (place, x) in enumerate(zip(handed.places, launched.arguments, strict=True)):
         base = x if isinstance(x, Tensor) else getattr(x, "base", None)
         if base is None:
@@ -258,26 +269,28 @@ def repeated(
     tensors: tuple[Tensor | None, ...],
     *more: Any,
     where: Hashable = None,
+    numbers: tuple[int, ...] = (),
 ) -> tuple[Tensor | None, ...]:
-    """function(*tensors, *more), which must do nothing but take memory, launch through leetdist.kernels.common.launch,
-    take steps of the host that it notes, and return tensors that it has taken. It may look at the tensors' shapes,
-    strides, dtypes and alignment only.
+    """function(*tensors, *more, *numbers), which must do nothing but take memory, launch through
+    leetdist.kernels.common.launch, take steps of the host that it notes, and return tensors that it has taken. It may
+    look at the tensors' shapes, strides, dtypes and alignment only.
 
     where: what else decides on the launches, such as the place of a message, or the stream for steps of the host.
+    numbers: what launches in CUDA C++ pass on as it is, and nothing else depends on.
     """
     inputs = [x for x in tensors if x is not None]
     if not launch.direct(inputs[0].device):
-        return function(*tensors, *more)
+        return function(*tensors, *more, *numbers)
     kind = (
         function, where, *more,
         *[None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors],
     )  # fmt: skip
     replay = _kinds.get(kind)
     if replay is not None:
-        return replay(inputs)
+        return replay(inputs, numbers)
     anywhere = (function, None, *kind[2:])
     if anywhere in _once and kind not in _kinds:
-        outputs, _kinds[kind] = record(function, inputs, (*tensors, *more))
+        outputs, _kinds[kind] = record(function, inputs, (*tensors, *more), numbers)
         return outputs
     _once[anywhere] = None
-    return function(*tensors, *more)
+    return function(*tensors, *more, *numbers)

@@ -180,7 +180,9 @@ class StatePool:
     def check_decay(self, log_decay: Tensor) -> None:
         """(H,): it is the pool's own; ValueError else. Of a GPU no values are compared."""
         mine = self._like.log_decay
-        if mine.shape != log_decay.shape or (mine.is_cpu and log_decay.is_cpu and not torch.equal(mine, log_decay)):
+        if mine.shape != log_decay.shape or (
+            mine.is_cpu and log_decay.is_cpu and not torch.equal(mine, log_decay.to(mine.dtype))
+        ):
             raise ValueError("log_decay must be the pool's own, or not be given")
 
     def _check_index(self, index: Tensor, lengths: Tensor | None) -> None:

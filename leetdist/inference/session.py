@@ -201,7 +201,9 @@ class Session:
             got = state.tile, state.boundary.shape[2], state.by_token
             if got != wanted:
                 raise ValueError(f"{_name(number)} has (tile, Dk, a decay a token) = {got}, wanted {wanted}")
-            if not state.by_token and not torch.equal(state.log_decay, layer.log_decay(state.device).detach()):
+            if state.by_token:
+                continue
+            if not torch.equal(state.log_decay, layer.log_decay(state.device).detach().to(state.log_decay)):
                 raise ValueError(f"{_name(number)} was made with another log_decay than the model's")
         self.states, self.tokens, self._graph = list(kept), kept[0].tokens, None
 

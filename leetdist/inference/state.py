@@ -33,7 +33,7 @@ class State:
         k: (B, H or a divisor, n, Dk), the keys of the open chunk, in the dtype of the inputs. Methods but "block", and
             kernels that compute a tile as a whole, have no chunks, and k is that of the open tile.
         v: (B, H or a divisor, n, Dv), its values.
-        log_decay: fp32, natural log: (H,), or of a decay a token (B, H, n), that of the open chunk.
+        log_decay: as boundary, natural log: (H,), or of a decay a token (B, H, n), that of the open chunk.
         tokens: tokens seen so far.
         tile: tile length in tokens.
         scale: factor of the outputs.
@@ -74,6 +74,8 @@ class State:
 
     def __post_init__(self) -> None:
         check_state(self)
+        if self.log_decay.dtype != self.boundary.dtype:  # as a call takes it, and kernels read it
+            object.__setattr__(self, "log_decay", self.log_decay.to(self.boundary.dtype))
 
     def __repr__(self) -> str:
         batch, heads, dk, dv = self.boundary.shape
@@ -152,7 +154,7 @@ class State:
         if isinstance(q, Tensor) and (q.ndim != 4 or q.shape[2] != 1):
             raise ValueError(f"q must hold one token, (B, H, 1, Dk), got shape {tuple(q.shape)}")
         if log_decay is not None and log_decay.ndim == 1:
-            if not torch.equal(log_decay, self.log_decay):
+            if not torch.equal(log_decay.to(self.log_decay), self.log_decay):
                 raise ValueError("log_decay must be the state's own, or not be given")
             log_decay = None
         if self.by_token != (log_decay is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from leetdist.api import linear_attention
 from leetdist.arguments import check_device, check_plain
+from leetdist.engine.inputs import state_dtype
 from leetdist.inference.checks import check_decay, check_options, check_piece, check_shards
+from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, into_open_tile, no_tokens, on_its_grid, run
 from leetdist.sequence.grid import LARGEST_TILE
@@ -130,12 +132,14 @@ class Stream:
         if state is not None and self.device is not None:
             state = state.to(self.device)
         self._state = None if state is None else on_its_grid(state)
+        self._running: Running | None = None  # what `_state` is not yet, since the last piece
         self._options = (log_decay, scale, tile, method)
         self._transport = transport
+        self._kind: Hashable = None  # of the last piece, as far as checks look at it
 
     def __repr__(self) -> str:
         _, _, tile, method = self._options
-        so_far = f"nothing pushed yet, {tile=}, {method=}" if self._state is None else repr(self._state)
+        so_far = f"nothing pushed yet, {tile=}, {method=}" if self._state is None else repr(self.state)
         return f"Stream({so_far})"
 
     @property
@@ -143,12 +147,15 @@ class Stream:
         """The state after what came so far; ValueError before the first piece."""
         if self._state is None:
             raise ValueError("stream.state: nothing was pushed yet, so its shape is not known")
+        if self._running is not None:
+            self._state = self._running.state()
         return self._state
 
     @property
     def tokens(self) -> int:
         """Tokens seen so far."""
-        return 0 if self._state is None else self._state.tokens
+        now = self._running or self._state
+        return 0 if now is None else now.tokens
 
     @property
     def _tile(self) -> int:
@@ -156,65 +163,101 @@ class Stream:
 
     @property
     def _open(self) -> int:
-        return 0 if self._state is None else self._state.open
+        now = self._running or self._state
+        return 0 if now is None else now.open
 
     def push(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
         """The outputs of the next n tokens, where the piece is."""
-        (o,) = self.map([(q, k, v) if log_decay is None else (q, k, v, log_decay)])
+        piece = (q, k, v) if log_decay is None else (q, k, v, log_decay)
+        device = self._staged(piece)
+        if device is None:
+            return self._here(piece)
+        (o,) = self._staging(device).map(self._advance, [piece], self._lead)
         return o
 
-    @torch.no_grad()
     def map(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
         """The outputs of each piece in turn. A piece may be overwritten once the next one is asked for."""
         pieces = iter(pieces)
         first = next(pieces, None)
         if first is None:
             return
-        everything = chain([first], pieces)
-        q: Any = first[0] if first else None
-        here = q.device if isinstance(q, Tensor) else torch.device("cpu")
-        device = here if self.device is None else self.device
-        if device.type != "cuda" or here == device:
-            for piece in everything:
-                # What holds no values stays as it is, for the checks that all ranks wait for to name it.
-                moved = (x.to(device) if isinstance(x, Tensor) and not x.is_meta else x for x in piece)
-                yield self._advance(*moved).to(piece[0].device)
+        everything, device = chain([first], pieces), self._staged(first)
+        if device is None:
+            yield from map(self._here, everything)
         else:
-            staging = Staging(device, WINDOW_TILES * self._tile)
-            yield from staging.map(self._advance, everything, lambda: -self._open % self._tile)
+            with torch.no_grad():
+                yield from self._staging(device).map(self._advance, everything, self._lead)
+
+    def _staged(self, piece: Piece) -> torch.device | None:
+        """Where pieces such as this are copied to window by window, and their outputs from; None if they are not."""
+        q: Any = piece[0] if piece else None
+        there = self.device
+        if there is None or there.type != "cuda" or not isinstance(q, Tensor) or q.device == there:
+            return None
+        return there
+
+    def _staging(self, device: torch.device) -> Staging:
+        return Staging(device, WINDOW_TILES * self._tile)
+
+    def _lead(self) -> int:
+        return -self._open % self._tile
+
+    def _here(self, piece: Piece) -> Tensor:
+        """The outputs of a piece, where it is."""
+        with torch.no_grad():
+            if self.device is None:
+                return self._advance(*piece)
+            # What holds no values stays as it is, for the checks that all ranks wait for to name it.
+            moved = (x.to(self.device) if isinstance(x, Tensor) and not x.is_meta else x for x in piece)
+            return self._advance(*moved).to(piece[0].device)
 
     def _advance(self, *piece: Tensor) -> Tensor:
         if self._transport is not None:
             return self._advance_shard(piece, self._transport)
-        state, tokens = self._checked(piece), piece[0].shape[2]
-        head = min(-state.open % state.tile, tokens)
-        tail = (tokens - head) % state.tile
+        self._check(piece)
+        tokens, tile = piece[0].shape[2], self._tile
+        head = min(-self._open % tile, tokens)
+        tail = (tokens - head) % tile
+        if head == tokens or tail == tokens:
+            return self._into_open_tile(piece)
         outputs = []
         for part, whole_tiles in ((head, False), (tokens - head - tail, True), (tail, False)):
             if not part:
                 continue
             now, piece = (tuple(x[:, :, span] for x in piece) for span in (slice(part), slice(part, None)))
-            if whole_tiles:
-                o, boundary = run(state, *_with_decay(now, state))
-                state = replace(state, boundary=boundary, tokens=state.tokens + part)
-            else:
-                o, state = into_open_tile(state, *now)
-            outputs.append(o)
-        self._state = state
+            outputs.append(self._whole_tiles(now) if whole_tiles else self._into_open_tile(now))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+    def _whole_tiles(self, piece: Piece) -> Tensor:
+        state = self.state
+        o, boundary = run(state, *_with_decay(piece, state))
+        self._now(replace(state, boundary=boundary, tokens=state.tokens + piece[0].shape[2]))
+        return o
+
+    def _into_open_tile(self, piece: Piece) -> Tensor:
+        if self._running is None or not self._running.still:
+            state = self.state
+            if not Running.can(state):
+                o, state = into_open_tile(state, *piece)
+                self._now(state)
+                return o
+            self._running = Running(state)
+        return self._running.push(*piece)
+
+    def _now(self, state: State) -> None:
+        self._state, self._running = state, None
 
     def _advance_shard(self, piece: Piece, transport: Transport) -> Tensor:
         """The whole tiles of the piece over all ranks; its short last tile where it is, and then known to all."""
-        checked: State | ValueError
+        wrong: ValueError | None = None
         try:
-            checked = self._checked(piece, transport.size)
+            self._check(piece, transport.size)
         except ValueError as error:
-            checked = error
-        mine = checked if isinstance(checked, ValueError) else (piece[0].shape[2], self.tokens, self._open)
+            wrong = error
+        mine = (piece[0].shape[2], self.tokens, self._open) if wrong is None else wrong
         everyone = transport.gather_objects(mine, "the lengths of this piece")
         owner, tail, whole = check_shards(everyone, transport.rank, self._tile)
-        assert isinstance(checked, State)
-        state, outputs = checked, []
+        state, outputs = self.state, []
         last = tail if transport.rank == owner else 0
         begin = piece[0].shape[2] - last
         if whole:
@@ -234,12 +277,16 @@ class Stream:
             transport.flush()
             o, state = into_open_tile(state, q, *others)
             outputs.append(o[:, :, tail - last :])
-        self._state = state
+        self._now(state)
         return torch.cat(outputs, 2)
 
-    def _checked(self, piece: Piece, ranks: int = 1) -> State:
-        """The state that this piece continues: an empty one for the first."""
-        state, (given, scale, tile, method) = self._state, self._options
+    def _check(self, piece: Piece, ranks: int = 1) -> None:
+        """The piece continues what came before; the first one begins it."""
+        kind = _kind_of(piece)
+        if kind is not None and kind == self._kind:
+            return  # as the piece before
+        given, scale, tile, method = self._options
+        state = None if self._state is None else self.state
         if len(piece) not in (3, 4):
             raise ValueError(f"a piece must be q, k, v and perhaps log_decay, got {len(piece)} tensors")
         q, k, v, *own = piece
@@ -256,21 +303,32 @@ class Stream:
         log_decay = own[0] if own else given if state is None else state.log_decay
         after = None if state is None else (state.boundary, state.k, state.v)
         check_piece(q, k, v, log_decay, scale, tile, method, ranks=ranks, after=after)
-        if state is not None:
-            return state
-        heads = max(x.shape[1] for x in (q, k, v))
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        if log_decay is None:
-            log_decay = torch.zeros(heads, dtype=torch.float32, device=q.device)
-        with torch.inference_mode(False):  # what is kept is nobody else's to change, and of use outside too
-            if own:
-                log_decay = log_decay.new_empty(log_decay.shape, dtype=dtype)  # of which no token is kept
-            else:
-                log_decay = log_decay.detach().to(q.device, copy=True)
-        return State(
-            boundary=torch.zeros(q.shape[0], heads, q.shape[3], v.shape[3], dtype=dtype, device=q.device),
-            **no_tokens(k, v, log_decay), tokens=0, tile=tile, scale=scale, method=method,
-        )  # fmt: skip
+        if state is None:
+            self._state = _begun(q, k, v, log_decay, scale, tile, method)
+        self._kind = kind
+
+
+def _kind_of(piece: Piece) -> Hashable:
+    """All that checks look at of a piece; None where they look at values, or something is odd."""
+    if len(piece) != 3 or any(type(x) is not Tensor for x in piece):
+        return None
+    return tuple((x.shape, x.dtype, x.device, x.layout) for x in piece)
+
+
+def _begun(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, tile: int, method: str) -> State:
+    """The state before the first piece."""
+    heads, dtype = max(x.shape[1] for x in (q, k, v)), state_dtype(q.dtype)
+    if log_decay is None:
+        log_decay = torch.zeros(heads, dtype=dtype, device=q.device)
+    with torch.inference_mode(False):  # what is kept is nobody else's to change, and of use outside too
+        if log_decay.ndim == 3:
+            log_decay = log_decay.new_empty(log_decay.shape, dtype=dtype)  # of which no token is kept
+        else:
+            log_decay = log_decay.detach().to(q.device, dtype, copy=True)
+    return State(
+        boundary=torch.zeros(q.shape[0], heads, q.shape[3], v.shape[3], dtype=dtype, device=q.device),
+        **no_tokens(k, v, log_decay), tokens=0, tile=tile, scale=scale, method=method,
+    )  # fmt: skip
 
 
 def _with_decay(piece: Piece, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -24,6 +25,23 @@ TILED = [method for method in METHODS if method not in ("auto", *ONE_DEVICE)]
 def inputs(tokens: int, batch: int = 1, kv_heads: int = H, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     heads = (H, kv_heads, kv_heads)
     return [torch.randn(batch, h, tokens, d).to(dtype) for h, d in zip(heads, (DK, DK, DV), strict=True)]
+
+
+def test_a_decay_in_fp64_is_what_a_call_takes_it_for() -> None:
+    """Rounded once, to the states' dtype, wherever it enters."""
+    tensors, decay = inputs(150), LOG_DECAY.double() * 0.7
+    o = leetdist.linear_attention(*tensors, decay, method="block", tile=64)
+    stream = leetdist.stream(decay, tile=64)
+    assert torch.equal(torch.cat([stream.push(*piece) for piece in pieces_of(tensors, [50, 90])], 2), o)
+    prompt = leetdist.stream(decay, tile=64)
+    prompt.push(*(x[:, :, :90] for x in tensors))
+    state = replace(prompt.state, log_decay=decay)
+    more = [x[:, :, 90:91] for x in tensors]
+    for own in (None, decay):
+        assert torch.equal(leetdist.linear_attention_step(*more, state, own)[0], o[:, :, 90:91])
+    pool = leetdist.StatePool(1, like=state, exact=True)
+    found = leetdist.linear_attention_steps(*more, pool, decay, index=torch.tensor(pool.put(state)))
+    assert torch.equal(found, o[:, :, 90:91])
 
 
 def steps(batch: int, tokens: int) -> Tensor:

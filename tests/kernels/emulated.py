@@ -31,7 +31,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def _library(source: str, name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+def library_of(source: str, name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
@@ -59,7 +59,7 @@ def _library(source: str, name: str, defines: tuple[tuple[str, int], ...]) -> ct
 
 def _kernel(source: str, name: str, device: Any, defines: Any, *, shared_memory: int, features: str) -> Any:
     assert features == "a"
-    library = _library(source, name, defines)
+    library = library_of(source, name, defines)
 
     def launch(grid: tuple[int, ...], block: int, *arguments: Any) -> None:
         held = loader.Arguments(arguments)
@@ -75,7 +75,10 @@ def _kernel(source: str, name: str, device: Any, defines: Any, *, shared_memory:
 def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> bytes | None:
     if address % 16 or any(stride % 8 for stride, size in zip(strides[:3], shape, strict=False) if size > 1):
         return None
-    return struct.pack("=16q", address, *(2 * stride for stride in strides[:3]), shape[2], *[0] * 11)
+    strides_ = (2 * stride for stride in strides[:3])
+    made = tensor_map.TensorMap(struct.pack("=16q", address, *strides_, shape[2], *[0] * 11))
+    made.address, made.kind = address, (dtype, shape, strides)
+    return made
 
 
 @contextmanager
@@ -96,3 +99,4 @@ def emulated(multiprocessors: int = 132) -> Iterator[None]:
 def _forget() -> None:
     for module in (hopper, open_chunk, shared, shared_gradients):
         module._kernel.cache_clear()
+    open_chunk._rows.cache_clear()

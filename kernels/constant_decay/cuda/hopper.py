@@ -61,28 +61,32 @@ def onward(
     b: Tensor,
     c: Tensor,
     log_decay: Tensor,
-    states: Tensor,
+    walked: Tensor,
+    own: Tensor,
     *,
     at: int | Tensor,
-    whole: int = 0,
+    whole: int,
     total: Tensor | None = None,
+    tokens: int | None = None,
 ) -> None:
-    """`tile_states` of one tile, forward, not from zero but from `states` (B, H, Db, Dc), in place: its tokens from
-    number `at` on, a multiple of CHUNK (a number, or (B,) int64).
+    """`tile_states` of one tile, forward, not from zero but from two states (B, H, Db, Dc), in place: that which the
+    outputs start from, and the tile's own sum. Of `tokens` of the tile (all there are here), from number `at` on, a
+    multiple of CHUNK (a number, or (B,) int64).
 
-    whole: of the tile's own sum, the tile's length: what that leaves out is forgotten where it ends. total: (B, H)
-    fp64, the sum of the log-decays before, one a token; NaN says that one is no decay.
+    whole: the tile's length: what its own sum leaves out is forgotten where it ends. total: (B, H) fp64, the sum of the
+    log-decays before, one a token; NaN says that one is no decay.
     """
     heads, token = heads_of(log_decay), log_decay.ndim == 3
     programs = b.shape[0] * heads
     columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
     kept: list[Tensor] = []
     places, place = (0, at) if isinstance(at, int) else (at.contiguous(), 0)
+    tokens = b.shape[2] if tokens is None else tokens
     launch = _kernel(ONWARD, b.shape[3], columns, groups, b.dtype, False, False, token, b.device)
     launch(
-        (programs * splits,), THREADS * groups,
-        *_operand(b, heads, kept), *_operand(c, heads, kept), states.data_ptr(),
-        *_tiles(Tiles(b.shape[2], (0, b.shape[2])), log_decay, splits, b, c), -1, 1.0,
+        (programs * splits, 2), THREADS * groups,
+        *_operand(b, heads, kept), *_operand(c, heads, kept), walked.data_ptr(),
+        *_tiles(Tiles(tokens, (0, tokens)), log_decay, splits, b, c), -1, 1.0, own.data_ptr(),
         places if isinstance(places, int) else places.data_ptr(), place, whole,
         0 if total is None else total.data_ptr(),
     )  # fmt: skip

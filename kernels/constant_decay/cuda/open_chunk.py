@@ -7,12 +7,14 @@ log-decays (B, H, n) those of a decay a token.
 from __future__ import annotations
 
 from functools import cache
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
 from leetdist.kernels.common.open_tiles import OpenTiles
+from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.cuda import hopper
 
 CHUNK = 64  # tokens
@@ -45,8 +47,85 @@ def advance(
     at: int | Tensor,
 ) -> None:
     """See leetdist.kernels.constant_decay.pytorch.open_chunk.advance; `total` is read here, and not moved on."""
-    hopper.onward(k, v, log_decay, walked, at=at)
-    hopper.onward(k, v, log_decay, own, at=at, whole=tile, total=total)
+    hopper.onward(k, v, log_decay, walked, own, at=at, whole=tile, total=total)
+
+
+Piece: TypeAlias = tuple[Tensor, Tensor, Tensor]  # o, and k and v of the open chunk
+
+
+def open_piece(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: tuple[Tensor, Tensor],
+    walked: Tensor,
+    own: Tensor | None,
+    log_decay: Tensor,
+    *,
+    tile: int,
+    at: int,
+    before: int,
+    full: int,
+    scale: float,
+) -> Piece:
+    """A piece of a stream that ends inside its tile, or with it. Returns o, (B, H, n, Dv), and what is kept of k and v
+    from token `full` on, counted from the open chunk's first: (B, heads, CHUNK, D) each.
+
+    q, k, v: (B, heads, n, D). kept: the open chunk's k and v as they were returned, of which `before` tokens count; it
+    begins at token `at` of the tile. walked, own: (B, H, Dk, Dv), moved on in place by `full` tokens; own is None where
+    that is 0. log_decay: (H,). Whatever the numbers are, the launches are the same: they are recorded and repeated.
+    """
+    from leetdist.kernels.common.replay import repeated
+
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    tokens = q.shape[2]
+    o, *rest = repeated(
+        _open_piece, (q, k, v, *kept, walked, own, log_decay), tile, scale,
+        numbers=(before, before + tokens, full, at),
+    )  # fmt: skip
+    assert o is not None
+    return cast(Piece, (o[:, :, before : before + tokens], *rest))
+
+
+def _open_piece(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept_k: Tensor,
+    kept_v: Tensor,
+    walked: Tensor,
+    own: Tensor | None,
+    log_decay: Tensor,
+    tile: int,
+    scale: float,
+    before: int,
+    total: int,
+    full: int,
+    at: int,
+) -> Piece:
+    """o as it is laid out, behind rows for the `before` tokens of the open chunk that mean nothing."""
+    batch, tokens, given = q.shape[0], q.shape[2], (q, k, v)
+    laid = laid_q, laid_k, laid_v = tuple(x.new_empty(batch, x.shape[1], CHUNK + tokens, x.shape[3]) for x in given)
+    after = [torch.empty_like(x) for x in (kept_k, kept_v)]
+    ends = [(0, 0), *((old.data_ptr(), new.data_ptr()) for old, new in zip((kept_k, kept_v), after, strict=True))]
+    _rows(q.device)(
+        (batch * sum(x.shape[1] for x in given), ceil_div(CHUNK + tokens, CHUNK)), 256,
+        *(
+            number
+            for x, block, end in zip(given, laid, ends, strict=True)
+            for number in (
+                x.data_ptr(), *x.stride()[:3], x.shape[1], x.shape[3], block.data_ptr(), *end
+            )
+        ),
+        tokens, before, full,
+    )  # fmt: skip
+    o = hopper.tile_outputs(
+        laid_q, laid_k, laid_v, walked[:, :, None], log_decay, Tiles(tile, (0, total)),
+        reverse=False, scale=scale, state_scale=scale, out_dtype=q.dtype,
+    )  # fmt: skip
+    if own is not None:
+        hopper.onward(laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, tokens=full)
+    return o, after[0], after[1]
 
 
 def open_steps(
@@ -117,6 +196,12 @@ def _kernel(
         "constant_decay/cuda/open_chunk.cu", "open_steps", device, defines(rows, columns, splits, dtype, token),
         shared_memory=shared_memory(rows, columns, token), features="a",
     )  # fmt: skip
+
+
+@cache
+def _rows(device: torch.device) -> loader.Kernel:
+    made = ("HALF", 0), ("GROUPS", 1)  # copied as bits
+    return loader.kernel("constant_decay/cuda/open_rows.cu", "open_rows", device, made, shared_memory=0, features="a")
 
 
 def _aligned(x: Tensor) -> Tensor:

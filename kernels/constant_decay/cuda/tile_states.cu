@@ -1,8 +1,9 @@
 // leetdist.kernels.constant_decay.pytorch.block.tile_states on Hopper: see hopper_tile.cuh.
 //
-// -DONWARD=1: not from zero, but from what `out` holds, which a walk had made of the same tile's tokens before `place`,
-// a multiple of CHUNK (places: one a batch entry). whole: of the tile's own sum, the tile's length, for what that leaves
-// out; else 0. total: what the decays before sum up to, NaN if they did not.
+// -DONWARD=1: not from zero, but from what a walk had made of the same tile's tokens before `place`, a multiple of CHUNK
+// (places: one a batch entry). Blocks of y = 0 move on `out`, the state that outputs start from, and those of y = 1 `own`,
+// the tile's own sum, which leaves out what is forgotten at the end of a tile of `whole` tokens. total: what the decays
+// before sum up to, NaN if they did not.
 
 #include "hopper_tile.cuh"
 
@@ -13,7 +14,7 @@ constexpr int STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
 #define ONWARD 0
 #endif
 #if ONWARD
-#define FROM , const Offset *places, Offset place, Offset whole, const double *total
+#define FROM , float *own, const Offset *places, Offset place, Offset whole, const double *total
 #else
 #define FROM
 #endif
@@ -22,6 +23,10 @@ extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 2 / GROUPS)
 tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scale FROM) {
     Tile tile(TILE);
     if (tile.number == unread) return;
+#if ONWARD
+    if (blockIdx.y) out = own;
+    else whole = 0;
+#endif
     Weights weights;
     weights.start(tile, log_decay TOKENS_);
     if (!ONWARD) weights.leave_out(tile);

@@ -1,0 +1,128 @@
+"""Pieces of a stream inside a tile, on Hopper: a fixed sequence of launches, emulated on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from emulated import emulated, library_of
+from test_open_chunk import ON_A_GPU, TILE, draw, keeps, one_call
+from torch import Tensor
+
+import leetdist
+from leetdist.kernels.common import loader
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.cuda import hopper, open_chunk
+from leetdist.operators import opened
+
+replay = pytest.importorskip("leetdist.kernels.common.replay")
+
+
+def fold(states: Tensor, initial: Tensor, g: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
+    """The state after one tile: as a fused product and sum."""
+    keep = keeps(g, tiles)[:, 0, None, None]
+    return (initial.double() * keep.double() + states[:, :, 0].double()).float()
+
+
+class Driver:
+    """Launches emulated kernels as the driver does, and counts."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __call__(self, library: Any, x: int, y: int, z: int, block: int, *more: Any) -> tuple[int]:
+        _, _, shared_memory, _, places, _ = more
+        self.launches += 1
+        library.run(ctypes.c_void_p(places), ctypes.c_uint(x), ctypes.c_uint(y), block, shared_memory)
+        return (0,)
+
+    def kernel(self, source: str, name: str, device: Any, defines: Any, *, shared_memory: int, features: str) -> Any:
+        library = library_of(source, name, defines)
+        return loader.Kernel(torch.device("cuda", 0), library, shared_memory, None, self)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    """`stream` on CPU tensors computes with the kernels for Hopper, whose launches are recorded and repeated."""
+    kernels: Any = SimpleNamespace(tile_outputs=hopper.tile_outputs, tile_states=hopper.tile_states, fold=fold)
+    known = opened.Opened(kernels, open_chunk, TILE, open_chunk.CHUNK, torch.bfloat16)
+    driver = Driver()
+    with ExitStack() as stack:
+        stack.enter_context(emulated())
+        monkeypatch.setattr(loader, "kernel", driver.kernel)
+        monkeypatch.setattr(loader, "bind", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+        monkeypatch.setattr(replay.launch, "direct", lambda device: True)
+        monkeypatch.setattr(replay, "_once", {})
+        monkeypatch.setattr(replay, "_kinds", {})
+        monkeypatch.setattr(opened, "_opened_by", lambda *_: known)
+        yield driver
+
+
+def pushed(stream: Any, tensors: list[Tensor], lengths: list[int]) -> Tensor:
+    return torch.cat([stream.push(*piece) for piece in zip(*(x.split(lengths, 2) for x in tensors), strict=True)], 2)
+
+
+@pytest.mark.real_empty
+def test_pieces_of_one_length_repeat_their_launches(driver: Driver) -> None:
+    """With the bits of one call, through the ends of chunks and tiles; states that somebody holds do not change."""
+    *tensors, g = draw("cpu", 1, 340, 64, 64, torch.bfloat16, False)
+    expected = one_call(*tensors, g, 0.3)
+    stream = leetdist.stream(g, scale=0.3, tile=TILE)
+    lengths = [20, *[40] * 8]
+    first = pushed(stream, [x[:, :, :140] for x in tensors], lengths[:4])
+    held = stream.state
+    before = {name: x.clone() for name, x in held.parts.items()}
+    rest = pushed(stream, [x[:, :, 140:] for x in tensors], lengths[4:])
+    assert torch.equal(torch.cat((first, rest), 2), expected)
+    assert all(torch.equal(x, before[name]) for name, x in held.parts.items())
+    again = pushed(leetdist.stream(state=held), [x[:, :, 140:200] for x in tensors], [60])
+    assert torch.equal(again, expected[:, :, 140:200])
+    assert any(kept is not None for kept in replay._kinds.values())
+    assert None not in replay._kinds.values()
+
+
+@pytest.mark.real_empty
+def test_a_piece_takes_four_launches_and_no_copies(driver: Driver) -> None:
+    *tensors, g = draw("cpu", 1, TILE, 64, 64, torch.bfloat16, False)
+    stream = leetdist.stream(g, tile=TILE)
+    for piece in zip(*(x.split(8, 2) for x in tensors), strict=True):
+        before = driver.launches
+        with replay.Recorder() as seen:
+            stream.push(*piece)
+        closes = stream.tokens % open_chunk.CHUNK == 0
+        assert driver.launches - before == 3 + closes
+        assert closes or stream.tokens == 8 or seen.refused is None  # states are made, and folded
+
+
+def test_tokens_that_later_tokens_cannot_see_are_poisoned(driver: Driver) -> None:
+    """What lies beside a piece in memory, or where nothing is laid, has no part in its outputs."""
+    *tensors, g = draw("cpu", 2, 100, 64, 128, torch.float16, False)
+    expected = one_call(*tensors, g, 1.0)
+    around = [torch.full((2, x.shape[1], 130, x.shape[3]), math.nan, dtype=x.dtype) for x in tensors]
+    for to, x in zip(around, tensors, strict=True):
+        to[:, :, 16:116] = x
+    stream = leetdist.stream(g, tile=TILE)
+    assert torch.equal(pushed(stream, [x[:, :, 16:116] for x in around], [30, 70]), expected)
+
+
+@pytest.mark.gpu
+@ON_A_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pieces_have_the_bits_of_one_call_on_a_gpu(dtype: torch.dtype) -> None:
+    """Lengths that come again, so that their launches are repeated, in both layouts."""
+    g = torch.tensor([0.0, -1e-3, -0.1, -3.0], device="cuda")
+    for dim, token_major in ((128, False), (64, True)):
+        tensors = [torch.randn(2, 9_000, 4, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3)]
+        tensors = tensors if token_major else [x.contiguous() for x in tensors]
+        expected, last = leetdist.linear_attention(*tensors, g, method="block", tile=2048, return_state=True)
+        stream = leetdist.stream(g, tile=2048)
+        assert torch.equal(pushed(stream, tensors, [1, 300, *[100] * 20, *[7] * 57, *[1000] * 6, 300]), expected)
+        assert torch.equal(stream.state.now, last)
