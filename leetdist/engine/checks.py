@@ -322,9 +322,14 @@ def check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None, q: Tenso
     return boundaries
 
 
+def lanes_setting() -> str | None:
+    """LEETDIST_LANES, as it is."""
+    return os.environ.get("LEETDIST_LANES")
+
+
 def _wanted_lanes() -> int | None:
-    """LEETDIST_LANES: in how many groups the heads of a sharded call go; None leaves it to the cost model."""
-    value = os.environ.get("LEETDIST_LANES")
+    """In how many groups the heads of a sharded call are to go; None leaves it to the cost model."""
+    value = lanes_setting()
     if value is None:
         return None
     if not value.isdecimal() or int(value) < 1:

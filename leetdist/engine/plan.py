@@ -3,16 +3,16 @@ together."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from leetdist.arguments import is_plain
-from leetdist.engine.checks import check_agreement, check_declared, describe, global_layout
+from leetdist.engine.checks import check_agreement, check_declared, describe, global_layout, lanes_setting
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
 from leetdist.engine.values import Decays, bad_step, decays_of, forgetting_bound
@@ -24,7 +24,7 @@ from leetdist.operators.base import Operator
 from leetdist.operators.dispatch import backend_of, may_fail
 from leetdist.operators.problem import Problem
 from leetdist.operators.registry import operator_named
-from leetdist.sequence.agreement import Agreement, agree
+from leetdist.sequence.agreement import Agreement, agree, holds
 from leetdist.sequence.grid import Layout
 from leetdist.sequence.group import declared_lengths, warn_where_unjoined
 from leetdist.sequence.pipeline import best_lanes
@@ -32,6 +32,9 @@ from leetdist.sequence.site import Site
 
 if TYPE_CHECKING:
     from leetdist.sequence.transport import Transport
+
+
+WHAT = "the shapes and arguments of this call"  # that ranks wait for each other for
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +149,7 @@ def plan_call(
     """
     if transport is None:
         options = canonical_options(**options)
-        kind, known = (None, None) if gates is not None else _known(q, k, v, log_decay, options)
+        kind, _, known = _NOTHING if gates is not None else _known(_plans, q, k, v, log_decay, options)
         if known is None:
             warn_where_unjoined(5)
             problem = _of_operator(describe(q, k, v, log_decay, **options), operator, gates)
@@ -157,6 +160,15 @@ def plan_call(
                 _plans[kind] = known
         return known
     lengths = declared_lengths(transport)
+    said: dict[str, Any] = {"site": site, "declared": lengths is not None}
+    kind, decays, known = _NOTHING
+    if gates is None:
+        more = captured, lengths, lanes_setting()
+        kind, decays, known = _known(transport.plans, q, k, v, log_decay, options, transport.cut_from, *more)
+    asked: Agreement | None
+    asked, plan = known or _NOTHING[:2]
+    if asked is not None and holds(asked, transport, WHAT, values=_digest(decays), **said):
+        return cast(Plan, plan)
     mine: Problem | ValueError
     try:
         mine = describe(q, k, v, log_decay, **options, rank=transport.rank, ranks=transport.size, sharded=True)
@@ -175,16 +187,26 @@ def plan_call(
     decays = None
     if isinstance(mine, Problem) and log_decay is not None and log_decay.ndim == 1:
         decays = decays_of(log_decay, read=options.get("read_values", True))
-    agreement = agree(
-        mine, transport, "the shapes and arguments of this call",
-        values=0 if decays is None else decays.digest, site=site, declared=lengths is not None,
-    )  # fmt: skip
+    agreement = agree(mine, transport, WHAT, values=_digest(decays), asked=asked, **said)
     assert isinstance(mine, Problem)
+    plan = _agreed_plan(mine, agreement, transport, decays)
+    if kind is not None:
+        transport.plans[kind] = agreement, plan
+    return plan
+
+
+def _digest(decays: Decays | None) -> int:
+    return 0 if decays is None else decays.digest
+
+
+def _agreed_plan(mine: Problem, agreement: Agreement, transport: Transport, decays: Decays | None) -> Plan:
+    """This rank's plan of a call that all ranks have agreed on; what follows from that on each is compared once."""
     if not agreement.confirmed:
         check_agreement(agreement.everyone)
     kernels = operator_named(mine.operator).chosen(mine, sum(p.tokens for p in agreement.everyone))
     if not agreement.confirmed and may_fail(mine.backend):
         _confirm(str(kernels), agreement, transport)
+    agreement.confirmed = True
     key = decays, kernels
     plan: Plan | None = agreement.memo.get(key)
     if plan is None:
@@ -197,7 +219,7 @@ def plan_call(
         rows = plan.layout.batch * mine.dk * mine.dv
         widest = max(lane.width for lane in plan.lanes)
         with transport.call("agreement"):
-            transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), q.device)
+            transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), mine.device)
         agreement.memo[key] = plan
     return plan
 
@@ -213,7 +235,6 @@ def _confirm(kernels: str, agreement: Agreement, transport: Transport) -> None:
                 f"the ranks of the group disagree on the kernels of this call: rank {rank} has {theirs}, rank 0 has "
                 f"{everyone[0]}"
             )
-    agreement.confirmed = True
 
 
 def _of_operator(problem: Problem, operator: str | None, gates: Mapping[str, Tensor] | None) -> Problem:
@@ -235,43 +256,61 @@ def _of_operator(problem: Problem, operator: str | None, gates: Mapping[str, Ten
     )
 
 
-# Plans of local calls by all that `describe` looks at: it takes longer than a short call runs.
+# Plans of local calls by all that `describe` looks at: it takes longer than a short call runs. (Those of a group, with
+# what was agreed on, are in Transport.plans.)
 _plans: Memo[Hashable, Plan] = Memo(512)
 
 
+_NOTHING: Any = (None, None, None)
+
+
 def _known(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: dict[str, Any]
-) -> tuple[Hashable | None, Plan | None]:
-    """What tells one local call from another, None where values matter that are not known to be good; and its plan, if
-    there is one. Written out, because it is a third of what a remembered call costs the host."""
+    plans: Memo[Hashable, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    options: dict[str, Any],
+    cut_from: Callable[[int], int | None] | None = None,
+    *more: Hashable,
+) -> tuple[Hashable | None, Decays | None, Any]:
+    """What tells one call from another, None where values matter that are not known to be good; the values of a decay a
+    head; and what there is in `plans`. Written out, because it is a third of what a remembered call costs the host.
+
+    cut_from, more: of calls of a group, for which the values matter too.
+    """
     if options["cu_seqlens"] is not None or options["initial_state"] is not None:
-        return None, None
+        return _NOTHING
     try:
         decay: Hashable = None
+        decays = None
         if log_decay is not None:
             if (
                 not log_decay.is_floating_point()
             ):  # a complex -1 is equal to the real one, and would be remembered for it
-                return None, None
+                return _NOTHING
+            read = options.get("read_values", True)
             if log_decay.ndim == 1:
-                decays = decays_of(log_decay)
-                if decays is None or decays.bad is not None:
-                    return None, None
-            elif not is_plain(log_decay) or bad_step(log_decay) is not None:
-                return None, None
+                decays = decays_of(log_decay, read=read)
+                if read if decays is None else decays.bad is not None:
+                    return _NOTHING
+            elif not is_plain(log_decay) or bad_step(log_decay, read=read) is not None:
+                return _NOTHING
             decay = (
                 type(log_decay), log_decay.layout, log_decay.shape, log_decay.dtype, log_decay.device,
                 log_decay.requires_grad,
             )  # fmt: skip
+        if cut_from is not None:
+            options, more = canonical_options(**options), (decays, cut_from(q.shape[2]), *more)
         kind = (
             type(q), q.layout, q.shape, q.dtype, q.device, q.requires_grad,
             type(k), k.layout, k.shape, k.dtype, k.device, k.requires_grad,
             type(v), v.layout, v.shape, v.dtype, v.device, v.requires_grad,
-            decay, torch.is_grad_enabled(), *options.values(), *raw_settings(),
+            decay, torch.is_grad_enabled(), *options.values(), *raw_settings(), *more,
         )  # fmt: skip
-        return kind, _plans.get(kind)
-    except (AttributeError, TypeError, RuntimeError, ValueError):  # describe says what is wrong
-        return None, None
+        return kind, decays, plans.get(kind)
+    except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):  # describe says what is wrong
+        return _NOTHING
 
 
 @lru_cache(maxsize=512)

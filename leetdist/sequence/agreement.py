@@ -1,13 +1,11 @@
 """What the ranks of a group must agree on before they exchange tensors: checked on every call, exchanged once.
 
-Each rank keeps, for every argument set of its own that it has seen, what all ranks had. A call compares fingerprints
-of that: 48 bytes, through shared memory on one host, else in ceil(log2 P) messages to a rank; only where they differ
-do the ranks send each other everything. Looking at one's own arguments alone would not do: a rank whose shard is as
+Each rank keeps, for every argument set of its own that it has seen, what all ranks had. A call compares one number
+made of that, through shared memory on one host, else in ceil(log2 P) messages to a rank; only where the ranks' numbers
+differ do they send each other everything. Looking at one's own arguments alone would not do: a rank whose shard is as
 long as ever must still learn that another's has changed, because the tile length may change with the total.
 
-To check, compare and plan takes 4 ranks on the host of 4 H200s 95 us, 1,015 the first time, 55 where lengths are
-declared, and 33 without a group (benchmarks/agreement.py; results/scaling/agreement_h200_host.json). It is host
-time: a GPU that has work queued does not wait for it.
+What that costs the hosts: benchmarks/host.py. It is host time: a GPU that has work queued does not wait for it.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from leetdist.kernels.common.memo import Memo
 from leetdist.sequence.site import Site, warn_of
 from leetdist.sequence.transport import Transport
 
+_WORD = (1 << 62) - 1
 MOST = 512  # of what callers derive from one: layers have decays of their own, and learnt ones change every step
 
 
@@ -47,6 +46,7 @@ def agree(
     values: int = 0,
     site: Site | None = None,
     declared: bool = False,
+    asked: Agreement | None = None,
 ) -> Agreement:
     """All ranks' `mine`, the same on every rank. A rank whose own arguments are bad passes its error instead, so that
     the others fail too, and at once.
@@ -54,45 +54,64 @@ def agree(
     values: digest of what must be equal on all ranks but changes too often to remember (log_decay's values).
     site: the line of the program that makes the call; a warning where the ranks' are not one.
     declared: the caller promises that no rank's arguments change unseen; then what is known is not compared.
+    asked: what this rank has compared for this call already, in vain (`holds`).
     """
-    known: Agreement | None = None
-    if not isinstance(mine, ValueError):
-        known = transport.agreements.get((what, mine))
-    if known is not None and (declared or transport.size == 1):
-        return known
+    known = asked
     with transport.call("agreement"):
-        # No fingerprint is negative: where one rank knows nothing, all ranks see it.
-        fingerprint = -1 - transport.rank if known is None else known.fingerprint
-        if not _differ(fingerprint, values, site, transport, what) and known is not None:
-            return known
-        gathered = transport.gather_objects((mine, values), what)
-    for rank, (theirs, _) in enumerate(gathered):
+        if asked is None:
+            known = None if isinstance(mine, ValueError) else transport.agreements.get((what, mine))
+            if known is None:  # no number of an agreement is negative: all ranks see that one knows nothing
+                transport.alike(-1 - transport.rank, what)
+            elif holds(known, transport, what, values=values, site=site, declared=declared):
+                return known
+        gathered = transport.gather_objects((mine, values, site, known and known.fingerprint), what)
+    return _settled(gathered, known, transport, what)
+
+
+def holds(known: Agreement, transport: Transport, what: str, *, values: int, site: Site | None, declared: bool) -> bool:
+    """Whether every rank makes this call with what was agreed on; the same answer on every rank. Where it is False,
+    all of them go on by `agree`, and say that they have asked."""
+    if declared or transport.size == 1:
+        return True
+    line = 0 if site is None else transport.sites.get(site.number, site.number)
+    with transport.call("agreement"):
+        return transport.alike((known.fingerprint + 3 * values + 5 * line) & _WORD, what)
+
+
+def _settled(gathered: list[Any], known: Agreement | None, transport: Transport, what: str) -> Agreement:
+    """What follows from every rank's arguments, digest of values, site, and what it took for agreed (None: nothing)."""
+    for rank, (theirs, *_) in enumerate(gathered):
         if isinstance(theirs, ValueError):
             if rank == transport.rank:
                 raise theirs
             raise Disagreement(f"rank {rank} of {transport.size} has bad arguments: {theirs}")
-    everyone = tuple(theirs for theirs, _ in gathered)
-    agreement = Agreement(everyone, digest(repr(everyone).encode()))
-    differing = [rank for rank, (_, theirs) in enumerate(gathered) if theirs != gathered[0][1]]
+    everyone, values, sites, fingerprints = zip(*gathered, strict=True)
+    _compare_sites([None if site is None else Site(*site) for site in sites], transport)
+    differing = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
     if differing:
         raise Disagreement(
             f"the ranks of the group disagree on the values of log_decay: those of rank {differing[0]} are not rank 0's"
         )
-    transport.agreements[what, mine] = agreement
+    fingerprint = digest(repr(everyone).encode())
+    if known is not None and set(fingerprints) == {fingerprint}:  # it was the sites
+        return known
+    # Where one rank makes a new one all do, for they compare more, once each (`confirmed`).
+    agreement = Agreement(everyone, fingerprint)
+    transport.agreements[what, everyone[transport.rank]] = agreement
     return agreement
+
+
+def _compare_sites(sites: list[Site | None], transport: Transport) -> None:
+    """A warning, once for these lines, where the ranks make the call in several; from then on they count as one. (All
+    ranks see the same sites, so they keep the same table.)"""
+    lines = [site for site in sites if site is not None]
+    numbers = {transport.sites.get(site.number, site.number) for site in lines} | ({0} if None in sites else set())
+    if len(numbers) > 1:
+        transport.sites.update((site.number, min(numbers)) for site in lines)
+        if 0 not in numbers:
+            warn_of([site.words for site in lines])
 
 
 def digest(data: bytes) -> int:
     """A positive number of 62 bits that differs where the data does."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 2
-
-
-def _differ(fingerprint: int, values: int, site: Site | None, transport: Transport, what: str) -> bool:
-    """Whether any two ranks came with different numbers; the same answer on every rank."""
-    line = 0 if site is None else site.number
-    numbers = transport.largest([fingerprint, -fingerprint, values, -values, line, -line], what)
-    last, first = numbers[4], -numbers[5]
-    if 0 < first < last and (first, last) not in transport.sites:  # every rank has told of the same ones
-        transport.sites.add((first, last))
-        warn_of(transport.gather_objects("" if site is None else site.words, what))
-    return numbers[0] != -numbers[1] or numbers[2] != -numbers[3]

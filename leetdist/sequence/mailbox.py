@@ -1,9 +1,9 @@
-"""Few numbers between the processes of one host, in shared memory: what a call costs its hosts should be microseconds.
+"""A number between the processes of one host, in shared memory: what a call costs its hosts should be microseconds.
 
-Every rank has a box that it alone writes and all others read: two places, used in turn, each with a sequence number,
-the numbers and their hash. A rank writes its n-th letter when it has read all of the others' letters n - 1, so whoever
-still reads a place finds it as it was; the hash tells a letter that is only half there (on processors that do not keep
-the order of writes).
+Every rank has a box that it alone writes and all others read: two places, used in turn, each with a number, its seal
+and the letter's own number in their sequence. A rank writes its n-th letter when it has read all of the others' letters
+n - 1, so whoever still reads a place finds it as it was; the seal tells a letter that is only half there (on processors
+that do not keep the order of writes).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from leetdist.sequence.board import Board
 from leetdist.sequence.memory import Process
 
-NUMBERS = 6
 PLACE = 8  # numbers a place takes: a cache line
 # Looks at a box before the processor is left to others, and seconds between looks at whether the rank is alive.
 SPINS = 200
@@ -22,11 +21,11 @@ LOOK_SECONDS = 0.1
 
 
 class Gone(RuntimeError):
-    """`rank` has ended, or has not written in time."""
+    """`rank` has ended, or has not written in so many seconds."""
 
-    def __init__(self, rank: int, why: str) -> None:
+    def __init__(self, rank: int, why: str, seconds: float) -> None:
         super().__init__(why)
-        self.rank = rank
+        self.rank, self.seconds = rank, seconds
 
 
 class Mailbox:
@@ -35,38 +34,45 @@ class Mailbox:
     def __init__(self, memory: memoryview, rank: int, processes: Sequence[Process]) -> None:
         self.rank, self.processes, self.count = rank, processes, 0
         self.numbers = memory.cast("q")
+        self.others = [other for other in range(len(processes)) if other != rank]
 
     @staticmethod
     def bytes(ranks: int) -> int:
         return ranks * 2 * PLACE * 8
 
-    def exchange(self, letter: list[int], seconds: float, board: Board, what: str) -> list[list[int]]:
-        """Every rank's letter of NUMBERS numbers, in rank order; all ranks call this equally often. The wait for all of
-        them together takes `seconds` at most."""
+    def alike(self, number: int, seconds: float, board: Board, what: str) -> bool:
+        """Whether all ranks have come with this number; they call this equally often. The wait for all of them together
+        takes `seconds` at most."""
         self.count += 1
-        at = self._place(self.rank)
-        record = [*letter, self._seal(letter), self.count]
-        for offset, number in enumerate(record):  # the sequence number last
-            self.numbers[at + offset] = number
-        begin = time.monotonic()
-        ranks = range(len(self.processes))
-        return [letter if rank == self.rank else self._read(rank, begin, seconds, board, what) for rank in ranks]
+        numbers, at = self.numbers, self._place(self.rank)
+        numbers[at], numbers[at + 1] = number, self._seal(number)
+        numbers[at + 2] = self.count  # last
+        begin, same = 0.0, True
+        for rank in self.others:
+            at = self._place(rank)
+            theirs, seal, count = numbers[at : at + 3]
+            if count != self.count or seal != self._seal(theirs):
+                begin = begin or time.monotonic()
+                theirs = self._wait(rank, begin, seconds, board, what)
+            same = same and theirs == number
+        return same
 
     def _place(self, rank: int) -> int:
         return (2 * rank + self.count % 2) * PLACE
 
-    def _seal(self, letter: list[int]) -> int:
-        return hash((self.count, *letter))
+    def _seal(self, number: int) -> int:
+        return number ^ self.count
 
-    def _read(self, rank: int, begin: float, seconds: float, board: Board, what: str) -> list[int]:
+    def _wait(self, rank: int, begin: float, seconds: float, board: Board, what: str) -> int:
+        """The number of a rank that has not written it yet."""
         at = self._place(rank)
         looks, looked = 0, 0.0
         while True:
-            *letter, seal, count = self.numbers[at : at + NUMBERS + 2]
-            if count == self.count and seal == self._seal(letter):
+            number, seal, count = self.numbers[at : at + 3]
+            if count == self.count and seal == self._seal(number):
                 if looks > SPINS:
                     board.go_on()
-                return letter
+                return number
             looks += 1
             if looks < SPINS:
                 continue
@@ -76,10 +82,10 @@ class Mailbox:
             now = time.monotonic()
             looked = looked or now
             if now - begin > seconds:
-                raise Gone(rank, f"nothing came in {seconds:.1f} s")
+                raise Gone(rank, f"nothing came in {seconds:.1f} s", now - begin)
             if now - looked > LOOK_SECONDS:
                 looked = now
                 if self.processes[rank].state() == "has ended":
-                    raise Gone(rank, f"its process, {self.processes[rank].pid}, has ended")
+                    raise Gone(rank, f"its process, {self.processes[rank].pid}, has ended", now - begin)
                 if board.read(rank).phase in ("failed", "left"):
-                    raise Gone(rank, "it has given up")
+                    raise Gone(rank, "it has given up", now - begin)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
@@ -159,12 +159,13 @@ class PointToPoint(Transport):
         self._taken(sent)
         return everyone
 
-    def largest(self, numbers: list[int], what: str) -> list[int]:
+    def alike(self, number: int, what: str) -> bool:
         if self.mailbox is None:
-            return super().largest(numbers, what)
-        with self._blame(lambda gone: gone.rank, f"for {what}"):
-            everyone = self.mailbox.exchange(numbers, self.patience(), self.board, f"for {what}")
-        return [max(each) for each in zip(*everyone, strict=True)]
+            return super().alike(number, what)
+        try:
+            return self.mailbox.alike(number, self.patience(), self.board, f"for {what}")
+        except Gone as error:
+            raise self._unanswered(error.rank, f"for {what}", error.seconds, error) from error
 
     def patience(self) -> float:
         """Seconds that a host, or a GPU by itself, waits for another rank."""
@@ -213,23 +214,16 @@ class PointToPoint(Transport):
             work.wait(timedelta(seconds=self.seconds))
 
     @contextlib.contextmanager
-    def _blame(self, other: int | Callable[[Gone], int], what: str) -> Iterator[None]:
-        """Turn a backend's error, or the mailbox's, into one that names the rank at fault. other: whom this rank waits
-        for, or, where it waits for all, whom an error tells."""
+    def _blame(self, other: int, what: str) -> Iterator[None]:
+        """Turn a backend's error into one that names the rank at fault. other: whom this rank waits for."""
         begin = time.monotonic()
-        if isinstance(other, int):
-            self.board.wait(other, what)
+        self.board.wait(other, what)
         try:
             yield
         except Unanswered:
             raise
         except RuntimeError as error:
-            waited = time.monotonic() - begin
-            if not isinstance(other, int):
-                if not isinstance(error, Gone):
-                    raise
-                other = other(error)
-            raise self._unanswered(other, what, waited, error) from error
+            raise self._unanswered(other, what, time.monotonic() - begin, error) from error
         self.board.go_on()
 
     def _unanswered(self, other: int, what: str, waited: float, error: RuntimeError) -> Unanswered:

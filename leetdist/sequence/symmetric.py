@@ -195,8 +195,8 @@ class Symmetric(Transport):
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         return self.under.gather_objects(mine, what)
 
-    def largest(self, numbers: list[int], what: str) -> list[int]:
-        return self.under.largest(numbers, what)
+    def alike(self, number: int, what: str) -> bool:
+        return self.under.alike(number, what)
 
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
         return self.under.swap_header(header, to, source, what)

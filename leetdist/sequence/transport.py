@@ -43,7 +43,8 @@ class Transport(ABC):
         self.seconds = timeout_seconds()
         self.failure: str | None = None
         self.agreements: Memo[Any, Any] = Memo(512)  # forgetting one costs an exchange, never a wrong result
-        self.sites: set[tuple[int, int]] = set()  # of calls that ranks made in different lines, and were told of
+        self.plans: Memo[Any, Any] = Memo(512)  # of the engine, by kind of call
+        self.sites: dict[int, int] = {}  # lines in which ranks made one call, and were told of: the number of one
         self.cut: tuple[int, int] | None = None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}  # where this rank's scans run
         self.bytes_sent = 0  # of tensors, not of what the hosts agree on
@@ -69,18 +70,18 @@ class Transport(ABC):
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         """Every rank's object, on every rank, over the host."""
 
-    def largest(self, numbers: list[int], what: str) -> list[int]:
-        """The largest of all ranks' numbers, place by place, on every rank, over the host.
+    def alike(self, number: int, what: str) -> bool:
+        """Whether all ranks have come with this number; the same answer on every rank, over the host.
 
-        By dissemination: after step s, a rank knows about 2^(s+1) ranks.
+        By dissemination: after step s, a rank knows the extremes of about 2^(s+1) ranks.
         """
-        step = 1
+        extremes, step = [number, -number], 1
         while step < self.size:
             to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
-            theirs = self.swap_header(numbers, to, source, what)
-            numbers = [max(a, b) for a, b in zip(numbers, theirs, strict=True)]
+            theirs = self.swap_header(extremes, to, source, what)
+            extremes = [max(a, b) for a, b in zip(extremes, theirs, strict=True)]
             step *= 2
-        return numbers
+        return extremes[0] == -extremes[1]
 
     @abstractmethod
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
@@ -130,6 +131,7 @@ class Transport(ABC):
                 self.board.end(LEFT)
         self.board = Board.alone()
         self.agreements.clear()  # what is remembered with them holds this transport
+        self.plans.clear()
         self.streams.clear()
 
     def call(self, phase: str) -> AbstractContextManager[None]:

@@ -54,3 +54,11 @@ def test_overhead(tmp_path: Path) -> None:
     assert report["ranks are"] == "processes over gloo"
     assert [row["ranks"] for row in report["rows"]] == [3, 3]
     assert all(row["ranks_s"] > 0 and row["single_s"] > 0 for row in report["rows"])
+
+
+def test_host(tmp_path: Path) -> None:
+    run("benchmarks/host.py", "--repeat", "1", "--out", str(tmp_path / "h.json"))
+    report = json.loads((tmp_path / "h.json").read_text())
+    assert (report["transport"], report["ranks"]) == ("stand-in", 2)
+    assert {row["who"] for row in report["rows"]} == {"one device", "group", "declared"}
+    assert all(row["median_us"] >= row["least_us"] > 0 for row in report["rows"])

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import leetdist
+from helpers import run_ranks, values
 from leetdist.engine import plan
+from leetdist.sequence.group import resolve
+from leetdist.sequence.p2p import TENSORS, PointToPoint
 from leetdist.sequence.virtual import VirtualGroup
 
 
@@ -60,6 +64,51 @@ def test_agreement_is_exchanged_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     leetdist.virtual_ranks(rank, ranks)
     assert seen == [(ranks, 2 * ranks), (0, 2 * ranks), (0, 0)]
+
+
+def change_one_thing_on_one_rank(rank: int) -> tuple[list[str], list[int]]:
+    """What each call ended in, and how many messages the hosts sent for it."""
+    transport = resolve(dist.group.WORLD)
+    assert isinstance(transport, PointToPoint)
+    x, decays = torch.randn(1, 2, 64, 16), torch.tensor([-0.1, -0.2])
+    usual = {"log_decay": decays, "scale": 1.0, "tile": 32, "return_state": False, "method": "block", "precision": None}
+    changes = [
+        {"scale": 2.0}, {"tile": 64}, {"return_state": True}, {"method": "lightning"}, {"log_decay": None},
+        {"precision": "high"}, {"log_decay": torch.tensor([-0.1, -0.3])}, {"log_decay": torch.tensor([-0.1, 1.0])},
+        {"scale": "large"},
+    ]  # fmt: skip
+    sent: list[int] = []
+    real = PointToPoint._send
+
+    def counted(group: Any, tensor: torch.Tensor, to: int, what: str, tag: int) -> Any:
+        sent[-1] += tag != TENSORS
+        return real(transport, group, tensor, to, what, tag)
+
+    ended = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "_send", counted)
+        for change in ({}, {}, {}, *changes):
+            for options in (change if rank == 1 else {}, {}):
+                sent.append(0)
+                ended.append(raised(transport, x, x, x, **usual | options))  # type: ignore[arg-type]
+    return ended, sent
+
+
+def test_nothing_is_sent_until_one_rank_changes_one_thing() -> None:
+    """On one host what is known is compared in shared memory; whatever one rank changes, all are told, and go on."""
+    words = [
+        "scale: rank 1 has 2.0", "tile: rank 1 has 64", "return_state: rank 1 has True", "method: rank 1 has lightning",
+        "those of rank 1 are not", "precision: rank 1 has high", "those of rank 1 are not", "log_decay must be <= 0",
+        "scale must be",
+    ]  # fmt: skip
+    for ended, sent in values(run_ranks(change_one_thing_on_one_rank, 3)):
+        assert not any(ended[:6])
+        assert sent[0] > 0
+        assert sent[1:6] == [0] * 5
+        for word, error, count in zip(words, ended[6::2], sent[6::2], strict=True):
+            assert word in error
+            assert count > 0
+        assert not any(ended[7::2])
 
 
 def test_a_change_on_one_rank_is_seen_by_all() -> None:

@@ -22,7 +22,7 @@ from leetdist.testing.equality import Case, check
 
 # Where something happens on the victim: the object and the method that is about to run.
 STAGES: dict[str, tuple[Any, str]] = {
-    "agreement": (p2p.PointToPoint, "largest"),
+    "agreement": (p2p.PointToPoint, "alike"),
     "tile states": (ConstantDecay, "state_gradients"),
     "receive": (p2p.PointToPoint, "receive_state"),
     "fold": (ConstantDecay, "fold"),

@@ -29,14 +29,14 @@ import torch.distributed as dist
 import leetdist
 from leetdist.engine import scan
 from leetdist.operators.constant_decay import ConstantDecay
-from leetdist.sequence import agreement, memory, p2p
+from leetdist.sequence import memory, p2p
 
 RANKS, TIMEOUT, GRACE = 3, 5.0, 5.0
 JOBS = 3  # at once: they mostly wait
 # Stage -> the object and the function that is about to run on the victim; None: between two calls.
 STAGES: dict[str, tuple[Any, str] | None] = {
     "set-up": (memory, "shared"),
-    "agreement": (agreement, "_differ"),
+    "agreement": (p2p.PointToPoint, "alike"),
     "forward scan": (p2p.PointToPoint, "receive_state"),
     "forward outputs": (ConstantDecay, "outputs"),
     "exchange of final states": (scan, "states_to_all"),

@@ -1,0 +1,124 @@
+"""A constant decay whose kernels compute nothing, and a group whose other rank answers at once: what is left of a
+sharded call is the host's own part, and can be timed on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.common import recording
+from leetdist.operators.constant_decay import ConstantDecay
+from leetdist.sequence.transport import Transport
+
+
+def _launch(*tensors: Tensor | None) -> None:
+    recording.note(recording.TritonLaunch(_IDLE, (1, 1, 1), tensors))
+
+
+_IDLE = SimpleNamespace()
+
+
+class Kernels:
+    """The steps of `leetdist.operators.base.Operator`: they take the memory that kernels take, and launch one kernel
+    each, as those of a GPU do."""
+
+    @staticmethod
+    def added(self: Any, x: Any, tiles: Any, out: Tensor | None) -> Tensor:
+        k, v = x["k"], x["v"]
+        if out is None:
+            heads = max(k.shape[1], v.shape[1])
+            out = k.new_empty(k.shape[0], heads, tiles.count, k.shape[3], v.shape[3], dtype=torch.float32)
+        _launch(k, v, x["log_decay"], out)
+        return out
+
+    @staticmethod
+    def summaries(self: Any, x: Any, tiles: Any, *, to_end: bool, out: Tensor | None) -> Tensor:
+        return Kernels.added(self, x, tiles, out)
+
+    @staticmethod
+    def state_gradients(
+        self: Any, x: Any, states: Tensor, do: Tensor, tiles: Any, *, to_end: bool, out: Tensor | None
+    ) -> Tensor:
+        return Kernels.added(self, x, tiles, out)
+
+    @staticmethod
+    def fold(
+        self: Any, keep: Tensor, states: Tensor, initial: Tensor | None, tiles: Any, *, reverse: bool, to_end: bool
+    ) -> Tensor | None:
+        batch, heads, _, dk, dv = states.shape
+        final = states.new_empty(batch * tiles.num_segments, heads, dk, dv) if to_end else None
+        _launch(states, initial, keep, final)
+        return final
+
+    @staticmethod
+    def outputs(self: Any, x: Any, states: Tensor, tiles: Any, *, out: Tensor | None) -> Tensor:
+        out = torch.empty_like(x["v"]) if out is None else out
+        _launch(x["q"], x["k"], x["v"], states, x["log_decay"], out)
+        return out
+
+    @staticmethod
+    def early_gradients(self: Any, x: Any, states: Tensor, do: Tensor, tiles: Any, places: Any, dtypes: Any) -> Any:
+        return {"q": Kernels.gradient(x, "q", states, do, places)}
+
+    @staticmethod
+    def late_gradients(
+        self: Any, x: Any, states: Tensor, ends: Tensor, do: Tensor, tiles: Any, places: Any, dtypes: Any, *, kept: Any
+    ) -> Any:
+        return {name: Kernels.gradient(x, name, ends, do, places) for name in ("k", "v")}
+
+    @staticmethod
+    def gradient(x: Any, name: str, states: Tensor, do: Tensor, places: Any) -> Tensor:
+        out = places[name]
+        out = torch.empty_like(x[name]) if out is None else out
+        _launch(x["q"], x["k"], x["v"], do, states, x["log_decay"], out)
+        return out
+
+    @staticmethod
+    def head_gradients(self: Any, x: Any, states: Tensor, ends: Tensor, do: Tensor, tiles: Any) -> dict[str, Tensor]:
+        shares = states.new_zeros(states.shape[:3])
+        return {"log_decay": shares}
+
+
+STEPS = (
+    "summaries", "fold", "outputs", "state_gradients", "early_gradients", "late_gradients", "head_gradients"
+)  # fmt: skip
+
+
+@contextmanager
+def idle_kernels() -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in STEPS:
+            stack.enter_context(patch.object(ConstantDecay, name, getattr(Kernels, name)))
+        yield
+
+
+class Echo(Transport):
+    """Rank 1 of 2, whose neighbour has always said and sent what this one expects."""
+
+    kind = "stand-in"
+    name = "stand-in"
+    rank, size = 1, 2
+
+    def send(self, tensor: Tensor, to: int, what: str) -> None:
+        pass
+
+    def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
+        return tensor
+
+    def flush(self) -> None:
+        pass
+
+    def gather_objects(self, mine: Any, what: str) -> list[Any]:
+        return [mine, mine]
+
+    def alike(self, number: int, what: str) -> bool:
+        return True
+
+    def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
+        return header

@@ -1,0 +1,133 @@
+"""What a sharded call costs the host, in steady state, apart from arithmetic: planning, and whole calls.
+
+    python benchmarks/host.py --out benchmarks/results/scaling/host_cpu.json   # a neighbour that answers at once
+    torchrun --nproc-per-node=2 benchmarks/host.py                            # the ranks' own transport
+
+On a CPU the kernels compute nothing (benchmarks/common/idle.py), and what is timed is the host's part alone, without
+any driver's. On GPUs the kernels are the real ones, of few tokens, and the host's part is timed from a synchronisation
+on, while its launches still find room in the GPU's queue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common.idle import Echo, idle_kernels
+from suites.scaling.report import provenance
+
+import leetdist
+from leetdist.engine.plan import plan_call
+from leetdist.launch.runtime import joined
+from leetdist.sequence.group import resolve
+from leetdist.testing.equality import lightning_slopes
+
+IN_A_ROW = 20
+
+
+def timed(call: Callable[[], Any], repeat: int, *, together: bool) -> dict[str, float]:
+    """Microseconds of a call, of IN_A_ROW in a row: the median row, and the least."""
+    for _ in range(5):
+        call()
+    spans = []
+    for _ in range(repeat):
+        if together:
+            dist.barrier()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(IN_A_ROW):
+            call()
+        spans.append((time.perf_counter() - begin) / IN_A_ROW * 1e6)
+    return {"median_us": round(statistics.median(spans), 1), "least_us": round(min(spans), 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=64, help="a rank's")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=100)
+    parser.add_argument("--transport", help="of torchrun's ranks: auto, p2p or symmetric")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    together = "RANK" in os.environ
+    cuda = torch.cuda.is_available() and together
+    with joined() if together else nullcontext(), nullcontext() if cuda else idle_kernels():
+        group = resolve(dist.group.WORLD, args.transport) if together else Echo()
+        assert group is not None
+        device = torch.device("cuda" if cuda else "cpu")
+        rows = measure(args, group, device, together=together)
+        result = {
+            "machine": torch.cuda.get_device_name() if cuda else "CPU, kernels that compute nothing",
+            "ranks": group.size, "transport": group.kind, **provenance(), "torch": torch.__version__,
+            "tokens a rank": args.tokens, "heads": args.heads, "dim": args.dim, "rows": rows,
+        }  # fmt: skip
+        if group.rank == 0 or not together:
+            for row in rows:
+                print(f"{row['what']:32} {row['who']:10} {row['median_us']:8.1f} {row['least_us']:8.1f} us")
+            if args.out is not None:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(args: argparse.Namespace, group: Any, device: torch.device, *, together: bool) -> list[dict[str, Any]]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = (1, args.heads, args.tokens, args.dim)
+    q, k, v, do = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    slopes = lightning_slopes(args.heads).to(device)
+    learnt = slopes.clone().requires_grad_()
+    lengths = [args.tokens] * group.size
+    options: dict[str, Any] = {
+        "scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "method": "block",
+        "tile": None, "precision": None,
+    }  # fmt: skip
+
+    def planned(forget: bool = False) -> None:
+        if forget:
+            group.agreements.clear()
+            group.plans.clear()
+        plan_call(q, k, v, slopes, transport=group, **options)
+
+    def forward(given: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return leetdist.linear_attention(q, k, v, slopes, group=given, method="block")
+
+    def both(given: Any, decay: torch.Tensor = slopes) -> Any:
+        o = leetdist.linear_attention(*leaves, decay, group=given, method="block")
+        return torch.autograd.grad(o, [*leaves, decay] if decay.requires_grad else leaves, do)
+
+    calls: list[tuple[str, str, Callable[[], Any]]] = [
+        ("plan, the first time", "group", lambda: planned(forget=True)),
+        ("plan", "group", planned),
+        ("plan", "declared", planned),
+        *(("forward", who, lambda given=given: forward(given)) for who, given in whom(group)),
+        *(("forward + backward", who, lambda given=given: both(given)) for who, given in whom(group)),
+        *(("forward + backward, learnt", who, lambda given=given: both(given, learnt)) for who, given in whom(group)),
+    ]
+    rows = []
+    for what, who, call in calls:
+        scope: AbstractContextManager[Any] = nullcontext()
+        if who == "declared":
+            scope = leetdist.sequence_parallel(group, lengths=lengths)
+        with scope:
+            rows.append({"what": what, "who": who, **timed(call, args.repeat, together=together)})
+    return rows
+
+
+def whom(group: Any) -> list[tuple[str, Any]]:
+    return [("one device", None), ("group", group), ("declared", group)]
+
+
+if __name__ == "__main__":
+    main()
