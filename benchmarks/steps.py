@@ -2,7 +2,7 @@
 
 A line a kernel: median milliseconds, and the bytes it must read and write over that time. An operand that several
 heads share counts once, and so do gradients that are added up over them, with the sum. No token is so far from a state
-that it is left out. The last two make all gradients of a decay a token together.
+that it is left out. The last two make all gradients together, where the decay is learnt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import leetdist
 from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant
-from leetdist.kernels.token_decay.cuda import gradients
+from leetdist.kernels.token_decay.cuda import by_head, gradients
 from leetdist.kernels.token_decay.cuda import hopper as token
 from leetdist.kernels.token_decay.cuda.gradients import SIZE
 
@@ -75,13 +75,14 @@ def steps(shape: Shape, kernels: Any, log_decay: Tensor) -> Iterator[tuple[str, 
     yield outputs("dq", do, v, k, states.mT, False)
     yield outputs("dk", v, do, q, states.mT, True)
     yield outputs("dv", k, q, do, states, True)
-    if log_decay.ndim == 1 or (shape.shared, shape.rows, shape.columns) != (shape.heads, SIZE, SIZE):
+    if (shape.shared, shape.rows, shape.columns) != (shape.heads, SIZE, SIZE):
         return
+    passes = by_head if log_decay.ndim == 1 else gradients
     given = q, k, v, do, states
-    _, kept = gradients.early_gradients(*given, log_decay, tiles, scale=0.1)
-    early = partial(gradients.early_gradients, *given, log_decay, tiles, scale=0.1)
+    _, kept = passes.early_gradients(*given, log_decay, tiles, scale=0.1)
+    early = partial(passes.early_gradients, *given, log_decay, tiles, scale=0.1)
     yield "dq, where log_decay is learnt", early, 5 * q.nbytes + states.nbytes
-    late = partial(gradients.late_gradients, *given, states, log_decay, tiles, kept, scale=0.1)
+    late = partial(passes.late_gradients, *given, states, log_decay, tiles, kept, scale=0.1)
     yield "dk, dv and d log_decay", late, 6 * q.nbytes + 2 * states.nbytes
 
 

@@ -88,6 +88,8 @@ def backward_pass(
     of the inputs (None for those beside q, k and v unless needs_gate_grads), and of the initial state (on the first
     rank, if the call has one).
     """
+    if needs_gate_grads:  # which the plan of a compiled call does not know
+        plan = plan.learning
     return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
 
 
@@ -124,7 +126,7 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         dtypes = {name: grad.wide for name, grad in grads.items()}
         late = tuple(name for name in wanted if name not in operator.early)
 
-        # What early gradients leave for late ones, of each kind of tiles.
+        # What early gradients leave for late ones, and these for those of heads, of each kind of tiles.
         kept: dict[tuple[Lane, int], dict[str, Tensor]] = {}
 
         def put(
@@ -153,8 +155,8 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         if needs_gate_grads and operator.heads:
             shares = {
                 lane: [
-                    operator.head_gradients(of_lane[lane], *from_states, do_of[lane], tiles)
-                    for tiles, from_states in _kinds_of_tiles(plan, lane, states, ends)
+                    operator.head_gradients(of_lane[lane], *from_states, do_of[lane], tiles, kept=kept[lane, kind])
+                    for kind, (tiles, from_states) in enumerate(_kinds_of_tiles(plan, lane, states, ends))
                 ]
                 for lane in plan.lanes
             }

@@ -73,6 +73,15 @@ class Plan:
         """Linked or alone, in the order of the row."""
         return self.tiles if self.alone is None else Tiles(self.tiles.size, self.tiles.bounds)
 
+    @cached_property
+    def learning(self) -> Plan:
+        """The same where the gradient of what the operator decays by is asked for: of a compiled call that is known in
+        its backward pass alone."""
+        if self.problem.needs_decay_grad:
+            return self
+        problem = replace(self.problem, needs_decay_grad=True)
+        return replace(self, problem=problem, operator=type(self.operator)(problem, self.layout.offsets[-1]))
+
     def zero_states(self, lane: Lane) -> Tensor:
         """(B, lane's heads, tiles that are alone, Dk, Dv), without memory: the states from which they start and end."""
         assert self.alone is not None

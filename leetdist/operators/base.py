@@ -120,11 +120,14 @@ class Operator(ABC):
         kept: Inputs,
     ) -> dict[str, Tensor]:
         """Those of the other `tokens` that `places` names; ends: the gradient of the state at each tile's end; kept:
-        what `early_gradients` has left."""
+        what `early_gradients` has left. What comes under other names is kept for `head_gradients`."""
 
     @abstractmethod
-    def head_gradients(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> dict[str, Tensor]:
-        """What each tile adds to the gradients of `heads`: (B, H, tiles, ...) each."""
+    def head_gradients(
+        self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles, *, kept: Inputs
+    ) -> dict[str, Tensor]:
+        """What each tile adds to the gradients of `heads`: (B, H, tiles, ...) each; kept: what `late_gradients` has
+        left."""
 
 
 class Transition(Protocol):
@@ -255,7 +258,9 @@ class TileOperator(Operator):
                 whole[name][row, :, _span(tiles, number)] = grad[0].to(whole[name].dtype)
         return whole
 
-    def head_gradients(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> dict[str, Tensor]:
+    def head_gradients(
+        self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles, *, kept: Inputs
+    ) -> dict[str, Tensor]:
         shares = [grads for _, _, grads in self._gradients(self.heads, x, states, ends, do, tiles)]
         return {
             name: self._stack([grads[name][None] for grads in shares], x, tiles, x[name].shape[1:])

@@ -25,6 +25,7 @@ MOST_TAPS = 4  # of a convolution
 ONE_BY_ONE = 512
 # Tokens; in shorter tiles the products of the kernels for Hopper are not full.
 SHORTEST_ON_HOPPER = {"narrow": 128, "wide": 64}
+LONGEST_CHAIN = 4096  # tokens; what is lost from chunk to chunk (kernels/token_decay/cuda/by_head.py) adds up
 # NVRTC 12.9 ends the process (signal 11, in its ptxas) when it compiles tile_outputs.cu for 16-bit outputs.
 OLDEST_NVRTC = 13, 0
 CUDA_EXTRA, TRITON_PACKAGE = "pip install leetdist[cuda]", "pip install -U triton"
@@ -70,10 +71,10 @@ class Facts:
 class Implementation:
     """One way to compute some steps. refusal: why not, in words; None: it serves.
 
-    operator: whose steps, which is also the folder of leetdist.kernels where `module` is, with a function a step, named
-    in `functions` where it is not called as the step is. compiler: what makes its machine code. costs: the table of
-    leetdist/operators/costs.json that was measured with it. recordable: all its launches are seen by
-    leetdist.kernels.common.recording, so that a call can be repeated. longest_tile: tokens that it may add up one by
+    operator: whose steps, and where no `folder` is named, the folder of leetdist.kernels with `module`, which has a
+    function a step, named in `functions` where it is not called as the step is. compiler: what makes its machine code.
+    costs: the table of leetdist/operators/costs.json that was measured with it. recordable: all its launches are seen
+    by leetdist.kernels.common.recording, so that a call can be repeated. longest_tile: tokens that it may add up one by
     one. opened: the module, beside its own, that goes on inside a tile (leetdist.operators.opened).
     """
 
@@ -88,6 +89,7 @@ class Implementation:
     longest_tile: int | None = None
     functions: tuple[tuple[str, str], ...] = ()
     operator: str = "constant_decay"
+    folder: str = ""
     opened: str = ""
 
     def refuses(self, facts: Facts) -> str | None:
@@ -116,7 +118,7 @@ class Implementation:
         return getattr(self.loaded(), dict(self.functions).get(step, step))
 
     def loaded(self) -> Any:
-        return importlib.import_module(f"leetdist.kernels.{self.operator}.{self.module}")
+        return importlib.import_module(f"leetdist.kernels.{self.folder or self.operator}.{self.module}")
 
     def loaded_opened(self) -> Any:
         """The module `opened`; None where there is none."""
@@ -238,6 +240,8 @@ def _cuda_hopper_gradients(facts: Facts) -> str | None:
     refused = _cuda_hopper_bf16(facts) or _hopper_16_bit(facts, {128})
     if refused is None and facts.shares != (1, 1, 1):
         refused = "heads that share nothing"
+    if refused is None and facts.operator == "constant_decay" and facts.tile > LONGEST_CHAIN:
+        refused = f"tiles of up to {LONGEST_CHAIN} tokens, got {facts.tile}"
     return refused
 
 
@@ -322,6 +326,9 @@ TRITON_STEP = Implementation("Triton", "triton.step", _triton, "Triton")
 TRITON_STEPS = Implementation("Triton", "triton.steps", _triton, "Triton")
 PYTORCH_DECODE = Implementation("PyTorch", "pytorch.decode", _pytorch)
 
+CUDA_HOPPER_LEARNT = Implementation(
+    "CUDA C++", "cuda.by_head", _cuda_hopper_gradients, "NVRTC", features="a", recordable=True, folder="token_decay"
+)
 CUDA_HOPPER_A_TOKEN = Implementation(
     "CUDA C++", "cuda.hopper", _cuda_hopper, "NVRTC",
     costs="sm_90", features="a", recordable=True, operator="token_decay", opened="cuda.open_chunk",
@@ -378,8 +385,8 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET, PYTORCH_FLEET_A_TOKEN),
     "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN, PYTORCH_BY_TOKEN_A_TOKEN),
     "fold": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
-    "early_gradients": (CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
-    "late_gradients": (CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
+    "early_gradients": (CUDA_HOPPER_LEARNT, CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
+    "late_gradients": (CUDA_HOPPER_LEARNT, CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
     "decay_gradient": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "step": (TRITON_STEP, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
     "steps": (TRITON_STEPS, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),

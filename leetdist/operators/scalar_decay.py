@@ -75,6 +75,11 @@ class ScalarDecay(Operator):
     def early_gradients(
         self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, places: Places, dtypes: Dtypes
     ) -> dict[str, Tensor]:
+        if self.kernels.early_gradients is not None:
+            dq, kept = self.kernels.early_gradients(
+                x["q"], x["k"], x["v"], do, states, x["log_decay"], tiles, scale=self.scale, out=places["q"]
+            )
+            return {"q": dq, **kept}
         dq = self.kernels.tile_outputs(
             do, x["v"], x["k"], states.mT, x["log_decay"], tiles,
             reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=dtypes["q"], **_into(places["q"]),
@@ -93,6 +98,13 @@ class ScalarDecay(Operator):
         *,
         kept: Inputs,
     ) -> dict[str, Tensor]:
+        if self.kernels.late_gradients is not None:
+            outs = places["k"], places["v"], places.get("log_decay")
+            grads = self.kernels.late_gradients(
+                x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, kept, scale=self.scale, outs=outs
+            )
+            return dict(zip(("k", "v", "log_decay"), grads, strict=True))
+
         def reversed_outputs(name: str, a: Tensor, b: Tensor, c: Tensor, ends: Tensor) -> Tensor:
             return self.kernels.tile_outputs(
                 a, b, c, ends, x["log_decay"], tiles,
@@ -111,7 +123,11 @@ class ScalarDecay(Operator):
             x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, scale=self.scale, **_into(out)
         )
 
-    def head_gradients(self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles) -> dict[str, Tensor]:
+    def head_gradients(
+        self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles, *, kept: Inputs
+    ) -> dict[str, Tensor]:
+        if self.kernels.late_gradients is not None:
+            return {name: kept[name] for name in self.heads}
         return {name: self.decay_gradient(x, states, ends, do, tiles) for name in self.heads}
 
 

@@ -18,16 +18,6 @@ class TokenDecay(ScalarDecay):
 
     tokens = ("q", "k", "v", "log_decay")
 
-    def early_gradients(
-        self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, places: Places, dtypes: Dtypes
-    ) -> dict[str, Tensor]:
-        if self.kernels.early_gradients is None:
-            return super().early_gradients(x, states, do, tiles, places, dtypes)
-        dq, kept = self.kernels.early_gradients(
-            x["q"], x["k"], x["v"], do, states, x["log_decay"], tiles, scale=self.scale, out=places["q"]
-        )
-        return {"q": dq, **kept}
-
     def late_gradients(
         self,
         x: Inputs,
@@ -40,15 +30,8 @@ class TokenDecay(ScalarDecay):
         *,
         kept: Inputs,
     ) -> dict[str, Tensor]:
-        late = "k", "v", "log_decay"
-        if self.kernels.late_gradients is not None:
-            grads = self.kernels.late_gradients(
-                x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, kept,
-                scale=self.scale, outs=tuple(places[name] for name in late),
-            )  # fmt: skip
-            return dict(zip(late, grads, strict=True))
         of_tokens = super().late_gradients(x, states, ends, do, tiles, places, dtypes, kept=kept)
-        if "log_decay" in places:
+        if "log_decay" in places and "log_decay" not in of_tokens:
             place = places["log_decay"]
             of_tokens["log_decay"] = self.decay_gradient(x, states, ends, do, tiles, out=place)
         return of_tokens

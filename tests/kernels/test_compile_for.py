@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 
 import pytest
@@ -19,7 +18,7 @@ ALL = [(step, candidate) for step, candidates in CANDIDATES.items() for candidat
 @pytest.mark.parametrize(("step", "candidate"), ALL, ids=lambda x: x if isinstance(x, str) else x.module)
 def test_takes_what_a_rehearsal_gives(step: str, candidate, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        module = importlib.import_module(f"leetdist.kernels.{candidate.operator}.{candidate.module}")
+        module = candidate.loaded()
     except ImportError as error:
         pytest.skip(str(error))
     if not hasattr(module, "compile_for"):

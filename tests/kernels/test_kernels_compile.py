@@ -18,7 +18,7 @@ from leetdist.kernels.common import release  # noqa: E402
 from leetdist.kernels.common.settings import OF_TRITON  # noqa: E402
 from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, open_chunk, step  # noqa: E402
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of  # noqa: E402
-from leetdist.kernels.token_decay.triton import added_up, gradient, sums  # noqa: E402
+from leetdist.kernels.token_decay.triton import added_up, by_head, gradient, sums  # noqa: E402
 
 # Shared memory that one program may use, bytes: the CUDA programming guide's table of compute capabilities.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -28,12 +28,13 @@ TILE = 1024
 
 def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dtype, **constants):
     """Compile a kernel: `*_dtype` arguments are pointers to inputs, counts and strides are 64-bit."""
-    out = NAMES[dtype] if kernel is block._tile_outputs else "*fp64" if kernel is decay._decay_gradient else "*fp32"
+    doubles = kernel in (decay._decay_gradient, by_head._of_tiles)
+    out = NAMES[dtype] if kernel is block._tile_outputs else "*fp64" if doubles else "*fp32"
     pointers = {"out": out, "table": "*i64"}
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
     pointers |= {"state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
     pointers |= {"read": "*fp32", "written": "*fp32", "across": "*fp32", "only": "*i32"}
-    pointers |= {"early_lost": "*i32", "late_lost": "*i32", "lost": "*i32"}
+    pointers |= {"x": "*fp32", "early_lost": "*i32", "late_lost": "*i32", "lost": "*i32"}
     pointers |= {
         "kept": NAMES[torch.float16 if dtype == torch.float32 else dtype],
         "units": "*fp32",
@@ -153,6 +154,8 @@ def test_what_hopper_leaves_of_a_gradient_compiles() -> None:
     for read in (1, 2):
         constants = {"REGULAR": False, "CHUNKS": added_up.CHUNKS, "READ": read}
         compiled(added_up._add_up, 90, 4, 1, torch.float32, **constants)
+    for kernel, constants in ((by_head._of_tokens, {}), (by_head._of_tiles, {"REGULAR": False})):
+        compiled(kernel, 90, 4, 1, torch.float32, **constants, BLOCK_=by_head.BLOCK)
     constants = {"REGULAR": True, "CHUNK_": config.chunk, "ROWS": 128, "COLUMNS": 128, "FLAGS": added_up.FLAGS}
     result = compiled(added_up._walk_again, 90, config.warps, config.stages, torch.bfloat16, **constants)
     assert result.metadata.shared <= SHARED_MEMORY[90]

@@ -95,6 +95,24 @@ def test_the_table(given: Facts, name: str, reasons: list[str]) -> None:
             assert expected in reason
 
 
+def test_who_learns_a_decay_a_head_in_two_passes() -> None:
+    """Nobody else need."""
+    use = Use("late_gradients")
+    choice, _ = dispatch.ask(use, facts(HOPPER, BF16, 128, 128, 4096))
+    assert choice is not None
+    assert choice.implementation is implementations.CUDA_HOPPER_LEARNT
+    for given, reason in (
+        (facts(HOPPER, BF16, 128, 128, 8192), "up to 4096 tokens, got 8192"),
+        (facts(HOPPER, FP16, 128, 128), "got float16"),
+        (facts(HOPPER, BF16, 64, 64), "head sizes of 128, got 64 and 64"),
+        (facts(HOPPER, BF16, 128, 128, shares=(1, 4, 4)), "heads that share nothing"),
+        (facts(AMPERE, BF16, 128, 128), "this GPU has 8.0"),
+    ):
+        choice, refused = dispatch.ask(use, given)
+        assert choice is None
+        assert reason in refused[0][1]
+
+
 def test_every_candidate_has_its_functions() -> None:
     for step, candidates in CANDIDATES.items():
         for candidate in candidates:
