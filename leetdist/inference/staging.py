@@ -79,14 +79,14 @@ class Staging:
         return on_device
 
 
-def _token_major(x: Tensor) -> bool:
+def token_major(x: Tensor) -> bool:
     """Whether x, (B, H, N, ...), is the view of a (B, N, H, ...) tensor."""
     return x.stride(1) < x.stride(2)
 
 
 def _empty_like(shape: tuple[int, ...], like: Tensor, **options: object) -> Tensor:
     """An empty (B, H, N, ...) tensor with its dimensions in memory as `like` has them."""
-    if not _token_major(like):
+    if not token_major(like):
         return torch.empty(shape, dtype=like.dtype, **options)  # type: ignore[call-overload]
     batch, heads, tokens, *rest = shape
     return torch.empty(batch, tokens, heads, *rest, dtype=like.dtype, **options).transpose(1, 2)  # type: ignore[call-overload]
@@ -95,11 +95,11 @@ def _empty_like(shape: tuple[int, ...], like: Tensor, **options: object) -> Tens
 def _copy(to: Tensor, source: Tensor) -> None:
     """Block by block: a copy of a window that is no single block would pass through pageable memory, and wait."""
     for to_row, row in zip(to, source, strict=True):
-        if _token_major(source):
+        if token_major(source):
             to_row.copy_(row, non_blocking=True)
         else:
             for to_head, head in zip(to_row, row, strict=True):
                 to_head.copy_(head, non_blocking=True)
 
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "token_major"]

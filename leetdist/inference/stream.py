@@ -13,10 +13,11 @@ from torch import Tensor
 from leetdist.api import linear_attention
 from leetdist.arguments import check_device, check_plain
 from leetdist.engine.inputs import state_dtype
-from leetdist.inference.checks import check_decay, check_options, check_piece, check_shards
+from leetdist.inference.checks import check_count, check_decay, check_options, check_piece, check_shards
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, into_open_tile, no_tokens, on_its_grid, run
+from leetdist.inference.windows import Windows
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
 
@@ -45,8 +46,9 @@ def stream(
     The outputs are, bit for bit, those of one call over the whole sequence with the same `tile` and `method`, however
     it is cut.
     `stream.push(q, k, v)` takes a piece and returns its outputs at once; `stream.map(pieces)` does so for an iterator
-    of pieces, whose copies to and from `device` overlap with compute. `stream.state` is what there is to keep: a
-    `State`, to save, fork, decode from, or to go on from with `stream(state=...)`.
+    of pieces, whose copies to and from `device` overlap with compute, and with `window=` it computes short ones many at
+    a time. `stream.state` is what there is to keep: a `State`, to save, fork, decode from, or to go on from with
+    `stream(state=...)`.
 
     A piece that ends inside a tile costs up to a chunk of work again with the next one (64 or 128 tokens; with methods
     but "block" up to a tile). Where tokens come one by one, an exact `StatePool` has the same bits and does less.
@@ -175,9 +177,18 @@ class Stream:
         (o,) = self._staging(device).map(self._advance, [piece], self._lead)
         return o
 
-    def map(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
-        """The outputs of each piece in turn. A piece may be overwritten once the next one is asked for."""
+    def map(self, pieces: Iterable[Piece], *, window: int | None = None) -> Iterator[Tensor]:
+        """The outputs of each piece in turn. A piece may be overwritten once the next one is asked for.
+
+        window: tokens that may wait, for short pieces of a long sequence that need not have their outputs at once: from
+        so many on they are computed together, in one call up to the end of a tile. Each piece must stay as it is until
+        its outputs are given; pieces that lie one behind the other in memory, as slices of one tensor do, are not
+        copied. `state` and `tokens` are of what is computed. Of pieces in host memory and under a group there is none.
+        """
         pieces = iter(pieces)
+        if window is not None:
+            yield from self._in_windows(pieces, check_count("window", window, 1))
+            return
         first = next(pieces, None)
         if first is None:
             return
@@ -187,6 +198,25 @@ class Stream:
         else:
             with torch.no_grad():
                 yield from self._staging(device).map(self._advance, everything, self._lead)
+
+    def _in_windows(self, pieces: Iterator[Piece], window: int) -> Iterator[Tensor]:
+        if self._transport is not None:
+            raise ValueError("window must be None under a group: shards of several pieces are no shards of one")
+        first = next(pieces, None)
+        if first is None:
+            return
+        q: Any = first[0] if first else None
+        if self.device is not None and isinstance(q, Tensor) and q.device != self.device:
+            raise ValueError(f"window must be None for pieces that are not on {self.device}, where they are computed")
+
+        def checked() -> Iterator[Piece]:
+            for piece in chain([first], pieces):
+                with torch.no_grad():
+                    self._check(piece)
+                yield piece
+
+        windows = Windows(torch.no_grad()(self._advance), window, self._tile, self._lead)
+        yield from windows.map(checked())
 
     def _staged(self, piece: Piece) -> torch.device | None:
         """Where pieces such as this are copied to window by window, and their outputs from; None if they are not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import leetdist
 from leetdist.engine.checks import METHODS, ONE_DEVICE
 from leetdist.inference.state import State
+from leetdist.inference.windows import joined
 from leetdist.sequence.grid import default_tile
 
 H, DK, DV = 4, 16, 24
@@ -77,6 +79,64 @@ def test_any_pieces_give_the_bits_of_one_call(data: st.DataObject) -> None:
     assert torch.equal(torch.cat(outputs, 2), o)
     assert torch.equal(stream.state.now, last)
     assert stream.tokens == tokens
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_pieces_that_may_wait_give_the_bits_of_one_call(data: st.DataObject) -> None:
+    tokens, by_token = data.draw(st.integers(1, 400), "tokens"), data.draw(st.booleans(), "by token")
+    cuts = data.draw(st.lists(st.integers(1, tokens), max_size=20), "cuts")
+    window, apart = data.draw(st.integers(1, 500), "window"), data.draw(st.booleans(), "apart in memory")
+    torch.manual_seed(tokens)
+    tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(tokens, 2)]
+    tensors = [*tensors, steps(2, tokens)] if by_token else tensors
+    own = () if by_token else (LOG_DECAY,)
+    o, last = leetdist.linear_attention(*tensors, *own, method="block", tile=32, return_state=True)
+    stream, computed = leetdist.stream(*own, tile=32), []
+    pieces = [[x.clone() for x in piece] if apart else piece for piece in pieces_of(tensors, cuts)]
+    taken = 0
+
+    def taking() -> Iterator[tuple[Tensor, ...]]:
+        nonlocal taken
+        for piece in pieces:
+            taken += piece[0].shape[2]
+            yield tuple(piece)
+
+    for piece, found in zip(pieces, stream.map(taking(), window=window), strict=True):
+        assert found.shape[2] == piece[0].shape[2]
+        assert taken - stream.tokens < max(window, 32)
+        computed.append(found)
+    assert torch.equal(torch.cat(computed, 2), o)
+    assert torch.equal(stream.state.now, last)
+
+
+def test_slices_of_one_tensor_are_joined_without_a_copy() -> None:
+    x = torch.randn(2, 100, H, DK).transpose(1, 2)[:, 1:, 10:]
+    parts = x.split(30, 2)
+    whole = joined(parts)
+    assert whole.data_ptr() == x.data_ptr()
+    assert torch.equal(whole, x)
+    for others in ((parts[0], parts[2]), (parts[0], parts[1].clone()), (parts[1], parts[1])):
+        found = joined(others)
+        assert torch.equal(found, torch.cat(others, 2))
+        assert found.stride(1) < found.stride(2)  # its layout stays
+
+
+def test_what_may_not_wait_is_refused() -> None:
+    piece = inputs(40)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        list(leetdist.stream(LOG_DECAY).map([piece], window=0))
+    stream = leetdist.stream(LOG_DECAY, tile=16)
+    outputs = stream.map([piece, [x.half() for x in piece]], window=1000)
+    with pytest.raises(ValueError, match=r"this piece must have the dtype of those before it, torch.float32, got"):
+        next(outputs)
+    assert stream.tokens == 0
+
+    def on_a_rank(group: object) -> None:
+        list(leetdist.stream(LOG_DECAY, tile=16, group=group).map([piece], window=1000))
+
+    with pytest.raises(ValueError, match="window must be None under a group"):
+        leetdist.virtual_ranks(on_a_rank, 2)
 
 
 @pytest.mark.interpreter
