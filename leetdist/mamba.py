@@ -151,6 +151,21 @@ def decode(
     return y, states if inplace else new.mT
 
 
+def around(
+    attend: Callable[[Tensor, Tensor], tuple[Tensor, Any]],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    *,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_limit: tuple[float, float],
+) -> tuple[Tensor, Any]:
+    """`mamba_chunk_scan_combined` with softplus around another attention: y, and what `attend(v, log_decay)` returns
+    beside outputs, of dt x, (B, H, N, P), and dt A, (B, H, N)."""
+    return _around(attend, x, dt, A, D, None, dt_bias, None, scan.Steps(True, *map(float, dt_limit)))
+
+
 def _around(
     attend: Callable[[Tensor, Tensor], Any],
     x: Tensor,

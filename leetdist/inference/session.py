@@ -49,7 +49,7 @@ class Session:
     for it, as long as the model's other products do not depend on the number of tokens. All blocks have one tile then.
 
     Tokens are (B, N) int64, the same on every rank; logits (B, vocab) in the model's dtype; states fp32 (of Mamba-2's
-    layers a named tuple each, which `keep` does not take).
+    layers a named tuple each, which `keep` and `resume` do not take).
 
     Raises:
         ValueError: a prompt is empty, a step has no prompt before it or is not of one token a row, tokens are of
@@ -90,7 +90,7 @@ class Session:
         if not tokens.shape[1]:
             raise ValueError("tokens: N is 0; a prompt needs at least one token")
         if self.exact:
-            self.states = [_as_state(state) for state in self.states]
+            self.states = _each(self.states, _as_state)
         for piece in self._pieces(tokens):
             last = self._piece(piece)
             self.tokens += piece.shape[1]
@@ -110,7 +110,7 @@ class Session:
         if tokens.shape[1] != 1:
             raise ValueError(f"tokens must be one a row, (B, 1), got {tuple(tokens.shape)}; prefill takes several")
         if self.exact:
-            self.states = [_as_pool(state) for state in self.states]
+            self.states = _each(self.states, _as_pool)
         if tokens.device.type != "cuda":
             with alone():
                 last, self.states = self._run(tokens, self.states)
@@ -127,10 +127,7 @@ class Session:
         copies = check_count("copies", copies, 1)
         if not self.states:
             raise ValueError("fork: no prompt was taken in, so there is nothing to continue")
-        if self.exact:
-            self.states = [_as_state(state).fork(copies) for state in self.states]
-        else:
-            self.states = _each(self.states, lambda state: state.repeat_interleave(copies, 0))
+        self.states = _each(self.states, lambda part: _forked(part, copies))
         self._graph = None
 
     @property
@@ -138,19 +135,18 @@ class Session:
         """Rows of the batch; None before a prompt."""
         if not self.states:
             return None
-        first = self.states[0]
+        first = _parts_of(self.states[0])[0]
         if isinstance(first, StatePool):
             return first.idle
-        return first.boundary.shape[0] if isinstance(first, State) else _parts(self.states)[0].shape[0]
+        return int(first.boundary.shape[0] if isinstance(first, State) else first.shape[0])
 
     def keep(self) -> dict[str, State]:
         """What `save_states` takes: a state for each block, by its name; ValueError before a prompt."""
         if not self.states:
             raise ValueError("keep: no prompt was taken in, so there are no states")
+        self._check_files("keep", "save")
         if self.exact:
             return {_name(number): _as_state(state) for number, state in enumerate(self.states)}
-        if not all(isinstance(state, Tensor) for state in self.states):
-            raise ValueError("keep: the states of these layers are several tensors each: save session.states yourself")
         kept = {}
         for number, (block, state) in enumerate(zip(self.model.blocks, self.states, strict=True)):
             nothing = state.new_empty(*state.shape[:2], 0, state.shape[2])
@@ -165,6 +161,7 @@ class Session:
 
     def resume(self, states: Mapping[str, State]) -> None:
         """Go on from what `keep` gave, in any order, here or elsewhere; ValueError where it is another model's."""
+        self._check_files("resume", "restore")
         check_states(states)
         if len(states) != len(self.model.blocks):
             raise ValueError(f"the states are of {len(states)} blocks, and the model has {len(self.model.blocks)}")
@@ -193,6 +190,12 @@ class Session:
         except ValueError:
             self.states, self.tokens, self._graph = before
             raise
+
+    def _check_files(self, name: str, verb: str) -> None:
+        if any(hasattr(block.attention, "state_type") for block in self.model.blocks):
+            raise ValueError(
+                f"{name}: the states of these layers are several tensors each: {verb} session.states yourself"
+            )
 
     def _resume_exactly(self, kept: list[State]) -> None:
         for number, (block, state) in enumerate(zip(self.model.blocks, kept, strict=True)):
@@ -252,33 +255,39 @@ def _name(number: int) -> str:
     return f"blocks.{number}"
 
 
-def _each(states: list[Any], function: Callable[[Tensor], Tensor]) -> list[Any]:
-    """The states with `function` of each of their tensors: a layer's state is one, or a named tuple of some."""
-    return [function(state) if isinstance(state, Tensor) else type(state)(*map(function, state)) for state in states]
+def _each(states: list[Any], function: Callable[[Any], Any]) -> list[Any]:
+    """The states with `function` of each of their parts: a layer's state is one, or a named tuple of some."""
+    return [type(x)(*map(function, x)) if isinstance(x, tuple) else function(x) for x in states]
 
 
-def _parts(states: list[Any]) -> list[Tensor]:
-    """All tensors of the states."""
-    return [part for state in states for part in _of(state)]
+def _parts_of(state: Any) -> list[Any]:
+    """Tensors, a State or a StatePool."""
+    return list(state) if isinstance(state, tuple) else [state]
 
 
-def _of(state: Any) -> list[Tensor]:
-    if isinstance(state, StatePool):
-        return state.tensors
-    return [state] if isinstance(state, Tensor) else list(state)
+def _tensors(states: list[Any]) -> list[Tensor]:
+    """All that steps change."""
+    parts = [part for state in states for part in _parts_of(state)]
+    return [x for part in parts for x in (part.tensors if isinstance(part, StatePool) else [part])]
 
 
-def _as_pool(state: Any) -> StatePool:
-    """A pool of a state's rows, to decode from; in order, each a slot."""
-    if isinstance(state, StatePool):
-        return state
-    pool = StatePool(state.boundary.shape[0], like=state, exact=True)
-    pool.put(state)
+def _as_pool(part: Any) -> Any:
+    """A pool of a State's rows, to decode from; in order, each a slot."""
+    if not isinstance(part, State):
+        return part
+    pool = StatePool(part.boundary.shape[0], like=part, exact=True)
+    pool.put(part)
     return pool
 
 
-def _as_state(state: Any) -> State:
-    return state.take_all() if isinstance(state, StatePool) else state
+def _as_state(part: Any) -> Any:
+    return part.take_all() if isinstance(part, StatePool) else part
+
+
+def _forked(part: Any, copies: int) -> Any:
+    """Each row so many times."""
+    part = _as_state(part)
+    return part.fork(copies) if isinstance(part, State) else part.repeat_interleave(copies, 0)
 
 
 class _Graph:
@@ -286,10 +295,9 @@ class _Graph:
 
     def __init__(self, session: Session, tokens: Tensor) -> None:
         self.tokens = tokens.clone()
-        if not session.exact:
-            session.states = _each(session.states, Tensor.clone)
+        session.states = _each(session.states, lambda part: part.clone() if isinstance(part, Tensor) else part)
         self.states = session.states
-        held = [x.clone() for x in _parts(self.states)]
+        held = [x.clone() for x in _tensors(self.states)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), alone():  # compiles what is to be compiled
@@ -303,13 +311,13 @@ class _Graph:
             with torch.cuda.graph(self.graph), alone():
                 last, after = session._run(self.tokens, self.states)
                 self.logits = session._logits(last)
-                for state, new in zip(_parts(self.states), _parts(after), strict=True):
+                for state, new in zip(_tensors(self.states), _tensors(after), strict=True):
                     if new is not state:
                         state.copy_(new)
         finally:
             for layer in layers:
                 layer.inplace = False
-        for state, old in zip(_parts(self.states), held, strict=True):
+        for state, old in zip(_tensors(self.states), held, strict=True):
             state.copy_(old)
 
     def replay(self, tokens: Tensor) -> Tensor:

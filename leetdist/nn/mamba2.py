@@ -6,12 +6,15 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leetdist.arguments import as_float, as_int
+from leetdist.inference.attend import TILE, attend
 from leetdist.kernels.common.elementwise import silu
-from leetdist.mamba import check_limits, decode, mamba_chunk_scan_combined
+from leetdist.mamba import around, check_limits, decode, mamba_chunk_scan_combined
 from leetdist.nn.conv import causal_conv1d
+from leetdist.nn.exact import check_exact
 from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
@@ -23,8 +26,8 @@ class Mamba2State(NamedTuple):
 
     conv: Tensor
     """(B or documents, W - 1, channels): the last tokens before the convolution, in its inputs' dtype."""
-    ssm: Tensor
-    """(B or documents, H, P, S) fp32."""
+    ssm: Any
+    """(B or documents, H, P, S) fp32; in an exact layer a `State`, or to decode a `StatePool(..., exact=True)`."""
 
 
 class Mamba2(nn.Module):
@@ -49,6 +52,7 @@ class Mamba2(nn.Module):
         dt_limit: (least, most), what a step is clamped to.
         group: ranks that hold consecutive shards of the sequence; None takes the surrounding `sequence_parallel`, and
             without one computes on this device alone. `leetdist.parallelize` sets it.
+        tile, exact: as for `LightningAttention`; beside the `State` or `StatePool`, the convolution's last tokens.
 
     Raises:
         ValueError: heads * head_dim is not expand * dim, or groups do not divide the heads.
@@ -62,6 +66,10 @@ class Mamba2(nn.Module):
     >>> layer(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])
     """
+
+    by_token = True
+    state_type = Mamba2State
+    """What `leetdist.Session` asks: the decays are the tokens', not the layer's, and a state is several tensors."""
 
     inplace = False
     """Decoding writes the new state over the old one: what a captured graph wants, and only without gradients."""
@@ -81,8 +89,11 @@ class Mamba2(nn.Module):
         eps: float = 1e-5,
         dt_limit: tuple[float, float] = (0.0, math.inf),
         group: Group | None = None,
+        tile: int | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__()
+        self.tile, self.exact = check_exact(tile, exact)
         sizes = {"dim": dim, "head_dim": head_dim, "state": state, "groups": groups, "conv": conv}
         if heads is not None:
             sizes["heads"] = heads
@@ -130,22 +141,44 @@ class Mamba2(nn.Module):
         """x: (B, N, dim), this rank's shard under a group, as is seq_idx (B, N); cu_seqlens in the whole sequence.
         state: on the first rank; with return_state, every rank gets the one after the last token."""
         documents: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
-        z, inputs, last = self.scan_inputs(
-            x, initial=None if state is None else state.conv, return_state=return_state, **documents
-        )
+        before, kept = (None, None) if state is None else state
+        keeps = self.exact and (state is not None or return_state)
+        if keeps:
+            transport = resolve(self.group)
+            if seq_idx is not None or cu_seqlens is not None:
+                raise ValueError(
+                    "seq_idx and cu_seqlens must be None where an exact layer keeps a state, of one sequence"
+                )
+            if transport is not None and transport.rank > 0:
+                before = None  # which every rank has, and the first one needs
+        z, inputs, last = self.scan_inputs(x, initial=before, return_state=return_state, **documents)
         scanned: Any
         one = x.shape[1] == 1 and seq_idx is None and cu_seqlens is None
-        if state is not None and return_state and one and resolve(self.group) is None:
+        if keeps:
+            y, ssm = self._exactly(**inputs, state=kept, return_state=return_state)
+            scanned = (y, ssm) if return_state else y
+        elif state is not None and return_state and one and resolve(self.group) is None:
             scanned = decode(**inputs, states=state.ssm, dt_limit=self.dt_limit, inplace=self.inplace)
         else:
             scanned = mamba_chunk_scan_combined(
                 **inputs, dt_softplus=True, dt_limit=self.dt_limit,
-                initial_states=None if state is None else state.ssm, return_final_states=return_state,
-                **documents, group=self.group,
+                initial_states=kept, return_final_states=return_state,
+                **documents, group=self.group, tile=self.tile or (TILE if self.exact else None),
             )  # fmt: skip
         y, ssm = scanned if return_state else (scanned, None)
         y = self.out_proj(self.norm(y.flatten(2), z))
         return y if last is None or ssm is None else (y, Mamba2State(last, ssm))
+
+    def _exactly(
+        self, *, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Any, return_state: bool, **more: Tensor
+    ) -> tuple[Tensor, Any]:
+        """y with the bits of one call over all tokens, however they come, and what is kept of them."""
+        q, k = C.transpose(1, 2), B.transpose(1, 2)
+
+        def attended(v: Tensor, log_decay: Tensor) -> tuple[Tensor, Any]:
+            return attend(q, k, v, log_decay, tile=self.tile, state=state, keep=return_state, group=self.group)
+
+        return around(attended, x, dt, A, dt_limit=self.dt_limit, **more)
 
     def scan_inputs(
         self,
@@ -190,7 +223,8 @@ class GatedRMSNorm(nn.Module):
         """x, gate: (..., width), to the same in x's dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
         y = (x.to(wide) * silu(gate.to(wide))).unflatten(-1, (-1, self.size))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        # One kernel on a GPU, whose rows do not depend on how many there are, as those of a mean do.
+        y = F.rms_norm(y, (self.size,), eps=self.eps)
         return self.weight.to(x.dtype) * y.flatten(-2).to(x.dtype)
 
 

@@ -30,10 +30,9 @@ class Products(nn.Linear):
 def model_of(layer: Callable[..., nn.Module], **options: Any) -> LanguageModel:
     model = LanguageModel(Config(dim=DIM, layers=2, heads=2, hidden=96))
     for number, block in enumerate(model.blocks):
-        if layer is not leetdist.nn.SimpleGLA:
+        if not getattr(layer, "by_token", False):
             options.update(layer=number, layers=2)
         block.attention = layer(DIM, heads=2, tile=32, exact=True, **options)
-        block.attention.by_token = layer is leetdist.nn.SimpleGLA
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Products
@@ -45,6 +44,7 @@ LAYERS = [
     (leetdist.nn.Retention, {"rotary": False}),
     (leetdist.nn.SimpleGLA, {}),
 ]
+MAMBA2 = leetdist.nn.Mamba2, {"head_dim": 64, "state": 16}
 
 
 @pytest.mark.parametrize(("layer", "options"), LAYERS)
@@ -64,10 +64,31 @@ def test_a_session_has_the_bits_of_one_forward_pass(layer: Any, options: dict[st
     assert torch.equal(other.step(tokens[:, 131:132].repeat_interleave(2, 0)), whole[:, 131].repeat_interleave(2, 0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_session_of_mamba2_has_the_bits_of_one_forward_pass(dtype: torch.dtype) -> None:
+    """Convolution, steps, scan, D x, gate and norm of a token, however it comes."""
+    layer, options = MAMBA2
+    model, tokens = model_of(layer, **options).to(dtype), torch.randint(0, 256, (2, 150))
+    whole = model(tokens)
+    session = leetdist.Session(model, piece=50)
+    assert torch.equal(session.prefill(tokens[:, :70]), whole[:, 69])
+    for t in range(70, 100):  # through ends of tiles
+        assert torch.equal(session.step(tokens[:, t : t + 1]), whole[:, t])
+    assert torch.equal(session.prefill(tokens[:, 100:131]), whole[:, 130])
+    session.fork(2)
+    assert torch.equal(session.step(tokens[:, 131:132].repeat_interleave(2, 0)), whole[:, 131].repeat_interleave(2, 0))
+    with pytest.raises(ValueError, match="keep: the states of these layers are several tensors each: save session"):
+        session.keep()
+    with pytest.raises(ValueError, match="resume: the states of these layers are several tensors each: restore sess"):
+        session.resume({})
+
+
+@pytest.mark.parametrize(("layer", "options"), [(leetdist.nn.LightningAttention, {}), MAMBA2])
 @pytest.mark.parametrize("ranks", [1, 3])
 @torch.no_grad()
-def test_a_shared_prompt_has_the_bits_of_one_forward_pass(ranks: int) -> None:
-    model, tokens = model_of(leetdist.nn.LightningAttention), torch.randint(0, 256, (1, 150))
+def test_a_shared_prompt_has_the_bits_of_one_forward_pass(layer: Any, options: dict[str, Any], ranks: int) -> None:
+    model, tokens = model_of(layer, **options), torch.randint(0, 256, (1, 150))
     whole = model(tokens)
 
     def on_a_rank(group: Any) -> list[Tensor]:
@@ -77,6 +98,82 @@ def test_a_shared_prompt_has_the_bits_of_one_forward_pass(ranks: int) -> None:
     for found in leetdist.virtual_ranks(on_a_rank, ranks):
         for o, at in zip(found, (119, 120, 149), strict=True):
             assert torch.equal(o, whole[:, at])
+
+
+def decoded(layer: leetdist.nn.Mamba2, x: Tensor, pieces: list[int], calls: list[int]) -> Tensor:
+    """A prefill in pieces, and then calls of a few tokens on a pool."""
+    state, outputs, parts = None, [], list(x.split([*pieces, *calls], 1))
+    for part in parts[: len(pieces)]:
+        y, state = layer(part, state=state, return_state=True)
+        outputs.append(y)
+    pool = leetdist.StatePool(len(x), like=state.ssm, exact=True)
+    pool.put(state.ssm)
+    state = leetdist.nn.Mamba2State(state.conv, pool)
+    for part in parts[len(pieces) :]:
+        y, state = layer(part, state=state, return_state=True)
+        outputs.append(y)
+    return torch.cat(outputs, 1)
+
+
+def mamba2(dtype: torch.dtype, device: str, **more: Any) -> leetdist.nn.Mamba2:
+    options = {"head_dim": 64, "state": 64, "groups": 1, "tile": 128, "exact": True} | more
+    layer = leetdist.nn.Mamba2(DIM, **options).to(device, dtype)
+    for module in (layer.in_proj, layer.out_proj):
+        module.__class__ = Products
+    return layer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_mamba2_has_the_bits_of_one_call_on_a_gpu(dtype: torch.dtype) -> None:
+    for more in ({}, {"state": 128, "head_dim": 32}, {"groups": 2, "conv": 3}):
+        layer, x = mamba2(dtype, "cuda", **more), torch.randn(3, 400, DIM, device="cuda").to(dtype)
+        assert torch.equal(decoded(layer, x, [1, 2, 70, 127, 100], [1] * 60 + [8, 5, 2, 8, 8, 1, 8]), layer(x))
+
+
+@pytest.mark.interpreter
+@torch.no_grad()
+def test_mamba2_has_the_bits_of_one_call_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEETDIST_BACKEND", "triton")
+    layer, x = mamba2(torch.float32, "cpu", head_dim=32, state=16, tile=32), torch.randn(1, 90, DIM)
+    assert torch.equal(decoded(layer, x, [2, 50], [1, 1, 8, 8, 8, 8, 4]), layer(x))
+
+
+def test_mamba2_learns_with_the_bits_of_its_states() -> None:
+    """What is kept has no gradient; what is learnt is as in a layer that is not exact, with its tile."""
+    layer, x = mamba2(torch.float32, "cpu", tile=32), torch.randn(2, 100, DIM)
+    y = layer(x)
+    with torch.no_grad():
+        assert torch.equal(decoded(layer, x, [3, 40, 37], [1, 8, 1, 8, 2]), y)
+    y.square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    layer.exact = False
+    layer(x).square().sum().backward()
+    assert all(map(torch.equal, gradients, (parameter.grad for parameter in layer.parameters())))
+
+
+def test_what_an_exact_mamba2_refuses() -> None:
+    layer, x = mamba2(torch.float32, "cpu"), torch.randn(1, 20, DIM)
+    with pytest.raises(ValueError, match=r"an exact layer's state has no gradient: ask for it, and give one, under"):
+        layer(x, return_state=True)
+    with torch.no_grad():
+        _, state = layer(x, return_state=True)
+        for name, documents in (
+            ("seq_idx", torch.zeros(1, 20, dtype=torch.int32)),
+            ("cu_seqlens", torch.tensor([0, 20])),
+        ):
+            with pytest.raises(
+                ValueError, match="seq_idx and cu_seqlens must be None where an exact layer keeps a state"
+            ):
+                layer(x, state=state, **{name: documents})
+        with pytest.raises(
+            ValueError, match="state must be a State or an exact StatePool in an exact layer, got Tensor"
+        ):
+            layer(x, state=leetdist.nn.Mamba2State(state.conv, state.ssm.now), return_state=True)
+    with pytest.raises(ValueError, match="tile must be a power of two of at least 16 tokens, or None, got 24"):
+        mamba2(torch.float32, "cpu", tile=24)
 
 
 def test_what_exact_layers_refuse() -> None:
