@@ -11,7 +11,7 @@ from leetdist.engine.inputs import a_head
 from leetdist.engine.plan import plan_call
 from leetdist.kernels.common.settings import settings
 from leetdist.operators.composition import Kernels
-from leetdist.operators.implementations import machine_of
+from leetdist.operators.facts import machine_of
 from leetdist.operators.methods import choice_for, kernels_for
 from leetdist.operators.words import in_words, refusals
 from leetdist.sequence.group import resolve
@@ -142,6 +142,8 @@ def _launches(plan: Plan, kernels: Kernels) -> str:
         return "not repeated: a CPU has none"
     if not kernels.recordable:
         alone = dict.fromkeys(c.implementation.module for c in kernels.choices if not c.implementation.recordable)
+        if not alone:
+            return "not repeated: the state's rows come in blocks, which are parts of tensors"
         return f"not repeated: {', '.join(alone)} has some that are not seen"
     if not plan.repeatable:
         return "not repeated: under a group, decays that are learnt make every call another"

@@ -49,8 +49,9 @@ def are_zeros(states: Tensor) -> bool:
 
 
 def step_of(states: Tensor) -> int:
-    """Numbers from a tile's state to the next one's, head after head, of contiguous states or `zero_states`."""
-    return 0 if are_zeros(states) else states.shape[3] * states.shape[4]
+    """Numbers from a tile's state to the next one's, head after head, of contiguous states, of some rows of such, or of
+    `zero_states`."""
+    return 0 if are_zeros(states) else states.stride(2)
 
 
 def address_of(states: Tensor) -> int:

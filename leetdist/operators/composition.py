@@ -48,7 +48,7 @@ class Kernels:
         """Whether all launches of the two passes are seen by leetdist.kernels.common.recording. (A gradient of decays
         a head, which is summed over tiles and ranks, is never repeated.)"""
         repeated = (c for c in self.choices if (c.use.step, c.facts.operator) != ("decay_gradient", "constant_decay"))
-        return all(c.implementation.recordable for c in repeated)
+        return all(c.recordable for c in repeated)
 
     @cached_property
     def writes_into_places(self) -> bool:

@@ -12,16 +12,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial, update_wrapper
+from functools import cached_property, lru_cache, partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from leetdist.kernels.common.blocks import STEPS, Span, in_blocks
 from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.settings import raw_settings, settings
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.operators.implementations import CANDIDATES, Facts, Implementation, machine_of
+from leetdist.operators.facts import Facts, machine_of
+from leetdist.operators.implementations import CANDIDATES, Implementation
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
@@ -58,12 +60,25 @@ class Choice:
     def name(self) -> str:
         return self.implementation.versioned(self.facts)
 
+    @cached_property
+    def blocks(self) -> list[Span]:
+        """Of the state's rows, which come one after the other."""
+        return self.implementation.blocks(self.facts)
+
+    @property
+    def recordable(self) -> bool:
+        """Blocks read and write parts of tensors, whose addresses a launch that is repeated would not know."""
+        return self.implementation.recordable and (len(self.blocks) == 1 or self.use.step not in STEPS)
+
     def function(self) -> Callable[..., Any]:
         function: Callable[..., Any] = self.implementation.function(self.use.step)
         precision = self.facts.precision
-        if precision is None or not self.implementation.takes_precision or self.use.step not in PRECISE:
+        if precision is not None and self.implementation.takes_precision and self.use.step in PRECISE:
+            function = _with_precision(function, precision)
+        if len(self.blocks) == 1:
             return function
-        return _with_precision(function, precision)
+        begin, end = self.blocks[-1]  # a full one
+        return in_blocks(function, self.use.step, end - begin)
 
 
 PRECISE = ("tile_states", "tile_outputs")  # steps that know `precision`
@@ -191,8 +206,13 @@ def rehearse(choice: Choice, problem: Problem) -> None:
     if compile_for is not None:
         programs = problem.batch * heads * max(1, problem.tokens // facts.tile)
         share = heads // min(q_heads, k_heads, v_heads)
-        options = facts.dtype, use.wide, use.reverse, programs, device
-        compile_for(use.step, facts.rows, facts.columns, *options, share=share)
+        if len(choice.blocks) == 1:
+            options = facts.dtype, use.wide, use.reverse, programs, device
+            compile_for(use.step, facts.rows, facts.columns, *options, share=share)
+            return
+        for begin, end in choice.blocks:
+            options = facts.dtype, use.wide or end < facts.rows, use.reverse, programs, device
+            compile_for(use.step, end - begin, facts.columns, *options, onto=begin > 0)
         return
 
     count = 1 if use.step in ("step", "steps") else TOKENS
@@ -261,10 +281,9 @@ def may_fail(backend: str) -> bool:
 
 @lru_cache(maxsize=512)
 def _backend_of(facts: Facts) -> str:
-    steps = [
-        step for step in ("tile_outputs", "fleet_outputs", "token_outputs", "fold") if candidates(step, facts.operator)
-    ]
-    return ", ".join(dict.fromkeys(choose(Use(step), facts).name for step in steps))
+    steps = ("tile_outputs", "fleet_outputs", "token_outputs", "fold")
+    found = (ask(Use(step), facts)[0] for step in steps)
+    return ", ".join(dict.fromkeys(choice.name for choice in found if choice is not None))
 
 
 LONG = 4096  # tokens of a tile that no implementation finds too short

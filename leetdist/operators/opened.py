@@ -113,8 +113,13 @@ def _opened_by(problem: Problem, tile: int, _settings: object) -> Opened:
     walk, sums = (
         next(choice for choice in kernels.used if choice.use.step == step) for step in ("tile_outputs", "tile_states")
     )
-    module = walk.implementation.loaded_opened() if walk.implementation is sums.implementation else None
-    chunk = tile if module is None else module.open_chunk(problem.dk, problem.dv, problem.dtype, tile)
+    module, chunk = None, None
+    if walk.implementation is sums.implementation and len(walk.blocks) == 1:
+        module = walk.implementation.loaded_opened()
+    if module is not None:
+        chunk = module.open_chunk(problem.dk, problem.dv, problem.dtype, tile)
+    if chunk is None:
+        module, chunk = None, tile
     return Opened(kernels, module, tile, chunk, problem.dtype)
 
 

@@ -307,6 +307,8 @@ def standard_cases(device: torch.device, *, long: int | None = None) -> list[Cas
                 ),
                 Case(6_000, 128, 128, heads=4, dtype=dtype, decay="restarts", documents=(0, 1, 999, 4096, 6000)),
                 Case(8_000, 64, 64, heads=8, v_heads=2, dtype=dtype, decay="slow tokens", uneven=True, final=False),
+                Case(4_000, 256, 512, heads=2, dtype=dtype, uneven=True, initial=True),
+                Case(2_000, 320, 96, heads=4, v_heads=2, dtype=dtype, decay="restarts", documents=(0, 1, 999, 2000)),
             ]  # fmt: skip
     if long is not None:
         cases.append(Case(long, 128, 128, heads=8, dtype=bf16, decay="mixed", uneven=True))

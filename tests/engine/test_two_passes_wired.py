@@ -16,7 +16,8 @@ import leetdist
 from leetdist.engine import plan
 from leetdist.kernels.constant_decay.pytorch import block as constant_block
 from leetdist.kernels.token_decay.pytorch import block as token_block
-from leetdist.operators.implementations import CANDIDATES, Facts, Implementation
+from leetdist.operators.facts import Facts
+from leetdist.operators.implementations import CANDIDATES, Implementation
 from leetdist.operators.methods import _kernels_for
 
 BLOCKS = {"token_decay": token_block, "constant_decay": constant_block}

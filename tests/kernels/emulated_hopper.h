@@ -160,7 +160,7 @@ inline void publish() {}
 // ------------------------------------------------------------------------------------------------ copies
 
 struct alignas(64) Map {
-    Long words[16];  // address, bytes from one to the next batch entry, head and token, and how many tokens there are
+    Long words[16];  // address, bytes from one to the next batch entry, head and token, how many tokens, and numbers of one
 };
 struct Place {
     int column, token, head, batch;
@@ -196,7 +196,7 @@ inline Word swizzled(Word chunk, int row, int column) {
 template <class F> void each_number(const Map& map, Place place, int width, F function) {
     for (int row = 0; row < 64; row++)
         for (int column = 0; column < width; column++) {
-            const bool inside = Long(place.token + row) < map.words[4];
+            const bool inside = Long(place.token + row) < map.words[4] && Long(place.column + column) < map.words[5];
             const Long bytes = place.batch * map.words[1] + place.head * map.words[2];
             function(row, column,
                      inside ? reinterpret_cast<Bits*>(map.words[0] + bytes + (place.token + row) * map.words[3]) +

@@ -54,14 +54,38 @@ def test_compiles_and_fits(name, rows, columns, groups, dtype, wide, reverse, to
     assert "serialized" not in said, said
 
 
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("columns", "groups", "size", "dtype", "wide", "onto", "token"),
+    [
+        (128, 1, (96, 112), torch.bfloat16, False, False, False),
+        (64, 1, (160, 160), torch.bfloat16, False, False, False),
+        (64, 2, (192, 256), torch.float16, True, False, True),
+        (64, 2, (256, 512), torch.bfloat16, False, True, False),
+        (64, 2, (256, 200), torch.float16, True, True, True),
+    ],
+)
+@pytest.mark.parametrize("name", ["tile_states", "tile_outputs"])
+def test_other_sizes_compile_and_fit(name, columns, groups, size, dtype, wide, onto, token, tmp_path):
+    """Fewer rows and columns than are walked, three blocks of rows, and outputs that are added to others."""
+    rows = hopper.walked_rows(size[0])
+    made = hopper.defines(name, rows, columns, groups, dtype, wide, onto, token, size=size, onto=onto)
+    said = ptxas_report(f"constant_decay/cuda/{name.split()[0]}.cu", "sm_90a", made, tmp_path)
+    assert 2 // groups * (hopper.shared_memory(name, rows, columns, groups, token) + OWN) <= SHARED_MEMORY
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    assert spilled, said
+    assert int(spilled[1]) <= SPILLS[wide], said
+    assert "serialized" not in said, said
+
+
 @pytest.mark.parametrize("programs", [1, 33, 66, 132, 133, 4096])
-@pytest.mark.parametrize("rows", [64, 128, 256])
-@pytest.mark.parametrize("columns", [64, 128, 256])
+@pytest.mark.parametrize("rows", [64, 128, 192, 256])
+@pytest.mark.parametrize("columns", [8, 64, 96, 128, 192, 256, 320, 512])
 def test_shares_cover_all_columns(columns, rows, programs):
     held, groups, splits = hopper.shares(programs, rows, columns, multiprocessors=132)
-    assert held * groups * splits == columns
+    assert held * groups * splits == 64 * -(-columns // 64)
     assert held * rows <= 128 * 128  # what the registers of a warpgroup hold
-    assert groups * splits <= max(4, columns // 64)
+    assert groups * splits <= max(4, -(-columns // 64))
 
 
 def test_a_source_holds_what_it_includes():

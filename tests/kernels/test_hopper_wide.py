@@ -28,7 +28,7 @@ from leetdist.kernels.constant_decay.triton import hopper_wide as wide  # noqa: 
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHARED_MEMORY = 227 * 1024
-POINTERS = {"states": "*fp32", "log_decay": "*fp32", "table": "*i64", "again": "*i32"}
+POINTERS = {"states": "*fp32", "log_decay": "*fp32", "onto": "*fp32", "table": "*i64", "again": "*i32"}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -43,6 +43,7 @@ def compiled(
     reverse: bool,
     regular: bool,
     again: bool = False,
+    onto: bool = False,
 ) -> Any:
     parts, name = parts_of(dtype, precision), NAMES[dtype]
     held_rows, held_columns, warps = wide.block(rows, columns, parts)
@@ -53,6 +54,8 @@ def compiled(
     }  # fmt: skip
     if regular:
         constants["table"] = None
+    if not onto:
+        constants["onto"] = None
     signature, values, attributes = {}, {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -73,14 +76,15 @@ def compiled(
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize(
-    ("dtype", "precision", "rows", "columns", "reverse"),
+    ("dtype", "precision", "rows", "columns", "reverse", "onto"),
     [
-        (FP32, None, 128, 128, True),
-        (FP32, None, 64, 64, False),
-        (FP32, "tf32", 128, 128, False),
-        (BF16, None, 256, 256, True),
-        (FP16, None, 256, 256, False),
-        (BF16, "high", 256, 256, False),
+        (FP32, None, 128, 128, True, False),
+        (FP32, None, 128, 128, True, True),
+        (FP32, None, 64, 64, False, False),
+        (FP32, "tf32", 128, 128, False, False),
+        (BF16, None, 256, 256, True, False),
+        (FP16, None, 256, 256, False, False),
+        (BF16, "high", 256, 256, False, True),
     ],
 )
 def test_compiles_and_fits(
@@ -89,6 +93,7 @@ def test_compiles_and_fits(
     rows: int,
     columns: int,
     reverse: bool,
+    onto: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -97,7 +102,7 @@ def test_compiles_and_fits(
     for kernel, again in ((wide.tile_states_kernel, False), (outputs, False), (outputs, True)):
 
         def build(kernel: Any = kernel, again: bool = again) -> Any:
-            options = {"reverse": reverse, "regular": not reverse, "again": again}
+            options = {"reverse": reverse, "regular": not reverse, "again": again, "onto": onto}
             return compiled(kernel, dtype, precision, rows, columns, **options)
 
         result, said = assembled(build, tmp_path, monkeypatch, capsys)

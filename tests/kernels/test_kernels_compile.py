@@ -32,7 +32,7 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
     out = NAMES[dtype] if kernel is block._tile_outputs else "*fp64" if doubles else "*fp32"
     pointers = {"out": out, "table": "*i64"}
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
-    pointers |= {"state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
+    pointers |= {"onto": "*fp32", "state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
     pointers |= {"read": "*fp32", "written": "*fp32", "across": "*fp32", "only": "*i32"}
     pointers |= {"x": "*fp32", "early_lost": "*i32", "late_lost": "*i32", "lost": "*i32"}
     pointers |= {
@@ -45,6 +45,8 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
     for name in kernel.arg_names:
         if name in constants:
             signature[name], values[name] = "constexpr", constants[name]
+        elif name == "onto" and not constants["REVERSE"]:
+            signature[name], values[name] = "constexpr", None
         elif name in pointers:
             signature[name] = pointers[name]
         elif name in ("a", "b", "c", "q", "k", "v", "do", "o"):

@@ -20,18 +20,19 @@ from helpers import run_ranks, values
 from leetdist.engine.checks import describe
 from leetdist.kernels.common.settings import OF_TRITON, Settings
 from leetdist.launch import doctor
-from leetdist.operators import dispatch, implementations
+from leetdist.operators import dispatch
+from leetdist.operators import facts as facts_
 from leetdist.operators.dispatch import Use, choose
+from leetdist.operators.facts import Facts, Machine
 from leetdist.operators.implementations import (
     CANDIDATES,
     CUDA_HOPPER,
+    CUDA_HOPPER_LEARNT,
     GLUON_HOPPER,
     GLUON_WIDE,
     PYTORCH,
     TRITON,
-    Facts,
     Implementation,
-    Machine,
 )
 from leetdist.operators.methods import choice_for, kernels_for
 
@@ -64,7 +65,12 @@ def facts(machine: Machine, dtype: torch.dtype, rows: int, columns: int, tile: i
         (facts(OLD, BF16, 256, 128), "Gluon wide sm_90 by Triton 3.6.0", ["NVRTC", "head sizes of 64, 128"]),
         (facts(HOPPER, FP32, 128, 128), "Gluon wide sm_90 by Triton 3.6.0", ["got float32", "got float32"]),
         (facts(HOPPER, FP32, 128, 192), "Gluon wide sm_90 by Triton 3.6.0", ["float32", "float32"]),
-        (facts(HOPPER, FP32, 192, 128), "Triton sm_90 by Triton 3.6.0", ["", "", "up to 128 rows, got 192"]),
+        (facts(HOPPER, FP32, 192, 128), "Gluon wide sm_90 by Triton 3.6.0", ["", ""]),
+        (facts(HOPPER, FP16, 96, 160), "CUDA C++ sm_90a by NVRTC 13.0", []),
+        (facts(HOPPER, BF16, 512, 24), "CUDA C++ sm_90a by NVRTC 13.0", []),
+        (facts(HOPPER, BF16, 100, 512), "Triton sm_90 by Triton 3.6.0", ["8", "of 64, 128", "8"]),
+        (facts(BARE, BF16, 96, 512), "Gluon wide sm_90 by Triton 3.6.0", ["cuda", "64, 128, got 96 and 512"]),
+        (facts(AMPERE, FP32, 700, 300), "Triton sm_80 by Triton 3.6.0", ["9.0"] * 3),
         (facts(HOPPER, BF16, 128, 128, precision="high"), "Gluon wide sm_90 by Triton 3.6.0", ["high", "high"]),
         (facts(HOPPER, BF16, 100, 128), "Triton sm_90 by Triton 3.6.0", ["", "", "multiple of 8 in bfloat16, got 100"]),
         (facts(HOPPER, BF16, 128, 128, 64), "Gluon wide sm_90 by Triton 3.6.0", ["at least 128 tokens, got 64", ""]),
@@ -72,7 +78,6 @@ def facts(machine: Machine, dtype: torch.dtype, rows: int, columns: int, tile: i
         (facts(AMPERE, BF16, 128, 128), "Triton sm_80 by Triton 3.6.0", ["9.0, this GPU has 8.0"] * 3),
         (facts(replace(AMPERE, capability=(7, 5)), BF16, 64, 64), "PyTorch 2.13.0 on sm_75", ["", "", "", "8.0"]),
         (facts(HOPPER, FP64, 64, 64), "PyTorch 2.13.0 on sm_90", ["", "float64", "float64", "float64"]),
-        (facts(HOPPER, BF16, 512, 64), "PyTorch 2.13.0 on sm_90", ["512"] * 4),
         (facts(NO_TRITON, BF16, 64, 64), "PyTorch 2.13.0 on sm_90", ["absent (pip install -U triton)"] * 4),
         (facts(NO_GLUON, FP32, 64, 64), "Triton sm_90 by Triton 3.5.1", ["", "Gluon", "Gluon"]),
         (facts(CPU, BF16, 128, 128), "PyTorch 2.13.0", ["needs a GPU"] * 4),
@@ -100,7 +105,7 @@ def test_who_learns_a_decay_a_head_in_two_passes() -> None:
     use = Use("late_gradients")
     choice, _ = dispatch.ask(use, facts(HOPPER, BF16, 128, 128, 4096))
     assert choice is not None
-    assert choice.implementation is implementations.CUDA_HOPPER_LEARNT
+    assert choice.implementation is CUDA_HOPPER_LEARNT
     for given, reason in (
         (facts(HOPPER, BF16, 128, 128, 8192), "up to 4096 tokens, got 8192"),
         (facts(HOPPER, FP16, 128, 128), "got float16"),
@@ -171,7 +176,7 @@ def test_ranks_whose_triton_compiles_otherwise_have_other_names(monkeypatch: pyt
     """What Triton takes from the environment is in the name that ranks compare, and that `explain` prints."""
     for name in OF_TRITON:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(implementations, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(facts_, "_capability", lambda device: (8, 0))
 
     def name_of(**changes: str) -> str:
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,5 @@
-"""Launches of tile_states.cu and tile_outputs.cu: Hopper (sm_90), bf16 and fp16, head sizes of 64, 128 and 256.
+"""Launches of tile_states.cu and tile_outputs.cu: Hopper (sm_90), bf16 and fp16, a state of up to 256 rows and any
+number of columns, both multiples of 8.
 
 Shapes and meaning are those of constant_decay.pytorch.block, and with a log_decay (B, H, N) those of
 token_decay.pytorch.block. The order of every sum depends on the head sizes and the tile length alone.
@@ -14,7 +15,7 @@ from torch import Tensor
 from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tensor_map import MAP_BYTES, TensorMap, tensor_map
-from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
 THREADS = 128  # of a warpgroup
@@ -48,10 +49,11 @@ def tile_states(
     programs = b.shape[0] * heads * tiles.count
     columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
     kept: list[Tensor] = []
-    launch = _kernel("tile_states", b.shape[3], columns, groups, b.dtype, False, reverse, token, b.device)
+    size = b.shape[3], c.shape[3]
+    launch = _kernel("tile_states", size, columns, groups, b.dtype, False, reverse, token, b.device)
     launch(
         (programs * splits,), THREADS * groups,
-        *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(),
+        *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(), out.stride(2),
         *_tiles(tiles, log_decay, splits, b, c), tiles.unread(reverse, to_end), float(scale),
     )  # fmt: skip
     return out
@@ -81,11 +83,11 @@ def onward(
     columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
     kept: list[Tensor] = []
     places, place = (0, at) if isinstance(at, int) else (at.contiguous(), 0)
-    tokens = b.shape[2] if tokens is None else tokens
-    launch = _kernel(ONWARD, b.shape[3], columns, groups, b.dtype, False, False, token, b.device)
+    tokens, size = b.shape[2] if tokens is None else tokens, (b.shape[3], c.shape[3])
+    launch = _kernel(ONWARD, size, columns, groups, b.dtype, False, False, token, b.device)
     launch(
         (programs * splits, 2), THREADS * groups,
-        *_operand(b, heads, kept), *_operand(c, heads, kept), walked.data_ptr(),
+        *_operand(b, heads, kept), *_operand(c, heads, kept), walked.data_ptr(), size[0] * size[1],
         *_tiles(Tiles(tokens, (0, tokens)), log_decay, splits, b, c), -1, 1.0, own.data_ptr(),
         places if isinstance(places, int) else places.data_ptr(), place, whole,
         0 if total is None else total.data_ptr(),
@@ -105,8 +107,10 @@ def tile_outputs(
     state_scale: float,
     out_dtype: torch.dtype,
     out: Tensor | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs."""
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs. onto: as `out`, in fp32: the outputs are added to
+    it before they are rounded."""
     if out is None:
         out = empty_outputs(a, c, log_decay, out_dtype)
     if not out.numel():
@@ -125,9 +129,11 @@ def tile_outputs(
         bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
         *_tiles(tiles, log_decay, splits, a, b, c),
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
+        *(() if onto is None else (onto.data_ptr(), *onto.stride()[:3])),
     )  # fmt: skip
+    size = a.shape[3], c.shape[3]
     for name in OUTPUTS:
-        launch = _kernel(name, a.shape[3], columns, groups, a.dtype, wide, reverse, token, a.device)
+        launch = _kernel(name, size, columns, groups, a.dtype, wide, reverse, token, a.device, onto is not None)
         launch((programs * splits,), THREADS * groups, *arguments)
     if target is not out:
         out.copy_(target)
@@ -146,29 +152,38 @@ def compile_for(
     *,
     share: int = 1,
     token: bool = False,
+    onto: bool = False,
 ) -> None:
     """Compile the kernels that `step` ("tile_states" or "tile_outputs") will launch for so many tiles of all heads.
-    share: how many heads share an operand, which only kernels of a decay a token (`token`) care for."""
+    share: how many heads share an operand, which only kernels of a decay a token (`token`) care for. onto: outputs are
+    added to others."""
     held, groups, _ = shares(programs, rows, columns, _multiprocessors(device))
-    for name in OUTPUTS if step == "tile_outputs" else (step,):
-        _kernel(name, rows, held, groups, dtype, wide and step == "tile_outputs", reverse, token, device)
+    outputs = step == "tile_outputs"
+    for name in OUTPUTS if outputs else (step,):
+        more = wide and outputs, reverse, token, device, onto and outputs
+        _kernel(name, (rows, columns), held, groups, dtype, *more)
 
 
 def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
     """What `explain` says of these kernels."""
-    return f"chunks of 64 tokens, {rows} rows of the state a warpgroup, copied by bulk"
+    found = f"chunks of 64 tokens, {walked_rows(min(rows, 256))} rows of the state a warpgroup, copied by bulk"
+    return found if rows <= 256 else f"{found}, one block of rows after the other"
 
 
 def shares(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple[int, int, int]:
     """Columns that a warpgroup holds, warpgroups of a block, and blocks that share a tile's columns. None of it changes
     a bit. Where multiprocessors would have nothing to do, warpgroups hold fewer columns, or have one to themselves."""
+    blocks = ceil_div(columns, 64)
     if rows > 128:
-        groups = 1 if columns == 64 or programs * (columns // 64) <= multiprocessors else 2
-        return 64, groups, columns // 64 // groups
-    held = min(columns, 128)
-    if programs * (columns // held) <= multiprocessors:
-        held = 64
-    return held, 1, columns // held
+        groups = 1 if blocks % 2 or programs * blocks <= multiprocessors else 2
+        return 64, groups, blocks // groups
+    held = 64 if blocks % 2 or programs * (blocks // 2) <= multiprocessors else 128
+    return held, 1, 64 * blocks // held
+
+
+def walked_rows(rows: int) -> int:
+    """Rows of a state with which kernels walk one of so many: the rest are zeros."""
+    return 64 * ceil_div(rows, 64)
 
 
 @cache
@@ -196,18 +211,6 @@ def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool =
 
 
 def defines(
-    name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool, token: bool = False
-) -> tuple[tuple[str, int], ...]:
-    """What a kernel is compiled with; `wide`: for outputs in fp32; `token`: for a decay a token."""
-    made = (
-        ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
-        ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name == AGAIN)),
-    )  # fmt: skip
-    return made + (("TOKEN", 1),) * token + (("ONWARD", 1),) * (name == ONWARD)
-
-
-@cache
-def _kernel(
     name: str,
     rows: int,
     columns: int,
@@ -215,10 +218,40 @@ def _kernel(
     dtype: torch.dtype,
     wide: bool,
     reverse: bool,
+    token: bool = False,
+    *,
+    size: tuple[int, int] | None = None,
+    onto: bool = False,
+) -> tuple[tuple[str, int], ...]:
+    """What a kernel is compiled with; `wide`: for outputs in fp32; `token`: for a decay a token; `size`: the state's
+    rows and columns, where blocks have more; `onto`: for outputs that are added to others."""
+    made: tuple[tuple[str, int], ...] = (
+        ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
+        ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name == AGAIN)),
+    )  # fmt: skip
+    own_rows, own_columns = (rows, columns) if size is None else size
+    made += (("STATE_ROWS", own_rows),) * (own_rows < rows)
+    made += (("STATE_COLUMNS", own_columns),) * (own_columns % (groups * columns) > 0 and size is not None)
+    made += (("ONTO", 1),) * onto
+    return made + (("TOKEN", 1),) * token + (("ONWARD", 1),) * (name == ONWARD)
+
+
+@cache
+def _kernel(
+    name: str,
+    size: tuple[int, int],
+    columns: int,
+    groups: int,
+    dtype: torch.dtype,
+    wide: bool,
+    reverse: bool,
     token: bool,
     device: torch.device,
+    onto: bool = False,
 ) -> loader.Kernel:
-    made = defines(name, rows, columns, groups, dtype, wide, reverse, token)
+    """size: the state's rows and columns; columns: of a warpgroup."""
+    rows = walked_rows(size[0])
+    made = defines(name, rows, columns, groups, dtype, wide, reverse, token, size=size, onto=onto)
     memory = shared_memory(name, rows, columns, groups, token)
     step = name.split()[0]
     return loader.kernel(f"constant_decay/cuda/{step}.cu", step, device, made, shared_memory=memory, features="a")

@@ -13,8 +13,11 @@
 // own and the same a and b. They do not meet either: a chunk is fetched as early as there is place for it, by whichever
 // warp is the last to have read what lies there.
 //
-// Compile with -DROWS=64|128|256 -DCOLUMNS=64|128 (of a warpgroup; 64 with 256 rows) -DREVERSE=0|1, and what hopper.cuh
-// wants.
+// A state may have fewer rows than ROWS, and fewer columns than its blocks have together: in multiples of 8. Of what is
+// not there the copy engine makes zeros in shared memory, and it writes none of it.
+//
+// Compile with -DROWS=64|128|192|256 -DCOLUMNS=64|128 (of a warpgroup; 64 with more than 128 rows) -DREVERSE=0|1, where
+// the state is smaller -DSTATE_ROWS and -DSTATE_COLUMNS (of all blocks), and what hopper.cuh wants.
 
 #include "hopper.cuh"
 
@@ -23,6 +26,16 @@ constexpr int HELD = ROWS / 2;  // numbers of a part of the state that a thread 
 [[maybe_unused]] constexpr int ROWS_BYTES = ROWS * CHUNK * 2, COLUMNS_BYTES = COLUMNS * CHUNK * 2;
 [[maybe_unused]] constexpr bool LAST_FETCHES = ROWS > 128;  // or else the block's first thread does, when all have met
 constexpr float LOG2E = 1.4426950408889634f;
+
+#ifndef STATE_ROWS
+#define STATE_ROWS ROWS
+#endif
+#ifndef STATE_COLUMNS  // as many as all blocks have
+#define STATE_COLUMNS 0
+#endif
+// Whether the state has the eight rows, or columns, from this one on, a multiple of 8.
+__device__ __forceinline__ bool has_row(int row) { return STATE_ROWS == ROWS || row < STATE_ROWS; }
+__device__ __forceinline__ bool has_column(int column) { return !STATE_COLUMNS || column < STATE_COLUMNS; }
 
 #define OPERAND(x) const __grid_constant__ Map x, Offset x##_share
 #define TILES const float *log_decay, const Offset *table, Offset heads, Offset tiles, Offset tile_size, Offset tokens, \

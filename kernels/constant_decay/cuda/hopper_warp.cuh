@@ -29,10 +29,6 @@ __device__ __forceinline__ void store_two(float* to, float x, float y) {
 __device__ __forceinline__ void store(Word to, Bits x) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(x) : "memory");
 }
-// A line of 128 bytes to the second cache.
-__device__ __forceinline__ void prefetch(const float* line) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
-}
 // The lower, or the higher, halves of two words.
 __device__ __forceinline__ Word join(Word x, Word y, bool high) { return __byte_perm(x, y, high ? 0x7632 : 0x5410); }
 

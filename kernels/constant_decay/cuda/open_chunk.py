@@ -23,9 +23,9 @@ WARP = 16  # columns of a state that one holds, and threads of it by two
 TABLES = 256, 1536  # bytes of weights: of a constant decay, and of a decay a token
 
 
-def open_chunk(rows: int, columns: int, dtype: torch.dtype, tile: int) -> int:
-    """Tokens of a chunk of a state of `rows` x `columns`."""
-    return CHUNK
+def open_chunk(rows: int, columns: int, dtype: torch.dtype, tile: int) -> int | None:
+    """Tokens of a chunk of a state of `rows` x `columns`; None where tiles are taken as a whole."""
+    return CHUNK if rows in (64, 128, 256) and columns % 64 == 0 else None
 
 
 def left_out(log_decay: Tensor, tile: int) -> Tensor | None:

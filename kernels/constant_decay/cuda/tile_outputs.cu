@@ -4,7 +4,7 @@
 //
 // Rounded, the state is a left operand as it lies in the registers (as FlashAttention's softmax weights are); of what
 // is computed only P passes through shared memory, and the outputs on their way out. All decays are the same in every
-// chunk, and come from tables in shared memory. -DWIDE=1: outputs in fp32.
+// chunk, and come from tables in shared memory. -DWIDE=1: outputs in fp32. -DONTO=1: added to what `onto` has in fp32.
 //
 // A score of 0 times a NaN or an infinity of a later token is NaN. Whatever of b, c and the states is not finite is in
 // the last state too, so that blocks that find such a thing there say so in `again`. A second kernel (-DAGAIN=1) follows
@@ -27,6 +27,14 @@ constexpr int A_SLOTS = LAST_FETCHES ? A_STAGES : 2;  // places of a
 constexpr bool TURNS = GROUPS == 2;
 // Places of scores. With turns, as many as of chunks of b: who has b of step i + 3 knows that all are done with step i.
 constexpr int SEEN = TURNS ? B_STAGES : GROUPS;
+#ifndef ONTO
+#define ONTO 0
+#endif
+#if ONTO
+#define ONTO_ , const float *onto, Offset onto_batch, Offset onto_head, Offset onto_token
+#else
+#define ONTO_
+#endif
 #if WIDE
 typedef float Out;
 #else
@@ -37,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, AGAIN ? 1 : ROWS 
 tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
              Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
              Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
-             float added_scale, int* again) {
+             float added_scale, int* again ONTO_) {
     if (AGAIN && !again[blockIdx.x]) return;
     const Tile tile(TILE);
     const int thread = thread_number(), group = group_number(), lane = thread % 32, warp = thread / 32;
@@ -47,8 +55,14 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int i = 0; i < HELD; i++)
-            state[part][i] = states[(8 * (i / 4) + i % 2) * state_row + (64 * part + i / 2 % 2 * 8) * state_column];
+        for (int i = 0; i < HELD; i++) {
+            // A load for all, so that none waits for another: where there is no column, of the first one.
+            const int row = 8 * (i / 4), column = 64 * part + i / 2 % 2 * 8, first = tile.own + 16 * warp;
+            const bool there = has_column(first + column);
+            const Offset place = (row + i % 2) * state_row + (there ? column : -first - lane / 4) * state_column;
+            state[part][i] = has_row(row) ? states[place] : 0.0f;
+            if (!there) state[part][i] = 0.0f;
+        }
 
     // Chunks of a, b and c beside each other; or those of a, those of b, and for each warpgroup its columns of c.
     const Word base = shared_memory(), all_b = base + A_STAGES * ROWS_BYTES;
@@ -116,6 +130,9 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     tables.set(scale, state_scale, added_scale);
 
     out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.own;
+#if ONTO
+    onto += tile.batch * onto_batch + tile.head * onto_head + tile.start * onto_token + tile.own;
+#endif
     // Outputs of a chunk, whose place in shared memory was that of its c; fp32 outputs leave from the registers.
     auto write_chunk = [&](int step) {
         const Word from = place_c(step);
@@ -126,6 +143,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         }
         for (int i = thread; i < COLUMNS / 8 * tile.count(step); i += THREADS) {
             const int token = i / (COLUMNS / 8), vector = i % (COLUMNS / 8);
+            if (!has_column(tile.own + 8 * vector)) continue;
             Word x[4];
             const Word at = from + vector / 8 * BLOCK + token * 128 + ((vector ^ token) & 7) * 16;
             load(at, x[0], x[1]), load(at + 8, x[2], x[3]);
@@ -161,6 +179,11 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
             publish();
         }
+#if ONTO  // lines of 32 numbers
+        for (int i = thread; i < COLUMNS / 32 * count; i += THREADS)
+            if (has_column(tile.own + i % (COLUMNS / 32) * 32))
+                prefetch(onto + (tile.first(step) + i / (COLUMNS / 32)) * onto_token + i % (COLUMNS / 32) * 32);
+#endif
         meet();  // all have written the outputs of the chunk before, and read its scores
         wait_products<0>();  // for ptxas, which does not see that none is under way
 
@@ -251,14 +274,22 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             }
             here(o_i), here(x[part]);
             if (AGAIN) lost.mark(o_i, step, part);
+            const int column = 64 * part + 16 * warp + lane / 4;
+#if ONTO
+#pragma unroll
+            for (int j = 0; j < 32; j++) {  // what is added to numbers that are not there is not written
+                const int token = min(j / 4 * 8 + 2 * (lane % 4) + j % 2, count - 1), right = j / 2 % 2 * 8;
+                const int own = has_column(tile.own + column - lane / 4 + right) ? column + right : -tile.own;
+                o_i[j] += onto[(tile.first(step) + token) * onto_token + own];
+            }
+#endif
 #pragma unroll
             for (int i = 0; i < 32; i += 8) {  // 16 tokens
                 if (WIDE) {
-                    const int column = 64 * part + 16 * warp + lane / 4;
 #pragma unroll
                     for (int j = i; j < i + 8; j++) {
                         const int token = j / 4 * 8 + 2 * (lane % 4) + j % 2;
-                        if (token < count)
+                        if (token < count && has_column(tile.own + column - lane / 4 + j / 2 % 2 * 8))
                             out[(tile.first(step) + token) * out_token + column + j / 2 % 2 * 8] = Out(o_i[j]);
                     }
                 } else {  // a warp writes where it alone has read

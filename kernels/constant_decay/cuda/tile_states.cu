@@ -20,7 +20,7 @@ constexpr int STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
 #endif
 
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 2 / GROUPS)
-tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scale FROM) {
+tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset unread, float scale FROM) {
     Tile tile(TILE);
     if (tile.number == unread) return;
 #if ONWARD
@@ -54,14 +54,17 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scal
     if (LAST_FETCHES) meet();
 
     const int lane = threadIdx.x % 32, warp = thread_number() / 32;
-    const int all = GROUPS * COLUMNS * int(splits);
-    out += Offset(tile.program) * ROWS * all + 2 * (lane % 4) * all + tile.own + 16 * warp + lane / 4;
+    const int all = STATE_COLUMNS ? STATE_COLUMNS : GROUPS * COLUMNS * int(splits);
+    out += tile.program * out_tile + 2 * (lane % 4) * all + tile.own + 16 * warp + lane / 4;
     auto place_of = [&](int part, int i) { return (8 * (i / 4) + i % 2) * all + 64 * part + i / 2 % 2 * 8; };
+    auto is_there = [&](int part, int i) {
+        return has_row(8 * (i / 4)) && has_column(tile.own + 16 * warp + 64 * part + i / 2 % 2 * 8);
+    };
     float state[PARTS][HELD];
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int i = 0; i < HELD; i++) state[part][i] = ONWARD ? out[place_of(part, i)] : 0.0f;
+        for (int i = 0; i < HELD; i++) state[part][i] = ONWARD && is_there(part, i) ? out[place_of(part, i)] : 0.0f;
 #if ONWARD
     if (places) place = places[tile.batch];
     bool numbers = !total || total[tile.program] == total[tile.program];
@@ -108,5 +111,6 @@ tile_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float scal
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int i = 0; i < HELD; i++) out[place_of(part, i)] = scale * state[part][i];
+        for (int i = 0; i < HELD; i++)
+            if (is_there(part, i)) out[place_of(part, i)] = scale * state[part][i];
 }

@@ -76,7 +76,7 @@ def tile_states(
             grid,
             (
                 b, c, log_decay, out, _table(tiles, b.device),
-                *b.stride()[:3], *c.stride()[:3], heads, heads // b.shape[1], heads // c.shape[1],
+                *b.stride()[:3], *c.stride()[:3], out.stride(2), heads, heads // b.shape[1], heads // c.shape[1],
                 b.shape[2], tiles.count, tiles.size, unread, rows, columns, scale,
             ),
             {
@@ -102,9 +102,11 @@ def tile_outputs(
     state_scale: float,
     out_dtype: torch.dtype,
     out: Tensor | None = None,
+    onto: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """See constant_decay.pytorch.block.tile_outputs. `states` may be a transposed view; the others as above."""
+    """See constant_decay.pytorch.block.tile_outputs. `states` may be a transposed view; the others as above. onto: as
+    `out`, in fp32: the outputs are added to it before they are rounded."""
     batch, heads = a.shape[0], heads_of(log_decay)
     rows, columns = a.shape[3], c.shape[3]
     parts = parts_of(a.dtype, precision)
@@ -117,8 +119,9 @@ def tile_outputs(
             _tile_outputs,
             grid,
             (
-                a, b, c, states, log_decay, out, _table(tiles, a.device),
-                *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
+                a, b, c, states, log_decay, out, onto, _table(tiles, a.device),
+                *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3],
+                *((0, 0, 0) if onto is None else onto.stride()[:3]), *states.stride(),
                 heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
                 a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale,
                 scale_of_added(scale, state_scale),
@@ -149,7 +152,7 @@ def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precis
 @triton.jit(do_not_specialize=COUNTS)
 def _tile_states(
     b, c, log_decay, out, table,
-    b_batch, b_head, b_token, c_batch, c_head, c_token, heads, b_share, c_share,
+    b_batch, b_head, b_token, c_batch, c_head, c_token, out_tile, heads, b_share, c_share,
     tokens, tiles, tile_size, unread, rows, columns, scale,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
@@ -176,7 +179,7 @@ def _tile_states(
         state = summed(state, b_i, c_i, gate, offset, count, scale, REVERSE, CHUNK, PARTS, WEIGHTED_PARTS, BY_TOKEN)
 
     i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
-    tl.store(out + program * rows * columns + i * columns + j, state, mask=(i < rows) & (j < columns))
+    tl.store(out + program * out_tile + i * columns + j, state, mask=(i < rows) & (j < columns))
 
 
 @triton.jit
@@ -235,8 +238,8 @@ def in_units(b_i, c_i, weight, added_scale, UNITS: tl.constexpr):
 
 @triton.jit
 def _walk_outputs(
-    a, b, c, states, gate, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
-    column, rows, columns, scale, state_scale, added_scale,
+    a, b, c, states, gate, out, onto, a_token, b_token, c_token, out_token, onto_token, state_row, state_column,
+    start, length, column, rows, columns, scale, state_scale, added_scale,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     STATE_PARTS: tl.constexpr, SCORE_PARTS: tl.constexpr, WEIGHTED_PARTS: tl.constexpr,
     BY_TOKEN: tl.constexpr, AGAIN: tl.constexpr,
@@ -299,8 +302,11 @@ def _walk_outputs(
         if AGAIN:
             o = tl.where(walked[:, None] >= lost_from[None, :], float("nan"), o)
             lost_from = tl.where(lost_from < CHUNK, 0, CHUNK)
+        here = (position < count)[:, None] & (j < columns)[None, :]
+        if onto is not None:
+            o += tl.load(onto + (start + offset + position)[:, None] * onto_token + j[None, :], mask=here, other=0.0)
         pointers = out + (start + offset + position)[:, None] * out_token + j[None, :]
-        tl.store(pointers, o.to(out.dtype.element_ty), mask=(position < count)[:, None] & (j < columns)[None, :])
+        tl.store(pointers, o.to(out.dtype.element_ty), mask=here)
         state += state * lost_across(gate, offset, count, BY_TOKEN)
         state += product(weighted, w_small, c_i, c_small, WEIGHTED_PARTS, PARTS) * added_unit
     return state
@@ -308,9 +314,9 @@ def _walk_outputs(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _tile_outputs(
-    a, b, c, states, log_decay, out, table,
-    a_batch, a_head, a_token, b_batch, b_head, b_token, c_batch, c_head, c_token,
-    out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
+    a, b, c, states, log_decay, out, onto, table,
+    a_batch, a_head, a_token, b_batch, b_head, b_token, c_batch, c_head, c_token, out_batch, out_head, out_token,
+    onto_batch, onto_head, onto_token, state_batch, state_head, state_tile, state_row, state_column,
     heads, a_share, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale, state_scale, added_scale,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, STATE_PARTS: tl.constexpr,
@@ -324,17 +330,19 @@ def _tile_outputs(
     b += batch * b_batch + head // b_share * b_head
     c += batch * c_batch + head // c_share * c_head
     out += batch * out_batch + head * out_head
+    if onto is not None:
+        onto += batch * onto_batch + head * onto_head
     gate = gate_of(log_decay, batch, head, heads, start, tokens, BY_TOKEN)
     states += batch * state_batch + head * state_head + tile * state_tile
     state = _walk_outputs(
-        a, b, c, states, gate, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
-        column, rows, columns, scale, state_scale, added_scale,
+        a, b, c, states, gate, out, onto, a_token, b_token, c_token, out_token, onto_token, state_row, state_column,
+        start, length, column, rows, columns, scale, state_scale, added_scale,
         REVERSE, CHUNK, ROWS, COLUMNS, PARTS, STATE_PARTS, SCORE_PARTS, WEIGHTED_PARTS, BY_TOKEN, AGAIN=False,
     )  # fmt: skip
     # A score of 0 times a NaN or an infinity of a later token is NaN. Each of these is in the last state too.
     if tl.max(not_finite(state).to(tl.int32)) > 0:
         _walk_outputs(
-            a, b, c, states, gate, out, a_token, b_token, c_token, out_token, state_row, state_column, start, length,
-            column, rows, columns, scale, state_scale, added_scale,
+            a, b, c, states, gate, out, onto, a_token, b_token, c_token, out_token, onto_token, state_row, state_column,
+            start, length, column, rows, columns, scale, state_scale, added_scale,
             REVERSE, CHUNK, ROWS, COLUMNS, PARTS, STATE_PARTS, SCORE_PARTS, WEIGHTED_PARTS, BY_TOKEN, AGAIN=True,
         )  # fmt: skip

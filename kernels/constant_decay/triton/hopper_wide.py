@@ -59,7 +59,8 @@ def tile_states(
         (batch * heads * tiles.count, ceil_div(columns, held_columns), 1),
         (
             _operand(b, held_rows), _operand(c, held_columns), log_decay, out, table, heads,
-            heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, unread, rows, columns, scale,
+            heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, unread, rows, columns,
+            out.stride(2), scale,
         ),
         {
             "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows, "COLUMNS": held_columns,
@@ -83,9 +84,10 @@ def tile_outputs(
     state_scale: float,
     out_dtype: torch.dtype,
     out: Tensor | None = None,
+    onto: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs; `precision` as above."""
+    """See leetdist.kernels.constant_decay.triton.block.tile_outputs."""
     if out is None:
         out = empty_outputs(a, c, log_decay, out_dtype)
     if not out.numel():
@@ -99,7 +101,8 @@ def tile_outputs(
     again = torch.empty(grid[:2], dtype=torch.int32, device=a.device)  # written by every program
     arguments = (
         _operand(a, held_rows), _operand(b, held_rows), _operand(c, held_columns), states, log_decay, out, again, table,
-        *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
+        onto, *out.stride()[:3], *((0, 0, 0) if onto is None else onto.stride()[:3]), *states.stride(),
+        heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
         a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale, scale_of_added(scale, state_scale),
     )  # fmt: skip
     for walk_again in (False, True):

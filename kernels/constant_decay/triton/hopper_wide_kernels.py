@@ -79,7 +79,8 @@ def _weigh(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def tile_states_kernel(
-    b, c, log_decay, out, table, heads, b_share, c_share, tokens, tiles, tile_size, unread, rows, columns, scale,
+    b, c, log_decay, out, table, heads, b_share, c_share, tokens, tiles, tile_size, unread, rows, columns, out_tile,
+    scale,
     REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     PARTS: gl.constexpr, WEIGHTED_PARTS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -165,13 +166,14 @@ def tile_states_kernel(
 
     i = gl.arange(0, ROWS, gl.SliceLayout(1, STATE))[:, None]
     j = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, STATE))[None, :]
-    gl.store(out + program * rows * columns + i * columns + j, state, mask=(i < rows) & (j < columns))
+    gl.store(out + program * out_tile + i * columns + j, state, mask=(i < rows) & (j < columns))
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def tile_outputs_kernel(
-    a, b, c, states, log_decay, out, again, table,
-    out_batch, out_head, out_token, state_batch, state_head, state_tile, state_row, state_column,
+    a, b, c, states, log_decay, out, again, table, onto,
+    out_batch, out_head, out_token, onto_batch, onto_head, onto_token,
+    state_batch, state_head, state_tile, state_row, state_column,
     heads, a_share, b_share, c_share, tokens, tiles, tile_size, rows, columns, scale, state_scale, added_scale,
     REGULAR: gl.constexpr, REVERSE: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     PARTS: gl.constexpr, STATE_PARTS: gl.constexpr, SCORE_PARTS: gl.constexpr, WEIGHTED_PARTS: gl.constexpr,
@@ -234,6 +236,8 @@ def tile_outputs_kernel(
         state = gl.where(_not_finite(state), 0.0, state)
     unit = _hold(held, state, STATE_PARTS, 0)
     out += batch * out_batch + head * out_head
+    if onto is not None:
+        onto += batch * onto_batch + head * onto_head
 
     for step in range(chunks):
         g, zero = _reread(log_decay, head)
@@ -328,7 +332,10 @@ def tile_outputs_kernel(
         if AGAIN:
             near, lost_from = _mark(near, lost_from, REVERSE, WIDE)
         j = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
+        here = (token < inside)[:, None] & (j < columns)
+        if onto is not None:
+            near += gl.load(onto + before * onto_token + (token[:, None] * onto_token + j), mask=here, other=0.0)
         pointers = out + before * out_token + (token[:, None] * out_token + j)
-        gl.store(pointers, near.to(out.dtype.element_ty), mask=(token < inside)[:, None] & (j < columns))
+        gl.store(pointers, near.to(out.dtype.element_ty), mask=here)
     if not AGAIN:
         _say(again, state)

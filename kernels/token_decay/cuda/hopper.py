@@ -27,7 +27,8 @@ def tile_states(
     out: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.token_decay.pytorch.block.tile_states."""
-    compute = shared.shared_states if shared.in_fours(b, c, log_decay, tiles) else hopper.tile_states
+    whole = out is None or out.is_contiguous()
+    compute = shared.shared_states if whole and shared.in_fours(b, c, log_decay, tiles) else hopper.tile_states
     return compute(b, c, log_decay, tiles, reverse=reverse, scale=scale, to_end=to_end, out=out)
 
 
@@ -44,6 +45,7 @@ def tile_outputs(
     state_scale: float,
     out_dtype: torch.dtype,
     out: Tensor | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """See leetdist.kernels.token_decay.pytorch.block.tile_outputs.
 
@@ -52,6 +54,9 @@ def tile_outputs(
     tiles may then be written there.
     """
     given = a, b, c, states, log_decay, tiles
+    if onto is not None:
+        options = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "out_dtype": out_dtype}
+        return hopper.tile_outputs(*given, out=out, onto=onto, **options)  # type: ignore[arg-type]
     if (out is None or out.shape[1] < heads_of(log_decay)) and shared.summed(a, c, log_decay, out_dtype):
         return shared.summed_outputs(*given, reverse=reverse, scale=scale, state_scale=state_scale, out=out)
     paired = out_dtype == a.dtype and shared.in_pairs(a, b, c, log_decay, tiles)
@@ -70,7 +75,9 @@ def compile_for(
     device: torch.device,
     *,
     share: int = 1,
+    onto: bool = False,
 ) -> None:
     """See leetdist.kernels.constant_decay.cuda.hopper.compile_for."""
-    hopper.compile_for(step, rows, columns, dtype, wide, reverse, programs, device, share=share, token=True)
-    shared.compile_for(step, rows, columns, dtype, wide, reverse, programs, device, share)
+    hopper.compile_for(step, rows, columns, dtype, wide, reverse, programs, device, share=share, token=True, onto=onto)
+    if not onto:
+        shared.compile_for(step, rows, columns, dtype, wide, reverse, programs, device, share)

@@ -39,7 +39,7 @@ def in_fours(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
 
 
 def _together(heads: int, rows: int, columns: int, programs: int, device: torch.device) -> bool:
-    return rows <= 128 and columns == WIDTH and programs // heads > hopper._multiprocessors(device)
+    return rows in (64, 128) and columns == WIDTH and programs // heads > hopper._multiprocessors(device)
 
 
 def shared_states(
@@ -110,6 +110,7 @@ def summed(a: Tensor, c: Tensor, log_decay: Tensor, out_dtype: torch.dtype) -> b
         out_dtype == torch.float32
         and a.dtype == torch.bfloat16
         and a.shape[3] == WIDTH
+        and c.shape[3] % WIDTH == 0
         and heads_of(log_decay) // c.shape[1] % HEADS == 0
     )
 
@@ -215,7 +216,7 @@ def compile_for(
     share: int,
 ) -> None:
     """As leetdist.kernels.constant_decay.cuda.hopper.compile_for; share: how many heads share an operand at most."""
-    if share % HEADS:
+    if share % HEADS or columns % WIDTH:
         return
     if step == "tile_states":
         if share % FOUR == 0 and _together(FOUR, rows, columns, programs, device):

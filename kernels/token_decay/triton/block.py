@@ -59,10 +59,12 @@ def tile_outputs(
     state_scale: float,
     out_dtype: torch.dtype,
     out: Tensor | None = None,
+    onto: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs; log_decay: (B, H, N) fp32."""
     return block.tile_outputs(
         a, b, c, states, sums_of(log_decay, tiles), tiles,
-        reverse=reverse, scale=scale, state_scale=state_scale, out_dtype=out_dtype, out=out, precision=precision,
+        reverse=reverse, scale=scale, state_scale=state_scale, out_dtype=out_dtype, out=out, onto=onto,
+        precision=precision,
     )  # fmt: skip

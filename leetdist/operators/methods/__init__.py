@@ -20,7 +20,7 @@ from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.constant_decay.pytorch.walk import LEAST
 from leetdist.operators import cost
 from leetdist.operators.composition import Kernels, compose
-from leetdist.operators.dispatch import Use, chosen
+from leetdist.operators.dispatch import Use, ask, chosen, facts_of
 from leetdist.sequence.grid import default_tile
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def choice_for(problem: Problem, tokens: int) -> cost.Choice:
 
 def _token_scan(problem: Problem, tile: int, *, compiled: bool) -> bool:
     """Whether the kernels of CUDA C++ can run with which the methods that go token by token were measured."""
-    return chosen(Use("fleet_outputs"), problem, tile, compiled=compiled).implementation.compiler == "NVRTC"
+    choice, _ = ask(Use("fleet_outputs"), facts_of(problem, tile))
+    if compiled and choice is not None:
+        choice = chosen(choice.use, problem, tile, compiled=True)
+    return choice is not None and choice.implementation.compiler == "NVRTC"
 
 
 def attention_on_one_device(

@@ -1,0 +1,111 @@
+"""States with more rows than a kernel takes, block by block of rows.
+
+Linear attention has no softmax, so its outputs are the sum of what blocks of q's and k's columns, the rows of the
+state, say by themselves, and so is the gradient of the decays; what a tile adds to the state has each row for itself.
+Blocks come in one order, and outputs are added up in fp32: each block's kernel adds what those before it have said
+(`onto`) to its own before it rounds. The state's columns, which are v's, kernels take in any number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial, update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.common.memory import empty_outputs, empty_states
+from leetdist.kernels.common.tiles import Tiles
+
+Span = tuple[int, int]
+
+
+def blocks_of(rows: int, most: int) -> list[Span]:
+    """Begin and end of each block of at most so many rows: all are full but the first, so that what adds to others is
+    of one size."""
+    first = rows % most or most
+    return [(max(end - most, 0), end) for end in range(first, rows + 1, most)]
+
+
+@lru_cache(maxsize=256)
+def in_blocks(function: Callable[..., Any], step: str, most: int) -> Callable[..., Any]:
+    """The function of a step for states of any number of rows, from one for at most so many."""
+    whole = STEPS.get(step)
+    return function if whole is None else update_wrapper(partial(whole, function, most), function)
+
+
+def tile_states(
+    function: Callable[..., Tensor],
+    most: int,
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    out: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    if out is None:
+        out = empty_states(b, c, log_decay, tiles)
+    for begin, end in blocks_of(b.shape[3], most):
+        function(b[..., begin:end], c, log_decay, tiles, out=out[..., begin:end, :], **options)
+    return out
+
+
+def tile_outputs(
+    function: Callable[..., Tensor],
+    most: int,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    *before, last = blocks_of(a.shape[3], most)
+    onto: Tensor | None = None
+
+    def one(block: Span, dtype: torch.dtype, out: Tensor) -> Tensor:
+        begin, end = block
+        more = {} if onto is None else {"onto": onto}
+        return function(
+            a[..., begin:end], b[..., begin:end], c, states[..., begin:end, :], log_decay, tiles,
+            out_dtype=dtype, out=out, **more, **options,
+        )  # fmt: skip
+
+    for block in before:
+        onto = one(block, torch.float32, empty_outputs(a, c, log_decay, torch.float32))
+    return one(last, out_dtype, empty_outputs(a, c, log_decay, out_dtype) if out is None else out)
+
+
+def decay_gradient(
+    function: Callable[..., Tensor],
+    most: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    states: Tensor,
+    state_grads: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    scale: float,
+) -> Tensor:
+    total: Tensor | None = None
+    for begin, end in blocks_of(q.shape[3], most):
+        at_tiles = (x[..., begin:end, :] for x in (states, state_grads))
+        share = function(q[..., begin:end], k[..., begin:end], v, do, *at_tiles, log_decay, tiles, scale=scale)
+        total = share if total is None else total + share
+    assert total is not None
+    return total
+
+
+STEPS: dict[str, Callable[..., Tensor]] = {
+    "tile_states": tile_states, "tile_outputs": tile_outputs, "decay_gradient": decay_gradient
+}  # fmt: skip

@@ -1,0 +1,180 @@
+"""States of any size: with more rows than a kernel takes, block by block, and with fewer than it walks."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import emulated_gluon
+import pytest
+import torch
+from emulated import emulated
+from test_bad_tokens import assert_seen_only_behind
+
+import leetdist
+from leetdist.kernels.common import release
+from leetdist.kernels.common.blocks import blocks_of, in_blocks
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.cuda import hopper as constant_hopper
+from leetdist.kernels.constant_decay.pytorch import block as constant_exact
+from leetdist.kernels.token_decay.cuda import hopper as token_hopper
+from leetdist.kernels.token_decay.pytorch import block as token_exact
+from leetdist.operators import refusals
+from leetdist.reference import relative_error
+from leetdist.testing.equality import Case, make_tensors
+from oracle import assert_matches_oracle
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+BOUNDS = {BF16: 3e-3, FP16: 4e-4, FP32: 1e-6}
+PACKED = Tiles(128, (0, 65, 65, 150))
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "expected"),
+    [(256, 256, [(0, 256)]), (384, 256, [(0, 128), (128, 384)]), (7, 3, [(0, 1), (1, 4), (4, 7)]), (2, 3, [(0, 2)])],
+)
+def test_blocks_are_full_but_the_first(rows: int, most: int, expected: list[tuple[int, int]]) -> None:
+    assert blocks_of(rows, most) == expected
+
+
+def assert_right(
+    kernels: Any,
+    most: int | None,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    *,
+    reverse: bool,
+    by_token: bool = False,
+    wide: bool = False,
+    device: str = "cpu",
+    tiles: Tiles = PACKED,
+) -> None:
+    """Outputs and states of four heads against fp64, in places with strides of their own. most: rows of a block."""
+    exact, tokens = token_exact if by_token else constant_exact, tiles.num_tokens
+    a, b, c = (
+        torch.randn(1, tokens, own, dim).to(device, dtype).transpose(1, 2)
+        for own, dim in ((4, rows), (2, rows), (4, columns))
+    )
+    states = torch.randn(1, 4, tiles.count, columns, rows, device=device).mT
+    log_decay = -torch.rand(1, 4, tokens) if by_token else torch.tensor([0.0, -0.01, -0.5, -5.0])
+    log_decay = log_decay.to(device)
+    if by_token:
+        log_decay[0, 1, 70] = -math.inf
+    options: dict[str, Any] = {"reverse": reverse, "scale": 0.5, "state_scale": 0.7}
+    of_states, of_outputs = kernels.tile_states, kernels.tile_outputs
+    if most is not None:
+        of_states, of_outputs = in_blocks(of_states, "tile_states", most), in_blocks(of_outputs, "tile_outputs", most)
+    out = torch.full((1, tokens, 6, columns), math.nan, dtype=FP32 if wide else dtype, device=device)
+    of_outputs(a, b, c, states, log_decay, tiles, out_dtype=out.dtype, out=out.transpose(1, 2)[:, 1:5], **options)
+    added = of_states(b, c, log_decay, tiles, reverse=reverse, scale=0.3)
+    doubles = a.double(), b.double(), c.double()
+    gate = log_decay.double() if by_token else log_decay
+    expected = exact.tile_outputs(*doubles, states.double(), gate, tiles, out_dtype=FP64, **options)
+    expected_added = exact.tile_states(*doubles[1:], gate, tiles, reverse=reverse, scale=0.3)
+    assert out[:, :, [0, 5]].isnan().all()
+    for head in range(4):
+        assert relative_error(out[:, :, 1 + head], expected[:, head]) < BOUNDS[dtype]
+        assert relative_error(added[:, head], expected_added[:, head]) < min(BOUNDS[dtype], 5e-5)
+
+
+@pytest.mark.parametrize(
+    ("most", "rows", "columns", "dtype", "reverse", "by_token", "wide"),
+    [
+        (None, 40, 80, FP16, True, False, True),
+        (None, 136, 72, BF16, True, False, False),
+        (None, 160, 24, BF16, False, True, False),
+        (64, 96, 72, BF16, False, False, False),
+    ],
+)
+def test_emulated_hopper(
+    most: int | None, rows: int, columns: int, dtype: torch.dtype, reverse: bool, by_token: bool, wide: bool
+) -> None:
+    """The kernels in CUDA C++, emulated."""
+    kernels = token_hopper if by_token else constant_hopper
+    with emulated(multiprocessors=1):
+        assert_right(kernels, most, rows, columns, dtype, reverse=reverse, by_token=by_token, wide=wide)
+
+
+@pytest.mark.parametrize(("dtype", "reverse"), [(FP32, False), (BF16, True)])
+def test_emulated_gluon(dtype: torch.dtype, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs of the wide kernels for Hopper in Gluon, which take fp32 in blocks of 128 rows; here of 64."""
+    if release.why_not_gluon() is not None:
+        pytest.skip(release.why_not_gluon())
+    folder = "leetdist.kernels.constant_decay.triton"
+    wide = importlib.import_module(f"{folder}.hopper_wide")
+    names = [f"{folder}.{name}" for name in ("hopper_lost", "hopper_kernels", "hopper_parts", "hopper_wide_kernels")]
+    *_, kernels = emulated_gluon.emulated(*names)
+    monkeypatch.setattr(wide, "launch", emulated_gluon.launch)
+    monkeypatch.setattr(wide, "tile_outputs_kernel", kernels.tile_outputs_kernel)
+    of_outputs = SimpleNamespace(tile_states=constant_exact.tile_states, tile_outputs=wide.tile_outputs)
+    assert_right(of_outputs, 64, 104, 40, dtype, reverse=reverse)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("dtype", "reverse", "by_token"), [(FP32, False, False), (FP16, True, False), (FP32, True, True)]
+)
+def test_interpreted(dtype: torch.dtype, reverse: bool, by_token: bool) -> None:
+    operator = "token" if by_token else "constant"
+    block = pytest.importorskip(f"leetdist.kernels.{operator}_decay.triton.block")
+    assert_right(block, 16, 40, 24, dtype, reverse=reverse, by_token=by_token)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "wide"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(96, 96), (160, 192), (48, 320), (256, 512), (512, 256), (320, 112)])
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+def test_on_a_gpu(backend: str, dtype: torch.dtype, reverse: bool, rows: int, columns: int, by_token: bool) -> None:
+    if (backend == "cuda") == (dtype == FP32) or (backend == "wide" and by_token):
+        pytest.skip("not computed by these kernels")
+    wide = importlib.import_module("leetdist.kernels.constant_decay.triton.hopper_wide")
+    kernels = wide if backend == "wide" else token_hopper if by_token else constant_hopper
+    most = 128 if dtype == FP32 else 256
+    for tiles in (PACKED, Tiles(512, (0, 1300))):
+        assert_right(
+            kernels, most, rows, columns, dtype, reverse=reverse, by_token=by_token, wide=reverse, device="cuda",
+            tiles=tiles,
+        )  # fmt: skip
+
+
+WIDE_CASES = [
+    Case(70, 24, 40, heads=2, kv_heads=1, tile=16, decay="mixed", initial=True, uneven=True),
+    Case(70, 40, 24, heads=2, v_heads=1, tile=16, decay="restarts", documents=(0, 33, 70)),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_calls(case: Case, seed: int, forgotten: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole operator, with blocks of 16 rows: right, and with the same bits in two pieces and in a larger batch."""
+    monkeypatch.setenv("LEETDIST_BACKEND", "triton")
+    monkeypatch.setattr(refusals, "MOST_ROWS", 16)
+    case = replace(case, method="block")
+    assert_matches_oracle(case, torch.device("cpu"), seed)
+    if case.documents is not None:
+        return
+    given = make_tensors(case, torch.device("cpu"), seed).inputs
+    q, k, v, log_decay = (given[name] for name in ("q", "k", "v", "log_decay"))
+    options: dict[str, Any] = {"method": "block", "tile": case.tile, "return_state": True}
+    o, state = leetdist.linear_attention(q, k, v, log_decay, **options)
+    first, between = leetdist.linear_attention(*(x[:, :, :32] for x in (q, k, v)), log_decay, **options)
+    rest = (x[:, :, 32:].expand(2, -1, -1, -1) for x in (q, k, v))
+    then, end = leetdist.linear_attention(*rest, log_decay, initial_state=between.expand(2, -1, -1, -1), **options)
+    assert torch.equal(torch.cat((first, then[1:]), 2), o)
+    assert torch.equal(end[1:], state)
+
+
+@pytest.mark.interpreter
+def test_bad_tokens_reach_later_ones_only() -> None:
+    block = pytest.importorskip("leetdist.kernels.constant_decay.triton.block")
+    tile_outputs = in_blocks(block.tile_outputs, "tile_outputs", 16)
+    options = {"tiles": Tiles(64, (0, 70)), "rows": 40, "heads": 1, "reverse": False}
+    assert_seen_only_behind(tile_outputs, [31, 32, 66], **options)
