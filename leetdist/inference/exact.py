@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leetdist.engine.checks import describe
 from leetdist.engine.inputs import canonical_tensors
+from leetdist.engine.ops import define
 from leetdist.inference.checks import check_steps
 from leetdist.inference.state import NO_CHUNKS, State, on_its_grid, with_open
 from leetdist.kernels.common.open_tiles import OpenTiles
@@ -105,6 +106,14 @@ def exact_advance(
     lengths: Tensor | None,
 ) -> Tensor:
     """`linear_attention_steps` on the slots of an exact pool; log_decay: (B, H, T) of a decay a token, else None."""
+    if torch.compiler.is_compiling():
+        tensors: dict[str, Any] = {name: getattr(open_, name) for name in TENSORS}
+        constant, tensors["log_decay"] = (None, open_.log_decay) if open_.by_token else (open_.log_decay, None)
+        compiled: Tensor = _exact_op(
+            q, k, v, log_decay, constant, open_.keep, *tensors.values(), open_.tile, open_.chunk, float(scale),
+            index, lengths,
+        )  # fmt: skip
+        return compiled
     check_alone("linear_attention_steps")
     gate = open_.log_decay if log_decay is None else log_decay
     problem = describe(
@@ -126,6 +135,39 @@ def exact_advance(
             opened_by(problem, open_.tile), q, k, v, open_, gate if log_decay is not None else None,
             scale=problem.scale, index=index, lengths=lengths,
         )  # fmt: skip
+
+
+# What `OpenTiles` holds and steps change; its log_decay where that is a token's.
+TENSORS = ("start", "walked", "own", "k", "v", "log_decay", "total", "tokens", "arrived")
+
+
+def _run_exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    constant: Tensor | None,
+    keep: Tensor | None,
+    *more: Any,
+) -> Tensor:
+    held, (tile, chunk, scale, index, lengths) = dict(zip(TENSORS, more, strict=False)), more[len(TENSORS) :]
+    if constant is not None:
+        held["log_decay"] = constant
+    open_ = OpenTiles(tile=tile, chunk=chunk, keep=keep, **held)
+    return exact_advance(q, k, v, open_, log_decay, scale=scale, index=index, lengths=lengths)
+
+
+_exact_op = define(
+    "exact_steps",
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? constant, Tensor? keep, Tensor(a!) start, "
+    "Tensor(b!)? walked, Tensor(c!)? own, Tensor(d!) held_k, Tensor(e!) held_v, Tensor(f!)? held_decay, "
+    "Tensor(g!)? total, Tensor(h!) tokens, Tensor(i!) arrived, int tile, int chunk, float scale, Tensor? index, "
+    "Tensor? lengths) -> Tensor",
+    _run_exact,
+    lambda q, k, v, log_decay, constant, keep, start, *_: q.new_empty(
+        q.shape[0], start.shape[1], q.shape[2], start.shape[3]
+    ),
+)
 
 
 __all__ = ["exact_advance", "open_tiles", "rows_of", "taken"]

@@ -319,6 +319,31 @@ def test_memory_of_a_slot_is_what_the_docs_say() -> None:
     assert pool.open.bytes_a_slot == H * (64 + chunk // 2) * 1024 + 8
 
 
+@pytest.mark.parametrize(
+    ("by_token", "tile", "backend"), [(False, 256, "inductor"), (True, 256, "aot_eager"), (True, 32, "aot_eager")]
+)
+def test_compiled_steps_are_one_graph_with_the_same_bits(by_token: bool, tile: int, backend: str) -> None:
+    """Also where a row keeps some of its tokens, or none; chunks and tiles end on the way."""
+    kind = Kind(tile, by_token=by_token, heads=(H, 2, 1))
+    tensors = kind.tokens(300, rows=2)
+    o, _ = kind.one_call(tensors)
+    _, state = kind.prefill([x[:, :, :100] for x in tensors], 1)
+    pool = leetdist.StatePool(3, like=state, exact=True)
+    index = torch.tensor(pool.put(state))
+
+    def steps(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, lengths: Tensor) -> Tensor:
+        return leetdist.linear_attention_steps(q, k, v, pool, decay, index=index, lengths=lengths)
+
+    compiled = torch.compile(steps, fullgraph=True, backend=backend)
+    done = 100
+    while done <= 296:
+        q, k, v, *own = (x[:, :, done : done + 4] for x in tensors)
+        decay, kept = own[0] if own else LOG_DECAY, random.choice((0, 1, 4, 4, 4))
+        assert torch.equal(compiled(q, k, v, decay, torch.full((2,), kept)), o[:, :, done : done + 4])
+        done += kept
+    assert pool.tokens[index].tolist() == [done, done]
+
+
 @pytest.mark.parametrize("by_token", [False, True])
 def test_steps_on_states_and_pools_by_the_functions(by_token: bool) -> None:
     kind = Kind(tile=32, by_token=by_token, scale=0.5)
