@@ -153,8 +153,9 @@ class Mixer(nn.Module):
         taps = self.conv_kernel_size
         if self.group is not None:  # the last ones of the sequence, wherever they are
             inputs = gather_sequence(inputs[:, -taps:], 1, self.group)
-        if not cache.has_previous_state(self.layer_idx):  # transformers takes the shape of what comes first
-            inputs = F.pad(inputs, (0, 0, max(0, taps - inputs.shape[1]), 0))
+        short = taps - inputs.shape[1]
+        if short > 0 and not cache.has_previous_state(self.layer_idx):  # which takes the shape of what comes first
+            inputs = F.pad(inputs, (0, 0, short, 0))
         cache.update_conv_state(inputs.mT, self.layer_idx, conv_kernel_size=taps)
         cache.update_recurrent_state(state, layer_idx=self.layer_idx)
 

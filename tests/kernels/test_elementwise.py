@@ -25,6 +25,9 @@ def test_right_and_the_same_everywhere(name: str) -> None:
     assert relative_error(whole, FUNCTIONS[name](x.double())) < 2e-7
     assert torch.equal(torch.cat([function(x[i : i + 7]) for i in range(0, len(x), 7)]), whole)
     assert torch.equal(function(torch.stack((x, x), 1)[:, 0]), whole)
+    if name == "silu":
+        assert torch.equal(elementwise.silu_(x), whole)
+        assert torch.equal(x, whole)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "silu", "softplus"])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import leetdist
 from helpers import run_ranks, values
+from leetdist.kernels.mamba.pytorch import conv
 from leetdist.nn import causal_conv1d
 from leetdist.reference import relative_error
 
@@ -121,6 +122,24 @@ def test_documents_are_as_if_alone(told: str) -> None:
         torch.testing.assert_close(y[:, begin:end], alone, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(leaves["x"].grad[:, begin:end], own["x"].grad, rtol=0, atol=0, equal_nan=True)
     assert bool(y[:, 30:].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("told", [None, "cu_seqlens"])
+@pytest.mark.parametrize("numbers", [1, 100])
+def test_bits_do_not_depend_on_what_a_thread_takes_at_once(
+    numbers: int, told: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make(dtype, batch=1)
+    options = {"cu_seqlens": torch.tensor(DOCUMENTS)} if told else {}
+    if told:
+        del inputs["initial"]
+    dy, dstate = torch.randn_like(inputs["x"]), torch.randn(5 if told else 1, 3, 9, dtype=dtype)
+    whole_y, _, whole = compute(grown(inputs), dy, dstate, **options)
+    monkeypatch.setattr(conv, "SLAB", numbers)
+    y, _, grads = compute(grown(inputs), dy, dstate, **options)
+    assert torch.equal(y, whole_y)
+    assert all(torch.equal(grads[name], grad) for name, grad in whole.items())
 
 
 def test_one_after_the_other_is_the_whole() -> None:

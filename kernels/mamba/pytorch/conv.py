@@ -1,16 +1,21 @@
 """A causal depthwise convolution and its gradient, in PyTorch.
 
-On a CPU each number has the same bits wherever it lies (leetdist.kernels.common.elementwise).
+On a CPU each number has the same bits wherever it lies (leetdist.kernels.common.elementwise). So some tokens are taken
+after the others, few enough to stay in the cache through all operations: they take less time than memory would.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common.elementwise import silu, silu_gradient
+from leetdist.kernels.common.elementwise import by_parts, silu_, silu_gradient
+
+# Numbers that a thread of a CPU takes at once.
+SLAB = 1 << 17
 
 
 class Around(NamedTuple):
@@ -36,8 +41,12 @@ class Gradients(NamedTuple):
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, around: Around, activated: bool) -> Tensor:
     """The sum of bias and taps, the earliest first, through SiLU where `activated`, rounded once: (B, N, C)."""
-    y = _sums(torch.cat((around.before, x), 1), weight, bias, around.documents)
-    return (silu(y) if activated else y).to(x.dtype)
+    y, width = x.new_empty(x.shape), weight.shape[1] - 1
+    for begin, end in _slabs(x, x.shape[1], width):
+        given = x[:, begin - width : end] if begin else torch.cat((around.before, x[:, :end]), 1)
+        sums = _sums(given, weight, bias, _part(around.documents, begin, end + width))
+        y[:, begin:end] = silu_(sums) if activated else sums
+    return y
 
 
 def convolution_gradient(
@@ -57,19 +66,25 @@ def convolution_gradient(
     if around.x_after is not None and around.dy_after is not None:
         given = torch.cat((given, around.x_after[:, : around.later]), 1)
         dy = torch.cat((dy, around.dy_after[:, : around.later].to(wide)), 1)
-    dy = dy.contiguous()  # the order of a sum follows the layout
-    if activated:
-        dy = dy * silu_gradient(_sums(given, weight, bias, documents))
     nothing = dy.new_zeros(len(dy), width, dy.shape[2])
     received = torch.cat((nothing, dy, nothing[:, : width - around.later]), 1)
-    dx = torch.zeros((), dtype=wide, device=x.device)
-    for tap in reversed(range(width + 1)):  # what a token gets from those that see it, from itself onwards
-        later = received[:, width - tap : width - tap + width + tokens]
-        if documents is not None:
-            same = documents[:, : width + tokens] == documents[:, width - tap : width - tap + width + tokens]
-            later = torch.where(same[..., None], later, 0.0)
-        dx = dx + weight[:, tap].to(wide) * later
-    dx, dy = dx.to(x.dtype), dy[:, :tokens]
+    dy = received[:, width : width + dy.shape[1]]
+    if activated:
+        for begin, end in _slabs(x, dy.shape[1], width):
+            sums = _sums(given[:, begin : end + width], weight, bias, _part(documents, begin, end + width))
+            dy[:, begin:end] *= silu_gradient(sums)
+    dx = x.new_empty(len(x), width + tokens, x.shape[2])
+    for begin, end in _slabs(x, width + tokens, width):
+        total = torch.zeros((), dtype=wide, device=x.device)
+        for tap in reversed(range(width + 1)):  # what a token gets from those that see it, from itself onwards
+            first, last = begin + width - tap, end + width - tap
+            later = received[:, first:last]
+            if documents is not None:
+                same = documents[:, begin:end] == documents[:, first:last]
+                later = torch.where(same[..., None], later, 0.0)
+            total = total + weight[:, tap].to(wide) * later
+        dx[:, begin:end] = total
+    dy = dy[:, :tokens]
     dweight = dbias = None
     if needs[0]:
         seen = _seen(given[:, : width + tokens].to(wide), width, documents)
@@ -79,13 +94,27 @@ def convolution_gradient(
     return Gradients(dx[:, width:], dx[:, :width], dweight, dbias)
 
 
+def _slabs(like: Tensor, tokens: int, least: int) -> Iterator[tuple[int, int]]:
+    """Parts of so many tokens like (B, ..., C), of at least so many each but the last; one where it is a GPU's."""
+    rows = tokens
+    if by_parts(like):
+        rows = max(SLAB * torch.get_num_threads() // (len(like) * like.shape[2]), least, 1)
+    for begin in range(0, tokens, max(rows, 1)):
+        yield begin, min(begin + rows, tokens)
+
+
+def _part(documents: Tensor | None, begin: int, end: int) -> Tensor | None:
+    return None if documents is None else documents[:, begin:end]
+
+
 def _sums(given: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
     """Of bias and taps, wide, of all tokens but the first W - 1 of `given`."""
     wide = torch.promote_types(given.dtype, torch.float32)
-    weight = weight.to(wide)
-    total = torch.zeros((), dtype=wide, device=given.device) if bias is None else bias.to(wide)
-    for tap, x in enumerate(_seen(given.to(wide), weight.shape[1] - 1, documents)):
-        total = total + weight[:, tap] * x
+    first, *taps = weight.to(wide).unbind(1)
+    seen, *others = _seen(given.to(wide), len(taps), documents)
+    total = (first * seen).add_(0.0 if bias is None else bias.to(wide))
+    for tap, x in zip(taps, others, strict=True):
+        total.add_(tap * x)
     return total
 
 
