@@ -3,7 +3,7 @@
 `opened_by` finds the kernels that `linear_attention` computes with, and with them how much of a tile has to be kept
 (leetdist.kernels.common.open_tiles): a chunk, where whoever computes outputs and tile states has a module that goes on
 inside a tile (`Implementation.opened`), else the tile's tokens from its start. `open_steps` and `Opened.close` are
-composed of those kernels; a module may have an `open_steps` of its own, that is faster.
+composed of those kernels; a module may have an `open_steps` of its own, that is faster, for what it `steps_serve`.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def open_steps(
     read on the host of a GPU. A row whose slot or length does not exist changes nothing and gets NaN.
     """
     own = getattr(opened.module, "open_steps", None)
-    if own is not None:
+    if own is not None and opened.module.steps_serve(q.shape[3], v.shape[3]):
         o: Tensor = own(q, k, v, open_, log_decay, scale=scale, index=index, lengths=lengths)
         return o
     slots, kept, good = rows_of_calls(open_.tokens.shape[0], q.shape[0], q.shape[2], q.device, index, lengths)

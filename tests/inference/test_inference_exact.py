@@ -197,6 +197,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
         (128, 128, 16, BF16, "1", False),
         (128, 128, 256, BF16, "0", True),
         (80, 48, 128, FP32, "0", False),
+        (80, 48, 128, BF16, "1", False),
+        (96, 128, 256, FP16, "1", True),
     ],
 )
 def test_any_schedule_has_the_bits_of_one_call_on_a_gpu(

@@ -19,14 +19,16 @@ import leetdist
 from leetdist.kernels.common import loader
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper, open_chunk
+from leetdist.kernels.constant_decay.pytorch import open_chunk as in_pytorch
+from leetdist.kernels.token_decay.cuda import open_chunk as by_token
 from leetdist.operators import opened
 
 replay = pytest.importorskip("leetdist.kernels.common.replay")
 
 
 def fold(states: Tensor, initial: Tensor, g: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
-    """The state after one tile: as a fused product and sum."""
-    keep = keeps(g, tiles)[:, 0, None, None]
+    """The state after one tile: as a fused product and sum. g: decays, or of a decay a token what is kept."""
+    keep = (g if g.ndim == 3 else keeps(g, tiles))[..., 0, None, None]
     return (initial.double() * keep.double() + states[:, :, 0].double()).float()
 
 
@@ -51,7 +53,11 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """`stream` on CPU tensors computes with the kernels for Hopper, whose launches are recorded and repeated."""
     kernels: Any = SimpleNamespace(tile_outputs=hopper.tile_outputs, tile_states=hopper.tile_states, fold=fold)
-    known = opened.Opened(kernels, open_chunk, TILE, open_chunk.CHUNK, torch.bfloat16)
+
+    def known(problem: Any, *_: Any) -> opened.Opened:
+        token = problem.operator == "token_decay"
+        return opened.Opened(kernels, by_token if token else open_chunk, TILE, open_chunk.CHUNK, problem.dtype)
+
     driver = Driver()
     with ExitStack() as stack:
         stack.enter_context(emulated())
@@ -62,7 +68,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
         monkeypatch.setattr(replay.launch, "direct", lambda device: True)
         monkeypatch.setattr(replay, "_once", {})
         monkeypatch.setattr(replay, "_kinds", {})
-        monkeypatch.setattr(opened, "_opened_by", lambda *_: known)
+        monkeypatch.setattr(by_token, "keep_of", in_pytorch.keep_of)  # Triton's launches want a GPU
+        monkeypatch.setattr(opened, "_opened_by", known)
         yield driver
 
 
@@ -111,6 +118,24 @@ def test_tokens_that_later_tokens_cannot_see_are_poisoned(driver: Driver) -> Non
         to[:, :, 16:116] = x
     stream = leetdist.stream(g, tile=TILE)
     assert torch.equal(pushed(stream, [x[:, :, 16:116] for x in around], [30, 70]), expected)
+
+
+@pytest.mark.parametrize("token", [False, True])
+def test_sizes_that_steps_have_no_kernel_for_go_on_inside_a_tile(driver: Driver, token: bool) -> None:
+    """A prompt in pieces, and tokens on a pool that keeps a chunk and not a tile."""
+    *tensors, g = draw("cpu", 1, TILE + 40, 96, 80, torch.bfloat16, token)
+    expected = one_call(*tensors, g, 1.0)
+    stream = leetdist.stream(None if token else g, tile=TILE)
+    tensors += [g] * token
+    assert torch.equal(pushed(stream, [x[:, :, :110] for x in tensors], [50, 60]), expected[:, :, :110])
+    pool = leetdist.StatePool(1, like=stream.state, exact=True)
+    index = torch.tensor(pool.put(stream.state))
+    assert pool.open is not None
+    assert pool.open.chunk == open_chunk.CHUNK
+    for at in range(110, TILE + 40, 6):
+        q, k, v, *own = (x[:, :, at : at + 6] for x in tensors)
+        o = pool.steps(q, k, v, index, log_decay=own[0] if own else None)
+        assert torch.equal(o, expected[:, :, at : at + 6])
 
 
 @pytest.mark.gpu

@@ -25,7 +25,13 @@ TABLES = 256, 1536  # bytes of weights: of a constant decay, and of a decay a to
 
 def open_chunk(rows: int, columns: int, dtype: torch.dtype, tile: int) -> int | None:
     """Tokens of a chunk of a state of `rows` x `columns`; None where tiles are taken as a whole."""
-    return CHUNK if rows in (64, 128, 256) and columns % 64 == 0 else None
+    return CHUNK if rows <= 256 else None
+
+
+def steps_serve(rows: int, columns: int) -> bool:
+    """Whether `open_steps` knows a state of this size; others go on inside a tile by `advance` and the outputs'
+    kernel."""
+    return rows in (64, 128, 256) and columns % 64 == 0
 
 
 def left_out(log_decay: Tensor, tile: int) -> Tensor | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from leetdist.kernels.constant_decay.cuda import open_chunk as constant
-from leetdist.kernels.constant_decay.cuda.open_chunk import open_chunk, open_steps
+from leetdist.kernels.constant_decay.cuda.open_chunk import open_chunk, open_steps, steps_serve
 from leetdist.kernels.token_decay.triton.open_chunk import counted, keep_of, left_out
 
-__all__ = ["advance", "keep_of", "left_out", "open_chunk", "open_steps"]
+__all__ = ["advance", "keep_of", "left_out", "open_chunk", "open_steps", "steps_serve"]
 
 
 def advance(
