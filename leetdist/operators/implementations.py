@@ -128,8 +128,8 @@ PYTORCH_BY_TOKEN = Implementation(
     "PyTorch", "pytorch.causal_dot_product", refusals.always,
     longest_tile=ONE_BY_ONE, functions=(("token_outputs", "tile_outputs"),),
 )  # fmt: skip
-TRITON_STEP = Implementation("Triton", "triton.step", refusals.triton_narrow, "Triton")
-TRITON_STEPS = Implementation("Triton", "triton.steps", refusals.triton_narrow, "Triton")
+TRITON_STEP = Implementation("Triton", "triton.step", refusals.triton_decode, "Triton")
+TRITON_STEPS = Implementation("Triton", "triton.steps", refusals.triton_decode, "Triton")
 PYTORCH_DECODE = Implementation("PyTorch", "pytorch.decode", refusals.pytorch)
 
 CUDA_HOPPER_LEARNT = Implementation(
@@ -155,7 +155,7 @@ TRITON_A_TOKEN = Implementation(
     most_rows=refusals.most_rows,
 )  # fmt: skip
 TRITON_DECODE_A_TOKEN = Implementation(
-    "Triton", "triton.decode", refusals.triton_narrow, "Triton", operator="token_decay"
+    "Triton", "triton.decode", refusals.triton_decode, "Triton", operator="token_decay"
 )
 PYTORCH_A_TOKEN = Implementation(
     "PyTorch", "pytorch.block", refusals.pytorch, costs="cpu", operator="token_decay", opened="pytorch.open_chunk"

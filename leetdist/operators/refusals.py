@@ -10,6 +10,7 @@ from leetdist.operators.facts import Facts, dotted
 LARGEST_HEAD = 256  # of those that hold whole columns, and rows, of the state
 # Rows of the state that a program holds; and beside fp32 inputs, whose state is in two parts, on Hopper.
 MOST_ROWS, MOST_ROWS_OF_FP32 = 256, 128
+MOST_ROWS_DECODED = 1024  # with 16 columns, as many numbers as 4 warps hold
 MOST_TAPS = 4  # of a convolution
 # Tokens; in shorter tiles the products of the kernels for Hopper are not full.
 SHORTEST_ON_HOPPER = {"narrow": 128, "wide": 64}
@@ -45,6 +46,13 @@ def triton_narrow(facts: Facts) -> str | None:
     refused = triton(facts)
     if refused is None and max(facts.rows, facts.columns) > LARGEST_HEAD:
         refused = f"head sizes up to {LARGEST_HEAD}, got {max(facts.rows, facts.columns)}"
+    return refused
+
+
+def triton_decode(facts: Facts) -> str | None:
+    refused = triton(facts)
+    if refused is None and facts.rows > MOST_ROWS_DECODED:
+        refused = f"a state of up to {MOST_ROWS_DECODED} rows, got {facts.rows}"
     return refused
 
 

@@ -165,9 +165,9 @@ def test_what_hopper_leaves_of_a_gradient_compiles() -> None:
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_step_compiles(architecture: int) -> None:
-    constants = {"ROWS": 128, "COLUMNS": step.COLUMNS}
-    for by_token in (False, True):
-        compiled(step._step, architecture, step.WARPS, 1, torch.bfloat16, **constants, BY_TOKEN=by_token)
+    for rows, by_token in ((128, False), (128, True), (1024, False)):
+        constants = {"ROWS": rows, "COLUMNS": step.held_columns(rows, 128), "BY_TOKEN": by_token}
+        compiled(step._step, architecture, step.WARPS, 1, torch.bfloat16, **constants)
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)

@@ -31,7 +31,7 @@ def check(q, k, v, state, log_decay):
 @pytest.mark.gpu
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 4, 2, 16, 48), (1, 2, 2, 80, 32)])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 16, 48), (1, 2, 2, 80, 32), (1, 2, 1, 300, 70)])
 def test_kernel(shape, dtype, monkeypatch):
     monkeypatch.setenv("LEETDIST_BACKEND", "triton")
     check(*draw(*shape, dtype))

@@ -267,53 +267,50 @@ __device__ __forceinline__ Long along_columns(int step) { return Long(step * (16
 
 #define LIST8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), \
                     "+f"(x[i + 6]), "+f"(x[i + 7])
-#define LIST32(x) LIST8(x, 0), LIST8(x, 8), LIST8(x, 16), LIST8(x, 24)
-#define LIST64(x) LIST32(x), LIST8(x, 32), LIST8(x, 40), LIST8(x, 48), LIST8(x, 56)
-#define LIST96(x) LIST64(x), LIST8(x, 64), LIST8(x, 72), LIST8(x, 80), LIST8(x, 88)
-#define LIST128(x) LIST96(x), LIST8(x, 96), LIST8(x, 104), LIST8(x, 112), LIST8(x, 120)
-#define NAMES32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-                "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES64 NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-                "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES96 NAMES64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-                "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define NAMES128 NAMES96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
-                 "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define LIST16(x, i) LIST8(x, i), LIST8(x, i + 8)
+#define LIST32(x, i) LIST16(x, i), LIST16(x, i + 16)
+#define LIST64(x, i) LIST32(x, i), LIST32(x, i + 32)
+#define NAMES16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES32 NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES48 NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES64 NAMES48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES80 NAMES64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES96 NAMES80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NAMES112 NAMES96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define NAMES128 NAMES112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." TYPE "." TYPE
 
 // One step of x (64 x 64) = a b (or +=), both by rows; a in shared memory, or in registers.
 __device__ __forceinline__ void product(float (&x)[32], Long a, Long b, int add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; " PRODUCT("64") " {" NAMES32 "}, %32, %33, p, 1, 1, 0, 0; }"
-                 : LIST32(x) : "l"(a), "l"(b), "r"(add));
+                 : LIST32(x, 0) : "l"(a), "l"(b), "r"(add));
 }
 __device__ __forceinline__ void product(float (&x)[32], const Word (&a)[4], Long b, int add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; " PRODUCT("64")
                  " {" NAMES32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
-                 : LIST32(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+                 : LIST32(x, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 // One step of x (64 x 128) = a b (or +=), a by rows; b by rows, or by columns.
 template <bool COLUMNS_> __device__ __forceinline__ void product(float (&x)[64], Long a, Long b, int add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; " PRODUCT("128")
                  " {" NAMES64 "}, %64, %65, p, 1, 1, 0, %67; }"
-                 : LIST64(x) : "l"(a), "l"(b), "r"(add), "n"(int(COLUMNS_)));
+                 : LIST64(x, 0) : "l"(a), "l"(b), "r"(add), "n"(int(COLUMNS_)));
 }
-// One step of x (64 x 64, 64 x 128, 64 x 192 or 64 x 256) += a b, b by columns.
-__device__ __forceinline__ void add_product(float (&x)[32], const Word (&a)[4], Long b) {
-    asm volatile(PRODUCT("64") " {" NAMES32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                 : LIST32(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-__device__ __forceinline__ void add_product(float (&x)[64], const Word (&a)[4], Long b) {
-    asm volatile(PRODUCT("128") " {" NAMES64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                 : LIST64(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-__device__ __forceinline__ void add_product(float (&x)[96], const Word (&a)[4], Long b) {
-    asm volatile(PRODUCT("192") " {" NAMES96 "}, {%96, %97, %98, %99}, %100, 1, 1, 1, 1;"
-                 : LIST96(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-__device__ __forceinline__ void add_product(float (&x)[128], const Word (&a)[4], Long b) {
-    asm volatile(PRODUCT("256") " {" NAMES128 "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-                 : LIST128(x) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+// One step of x (64 x n) += a b, b by columns.
+#define ADD_PRODUCT(n, list, names, i, j, k, l, m)                                                                   \
+    __device__ __forceinline__ void add_product(float (&x)[n / 2], const Word (&a)[4], Long b) {                     \
+        asm volatile(PRODUCT(#n) " {" names "}, {%" #i ", %" #j ", %" #k ", %" #l "}, %" #m ", 1, 1, 1, 1;"          \
+                     : list : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                   \
+    }
+#define AND ,
+ADD_PRODUCT(32, LIST16(x, 0), NAMES16, 16, 17, 18, 19, 20)
+ADD_PRODUCT(64, LIST32(x, 0), NAMES32, 32, 33, 34, 35, 36)
+ADD_PRODUCT(96, LIST32(x, 0) AND LIST16(x, 32), NAMES48, 48, 49, 50, 51, 52)
+ADD_PRODUCT(128, LIST64(x, 0), NAMES64, 64, 65, 66, 67, 68)
+ADD_PRODUCT(160, LIST64(x, 0) AND LIST16(x, 64), NAMES80, 80, 81, 82, 83, 84)
+ADD_PRODUCT(192, LIST64(x, 0) AND LIST32(x, 64), NAMES96, 96, 97, 98, 99, 100)
+ADD_PRODUCT(224, LIST64(x, 0) AND LIST32(x, 64) AND LIST16(x, 96), NAMES112, 112, 113, 114, 115, 116)
+ADD_PRODUCT(256, LIST64(x, 0) AND LIST64(x, 64), NAMES128, 128, 129, 130, 131, 132)
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

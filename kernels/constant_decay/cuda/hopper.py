@@ -183,7 +183,7 @@ def shares(programs: int, rows: int, columns: int, multiprocessors: int) -> tupl
 
 def walked_rows(rows: int) -> int:
     """Rows of a state with which kernels walk one of so many: the rest are zeros."""
-    return 64 * ceil_div(rows, 64)
+    return 32 * ceil_div(rows, 32)
 
 
 @cache
@@ -202,7 +202,7 @@ def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool =
     else:
         chunks_a, chunks_b, chunks_c = (1, 1, 2) if groups == 1 else (2, 3, 2)
         slots = chunks_a
-    operands = (chunks_a + chunks_b) * rows + chunks_c * groups * columns
+    operands = (chunks_a + chunks_b) * 64 * ceil_div(rows, 64) + chunks_c * groups * columns
     scores = 0 if step == "tile_states" else 1 if groups == 1 else chunks_b
     each = TABLES[step][token]
     if name == AGAIN:

@@ -14,16 +14,18 @@
 // warp is the last to have read what lies there.
 //
 // A state may have fewer rows than ROWS, and fewer columns than its blocks have together: in multiples of 8. Of what is
-// not there the copy engine makes zeros in shared memory, and it writes none of it.
+// not there the copy engine makes zeros in shared memory, and it writes none of it. Products sum over ROWS, and the
+// blocks of 64 x 64 numbers in which chunks lie may have more.
 //
-// Compile with -DROWS=64|128|192|256 -DCOLUMNS=64|128 (of a warpgroup; 64 with more than 128 rows) -DREVERSE=0|1, where
+// Compile with -DROWS=32|64|...|256 -DCOLUMNS=64|128 (of a warpgroup; 64 with more than 128 rows) -DREVERSE=0|1, where
 // the state is smaller -DSTATE_ROWS and -DSTATE_COLUMNS (of all blocks), and what hopper.cuh wants.
 
 #include "hopper.cuh"
 
 constexpr int PARTS = COLUMNS / 64;
 constexpr int HELD = ROWS / 2;  // numbers of a part of the state that a thread holds
-[[maybe_unused]] constexpr int ROWS_BYTES = ROWS * CHUNK * 2, COLUMNS_BYTES = COLUMNS * CHUNK * 2;
+constexpr int STORED_ROWS = (ROWS + 63) / 64 * 64;
+[[maybe_unused]] constexpr int ROWS_BYTES = STORED_ROWS * CHUNK * 2, COLUMNS_BYTES = COLUMNS * CHUNK * 2;
 [[maybe_unused]] constexpr bool LAST_FETCHES = ROWS > 128;  // or else the block's first thread does, when all have met
 constexpr float LOG2E = 1.4426950408889634f;
 

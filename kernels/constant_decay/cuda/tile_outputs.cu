@@ -41,7 +41,7 @@ typedef float Out;
 typedef Bits Out;
 #endif
 
-extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, AGAIN ? 1 : ROWS + COLUMNS == 128 ? 3 : 2 / GROUPS)
+extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, AGAIN ? 1 : ROWS + COLUMNS <= 128 ? 3 : 2 / GROUPS)
 tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
              Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
              Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
@@ -96,13 +96,13 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     auto fetch_a = [&](int step) {
         if (step >= tile.chunks) return;
         expect(arrival_a(step), (LAST_FETCHES ? ROWS_BYTES : STAGE) + tables.bytes(tile.count(step)));
-        fetch<ROWS>(place_a(step), a, tile.chunk(step, a_share), arrival_a(step));
+        fetch<STORED_ROWS>(place_a(step), a, tile.chunk(step, a_share), arrival_a(step));
         tables.fetch(slot(step), tile.first(step), tile.count(step), arrival_a(step));
     };
     auto fetch_b = [&](int step) {
         if (step >= tile.chunks) return;
         if (LAST_FETCHES) expect(arrival_b(step), ROWS_BYTES);
-        fetch<ROWS>(place_b(step), b, tile.chunk(step, b_share), arrival_b(step));
+        fetch<STORED_ROWS>(place_b(step), b, tile.chunk(step, b_share), arrival_b(step));
     };
     auto fetch_c = [&](int step) {
         if (step >= tile.chunks || thread > 0) return;
@@ -169,14 +169,14 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         };
         if (AGAIN) {
             wait_b(), wait_c();
-            lost.find<ROWS, false>(b_i, step, count, false), lost.find<COLUMNS, true>(c_i, step, count, false);
+            lost.find<STORED_ROWS, false>(b_i, step, count, false), lost.find<COLUMNS, true>(c_i, step, count, false);
             __syncthreads();  // both warpgroups have seen all of b
-            lost.find<ROWS, false>(b_i, step, count, true), lost.find<COLUMNS, true>(c_i, step, count, true);
+            lost.find<STORED_ROWS, false>(b_i, step, count, true), lost.find<COLUMNS, true>(c_i, step, count, true);
             publish();
         }
         if (count < CHUNK) {  // both warpgroups write the same zeros to b
             wait_b(), wait_c();
-            zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
+            zero_rows<STORED_ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
             publish();
         }
 #if ONTO  // lines of 32 numbers

@@ -37,7 +37,7 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
         if (step >= tile.chunks) return;
         const Word to = base + step % STAGES * STAGE, arrival = arrivals + step % STAGES * 8;
         expect(arrival, STAGE + weights.bytes(tile.count(step)));
-        fetch<ROWS>(to, b, tile.chunk(step, b_share), arrival);
+        fetch<STORED_ROWS>(to, b, tile.chunk(step, b_share), arrival);
         fetch<GROUPS * COLUMNS>(to + ROWS_BYTES, c, tile.chunk(step, c_share, tile.column), arrival);
         weights.fetch(slots + step % STAGES * SLOT, tile.first(step), tile.count(step), arrival);
     };
@@ -76,7 +76,7 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
         if (!LAST_FETCHES || count < CHUNK) meet();  // all have read the chunk before
         if (!LAST_FETCHES && threadIdx.x == 0) fetch_chunk(step + STAGES - 1);
         if (count < CHUNK) {  // both warpgroups write the same zeros to b
-            zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
+            zero_rows<STORED_ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
             weights.set(1.0f, count);
             publish();
             meet();

@@ -16,6 +16,7 @@ from leetdist.kernels.constant_decay.triton.configs import padded
 # are slower.
 COLUMNS = 64
 WARPS = 4
+ELEMENTS = 16384  # of the state that its threads have registers for: of more than 256 rows, fewer columns
 # The compiler fuses products and sums in one kernel and not in the other, and then one token gives other bits than
 # several at once; so it may not, and what is to be fused is written as tl.fma.
 FUSION = False
@@ -35,7 +36,7 @@ def step(
         state = state.contiguous()
     new = torch.empty(state.shape, dtype=state.dtype, device=state.device) if out is None else out
     o = torch.empty(batch, heads, 1, columns, dtype=q.dtype, device=q.device)
-    block = min(COLUMNS, padded(columns))
+    block = held_columns(rows, columns)
     decays, stride, by_token = canonical_decays(log_decay)
     launch(
         _step,
@@ -52,6 +53,11 @@ def step(
         enable_fp_fusion=FUSION,
     )  # fmt: skip
     return o, new
+
+
+def held_columns(rows: int, columns: int) -> int:
+    """Columns of a state of rows x columns that a program holds."""
+    return min(COLUMNS, padded(columns), max(16, ELEMENTS // padded(rows)))
 
 
 def canonical_decays(log_decay: Tensor | None) -> tuple[Tensor | None, int, bool]:

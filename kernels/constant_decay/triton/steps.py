@@ -10,7 +10,15 @@ from torch import Tensor
 from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
-from leetdist.kernels.constant_decay.triton.step import COLUMNS, FUSION, WARPS, added, canonical_decays, decay, moved
+from leetdist.kernels.constant_decay.triton.step import (
+    FUSION,
+    WARPS,
+    added,
+    canonical_decays,
+    decay,
+    held_columns,
+    moved,
+)
 
 
 def steps(
@@ -30,7 +38,7 @@ def steps(
     batch, _, tokens, rows = q.shape
     heads, columns = states.shape[1], v.shape[3]
     o = torch.empty(batch, heads, tokens, columns, dtype=q.dtype, device=q.device)
-    block = min(COLUMNS, padded(columns))
+    block = held_columns(rows, columns)
     decays, stride, by_token = canonical_decays(log_decay)
     launch(
         _steps,
