@@ -21,7 +21,7 @@ from triton.testing import do_bench
 import leetdist
 from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper as constant
+from leetdist.kernels.constant_decay.cuda import grouped as constant
 from leetdist.kernels.token_decay.cuda import by_head, gradients
 from leetdist.kernels.token_decay.cuda import hopper as token
 from leetdist.kernels.token_decay.cuda.gradients import SIZE
@@ -31,14 +31,17 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @dataclass
 class Shape:
-    """heads: of v and of the states; shared: of q and k."""
+    """heads: of q, k and v; the states have as many as the widest of them."""
 
-    heads: int
-    shared: int
+    heads: tuple[int, int, int]
     rows: int
     columns: int
     tokens: int
     tile: int
+
+    @property
+    def widest(self) -> int:
+        return max(self.heads)
 
     def draw(self, heads: int, dim: int) -> Tensor:
         return torch.randn(1, heads, self.tokens, dim, device="cuda", dtype=BF16)
@@ -46,36 +49,40 @@ class Shape:
 
 def steps(shape: Shape, kernels: Any, log_decay: Tensor) -> Iterator[tuple[str, Callable[[], object], int]]:
     """(name, call, bytes) of the kernels of a forward and a backward pass, but for the folds."""
-    q, k = (shape.draw(shape.shared, shape.rows) for _ in range(2))
-    v, do = (shape.draw(shape.heads, shape.columns) for _ in range(2))
+    of_q, of_k, of_v = shape.heads
+    q, k = (shape.draw(own, shape.rows) for own in (of_q, of_k))
+    v, do = (shape.draw(own, shape.columns) for own in (of_v, shape.widest))
     tiles = Tiles(shape.tile, (0, shape.tokens))
-    states = torch.randn(1, shape.heads, tiles.count, shape.rows, shape.columns, device="cuda")
+    states = torch.randn(1, shape.widest, tiles.count, shape.rows, shape.columns, device="cuda")
     added = torch.empty_like(states)
 
     def states_of(name: str, b: Tensor, c: Tensor, reverse: bool) -> tuple[str, Callable[[], object], int]:
         call = partial(kernels.tile_states, b, c, log_decay, tiles, reverse=reverse, out=added)
         return name, call, sum(x.nbytes for x in (b, c, added))
 
-    def outputs(name: str, a: Tensor, b: Tensor, c: Tensor, states: Tensor, reverse: bool) -> Any:
+    def outputs(name: str, wanted: int, a: Tensor, b: Tensor, c: Tensor, states: Tensor, reverse: bool) -> Any:
         options: dict[str, Any] = {"reverse": reverse, "scale": 0.1, "state_scale": 0.1}
         given = a, b, c, states, log_decay, tiles
-        out = torch.empty(1, c.shape[1], shape.tokens, c.shape[3], device="cuda", dtype=BF16)
+        out = torch.empty(1, wanted, shape.tokens, c.shape[3], device="cuda", dtype=BF16)
         moved = sum(x.nbytes for x in (a, b, c, states, out))
-        if c.shape[1] == shape.heads:
+        if wanted == shape.widest:
             return name, partial(kernels.tile_outputs, *given, **options, out_dtype=BF16, out=out), moved
 
+        if kernels is constant:
+            options["heads"] = wanted
+
         def added_up() -> Tensor:
-            return sum_shared(kernels.tile_outputs(*given, **options, out_dtype=FP32), c.shape[1], BF16)
+            return sum_shared(kernels.tile_outputs(*given, **options, out_dtype=FP32), wanted, BF16)
 
         return name, added_up, moved
 
     yield states_of("states", k, v, False)
-    yield outputs("o", q, k, v, states, False)
+    yield outputs("o", shape.widest, q, k, v, states, False)
     yield states_of("gradients of states", q, do, True)
-    yield outputs("dq", do, v, k, states.mT, False)
-    yield outputs("dk", v, do, q, states.mT, True)
-    yield outputs("dv", k, q, do, states, True)
-    if (shape.shared, shape.rows, shape.columns) != (shape.heads, SIZE, SIZE):
+    yield outputs("dq", of_q, do, v, k, states.mT, False)
+    yield outputs("dk", of_k, v, do, q, states.mT, True)
+    yield outputs("dv", of_v, k, q, do, states, True)
+    if len(set(shape.heads)) > 1 or (shape.rows, shape.columns) != (SIZE, SIZE):
         return
     passes = by_head if log_decay.ndim == 1 else gradients
     given = q, k, v, do, states
@@ -93,13 +100,16 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=int, default=100, help="how long each kernel is repeated")
     options = parser.parse_args()
     print(json.dumps({"device": torch.cuda.get_device_name(), "leetdist": leetdist.__version__, **vars(options)}))
-    for heads, shared, rows, columns in ((32, 32, 128, 128), (64, 8, 128, 64), (32, 32, 64, 64)):
-        shape = Shape(heads, shared, rows, columns, options.tokens, options.tile)
-        none, weak = torch.zeros(heads, device="cuda"), -0.01 * torch.rand(1, heads, options.tokens, device="cuda")
+    plain, mamba, small = ((32, 32, 32), 128, 128), ((8, 8, 64), 128, 64), ((32, 32, 32), 64, 64)
+    grouped = tuple(((32, own, own), 128, 128) for own in (8, 1))
+    for heads, rows, columns in (plain, mamba, small, *grouped):
+        shape = Shape(heads, rows, columns, options.tokens, options.tile)
+        none = torch.zeros(shape.widest, device="cuda")
+        weak = -0.01 * torch.rand(1, shape.widest, options.tokens, device="cuda")
         for kind, kernels, log_decay in (("constant", constant, none), ("token", token, weak)):
             for step, call, moved in steps(shape, kernels, log_decay):
                 took = do_bench(call, warmup=options.milliseconds // 2, rep=options.milliseconds, return_mode="median")
-                line = {"shape": f"{heads} in {shared} x {rows} x {columns}", "decay": kind, "step": step}
+                line = {"shape": f"{'/'.join(map(str, heads))} heads, {rows} x {columns}", "decay": kind, "step": step}
                 print(json.dumps(line | {"ms": round(took, 3), "TB/s": round(moved / took / 1e9, 2)}), flush=True)
 
 

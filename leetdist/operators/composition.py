@@ -26,7 +26,8 @@ def decay_itself(log_decay: Tensor, tiles: Tiles) -> Tensor:
 class Kernels:
     """The local primitives of a call's two passes; constant_decay.pytorch.block says what each computes. choices: who
     computes them; used: those that the call needs, without gradients the forward pass's; longest_tile: tokens that they
-    may add up one by one. early_gradients, late_gradients: where somebody makes all gradients in two passes."""
+    may add up one by one. early_gradients, late_gradients: where somebody makes all gradients in two passes. adds_up:
+    whether `tile_outputs` is told for how many `heads` outputs are to be added up, and may begin with it."""
 
     tile_outputs: Callable[..., Tensor]
     tile_states: Callable[..., Tensor]
@@ -38,6 +39,7 @@ class Kernels:
     used: tuple[Choice, ...] = ()
     longest_tile: int | None = None
     transitions: Callable[..., Tensor] = decay_itself
+    adds_up: bool = False
 
     def __str__(self) -> str:
         """Names and versions: ranks with the same compute the same bits."""
@@ -121,6 +123,7 @@ def _composed(
         _routed(outputs), _routed(states), _routed(fold), gradient.function(),
         early_gradients=early, late_gradients=late, transitions=decay_itself if keep is None else keep.function(),
         choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
+        adds_up=all("heads" in inspect.signature(choice.function()).parameters for choice in outputs),
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ class Implementation:
 
 
 CUDA_HOPPER = Implementation(
-    "CUDA C++", "cuda.hopper", refusals.cuda_hopper, "NVRTC",
+    "CUDA C++", "cuda.grouped", refusals.cuda_hopper, "NVRTC",
     costs="sm_90", features="a", recordable=True, opened="cuda.open_chunk", most_rows=refusals.most_rows,
 )  # fmt: skip
 GLUON_HOPPER = Implementation("Gluon", "triton.hopper", refusals.gluon_hopper, "Triton", costs="sm_90", recordable=True)

@@ -83,6 +83,7 @@ class ScalarDecay(Operator):
         dq = self.kernels.tile_outputs(
             do, x["v"], x["k"], states.mT, x["log_decay"], tiles,
             reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=dtypes["q"], **_into(places["q"]),
+            **self._added_up(x["q"]),
         )  # fmt: skip
         return {"q": dq}
 
@@ -109,11 +110,16 @@ class ScalarDecay(Operator):
             return self.kernels.tile_outputs(
                 a, b, c, ends, x["log_decay"], tiles,
                 reverse=True, scale=self.scale, state_scale=1.0, out_dtype=dtypes[name], **_into(places[name]),
+                **self._added_up(x[name]),
             )  # fmt: skip
 
         dk = reversed_outputs("k", x["v"], do, x["q"], ends.mT)
         dv = reversed_outputs("v", x["k"], x["q"], do, ends)
         return {"k": dk, "v": dv}
+
+    def _added_up(self, x: Tensor) -> dict[str, Any]:
+        """What kernels that can add up gradients of x over heads are told."""
+        return {"heads": x.shape[1]} if self.kernels.adds_up else {}
 
     def decay_gradient(
         self, x: Inputs, states: Tensor, ends: Tensor, do: Tensor, tiles: Tiles, *, out: Tensor | None = None

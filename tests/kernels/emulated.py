@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from leetdist.kernels.common import loader, tensor_map
-from leetdist.kernels.constant_decay.cuda import hopper, open_chunk
+from leetdist.kernels.constant_decay.cuda import grouped, hopper, open_chunk
 from leetdist.kernels.token_decay.cuda import shared, shared_gradients
 
 HERE = Path(__file__).parent
@@ -97,6 +97,6 @@ def emulated(multiprocessors: int = 132) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for module in (hopper, open_chunk, shared, shared_gradients):
+    for module in (grouped, hopper, open_chunk, shared, shared_gradients):
         module._kernel.cache_clear()
     open_chunk._rows.cache_clear()

@@ -32,13 +32,15 @@ inline void meet() {
     const int group = emulator.current / THREADS;
     emulator.barrier(group_arrived[group], group_generation[group], THREADS);
 }
-inline int handed_over[2];
-inline unsigned hand_over_generation[2];
+inline int handed_over[Emulator::BLOCKS][4];
+inline unsigned hand_over_generation[Emulator::BLOCKS][4];
 template <int number> void say_here() {
-    if (++handed_over[number] == 2 * THREADS) handed_over[number] = 0, ++hand_over_generation[number];
+    int& arrived = handed_over[emulator.block()][number];
+    if (++arrived == 2 * THREADS) arrived = 0, ++hand_over_generation[emulator.block()][number];
 }
 template <int number> void wait_here() {
-    emulator.barrier(handed_over[number], hand_over_generation[number], 2 * THREADS);
+    const int block = emulator.block();
+    emulator.barrier(handed_over[block][number], hand_over_generation[block][number], 2 * THREADS);
 }
 inline void __syncwarp() {
     const int warp = emulator.current / 32;
@@ -177,6 +179,9 @@ inline void init_arrival(Word arrival, int arrivals = 1) {
     at<Long>(arrival), arrivals_[emulator.block()][arrival] = {arrivals, arrivals};
 }
 inline void arrive(Word arrival) { --arrival_at(arrival).missing, arrival_at(arrival).look(); }
+inline void arrive(Word arrival, int rank) {
+    --arrival_at(arrival, rank).missing, arrival_at(arrival, rank).look();
+}
 inline void expect(Word arrival, int bytes) { arrival_at(arrival).bytes += bytes, arrive(arrival); }
 inline void arrived_bytes(Word arrival, int bytes, int block = emulator.block()) {
     arrival_at(arrival, block).bytes -= bytes, arrival_at(arrival, block).look();

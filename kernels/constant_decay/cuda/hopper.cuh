@@ -242,6 +242,11 @@ __device__ __forceinline__ void send(Word to, Word arrival, int rank, float x, f
                  " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [t], {%3, %4, %5, %6}, [a]; }"
                  ::"r"(to), "r"(arrival), "r"(rank), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
+// Arrive at a barrier of another block of the cluster.
+__device__ __forceinline__ void arrive(Word arrival, int rank) {
+    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;"
+                 " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }" ::"r"(arrival), "r"(rank) : "memory");
+}
 // 16 bytes to global memory, where multiples of 16 are.
 __device__ __forceinline__ void write_words(Bits* to, const Word (&x)[4]) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])

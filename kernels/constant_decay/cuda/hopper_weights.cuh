@@ -3,7 +3,7 @@
 // kernels/token_decay/cuda/hopper_weights.cuh has the same names for a decay a token.
 
 constexpr float LEAST = -1e4f;
-constexpr int SLOT = 0;  // bytes of shared memory in which a chunk's log-decays come
+[[maybe_unused]] constexpr int SLOT = 0;  // bytes of shared memory in which a chunk's log-decays come
 
 // A log-decay: -inf means the same as LEAST, but gamma^0 would be NaN. NaN stays, which max would drop.
 __device__ float bounded(float log_decay) { return log_decay < LEAST ? LEAST : log_decay; }

@@ -30,7 +30,7 @@ OUTPUTS = "tile_outputs"
 @lru_cache(maxsize=512)
 def composed(base: Kernels) -> Kernels:
     """The block kernels, with outputs on the finer grid."""
-    return replace(base, tile_outputs=outputs_of(base))
+    return replace(base, tile_outputs=outputs_of(base), adds_up=False)
 
 
 def outputs_of(base: Kernels) -> Callable[..., Tensor]:
