@@ -100,9 +100,10 @@ def linear_attention(
         v: (B, H, N, Dv).
         log_decay: natural log of the decay, <= 0, fp32: (H,) or (H, 1, 1), the same for all tokens, or (B, H, N), one
             a token, by which the state before it decays; -inf starts anew. None is no decay. Positive values and NaN
-            are a ValueError; but where those of (B, H, N) are on a GPU, whose stream reading them would stop, outputs
-            are NaN from such a token on, unless LEETDIST_CHECK_VALUES=1 asks for the reading. Under a group (B, H, N)
-            is this rank's shard, like q, and so is its gradient.
+            are a ValueError; but where those of (B, H, N), or of (H,) that are learnt, are on a GPU, whose stream
+            reading them would stop, outputs are NaN from such a token on (of such a head), unless
+            LEETDIST_CHECK_VALUES=1 asks for the reading. Under a group (B, H, N) is this rank's shard, like q, and so
+            is its gradient.
         scale: factor of the output.
         initial_state: (B, H, Dk, Dv) fp32, or (documents, H, Dk, Dv) with `cu_seqlens`; None is zero. Under a group it
             is given on the first rank only.

@@ -210,8 +210,9 @@ def _autocast_hint(device: torch.device) -> str:
 
 
 def check_log_decay(log_decay: Tensor, q: Tensor, heads: int, *, read_values: bool = True) -> None:
-    """Shape, dtype, device, and that no value is positive or NaN. Of a decay a token the values are on the GPU, and
-    read there only if LEETDIST_CHECK_VALUES=1 says so: what is no log-decay makes NaN of the outputs that see it."""
+    """Shape, dtype, device, and that no value is positive or NaN. Of a decay a token, or a head that is learnt, the
+    values are on the GPU, and read there only if LEETDIST_CHECK_VALUES=1 says so: what is no log-decay makes NaN of the
+    outputs that see it."""
     check_plain("log_decay", log_decay, "a tensor or None")
     batch, _, tokens, _ = q.shape
     if log_decay.shape not in ((heads,), (batch, heads, tokens)):

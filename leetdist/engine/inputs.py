@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leetdist.arguments import as_bool, as_float, as_int, as_str
 from leetdist.engine.layout import contiguous, row_major
-from leetdist.engine.values import still
+from leetdist.engine.values import still, unread
 
 LARGEST_TILE = 1 << 30  # tokens in a tile are counted in 32 bits
 
@@ -72,6 +72,8 @@ def canonical_tensors(
     if log_decay is None:
         heads = max(q.shape[1], k.shape[1], v.shape[1])
         log_decay = torch.zeros(heads, dtype=dtype, device=q.device)
+    if highest is None and log_decay.ndim == 1 and unread(log_decay):
+        highest = (0.0,) * log_decay.shape[0]
     log_decay = contiguous(log_decay, dtype)
     if cu_seqlens is not None or highest is not None:
         log_decay = still(log_decay, cu_seqlens, highest)

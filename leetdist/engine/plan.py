@@ -15,7 +15,7 @@ from leetdist.arguments import is_plain
 from leetdist.engine.checks import check_agreement, check_declared, describe, global_layout, lanes_setting
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.lanes import Lane, make_lanes
-from leetdist.engine.values import Decays, bad_step, decays_of, forgetting_bound
+from leetdist.engine.values import Decays, bad_step, decays_of, forgetting_bound, unread
 from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.memory import zero_states
 from leetdist.kernels.common.settings import raw_settings
@@ -92,10 +92,8 @@ class Plan:
 
     @cached_property
     def repeatable(self) -> bool:
-        """Whether a pass may be nothing but launches, whose host work is done once a kind of call. Decays a head that
-        are learnt have a plan of their own in every call under a group."""
-        learnt = self.transport is not None and self.problem.needs_decay_grad and bool(self.operator.heads)
-        return self.problem.device.type == "cuda" and self.operator.launches_alone and not learnt
+        """Whether a pass may be nothing but launches, whose host work is done once a kind of call."""
+        return self.problem.device.type == "cuda" and self.operator.launches_alone
 
     def to_end(self, *, reverse: bool) -> bool:
         """Whether anybody reads what the last tile of the scan adds: the next rank, or who asked for the state at the
@@ -301,7 +299,7 @@ def _known(
             read = options.get("read_values", True)
             if log_decay.ndim == 1:
                 decays = decays_of(log_decay, read=read)
-                if read if decays is None else decays.bad is not None:
+                if (read and not unread(log_decay)) if decays is None else decays.bad is not None:
                     return _NOTHING
             elif not is_plain(log_decay) or bad_step(log_decay, read=read) is not None:
                 return _NOTHING

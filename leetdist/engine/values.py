@@ -80,8 +80,21 @@ def remember(x: Tensor, values: tuple[float, ...], copy: Tensor | None = None) -
     _read[x] = mark_of(x), values, copy
 
 
+def unread(log_decay: Tensor) -> bool:
+    """Whether the values of a decay a head are not looked at, on any rank: one that is learnt on a GPU has others in
+    each step, and to read them would stop its stream in each call. What is no log-decay makes NaN then
+    (leetdist.engine.inputs), unless LEETDIST_CHECK_VALUES=1 asks for the reading."""
+    return _on_gpu(log_decay) and log_decay.requires_grad and torch.is_grad_enabled() and not _check_values()
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def decays_of(log_decay: Tensor, *, read: bool = True) -> Decays | None:
-    """The values of a log_decay, as `values_of`."""
+    """The values of a log_decay, as `values_of`; None too where they are `unread`."""
+    if unread(log_decay):
+        return None
     values = values_of(log_decay, read=read)
     return None if values is None else _decays(values)
 
@@ -131,7 +144,7 @@ def still(log_decay: Tensor, cu_seqlens: Tensor | None, highest: tuple[float, ..
         _, _, copy = _read[cu_seqlens]
         same = (cu_seqlens == copy).all().to(log_decay.device)
         log_decay = torch.where(same, log_decay, torch.nan)
-    if highest is not None and log_decay.is_cuda:
+    if highest is not None and _on_gpu(log_decay):
         limits = _on_device(highest, log_decay.dtype, log_decay.device)
         log_decay = torch.where(log_decay <= limits, log_decay, torch.nan)
     return log_decay

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import leetdist
 from helpers import run_ranks, values
 from leetdist.engine import plan
+from leetdist.engine import values as engine_values
 from leetdist.sequence.group import resolve
 from leetdist.sequence.p2p import TENSORS, PointToPoint
 from leetdist.sequence.virtual import VirtualGroup
@@ -307,3 +308,41 @@ def test_a_site_is_the_programs_line() -> None:
         patch.setattr(plan, "agree", lambda *args, **kwargs: seen.append(kwargs["site"]) or agree(*args, **kwargs))
         leetdist.virtual_ranks(rank, 2)
     assert {site.words.partition(":")[0] for site in seen} == {"test_agreement.py"}
+
+
+def test_decays_that_are_learnt_on_a_gpu_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rehearsed on the CPU: one plan for all steps, one device's bits, and NaN from what is no log-decay."""
+    monkeypatch.setattr(engine_values, "_on_gpu", lambda x: True)
+    x = torch.randn(1, 2, 64, 16)
+    decay = torch.tensor([-0.1, -5.0], requires_grad=True)
+
+    def step(group: Any) -> list[torch.Tensor]:
+        shard = leetdist.shard_sequence(x, 2, group, tile=32)
+        o = leetdist.linear_attention(shard, shard, shard, decay, group=group, tile=32)
+        return [o.detach(), *torch.autograd.grad(o.sum(), decay)]
+
+    def rank(group: VirtualGroup) -> list[list[torch.Tensor]]:
+        results = []
+        for value in (-0.1, -0.2, -0.3):
+            with torch.no_grad():
+                decay[0] = value  # by all ranks, the same
+            results.append(step(group))
+            barrier.wait()
+        assert len(group.plans) == 1
+        return results
+
+    barrier = threading.Barrier(2)
+    first, second = leetdist.virtual_ranks(rank, 2)
+    for value, (left, left_grad), (right, right_grad) in zip((-0.1, -0.2, -0.3), first, second, strict=True):
+        with torch.no_grad():
+            decay[0] = value
+        o, grad = step(None)
+        assert torch.equal(torch.cat([left, right], 2), o)
+        assert torch.equal(left_grad + right_grad, grad)
+    with torch.no_grad():
+        decay[1] = 0.1
+    o, grad = step(None)
+    assert torch.equal(o.isnan().any(-1).any(-1), torch.tensor([[False, True]]))
+    monkeypatch.setenv("LEETDIST_CHECK_VALUES", "1")
+    with pytest.raises(ValueError, match=r"log_decay must be <= 0 .* for head 1"):
+        step(None)
