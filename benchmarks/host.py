@@ -16,13 +16,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common.idle import Echo, idle_kernels
+from common.idle import Echo, idle_kernels, rehearsed
 from suites.scaling.report import provenance
 
 import leetdist
@@ -62,11 +62,18 @@ def main() -> None:
     args = parser.parse_args()
     together = "RANK" in os.environ
     cuda = torch.cuda.is_available() and together
-    with joined() if together else nullcontext(), nullcontext() if cuda else idle_kernels():
+    with ExitStack() as stack:
+        if together:
+            stack.enter_context(joined())
+        if not cuda:
+            stack.enter_context(idle_kernels())
         group = resolve(dist.group.WORLD, args.transport) if together else Echo()
         assert group is not None
         device = torch.device("cuda" if cuda else "cpu")
-        rows = measure(args, group, device, together=together)
+        rows = measure(args, group, device, repeated=cuda)
+        if not together:  # what the host does to repeat launches can be rehearsed without a GPU
+            with rehearsed():
+                rows += measure(args, Echo(), device, repeated=True)
         result = {
             "machine": torch.cuda.get_device_name() if cuda else "CPU, kernels that compute nothing",
             "ranks": group.size, "transport": group.kind, **provenance(), "torch": torch.__version__,
@@ -74,13 +81,14 @@ def main() -> None:
         }  # fmt: skip
         if group.rank == 0 or not together:
             for row in rows:
-                print(f"{row['what']:32} {row['who']:10} {row['median_us']:8.1f} {row['least_us']:8.1f} us")
+                what = f"{row['what']:27} {row['who']:10} {row['launches']:12}"
+                print(f"{what} {row['median_us']:8.1f} {row['least_us']:8.1f} us")
             if args.out is not None:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace, group: Any, device: torch.device, *, together: bool) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, group: Any, device: torch.device, *, repeated: bool) -> list[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = (1, args.heads, args.tokens, args.dim)
     q, k, v, do = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
@@ -117,11 +125,11 @@ def measure(args: argparse.Namespace, group: Any, device: torch.device, *, toget
     ]
     rows = []
     for what, who, call in calls:
-        scope: AbstractContextManager[Any] = nullcontext()
-        if who == "declared":
-            scope = leetdist.sequence_parallel(group, lengths=lengths)
-        with scope:
-            rows.append({"what": what, "who": who, **timed(call, args.repeat, together=together)})
+        with ExitStack() as stack:
+            if who == "declared":
+                stack.enter_context(leetdist.sequence_parallel(group, lengths=lengths))
+            times = timed(call, args.repeat, together=group.kind != "stand-in")
+        rows.append({"what": what, "who": who, "launches": "repeated" if repeated else "not repeated", **times})
     return rows
 
 

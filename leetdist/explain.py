@@ -145,18 +145,14 @@ def _launches(plan: Plan, kernels: Kernels) -> str:
         if not alone:
             return "not repeated: the state's rows come in blocks, which are parts of tensors"
         return f"not repeated: {', '.join(alone)} has some that are not seen"
-    if not plan.repeatable:
-        return "not repeated: under a group, decays that are learnt make every call another"
     if plan.transport is not None and plan.transport.place() is None:
-        return f"not repeated: by {plan.transport.kind}, hosts take part in passing states on"
+        return f"not repeated: by {plan.transport.kind}, hosts copy the states that are passed on"
     from leetdist.kernels.common.launcher import why_not_repeated
 
     missing = why_not_repeated()
     if missing is not None:
         return f"not repeated: {missing}"
-    learnt = ", but those of the backward pass, which needs the gradient of log_decay"
-    once = plan.problem.needs_decay_grad and plan.operator.heads
-    return "repeated, from the third call of a kind on" + (learnt if once else "")
+    return "repeated, from the third call of a kind on"
 
 
 def _method(problem: Problem, tokens: int) -> str:

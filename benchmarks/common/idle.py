@@ -3,8 +3,8 @@ sharded call is the host's own part, and can be timed on any machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +12,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import recording
+from leetdist.engine import plan
+from leetdist.kernels.common import recording, replay
 from leetdist.operators.constant_decay import ConstantDecay
 from leetdist.sequence.transport import Transport
 
@@ -21,7 +22,7 @@ def _launch(*tensors: Tensor | None) -> None:
     recording.note(recording.TritonLaunch(_IDLE, (1, 1, 1), tensors))
 
 
-_IDLE = SimpleNamespace()
+_IDLE = SimpleNamespace(launch=lambda *_: None)
 
 
 class Kernels:
@@ -80,7 +81,9 @@ class Kernels:
         return out
 
     @staticmethod
-    def head_gradients(self: Any, x: Any, states: Tensor, ends: Tensor, do: Tensor, tiles: Any) -> dict[str, Tensor]:
+    def head_gradients(
+        self: Any, x: Any, states: Tensor, ends: Tensor, do: Tensor, tiles: Any, *, kept: Any
+    ) -> dict[str, Tensor]:
         shares = states.new_zeros(states.shape[:3])
         return {"log_decay": shares}
 
@@ -95,6 +98,33 @@ def idle_kernels() -> Iterator[None]:
     with ExitStack() as stack:
         for name in STEPS:
             stack.enter_context(patch.object(ConstantDecay, name, getattr(Kernels, name)))
+        yield
+
+
+@contextmanager
+def rehearsed() -> Iterator[None]:
+    """Passes are recorded and repeated as on a GPU (leetdist.kernels.common.replay), with tensors on the CPU: of the
+    kernels noted, `launch` is called, with addresses in place of tensors. For groups that have made no call before."""
+
+    def handed(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Any:
+        return SimpleNamespace(
+            function=kernel.launch, before=grid, after=(), together=False, arguments=list(arguments),
+            places=range(len(arguments)),
+        )  # fmt: skip
+
+    with ExitStack() as stack:
+        for owner, name, stand_in in (
+            (replay.launch, "direct", lambda device: True),
+            (replay.launcher, "handed", handed),
+            (torch._C, "_cuda_getCurrentRawStream", lambda index: 0),
+            (torch.cuda, "current_stream", lambda device: None),
+            (torch.cuda, "stream", lambda stream: nullcontext()),
+            (plan.Plan, "repeatable", True),
+        ):
+            stack.enter_context(patch.object(owner, name, stand_in, create=True))
+        for forget in (plan._plans.clear, plan._local_plan.cache_clear):  # a plan knows whether it is repeatable
+            forget()
+            stack.callback(forget)
         yield
 
 
@@ -113,6 +143,9 @@ class Echo(Transport):
 
     def flush(self) -> None:
         pass
+
+    def place(self) -> Hashable:
+        return ()
 
     def gather_objects(self, mine: Any, what: str) -> list[Any]:
         return [mine, mine]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 _thread = threading.local()
 
 
@@ -44,10 +46,35 @@ class HostStep:
     step: Callable[[], Any]
 
 
+@dataclass(frozen=True, eq=False)
+class TensorStep:
+    """The same with a tensor that the call has taken: a message that leaves from it, or comes into it."""
+
+    step: Callable[[Tensor], Any]
+    tensor: Tensor
+
+
 def take(step: Callable[[], Any]) -> None:
     """Do a step of the host, and note it."""
-    step()
-    note(HostStep(step))
+    _take(HostStep(step), step)
+
+
+def take_with(step: Callable[[Tensor], Any], tensor: Tensor) -> None:
+    """Do a step of the host with a tensor, and note it."""
+    _take(TensorStep(step, tensor), step, tensor)
+
+
+def _take(event: HostStep | TensorStep, step: Callable[..., Any], *given: Tensor) -> None:
+    events = _thread.__dict__.get("events")
+    if events is None:
+        step(*given)
+        return
+    _thread.events = None  # what a step does is its own, and not noted
+    try:
+        step(*given)
+    finally:
+        _thread.events = events
+    events.append(event)
 
 
 def record_into(events: list[Any] | None) -> None:
@@ -55,7 +82,7 @@ def record_into(events: list[Any] | None) -> None:
     _thread.events = events
 
 
-def note(event: TritonLaunch | CudaLaunch | HostStep) -> None:
+def note(event: TritonLaunch | CudaLaunch | HostStep | TensorStep) -> None:
     events = _thread.__dict__.get("events")
     if events is not None:
         events.append(event)

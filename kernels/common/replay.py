@@ -38,11 +38,13 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: list[Tensor | recording.TritonLaunch | recording.CudaLaunch | recording.HostStep] = []
+        self.events: list[Any] = []  # tensors, and what recording notes
         self.refused: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if not recording.noting():  # a step of the host
+            return out
         if func.overloadpacket in EMPTY:
             if out.numel():
                 self.events.append(out)
@@ -117,7 +119,7 @@ class TritonStep:
             handed.function(*handed.before, stream, *handed.after, *arguments)
 
 
-@dataclass(eq=False)
+@dataclass
 class Memory:
     """A tensor to take."""
 
@@ -126,7 +128,15 @@ class Memory:
     dtype: torch.dtype
 
 
-Action: TypeAlias = Memory | TritonStep | CudaStep | recording.HostStep
+@dataclass(eq=False)
+class Message:
+    """A step of the host with one of the tensors taken."""
+
+    step: Callable[[Tensor], Any]
+    place: int
+
+
+Action: TypeAlias = Memory | TritonStep | CudaStep | Message | recording.HostStep
 
 
 @dataclass(eq=False)
@@ -149,6 +159,8 @@ class Replay:
                 sources.append(x.data_ptr())
             elif isinstance(action, recording.HostStep):
                 action.step()
+            elif isinstance(action, Message):
+                action.step(taken[action.place])
             else:
                 action(torch._C._cuda_getCurrentRawStream(device.index), sources)
         return tuple([None if place is None else taken[place] for place in self.returned])
@@ -184,12 +196,18 @@ def record(
         returned.append(place)
     actions: list[Action] = []
     held: list[Tensor] = []
+    to_take = iter(memory)
     for event in recorder.events:
         action: Action | None
         if isinstance(event, Tensor):
-            action = memory.pop(0)
+            action = next(to_take)
         elif isinstance(event, recording.HostStep):
             action = event
+        elif isinstance(event, recording.TensorStep):
+            x, place = event.tensor, sources.get(event.tensor.data_ptr(), 0) - len(inputs) - len(numbers)
+            if place < 0 or Memory(x.shape, x.stride(), x.dtype) != memory[place]:
+                return outputs, None
+            action = Message(event.step, place)
         elif isinstance(event, recording.CudaLaunch):
             action = _cuda_step(event, sources, storages)
         else:

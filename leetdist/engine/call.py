@@ -117,7 +117,7 @@ def run(
         inputs[:tokens] = moved
         if plan.any_initial_grad and not problem.needs_grad and not problem.needs_initial_grad:
             anchor = torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
-    if transport is None and not problem.needs_grad and not problem.needs_initial_grad:
+    if anchor is None and not problem.needs_grad and not problem.needs_initial_grad:
         results: Any = forward_pass(tuple(inputs), initial_state, plan)
     else:
         inputs = [for_autograd(x) for x in inputs]

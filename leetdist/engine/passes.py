@@ -90,7 +90,13 @@ def backward_pass(
     """
     if needs_gate_grads:  # which the plan of a compiled call does not know
         plan = plan.learning
-    return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
+    *grads, dinitial = _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
+    operator, tokens = plan.operator, len(plan.operator.tokens)
+    if needs_gate_grads and operator.heads:  # here is what each tile adds; the sums are no launches of ours
+        with _together(inputs[0], plan, "exchange", beside=False):
+            for place, name in enumerate(operator.heads, tokens):
+                grads[place] = scan.head_gradient_to_first(cast(Tensor, grads[place]), inputs[place], name, plan)
+    return *grads, dinitial
 
 
 def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
@@ -161,11 +167,9 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
                 for lane in plan.lanes
             }
             for place, name in enumerate(operator.heads):
-                whole = in_order(
+                head_grads[place] = in_order(
                     {lane: _of_every_tile([x[name] for x in share], plan) for lane, share in shares.items()}, plan
                 )
-                like = inputs[len(operator.tokens) + place]
-                head_grads[place] = scan.head_gradient_to_first(whole, like, name, plan)
         dinitial_whole = None
         if plan.any_initial:
             dinitial_whole = scan.states_to_first(in_order(dinitial, plan), plan.state_shape, plan)
@@ -207,8 +211,7 @@ def _repeated(
 ) -> tuple[Tensor | None, ...]:
     """One pass; where it has been seen before, and is nothing but launches, its launches again."""
     more = (plan,) if needs_gate_grads is None else (plan, needs_gate_grads)
-    summed_over_tiles = bool(needs_gate_grads and plan.operator.heads)
-    if not plan.repeatable or trace.on() or summed_over_tiles:
+    if not plan.repeatable or trace.on():
         return cast(Any, function(*tensors, *more))
     from leetdist.kernels.common.replay import repeated
 
@@ -313,4 +316,4 @@ def _together(x: Tensor, plan: Plan, phase: str, *, beside: bool) -> Iterator[_S
         else:
             with plan.transport.call(phase):
                 yield _Side(stream)
-                plan.transport.flush()
+                take(plan.transport.flush)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
@@ -136,6 +136,9 @@ class PointToPoint(Transport):
             return None
         pending, self.pending = self.pending, []
         return self._taken(pending)
+
+    def place(self) -> Hashable | None:
+        return None if self.staged else ()
 
     def _capturing(self) -> bool:
         return not self.staged and torch.cuda.is_current_stream_capturing()

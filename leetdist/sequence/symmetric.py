@@ -70,6 +70,7 @@ class Inboxes:
         self.hop = hop
         self.transport, self.rank = transport, transport.rank
         self.local = {rank: number for number, rank in enumerate(node)}
+        self.neighbours = {self.rank - 1, self.rank + 1}.intersection(range(transport.size))
         self.store = Renumbered(store_of(transport.group, f"part/{node[0]}"))  # C++ alone would not keep it alive
         self.group = _part(transport, node, self.store)
         self.slot_words = 0
@@ -112,7 +113,7 @@ class Inboxes:
 
     def place(self) -> Hashable | None:
         """As leetdist.sequence.transport.Transport.place. Outgrown inboxes are kept, so a number tells these."""
-        if any(rank not in self.local for rank in (self.rank - 1, self.rank + 1) if 0 <= rank < self.transport.size):
+        if self.transport.staged and not self.neighbours.issubset(self.local):
             return None
         return len(self.kept), self.transport.patience(), *self.sent.items(), *self.received.items()
 
@@ -207,19 +208,20 @@ class Symmetric(Transport):
 
     def send_state(self, tensor: Tensor, to: int, what: str) -> None:
         if self.inboxes is None or not self.inboxes.serves(tensor, to):
-            return self.send(tensor, to, what)
+            return super().send_state(tensor, to, what)
         self.inboxes.put(tensor, to)
 
     @contextmanager
     def receive_state(self, shape: tuple[int, ...], like: Tensor, source: int, what: str) -> Iterator[Tensor]:
         if self.inboxes is None or not self.inboxes.serves(like, source):
-            yield self.receive(like.new_empty(shape), source, what)
+            received = super().receive_state(shape, like, source, what)
         else:
-            with self.inboxes.taken(shape, like.dtype, source) as state:
-                yield state
+            received = self.inboxes.taken(shape, like.dtype, source)
+        with received as state:
+            yield state
 
     def place(self) -> Hashable | None:
-        return None if self.inboxes is None else self.inboxes.place()
+        return self.under.place() if self.inboxes is None else self.inboxes.place()
 
     def close(self) -> None:
         super().close()

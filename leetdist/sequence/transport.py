@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from leetdist.kernels.common import recording
 from leetdist.kernels.common.memo import Memo
 from leetdist.sequence.board import LEFT, Board
 
@@ -100,15 +101,18 @@ class Transport(ABC):
 
     def send_state(self, tensor: Tensor, to: int, what: str) -> None:
         """`send` to a neighbour in the scan."""
-        self.send(tensor, to, what)
+        recording.take_with(lambda tensor: self.send(tensor, to, what), tensor)
 
     @contextmanager
     def receive_state(self, shape: tuple[int, ...], like: Tensor, source: int, what: str) -> Iterator[Tensor]:
         """What a neighbour in the scan sends, of a shape, on the device and in the dtype of `like`; valid inside."""
-        yield self.receive(like.new_empty(shape), source, what)
+        state = like.new_empty(shape)
+        recording.take_with(lambda tensor: self.receive(tensor, source, what), state)
+        yield state
 
     def place(self) -> Hashable | None:
-        """What decides where a scan's next states go and come, if launches alone move them; None if hosts take part."""
+        """What decides where a scan's next states go and come, if launches and steps of the host move them that can be
+        repeated (leetdist.kernels.common.replay); None if it takes more, as where a host waits for the GPU."""
         return None
 
     def note_cut(self, local: int, whole: int) -> None:
