@@ -87,7 +87,7 @@ def assert_right(
     [
         (None, 80, 104, FP16, True, False, True),
         (None, 136, 72, BF16, True, False, False),
-        (None, 160, 24, BF16, False, True, False),
+        (None, 160, 136, BF16, False, True, False),
         (64, 96, 72, BF16, False, False, False),
     ],
 )

@@ -56,26 +56,27 @@ def test_compiles_and_fits(name, rows, columns, groups, dtype, wide, reverse, to
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize(
-    ("columns", "groups", "size", "dtype", "wide", "onto", "token"),
+    ("size", "dtype", "wide", "onto", "token"),
     [
-        (128, 1, (96, 112), torch.bfloat16, False, False, False),
-        (64, 1, (160, 160), torch.bfloat16, False, False, False),
-        (64, 2, (192, 256), torch.float16, True, False, True),
-        (64, 2, (256, 512), torch.bfloat16, False, True, False),
-        (64, 2, (256, 200), torch.float16, True, True, True),
+        ((96, 112), torch.bfloat16, False, False, False),
+        ((160, 160), torch.bfloat16, False, False, False),
+        ((192, 256), torch.float16, True, False, True),
+        ((256, 512), torch.bfloat16, False, True, False),
+        ((256, 200), torch.float16, True, True, True),
     ],
 )
 @pytest.mark.parametrize("name", ["tile_states", "tile_outputs"])
-def test_other_sizes_compile_and_fit(name, columns, groups, size, dtype, wide, onto, token, tmp_path):
-    """Fewer rows and columns than are walked, three blocks of rows, and outputs that are added to others."""
-    rows = hopper.walked_rows(size[0])
-    made = hopper.defines(name, rows, columns, groups, dtype, wide, onto, token, size=size, onto=onto)
-    said = ptxas_report(f"constant_decay/cuda/{name.split()[0]}.cu", "sm_90a", made, tmp_path)
-    assert 2 // groups * (hopper.shared_memory(name, rows, columns, groups, token) + OWN) <= SHARED_MEMORY
-    spilled = re.search(r"(\d+) bytes spill stores", said)
-    assert spilled, said
-    assert int(spilled[1]) <= SPILLS[wide], said
-    assert "serialized" not in said, said
+def test_other_sizes_compile_and_fit(name, size, dtype, wide, onto, token, tmp_path):
+    """Fewer rows and columns than are walked, an odd number of warpgroups, and outputs that are added to others."""
+    for part in hopper.parts(4096, *size, 132):
+        held = hopper.walked_rows(size[0]), part.columns, part.groups
+        made = hopper.defines(name, *held, dtype, wide, onto, token, size=size, first=part.first, onto=onto)
+        said = ptxas_report(f"constant_decay/cuda/{name}.cu", "sm_90a", made, tmp_path)
+        assert 2 // part.groups * (hopper.shared_memory(name, *held, token) + OWN) <= SHARED_MEMORY
+        spilled = re.search(r"(\d+) bytes spill stores", said)
+        assert spilled, said
+        assert int(spilled[1]) <= SPILLS[wide], said
+        assert "serialized" not in said, said
 
 
 @pytest.mark.parametrize("programs", [1, 33, 66, 132, 133, 4096])
@@ -86,6 +87,11 @@ def test_shares_cover_all_columns(columns, rows, programs):
     assert held * groups * splits == 64 * -(-columns // 64)
     assert held * rows <= 128 * 128  # what the registers of a warpgroup hold
     assert groups * splits <= max(4, -(-columns // 64))
+    first = 0
+    for part in hopper.parts(programs, rows, columns, 132):
+        assert part.first == first
+        first += part.columns * part.groups * part.splits
+    assert first == held * groups * splits
 
 
 def test_a_source_holds_what_it_includes():

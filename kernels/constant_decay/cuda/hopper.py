@@ -7,6 +7,7 @@ token_decay.pytorch.block. The order of every sum depends on the head sizes and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -47,15 +48,14 @@ def tile_states(
         return out
     heads, token = heads_of(log_decay), log_decay.ndim == 3
     programs = b.shape[0] * heads * tiles.count
-    columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
-    kept: list[Tensor] = []
-    size = b.shape[3], c.shape[3]
-    launch = _kernel("tile_states", size, columns, groups, b.dtype, False, reverse, token, b.device)
-    launch(
-        (programs * splits,), THREADS * groups,
-        *_operand(b, heads, kept), *_operand(c, heads, kept), out.data_ptr(), out.stride(2),
-        *_tiles(tiles, log_decay, splits, b, c), tiles.unread(reverse, to_end), float(scale),
-    )  # fmt: skip
+    size, kept = (b.shape[3], c.shape[3]), []  # type: ignore[var-annotated]
+    operands = *_operand(b, heads, kept), *_operand(c, heads, kept)
+    for part in parts(programs, *size, _multiprocessors(c.device)):
+        launch = _kernel("tile_states", size, part, b.dtype, False, reverse, token, b.device)
+        launch(
+            (programs * part.splits,), THREADS * part.groups, *operands, out.data_ptr(), out.stride(2),
+            *_tiles(tiles, log_decay, part.splits, b, c), tiles.unread(reverse, to_end), float(scale),
+        )  # fmt: skip
     return out
 
 
@@ -80,15 +80,15 @@ def onward(
     """
     heads, token = heads_of(log_decay), log_decay.ndim == 3
     programs = b.shape[0] * heads
-    columns, groups, splits = shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device))
+    part = Part(*shares(programs, b.shape[3], c.shape[3], _multiprocessors(c.device)))
     kept: list[Tensor] = []
     places, place = (0, at) if isinstance(at, int) else (at.contiguous(), 0)
     tokens, size = b.shape[2] if tokens is None else tokens, (b.shape[3], c.shape[3])
-    launch = _kernel(ONWARD, size, columns, groups, b.dtype, False, False, token, b.device)
+    launch = _kernel(ONWARD, size, part, b.dtype, False, False, token, b.device)
     launch(
-        (programs * splits, 2), THREADS * groups,
+        (programs * part.splits, 2), THREADS * part.groups,
         *_operand(b, heads, kept), *_operand(c, heads, kept), walked.data_ptr(), size[0] * size[1],
-        *_tiles(Tiles(tokens, (0, tokens)), log_decay, splits, b, c), -1, 1.0, own.data_ptr(),
+        *_tiles(Tiles(tokens, (0, tokens)), log_decay, part.splits, b, c), -1, 1.0, own.data_ptr(),
         places if isinstance(places, int) else places.data_ptr(), place, whole,
         0 if total is None else total.data_ptr(),
     )  # fmt: skip
@@ -120,21 +120,23 @@ def tile_outputs(
     wide, target = out.dtype != a.dtype, out
     if not wide and _map(out) is None:
         target = torch.empty_like(out, memory_format=torch.contiguous_format)
-    programs = a.shape[0] * heads * tiles.count
-    columns, groups, splits = shares(programs, a.shape[3], c.shape[3], _multiprocessors(c.device))
-    again = torch.empty(programs * splits, dtype=torch.int32, device=a.device)  # written by every block
-    arguments = (
+    programs, size = a.shape[0] * heads * tiles.count, (a.shape[3], c.shape[3])
+    operands = (
         *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept),
         states.data_ptr(), *states.stride(),
         bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
-        *_tiles(tiles, log_decay, splits, a, b, c),
-        float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
-        *(() if onto is None else (onto.data_ptr(), *onto.stride()[:3])),
     )  # fmt: skip
-    size = a.shape[3], c.shape[3]
-    for name in OUTPUTS:
-        launch = _kernel(name, size, columns, groups, a.dtype, wide, reverse, token, a.device, onto is not None)
-        launch((programs * splits,), THREADS * groups, *arguments)
+    for part in parts(programs, *size, _multiprocessors(c.device)):
+        blocks = programs * part.splits
+        again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
+        arguments = (
+            *operands, *_tiles(tiles, log_decay, part.splits, a, b, c),
+            float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
+            *(() if onto is None else (onto.data_ptr(), *onto.stride()[:3])),
+        )  # fmt: skip
+        for name in OUTPUTS:
+            launch = _kernel(name, size, part, a.dtype, wide, reverse, token, a.device, onto is not None)
+            launch((blocks,), THREADS * part.groups, *arguments)
     if target is not out:
         out.copy_(target)
     return out
@@ -157,11 +159,11 @@ def compile_for(
     """Compile the kernels that `step` ("tile_states" or "tile_outputs") will launch for so many tiles of all heads.
     share: how many heads share an operand, which only kernels of a decay a token (`token`) care for. onto: outputs are
     added to others."""
-    held, groups, _ = shares(programs, rows, columns, _multiprocessors(device))
     outputs = step == "tile_outputs"
-    for name in OUTPUTS if outputs else (step,):
-        more = wide and outputs, reverse, token, device, onto and outputs
-        _kernel(name, (rows, columns), held, groups, dtype, *more)
+    more = wide and outputs, reverse, token, device, onto and outputs
+    for part in parts(programs, rows, columns, _multiprocessors(device)):
+        for name in OUTPUTS if outputs else (step,):
+            _kernel(name, (rows, columns), part, dtype, *more)
 
 
 def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
@@ -179,6 +181,26 @@ def shares(programs: int, rows: int, columns: int, multiprocessors: int) -> tupl
         return 64, groups, blocks // groups
     held = 64 if blocks % 2 or programs * (blocks // 2) <= multiprocessors else 128
     return held, 1, 64 * blocks // held
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one launch has of a tile's columns, from the first on: as `shares` says."""
+
+    columns: int
+    groups: int
+    splits: int
+    first: int = 0
+
+
+@cache
+def parts(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple[Part, ...]:
+    """The launches of a kernel: one; but where two warpgroups share chunks, which is faster, and an odd number of them
+    would hold all columns, the last has one by itself."""
+    whole, blocks = Part(*shares(programs, rows, columns, multiprocessors)), ceil_div(columns, 64)
+    if rows <= 128 or whole.groups == 2 or blocks < 3 or programs * blocks <= multiprocessors:
+        return (whole,)
+    return Part(64, 2, blocks // 2), Part(64, 1, 1, 64 * (blocks - 1))
 
 
 def walked_rows(rows: int) -> int:
@@ -221,17 +243,20 @@ def defines(
     token: bool = False,
     *,
     size: tuple[int, int] | None = None,
+    first: int = 0,
     onto: bool = False,
 ) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with; `wide`: for outputs in fp32; `token`: for a decay a token; `size`: the state's
-    rows and columns, where blocks have more; `onto`: for outputs that are added to others."""
+    rows and columns, where blocks have not as many; `first`: of their columns; `onto`: for outputs that are added to
+    others."""
     made: tuple[tuple[str, int], ...] = (
         ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
         ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name == AGAIN)),
     )  # fmt: skip
     own_rows, own_columns = (rows, columns) if size is None else size
     made += (("STATE_ROWS", own_rows),) * (own_rows < rows)
-    made += (("STATE_COLUMNS", own_columns),) * (own_columns % (groups * columns) > 0 and size is not None)
+    cut = size is not None and (first > 0 or own_columns % (groups * columns) > 0)
+    made += (("STATE_COLUMNS", own_columns),) * cut + (("FIRST", first),) * (first > 0)
     made += (("ONTO", 1),) * onto
     return made + (("TOKEN", 1),) * token + (("ONWARD", 1),) * (name == ONWARD)
 
@@ -240,8 +265,7 @@ def defines(
 def _kernel(
     name: str,
     size: tuple[int, int],
-    columns: int,
-    groups: int,
+    part: Part,
     dtype: torch.dtype,
     wide: bool,
     reverse: bool,
@@ -249,10 +273,10 @@ def _kernel(
     device: torch.device,
     onto: bool = False,
 ) -> loader.Kernel:
-    """size: the state's rows and columns; columns: of a warpgroup."""
-    rows = walked_rows(size[0])
-    made = defines(name, rows, columns, groups, dtype, wide, reverse, token, size=size, onto=onto)
-    memory = shared_memory(name, rows, columns, groups, token)
+    """size: the state's rows and columns."""
+    held = walked_rows(size[0]), part.columns, part.groups
+    made = defines(name, *held, dtype, wide, reverse, token, size=size, first=part.first, onto=onto)
+    memory = shared_memory(name, *held, token)
     step = name.split()[0]
     return loader.kernel(f"constant_decay/cuda/{step}.cu", step, device, made, shared_memory=memory, features="a")
 

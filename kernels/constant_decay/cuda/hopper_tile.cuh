@@ -18,7 +18,8 @@
 // blocks of 64 x 64 numbers in which chunks lie may have more.
 //
 // Compile with -DROWS=32|64|...|256 -DCOLUMNS=64|128 (of a warpgroup; 64 with more than 128 rows) -DREVERSE=0|1, where
-// the state is smaller -DSTATE_ROWS and -DSTATE_COLUMNS (of all blocks), and what hopper.cuh wants.
+// the state is smaller -DSTATE_ROWS and -DSTATE_COLUMNS (of all blocks), where another launch has the columns before it
+// -DFIRST, and what hopper.cuh wants.
 
 #include "hopper.cuh"
 
@@ -34,6 +35,9 @@ constexpr float LOG2E = 1.4426950408889634f;
 #endif
 #ifndef STATE_COLUMNS  // as many as all blocks have
 #define STATE_COLUMNS 0
+#endif
+#ifndef FIRST
+#define FIRST 0
 #endif
 // Whether the state has the eight rows, or columns, from this one on, a multiple of 8.
 __device__ __forceinline__ bool has_row(int row) { return STATE_ROWS == ROWS || row < STATE_ROWS; }
@@ -56,7 +60,8 @@ struct Tile {
     int program, column, own, number, head, batch, start, length, all, chunks;
 
     __device__ __forceinline__ Tile(TILES) {  // program: its number, head by head
-        program = blockIdx.x / unsigned(splits), column = blockIdx.x % unsigned(splits) * (GROUPS * COLUMNS);
+        program = blockIdx.x / unsigned(splits), column = FIRST;
+        column += blockIdx.x % unsigned(splits) * (GROUPS * COLUMNS);
         own = column + group_number() * COLUMNS;
 #if TOKEN  // heads that share an operand come one after the other, tile by tile: the second cache serves all but one
         const unsigned set = program / unsigned(together) / unsigned(tiles), sets = unsigned(heads) / unsigned(together);
