@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
-from transformers import MiniMaxConfig, MiniMaxForCausalLM
+from transformers import Mamba2Config, Mamba2Model, MiniMaxConfig, MiniMaxForCausalLM
 
 import leetdist
 from leetdist.integrations.minimax_cache import LightningCache
@@ -178,5 +178,9 @@ def test_an_exact_model_generates_and_learns() -> None:
     expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False)
     assert torch.equal(ours.generate(prompt, max_new_tokens=12, do_sample=False), expected)
     ours(input_ids=prompt, labels=prompt).loss.backward()
-    with pytest.raises(ValueError, match="exact and tile must not be given for a model with Mamba2"):
-        leetdist.parallelize(leetdist.nn.Mamba2(32, 4, 16), None, exact=True)
+    layer = leetdist.parallelize(leetdist.nn.Mamba2(32, 4, 16), None, exact=True)
+    assert (layer.tile, layer.exact) == (1024, True)
+    sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2}
+    model = Mamba2Model(Mamba2Config(num_hidden_layers=1, vocab_size=64, **sizes))
+    with pytest.raises(ValueError, match="exact and tile must not be given for a model with Mamba2Mixer"):
+        leetdist.parallelize(model, None, exact=True)
