@@ -102,7 +102,7 @@ def decays_of(log_decay: Tensor, *, read: bool = True) -> Decays | None:
 def bad_step(log_decay: Tensor, *, read: bool = True) -> tuple[int, ...] | None:
     """(batch entry, head, token) of the first value of a decay a token that is positive or NaN; None where there is
     none, or none is to be read: on a GPU only what LEETDIST_CHECK_VALUES=1 asks for, and outside of a capture."""
-    if not read or not (log_decay.is_cpu or _check_values()):
+    if not read or not reads_values(log_decay):
         return None
     if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
@@ -110,6 +110,11 @@ def bad_step(log_decay: Tensor, *, read: bool = True) -> tuple[int, ...] | None:
     if not log_decay.numel() or bool((log_decay <= 0).all()):
         return None
     return tuple((~(log_decay <= 0)).nonzero()[0].tolist())
+
+
+def reads_values(log_decay: Tensor) -> bool:
+    """Whether a call looks at the values of a decay a token."""
+    return log_decay.is_cpu or _check_values()
 
 
 def _check_values() -> bool:

@@ -24,22 +24,25 @@ class Running:
         self._like, self._opened, self._settings = state, state.opened, raw_settings()
         self.tokens, self._closed, self._before = state.tokens, state.closed, state.k.shape[2]
         self._boundary, self._states, self._own = state.boundary, (state.walked, state.own), False
-        chunk = self._opened.chunk
-        kept = [x.new_empty(*x.shape[:2], chunk, x.shape[3]) for x in (state.k, state.v)]
-        if self._before:
-            for to, x in zip(kept, (state.k, state.v), strict=True):
-                to[:, :, : self._before] = x
-        self._kept = kept[0], kept[1]
+        chunk, total = self._opened.chunk, None
+
+        def kept(x: Tensor) -> Tensor:
+            to = x.new_empty(*x.shape[:2], chunk, *x.shape[3:])
+            to[:, :, : self._before] = x
+            return to
+
+        if state.by_token:
+            total = self._no_decays() if state.total is None else state.total
+        decays = kept(state.log_decay) if state.by_token else None
+        self._kept = self._opened.module.Kept(kept(state.k), kept(state.v), decays, total)
 
     @staticmethod
     def can(state: State) -> bool:
         """Whether the kernels here go on from it, piece by piece."""
-        return (
-            state.method == "block"
-            and not state.by_token
-            and getattr(state.opened.module, "open_piece", None) is not None
-            and state.k.shape[2] < state.opened.chunk
-        )
+        if state.method != "block":
+            return False
+        opened = state.opened
+        return getattr(opened.module, "open_piece", None) is not None and state.k.shape[2] < opened.chunk
 
     @property
     def still(self) -> bool:
@@ -51,9 +54,11 @@ class Running:
         """Tokens in the open tile."""
         return self._closed + self._before
 
-    def push(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The outputs of tokens that end in the tile, or with it."""
+    def push(self, q: Tensor, k: Tensor, v: Tensor, *decays: Tensor) -> Tensor:
+        """The outputs of tokens that end in the tile, or with it. decays: log_decay of a decay a token."""
         like, opened, log_decay = self._like, self._opened, self._like.log_decay
+        if decays:
+            log_decay = decays[0].to(log_decay.dtype)
         total = self._before + q.shape[2]
         ends = self._closed + total == like.tile
         full = total if ends else total - total % opened.chunk
@@ -62,33 +67,39 @@ class Running:
             walked = (self._boundary if walked is None else walked).clone()
             own = torch.zeros_like(walked) if own is None else own.clone()
             self._states, self._own = (walked, own), True
-        walked = self._boundary if walked is None else walked
         with torch.autocast(q.device.type, enabled=False):
-            o, *kept = opened.module.open_piece(
-                q, k, v, self._kept, walked, own if full else None, log_decay,
+            o: Tensor
+            o, self._kept = opened.module.open_piece(
+                q, k, v, log_decay, self._kept, self._boundary if walked is None else walked, own if full else None,
                 tile=like.tile, at=self._closed, before=self._before, full=full, scale=like.scale,
             )  # fmt: skip
             if ends and own is not None:
-                self._boundary = opened.fold(self._boundary, own, log_decay, None, like.tile)
-        self._kept = kept[0], kept[1]
+                self._boundary = opened.fold(self._boundary, own, log_decay, self._kept.total, like.tile)
         self.tokens += q.shape[2]
+        self._closed, self._before = self._closed + full, total - full
         if ends:
-            self._closed, self._before, self._states, self._own = 0, 0, (None, None), False
-        else:
-            self._closed, self._before = self._closed + full, total - full
+            self._closed, self._states, self._own = 0, (None, None), False
+            if like.by_token:
+                self._kept = replace(self._kept, total=self._no_decays())
         return o
 
     def state(self) -> State:
         """What came so far, for others to have."""
         self._own = False
-        tokens = no_tokens(*self._kept, self._like.log_decay)
+        like, kept, (walked, own) = self._like, self._kept, self._states
+        decays = like.log_decay if kept.log_decay is None else kept.log_decay
+        tokens = no_tokens(kept.k, kept.v, decays)
         if self._before:
-            tokens |= {name: x[:, :, : self._before].clone() for name, x in zip("kv", self._kept, strict=True)}
-        walked, own = self._states
-        chunks: dict[str, Any] = {"closed": self._closed, "walked": walked, "own": own, "total": None}
+            open_ = {"k": kept.k, "v": kept.v, "log_decay": decays}
+            tokens = {name: x if x.ndim == 1 else x[:, :, : self._before].clone() for name, x in open_.items()}
+        chunks: dict[str, Any] = {"closed": self._closed, "walked": walked, "own": own, "total": kept.total}
         return replace(
-            self._like, boundary=self._boundary, tokens=self.tokens, **tokens, **(chunks if self._closed else NO_CHUNKS)
+            like, boundary=self._boundary, tokens=self.tokens, **tokens, **(chunks if self._closed else NO_CHUNKS)
         )
+
+    def _no_decays(self) -> Tensor:
+        """What the log-decays of no token sum up to."""
+        return self._boundary.new_zeros(self._boundary.shape[:2], dtype=torch.float64)
 
 
 __all__ = ["Running"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from leetdist.api import linear_attention
 from leetdist.arguments import check_device, check_plain
 from leetdist.engine.inputs import state_dtype
+from leetdist.engine.values import reads_values
 from leetdist.inference.checks import check_count, check_decay, check_options, check_piece, check_shards
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
@@ -340,7 +341,9 @@ class Stream:
 
 def _kind_of(piece: Piece) -> Hashable:
     """All that checks look at of a piece; None where they look at values, or something is odd."""
-    if len(piece) != 3 or any(type(x) is not Tensor for x in piece):
+    if len(piece) not in (3, 4) or any(type(x) is not Tensor for x in piece):
+        return None
+    if len(piece) == 4 and reads_values(piece[3]):
         return None
     return tuple((x.shape, x.dtype, x.device, x.layout) for x in piece)
 

@@ -16,6 +16,7 @@ from test_open_chunk import ON_A_GPU, TILE, draw, keeps, one_call
 from torch import Tensor
 
 import leetdist
+from leetdist.inference.running import Running
 from leetdist.kernels.common import loader
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper, open_chunk
@@ -78,11 +79,13 @@ def pushed(stream: Any, tensors: list[Tensor], lengths: list[int]) -> Tensor:
 
 
 @pytest.mark.real_empty
-def test_pieces_of_one_length_repeat_their_launches(driver: Driver) -> None:
+@pytest.mark.parametrize("token", [False, True])
+def test_pieces_of_one_length_repeat_their_launches(driver: Driver, token: bool) -> None:
     """With the bits of one call, through the ends of chunks and tiles; states that somebody holds do not change."""
-    *tensors, g = draw("cpu", 1, 340, 64, 64, torch.bfloat16, False)
+    *tensors, g = draw("cpu", 1, 340, 64, 64, torch.bfloat16, token)
     expected = one_call(*tensors, g, 0.3)
-    stream = leetdist.stream(g, scale=0.3, tile=TILE)
+    stream = leetdist.stream(None if token else g, scale=0.3, tile=TILE)
+    tensors += [g] * token
     lengths = [20, *[40] * 8]
     first = pushed(stream, [x[:, :, :140] for x in tensors], lengths[:4])
     held = stream.state
@@ -97,9 +100,14 @@ def test_pieces_of_one_length_repeat_their_launches(driver: Driver) -> None:
 
 
 @pytest.mark.real_empty
-def test_a_piece_takes_four_launches_and_no_copies(driver: Driver) -> None:
-    *tensors, g = draw("cpu", 1, TILE, 64, 64, torch.bfloat16, False)
-    stream = leetdist.stream(g, tile=TILE)
+@pytest.mark.parametrize("token", [False, True])
+def test_a_piece_takes_four_launches_and_no_copies(
+    driver: Driver, token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leetdist.inference.stream.reads_values", lambda log_decay: False)  # as on a GPU
+    *tensors, g = draw("cpu", 1, TILE, 64, 64, torch.bfloat16, token)
+    stream = leetdist.stream(None if token else g, tile=TILE)
+    tensors += [g] * token
     for piece in zip(*(x.split(8, 2) for x in tensors), strict=True):
         before = driver.launches
         with replay.Recorder() as seen:
@@ -107,6 +115,24 @@ def test_a_piece_takes_four_launches_and_no_copies(driver: Driver) -> None:
         closes = stream.tokens % open_chunk.CHUNK == 0
         assert driver.launches - before == 3 + closes
         assert closes or stream.tokens == 8 or seen.refused is None  # states are made, and folded
+
+
+def test_decays_are_summed_as_calls_sum_them(driver: Driver) -> None:
+    """In units, whatever the pieces; what is no decay makes NaN of the sum."""
+    counted = pytest.importorskip("leetdist.kernels.token_decay.triton.open_chunk").counted
+    *tensors, g = draw("cpu", 1, TILE - 1, 64, 64, torch.bfloat16, True)
+    for wrong in (None, 0.5, math.nan):
+        if wrong is not None:
+            g[0, 1, 30] = wrong
+        like = leetdist.State(
+            torch.zeros(1, 2, 64, 64), *(x[:, :, :0] for x in (tensors[1], tensors[2], g)), tokens=0, tile=TILE
+        )
+        running = Running(like)
+        for piece in zip(*(x.split([25, 70, 32], 2) for x in (*tensors, g)), strict=True):
+            running.push(*piece)
+        total = running.state().total
+        assert total is not None
+        torch.testing.assert_close(total, counted(g[:, :, : TILE // 2]), rtol=0, atol=0, equal_nan=True)
 
 
 def test_tokens_that_later_tokens_cannot_see_are_poisoned(driver: Driver) -> None:

@@ -6,8 +6,10 @@ log-decays (B, H, n) those of a decay a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias, cast
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -56,82 +58,101 @@ def advance(
     hopper.onward(k, v, log_decay, walked, own, at=at, whole=tile, total=total)
 
 
-Piece: TypeAlias = tuple[Tensor, Tensor, Tensor]  # o, and k and v of the open chunk
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a stream keeps of an open chunk: k and v, (B, heads, CHUNK, D), and of a decay a token log_decay,
+    (B, H, CHUNK), and the sum of those before the chunk in its tile, (B, H) fp64."""
+
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None
+    total: Tensor | None = None
 
 
 def open_piece(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kept: tuple[Tensor, Tensor],
+    log_decay: Tensor,
+    kept: Kept,
     walked: Tensor,
     own: Tensor | None,
-    log_decay: Tensor,
     *,
     tile: int,
     at: int,
     before: int,
     full: int,
     scale: float,
-) -> Piece:
-    """A piece of a stream that ends inside its tile, or with it. Returns o, (B, H, n, Dv), and what is kept of k and v
-    from token `full` on, counted from the open chunk's first: (B, heads, CHUNK, D) each.
+    tile_outputs: Callable[..., Tensor] = hopper.tile_outputs,
+) -> tuple[Tensor, Kept]:
+    """A piece of a stream that ends inside its tile, or with it. Returns o, (B, H, n, Dv), and what is kept from token
+    `full` on, counted from the open chunk's first.
 
-    q, k, v: (B, heads, n, D). kept: the open chunk's k and v as they were returned, of which `before` tokens count; it
+    q, k, v: (B, heads, n, D); log_decay: (H,) or (B, H, n). kept: of the open chunk, of which `before` tokens count; it
     begins at token `at` of the tile. walked, own: (B, H, Dk, Dv), moved on in place by `full` tokens; own is None where
-    that is 0. log_decay: (H,). Whatever the numbers are, the launches are the same: they are recorded and repeated.
+    that is 0. Whatever the numbers are, the launches are the same: they are recorded and repeated.
     """
     from leetdist.kernels.common.replay import repeated
 
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     tokens = q.shape[2]
     o, *rest = repeated(
-        _open_piece, (q, k, v, *kept, walked, own, log_decay), tile, scale,
-        numbers=(before, before + tokens, full, at),
+        _open_piece, (q, k, v, log_decay, kept.k, kept.v, kept.log_decay, kept.total, walked, own),
+        tile, scale, tile_outputs, numbers=(before, before + tokens, full, at),
     )  # fmt: skip
     assert o is not None
-    return cast(Piece, (o[:, :, before : before + tokens], *rest))
+    return o[:, :, before : before + tokens], Kept(*rest)  # type: ignore[arg-type]
 
 
 def _open_piece(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    log_decay: Tensor,
     kept_k: Tensor,
     kept_v: Tensor,
+    kept_decay: Tensor | None,
+    total: Tensor | None,
     walked: Tensor,
     own: Tensor | None,
-    log_decay: Tensor,
     tile: int,
     scale: float,
+    tile_outputs: Callable[..., Tensor],
     before: int,
-    total: int,
+    all_: int,
     full: int,
     at: int,
-) -> Piece:
-    """o as it is laid out, behind rows for the `before` tokens of the open chunk that mean nothing."""
+) -> tuple[Tensor | None, ...]:
+    """o as it is laid out, behind rows for the `before` tokens of the open chunk that mean nothing; what is kept."""
     batch, tokens, given = q.shape[0], q.shape[2], (q, k, v)
     laid = laid_q, laid_k, laid_v = tuple(x.new_empty(batch, x.shape[1], CHUNK + tokens, x.shape[3]) for x in given)
-    after = [torch.empty_like(x) for x in (kept_k, kept_v)]
-    ends = [(0, 0), *((old.data_ptr(), new.data_ptr()) for old, new in zip((kept_k, kept_v), after, strict=True))]
-    _rows(q.device)(
-        (batch * sum(x.shape[1] for x in given), ceil_div(CHUNK + tokens, CHUNK)), 256,
-        *(
-            number
-            for x, block, end in zip(given, laid, ends, strict=True)
-            for number in (
-                x.data_ptr(), *x.stride()[:3], x.shape[1], x.shape[3], block.data_ptr(), *end
-            )
-        ),
-        tokens, before, full,
-    )  # fmt: skip
-    o = hopper.tile_outputs(
-        laid_q, laid_k, laid_v, walked[:, :, None], log_decay, Tiles(tile, (0, total)),
+    after_k, after_v = torch.empty_like(kept_k), torch.empty_like(kept_v)
+    ends = (0, 0), (kept_k.data_ptr(), after_k.data_ptr()), (kept_v.data_ptr(), after_v.data_ptr())
+    operands = (
+        (x.data_ptr(), *x.stride()[:3], x.shape[1], x.shape[3], block.data_ptr(), *end)
+        for x, block, end in zip(given, laid, ends, strict=True)
+    )
+    blocks, decays = batch * (q.shape[1] + k.shape[1] + v.shape[1]), ()  # type: tuple[int, tuple[int, ...]]
+    after_decay = after_total = None
+    if kept_decay is not None:
+        assert total is not None
+        heads = log_decay.shape[1]
+        gate = log_decay.new_empty(batch, heads, CHUNK + tokens)
+        after_decay, after_total = torch.empty_like(kept_decay), torch.empty_like(total)
+        decays = (
+            log_decay.data_ptr(), *log_decay.stride(), heads, gate.data_ptr(), kept_decay.data_ptr(),
+            after_decay.data_ptr(), total.data_ptr(), after_total.data_ptr(),
+        )  # fmt: skip
+        blocks, log_decay = blocks + batch * heads, gate
+    launch = _rows(kept_decay is not None, q.device)
+    launch((blocks, ceil_div(CHUNK + tokens, CHUNK)), 256, *chain(*operands), tokens, before, full, *decays)
+    o = tile_outputs(
+        laid_q, laid_k, laid_v, walked[:, :, None], log_decay, Tiles(tile, (0, all_)),
         reverse=False, scale=scale, state_scale=scale, out_dtype=q.dtype,
     )  # fmt: skip
     if own is not None:
-        hopper.onward(laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, tokens=full)
-    return o, after[0], after[1]
+        hopper.onward(laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full)
+    return o, after_k, after_v, after_decay, after_total
 
 
 def open_steps(
@@ -205,8 +226,8 @@ def _kernel(
 
 
 @cache
-def _rows(device: torch.device) -> loader.Kernel:
-    made = ("HALF", 0), ("GROUPS", 1)  # copied as bits
+def _rows(token: bool, device: torch.device) -> loader.Kernel:
+    made = ("HALF", 0), ("GROUPS", 1), ("TOKEN", int(token))  # numbers are copied as bits
     return loader.kernel("constant_decay/cuda/open_rows.cu", "open_rows", device, made, shared_memory=0, features="a")
 
 
