@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.arguments import as_bool, as_float, as_int, check_plain, for_autograd
+from leetdist.engine import ops
+from leetdist.engine.call import run
 from leetdist.kernels.mamba.pytorch import scan
 from leetdist.operators.elementwise import kernel
 from leetdist.sequence.agreement import agree
@@ -49,7 +51,8 @@ def mamba_chunk_scan_combined(
 
         S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        y_t = (S_t C_t + D x_t) silu(z_t)
 
-    It is `linear_attention` with a decay a token: q = C, k = B, v = dt x (rounded to x's dtype), log_decay = dt A. So
+    It is `linear_attention` with a decay a token: q = C, k = B, v = dt x (rounded to x's dtype, but written to memory
+    only where no kernel of the pass makes the product for itself, and then for that pass), log_decay = dt A. So
     the result on P ranks is, bit for bit, the shards of the result on one device: y, the final states, and the
     gradients of x, dt, B, C, z and initial_states. Those of A, D and dt_bias are each rank's share, which add up to
     the whole. Differentiable once.
@@ -112,15 +115,19 @@ def mamba_chunk_scan_combined(
         starts = seq_idx != torch.cat((before, seq_idx[:, :-1]), 1)[:, : seq_idx.shape[1]]
     initial = None if initial_states is None else initial_states.to(torch.promote_types(x.dtype, torch.float32)).mT
 
-    def attend(v: Tensor, log_decay: Tensor) -> Any:
-        return linear_attention(
-            C.transpose(1, 2), B.transpose(1, 2), v, log_decay,
-            initial_state=initial, return_state=return_final_states, cu_seqlens=cu_seqlens,
-            group=group, tile=tile, precision=precision,
-        )  # fmt: skip
+    options: dict[str, Any] = {
+        "initial_state": initial, "return_state": return_final_states, "cu_seqlens": cu_seqlens, "tile": tile,
+        "precision": precision,
+    }  # fmt: skip
+
+    def attend(v: Tensor, log_decay: Tensor, weight: Tensor | None) -> Any:
+        given = C.transpose(1, 2), B.transpose(1, 2), v, log_decay
+        if weight is None:
+            return linear_attention(*given, **options, group=group)
+        return run(given, {"scale": 1.0, "method": "auto", **options}, transport, weight=weight)
 
     steps = scan.Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
-    y, states = _around(attend, x, dt, A, D, z, dt_bias, starts, steps)
+    y, states = _around(attend, x, dt, A, D, z, dt_bias, starts, steps, weighted=not ops.wanted(x))
     return y if states is None else (y, states.mT)
 
 
@@ -146,8 +153,7 @@ def decode(
             C.transpose(1, 2), B.transpose(1, 2), v, states.mT, log_decay, inplace=inplace
         )  # fmt: skip
 
-    y, new = _around(attend, x, dt, A, D, None, dt_bias, None, scan.Steps(True, *map(float, dt_limit)))
-    assert new is not None
+    y, new = around(attend, x, dt, A, D=D, dt_bias=dt_bias, dt_limit=dt_limit)
     return y, states if inplace else new.mT
 
 
@@ -163,11 +169,14 @@ def around(
 ) -> tuple[Tensor, Any]:
     """`mamba_chunk_scan_combined` with softplus around another attention: y, and what `attend(v, log_decay)` returns
     beside outputs, of dt x, (B, H, N, P), and dt A, (B, H, N)."""
-    return _around(attend, x, dt, A, D, None, dt_bias, None, scan.Steps(True, *map(float, dt_limit)))
+    steps = scan.Steps(True, *map(float, dt_limit))
+    return _around(
+        lambda v, log_decay, _: attend(v, log_decay), x, dt, A, D, None, dt_bias, None, steps, weighted=False
+    )
 
 
 def _around(
-    attend: Callable[[Tensor, Tensor], Any],
+    attend: Callable[[Tensor, Tensor, Tensor | None], Any],
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -176,15 +185,18 @@ def _around(
     dt_bias: Tensor | None,
     starts: Tensor | None,
     steps: scan.Steps,
+    *,
+    weighted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and states where there are some, of `attend(v, log_decay)`."""
+    """y, and states where there are some, of `attend(v, log_decay, weight)`. weighted: v = dt x is not written, x and
+    its weight dt are what there is of it; else weight is None."""
     x, dt, A = (for_autograd(y) for y in (x, dt, A))
     D, z, dt_bias = (None if y is None else for_autograd(y) for y in (D, z, dt_bias))
     wide = torch.promote_types(x.dtype, torch.float32)
     A = A.to(wide)
     bias, D = (None if y is None else y.to(wide) for y in (dt_bias, D))
-    v, log_decay, skipped = _Inputs.apply(x, dt, A, bias, D, starts, steps)
-    attended = attend(v.transpose(1, 2), log_decay)
+    v, log_decay, weight, skipped = _Inputs.apply(x, dt, A, bias, D, starts, steps, weighted)
+    attended = attend(v.transpose(1, 2), log_decay, weight)
     o, states = attended if isinstance(attended, tuple) else (attended, None)
     y = o.transpose(1, 2)
     if D is not None or z is not None:
@@ -193,8 +205,10 @@ def _around(
 
 
 class _Inputs(torch.autograd.Function):
-    """dt x, (B, N, H, P); dt A, (B, H, N); and with D what stands for D x, which is not written: x, whose gradient is
-    that of D x. So all that x gets comes together in one pass over it."""
+    """dt x, (B, N, H, P); dt A, (B, H, N); dt, (B, H, N), if weighted; and D x, if there is a D.
+
+    Products of x are not written: x stands for them, for D x, and if weighted for dt x. Its gradients there are those
+    of the products, and all that x gets comes together in one pass over it."""
 
     @staticmethod
     def forward(
@@ -206,19 +220,26 @@ class _Inputs(torch.autograd.Function):
         D: Tensor | None,
         starts: Tensor | None,
         steps: scan.Steps,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.save_for_backward(x, dt, A, bias, D, starts)
+        weighted: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         ctx.steps = steps
         ctx.set_materialize_grads(False)
-        v, log_decay = kernel(scan.scan_inputs, x, x.shape[3])(x, dt, A, bias, starts, steps)
-        return v, log_decay, None if D is None else x
+        weight = None
+        if weighted:
+            weight, log_decay = kernel(scan.scan_steps, x, x.shape[3])(dt, A, bias, starts, steps)
+            v = x
+            ctx.mark_non_differentiable(weight)
+        else:
+            v, log_decay = kernel(scan.scan_inputs, x, x.shape[3])(x, dt, A, bias, starts, steps)
+        ctx.save_for_backward(x, dt, A, bias, D, starts, weight)
+        return v, log_decay, weight, None if D is None else x
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dv: Tensor | None, dlog_decay: Tensor | None, dskipped: Tensor | None
+        ctx: Any, dv: Tensor | None, dlog_decay: Tensor | None, _: None, dskipped: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, dt, A, bias, D, starts = ctx.saved_tensors
+        x, dt, A, bias, D, starts, weight = ctx.saved_tensors
         batch, tokens, heads, _ = x.shape
         if dv is None:
             dv = torch.zeros_like(x)
@@ -227,8 +248,9 @@ class _Inputs(torch.autograd.Function):
         if D is not None and dskipped is None:
             dskipped = torch.zeros_like(x)
         needs = tuple(ctx.needs_input_grad[:5])
+        given = x, dt, A, bias, D, starts, dv, dlog_decay, dskipped, ctx.steps, needs
         function = kernel(scan.scan_inputs_gradient, x, x.shape[3])
-        return (*function(x, dt, A, bias, D, starts, dv, dlog_decay, dskipped, ctx.steps, needs), None, None)
+        return (*function(*given, own=weight, spent=weight is not None), *[None] * 3)
 
 
 class _Outputs(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 from leetdist.arguments import for_autograd
 from leetdist.engine.autograd import LinearAttention
 from leetdist.engine.inputs import canonical_tensors
-from leetdist.engine.layout import row_major
+from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.passes import forward_pass
 from leetdist.engine.plan import plan_call
 from leetdist.operators.registry import operator_named
@@ -95,10 +95,14 @@ def run(
     *,
     operator: str | None = None,
     gates: Mapping[str, Tensor] | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
     """o and the final state, None where it is not asked for. given: q, k, v, log_decay; options: as `describe`'s;
-    operator, gates: as `plan_call`'s."""
+    operator, gates: as `plan_call`'s; weight: of each token's v, beside a decay a token
+    (leetdist.operators.token_decay)."""
     q = given[0]
+    if weight is not None:
+        options = options | {"weighted": True}
     captured = (
         transport is not None and isinstance(q, Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
     )
@@ -110,6 +114,8 @@ def run(
     *inputs, initial_state = canonical_tensors(*given, options["initial_state"], options["cu_seqlens"], plan.highest)
     if gates is not None:
         inputs[3:] = [row_major(x) for x in gates.values()]
+    if weight is not None:
+        inputs.append(contiguous(weight, inputs[3].dtype))
     anchor = None
     if transport is not None:
         tokens = len(plan.operator.tokens)

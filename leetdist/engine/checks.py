@@ -37,6 +37,7 @@ def describe(
     method: str,
     tile: int | None,
     precision: str | None = None,
+    weighted: bool = False,
     rank: int = 0,
     ranks: int = 1,
     sharded: bool = False,
@@ -84,6 +85,7 @@ def describe(
         has_initial=initial_state is not None,
         tokens=tokens,
         lanes=_wanted_lanes(),
+        weighted=weighted,
         operator="constant_decay" if log_decay is None or log_decay.ndim == 1 else "token_decay",
         **options,
     )

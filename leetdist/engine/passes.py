@@ -6,7 +6,7 @@ Inputs are in the operator's order: its `tokens`, then its `heads`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -43,7 +43,7 @@ def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     operator, tiles, q, v = plan.operator, plan.tiles, inputs[0], inputs[2]
     beside = len(plan.lanes) > 1  # one lane's outputs wait for its scan anyway
     with _together(q, plan, "forward pass", beside=beside) as side:
-        of_lane = {lane: _of_lane(inputs, lane, plan) for lane in plan.lanes}
+        of_lane = {lane: _of_lane(inputs, lane, plan, backward=False) for lane in plan.lanes}
         states = LaneStates(q, plan)
         for lane in plan.lanes if plan.linked else ():
             with trace.span("tile states", plan.rank, lane, q):
@@ -109,7 +109,7 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
     if dfinal is not None:
         dfinal = contiguous(dfinal, dfinal.dtype)
     with _together(q, plan, "backward pass", beside=True) as side:
-        of_lane = {lane: _of_lane(inputs, lane, plan) for lane in plan.lanes}
+        of_lane = {lane: _of_lane(inputs, lane, plan, backward=True) for lane in plan.lanes}
         do_of = {lane: lane.part(do, 1) for lane in plan.lanes}
         states, ends = LaneStates(q, plan, flat_states), LaneStates(q, plan)
         for lane in plan.lanes if plan.linked else ():
@@ -127,8 +127,10 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         dinitial = side.scan(ends, dfinal, of_lane, plan, reverse=True)
 
         # Heads that share an input add up, in fp32, in the order of the heads.
-        wanted = operator.tokens if needs_gate_grads else operator.tokens[:3]
-        grads = {name: LaneTokens(x, ends.like.dtype, plan) for name, x in zip(wanted, inputs, strict=False)}
+        learnt = operator.tokens if needs_gate_grads else operator.tokens[:3]
+        wanted = tuple(name for name in learnt if name not in operator.fixed)
+        given_as = dict(zip(operator.tokens, inputs, strict=False))
+        grads = {name: LaneTokens(given_as[name], ends.like.dtype, plan) for name in wanted}
         dtypes = {name: grad.wide for name, grad in grads.items()}
         late = tuple(name for name in wanted if name not in operator.early)
 
@@ -198,12 +200,13 @@ def _of_every_tile(kinds: list[Tensor], plan: Plan) -> Tensor:
     return whole
 
 
-def _of_lane(inputs: Inputs, lane: Lane, plan: Plan) -> dict[str, Tensor]:
+def _of_lane(inputs: Inputs, lane: Lane, plan: Plan, *, backward: bool) -> Mapping[str, Tensor]:
     """The lane's heads of the operator's inputs, by name."""
     operator = plan.operator
     tokens = len(operator.tokens)
     names = (*operator.tokens, *operator.heads)
-    return {name: lane.part(x, 1 if i < tokens else 0) for i, (name, x) in enumerate(zip(names, inputs, strict=True))}
+    own = {name: lane.part(x, 1 if i < tokens else 0) for i, (name, x) in enumerate(zip(names, inputs, strict=True))}
+    return operator.prepared(own, backward=backward)
 
 
 def _repeated(
@@ -245,7 +248,7 @@ class _Side:
         self,
         states: LaneStates,
         initial: Tensor | None,
-        of_lane: dict[Lane, dict[str, Tensor]],
+        of_lane: Mapping[Lane, Mapping[str, Tensor]],
         plan: Plan,
         *,
         reverse: bool,

@@ -32,8 +32,10 @@ class Operator(ABC):
     """One operator for one problem. Inputs come by name: `tokens` (B, heads, N, ...), of which q, k and v are the first
     three and any may have fewer heads than the widest, and `heads` (H, ...), one entry a head."""
 
-    tokens: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    tokens: tuple[str, ...] = ("q", "k", "v")
     heads: ClassVar[tuple[str, ...]] = ()
+    # Those of `tokens` that have no gradient.
+    fixed: tuple[str, ...] = ()
     # Those whose gradients need no state gradients: they are computed while those are still on their way.
     early: ClassVar[tuple[str, ...]] = ()
     # Whether results can be written into given places, which lanes (leetdist.engine.lanes) need.
@@ -71,6 +73,10 @@ class Operator(ABC):
     def part_of_tile(self, tile: int) -> int:
         """The tile length to compute with: the call's, or a part of it, so that all grids still fit."""
         return tile
+
+    def prepared(self, x: Inputs, *, backward: bool) -> Inputs:
+        """The inputs of a lane as the functions below take them, once a pass."""
+        return x
 
     @abstractmethod
     def transitions(self, x: Inputs, tiles: Tiles) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.operators.dispatch import Choice, Use, by_two_passes, candidates, chosen
+from leetdist.operators.dispatch import Choice, Use, by_two_passes, candidates, chosen, who_weighs
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
@@ -27,7 +27,8 @@ class Kernels:
     """The local primitives of a call's two passes; constant_decay.pytorch.block says what each computes. choices: who
     computes them; used: those that the call needs, without gradients the forward pass's; longest_tile: tokens that they
     may add up one by one. early_gradients, late_gradients: where somebody makes all gradients in two passes. adds_up:
-    whether `tile_outputs` is told for how many `heads` outputs are to be added up, and may begin with it."""
+    whether `tile_outputs` is told for how many `heads` outputs are to be added up, and may begin with it.
+    weighted_values: forward and backward, v times its weights; None where the pass's kernels see to it themselves."""
 
     tile_outputs: Callable[..., Tensor]
     tile_states: Callable[..., Tensor]
@@ -40,6 +41,7 @@ class Kernels:
     longest_tile: int | None = None
     transitions: Callable[..., Tensor] = decay_itself
     adds_up: bool = False
+    weighted_values: tuple[Callable[..., Tensor | None], ...] = ()
 
     def __str__(self) -> str:
         """Names and versions: ranks with the same compute the same bits."""
@@ -100,7 +102,14 @@ def compose(outputs: str, problem: Problem, tile: int, *, alone: bool = True) ->
     keep = None
     if candidates("transitions", problem.operator):
         keep = chosen(Use("transitions", regular=regular), problem, part, compiled=True)
-    return _composed(tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, two_passes, backward, learnt)
+    weights: tuple[Choice, ...] = ()
+    if problem.weighted:
+        passing = (by_states[0], by_outputs[0]) if alone else ()
+        weights = (who_weighs(problem, part, passing, reverse=False),)
+        weights += (who_weighs(problem, part, two_passes, reverse=True),) if backward else weights
+    return _composed(
+        tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, two_passes, weights, backward, learnt
+    )
 
 
 @lru_cache(maxsize=512)
@@ -111,17 +120,19 @@ def _composed(
     keep: Choice | None,
     gradient: Choice,
     two_passes: tuple[Choice, ...],
+    weights: tuple[Choice, ...],
     backward: bool,
     learnt: bool,
 ) -> Kernels:
     """Plans are remembered by their kernels, so one object."""
     longest = [c.implementation.longest_tile for c in outputs if c.implementation.longest_tile is not None]
-    passes = *outputs, *states, *fold, *([] if keep is None else [keep]), *two_passes
+    passes = *outputs, *states, *fold, *([] if keep is None else [keep]), *two_passes, *weights
     early, late = (choice.function() for choice in two_passes) if two_passes else (None, None)
     used = [choice for choice in passes if backward or choice.use.forward] + [gradient] * learnt
     return Kernels(
         _routed(outputs), _routed(states), _routed(fold), gradient.function(),
         early_gradients=early, late_gradients=late, transitions=decay_itself if keep is None else keep.function(),
+        weighted_values=tuple(choice.function() for choice in weights),
         choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
         adds_up=all("heads" in inspect.signature(choice.function()).parameters for choice in outputs),
     )  # fmt: skip

@@ -143,14 +143,28 @@ def chosen(use: Use, problem: Problem, tile: int, *, compiled: bool = False) -> 
 def by_two_passes(problem: Problem, tile: int) -> tuple[Choice, ...]:
     """Who makes all gradients of a call with "early_gradients" and "late_gradients"; mostly nobody: then they are made
     one by one."""
-    shares = problem.heads // problem.q_heads, problem.heads // problem.k_heads, problem.heads // problem.v_heads
-    facts, found = replace(facts_of(problem, tile), shares=shares), []
+    facts, found = replace(facts_of(problem, tile), shares=_shares(problem)), []
     for step in ("early_gradients", "late_gradients"):
         choice, _ = ask(Use(step, regular=problem.documents is None), facts)
         if choice is None or not works(choice, problem):
             return ()
         found.append(choice)
     return tuple(found)
+
+
+def who_weighs(problem: Problem, tile: int, passing: tuple[Choice, ...], *, reverse: bool) -> Choice:
+    """Who multiplies v by its weights for a pass, forward or backward, which `passing` compute."""
+    weighs = bool(passing) and all(choice.implementation.weighs for choice in passing)
+    facts = replace(facts_of(problem, tile), shares=_shares(problem), weighs=weighs)
+    while True:
+        choice = choose(Use("weighted_values", reverse, regular=problem.documents is None), facts)
+        if works(choice, problem):
+            return choice
+
+
+def _shares(problem: Problem) -> tuple[int, int, int]:
+    """How many heads share one of q, of k and of v."""
+    return problem.heads // problem.q_heads, problem.heads // problem.k_heads, problem.heads // problem.v_heads
 
 
 # What could not be compiled, and why; what could; the names that people were told of.
@@ -234,6 +248,8 @@ def rehearse(choice: Choice, problem: Problem) -> None:
             function(decay, tiles_)
         elif use.step == "tile_states":
             function(tokens(k_heads, rows), tokens(v_heads, columns), decay, tiles_, **directed)
+        elif use.step == "weighted_values":
+            function(tokens(v_heads, columns), decay[:, :v_heads])
         elif use.step == "fold":
             keep = decay if constant else decay.new_ones(1, heads, tiles_.count)
             function(states, None, keep, tiles_, **directed)

@@ -40,6 +40,7 @@ class Facts:
     precision: str | None = None
     operator: str = "constant_decay"
     shares: tuple[int, int, int] = (1, 1, 1)
+    weighs: bool = False  # whether the kernels of the pass can take v and its weights as they are
 
     @property
     def interpreted(self) -> bool:

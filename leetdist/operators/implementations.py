@@ -32,7 +32,8 @@ class Implementation:
     costs: the table of leetdist/operators/costs.json that was measured with it. recordable: all its launches are seen
     by leetdist.kernels.common.recording, so that a call can be repeated. longest_tile: tokens that it may add up one by
     one. opened: the module, beside its own, that goes on inside a tile (leetdist.operators.opened). most_rows: how many
-    of the state it takes at once, where it serves any number, block by block (leetdist.kernels.common.blocks).
+    of the state it takes at once, where it serves any number, block by block (leetdist.kernels.common.blocks). weighs:
+    its steps take the weights of v as well.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Implementation:
     folder: str = ""
     opened: str = ""
     most_rows: Callable[[Facts], int] | None = None
+    weighs: bool = False
 
     def blocks(self, facts: Facts) -> list[Span]:
         """The blocks of the state's rows that it takes one after the other."""
@@ -139,7 +141,7 @@ CUDA_HOPPER_LEARNT = Implementation(
 CUDA_HOPPER_A_TOKEN = Implementation(
     "CUDA C++", "cuda.hopper", refusals.cuda_hopper, "NVRTC",
     costs="sm_90", features="a", recordable=True, operator="token_decay", opened="cuda.open_chunk",
-    most_rows=refusals.most_rows,
+    most_rows=refusals.most_rows, weighs=True,
 )  # fmt: skip
 CUDA_HOPPER_GRADIENTS = Implementation(
     "CUDA C++", "cuda.gradients", refusals.cuda_hopper_gradients, "NVRTC",
@@ -147,6 +149,10 @@ CUDA_HOPPER_GRADIENTS = Implementation(
 )  # fmt: skip
 CUDA_HOPPER_SHARED_GRADIENTS = Implementation(
     "CUDA C++", "cuda.shared_gradients", refusals.cuda_hopper_shared_gradients, "NVRTC",
+    features="a", recordable=True, operator="token_decay", weighs=True,
+)  # fmt: skip
+CUDA_HOPPER_WEIGHTS = Implementation(
+    "CUDA C++", "cuda.weights", refusals.cuda_hopper_weights, "NVRTC",
     features="a", recordable=True, operator="token_decay",
 )  # fmt: skip
 TRITON_A_TOKEN = Implementation(
@@ -192,11 +198,13 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET, PYTORCH_FLEET_A_TOKEN),
     "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN, PYTORCH_BY_TOKEN_A_TOKEN),
     "fold": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
+    "weighted_values": (CUDA_HOPPER_WEIGHTS, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "early_gradients": (CUDA_HOPPER_LEARNT, CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
     "late_gradients": (CUDA_HOPPER_LEARNT, CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
     "decay_gradient": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "step": (TRITON_STEP, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
     "steps": (TRITON_STEPS, PYTORCH_DECODE, TRITON_DECODE_A_TOKEN, PYTORCH_DECODE_A_TOKEN),
+    "scan_steps": (TRITON_SCAN, PYTORCH_SCAN),
     "scan_inputs": (TRITON_SCAN, PYTORCH_SCAN),
     "scan_inputs_gradient": (TRITON_SCAN, PYTORCH_SCAN),
     "scan_outputs": (TRITON_SCAN, PYTORCH_SCAN),

@@ -40,6 +40,7 @@ class Problem:
     backend: str = ""  # under a group: ranks with other kernels would have other bits
     captured: bool = False  # by a CUDA graph, which no host launches
     operator: str = "constant_decay"
+    weighted: bool = False  # v stands for itself times a number a token (leetdist.operators.token_decay)
     gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
     sharded_from: int | None = None  # tokens that shard_sequence was given for a shard as long as this one
 

@@ -139,6 +139,13 @@ def cuda_hopper_shared_gradients(facts: Facts) -> str | None:
     return refused
 
 
+def cuda_hopper_weights(facts: Facts) -> str | None:
+    refused = cuda_hopper_shared_gradients(facts)
+    if refused is None and not facts.weighs:
+        refused = "kernels of the pass that take weights (backward, those of all gradients in two passes)"
+    return refused
+
+
 def gluon(facts: Facts) -> str | None:
     refused = hopper(facts) or triton(facts)
     if refused is None and facts.machine.no_gluon is not None:

@@ -51,7 +51,7 @@ class ScalarDecay(Operator):
 
     def summaries(self, x: Inputs, tiles: Tiles, *, to_end: bool, out: Tensor | None) -> Tensor:
         return self.kernels.tile_states(
-            x["k"], x["v"], x["log_decay"], tiles, reverse=False, to_end=to_end, **_into(out)
+            x["k"], x["v"], x["log_decay"], tiles, reverse=False, to_end=to_end, **_into(out), **weight(x)
         )
 
     def fold(
@@ -62,7 +62,7 @@ class ScalarDecay(Operator):
     def outputs(self, x: Inputs, states: Tensor, tiles: Tiles, *, out: Tensor | None) -> Tensor:
         return self.kernels.tile_outputs(
             x["q"], x["k"], x["v"], states, x["log_decay"], tiles,
-            reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=self.dtype, **_into(out),
+            reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=self.dtype, **_into(out), **weight(x),
         )  # fmt: skip
 
     def state_gradients(
@@ -77,8 +77,9 @@ class ScalarDecay(Operator):
     ) -> dict[str, Tensor]:
         if self.kernels.early_gradients is not None:
             dq, kept = self.kernels.early_gradients(
-                x["q"], x["k"], x["v"], do, states, x["log_decay"], tiles, scale=self.scale, out=places["q"]
-            )
+                x["q"], x["k"], x["v"], do, states, x["log_decay"], tiles,
+                scale=self.scale, out=places["q"], **weight(x),
+            )  # fmt: skip
             return {"q": dq, **kept}
         dq = self.kernels.tile_outputs(
             do, x["v"], x["k"], states.mT, x["log_decay"], tiles,
@@ -102,8 +103,9 @@ class ScalarDecay(Operator):
         if self.kernels.late_gradients is not None:
             outs = places["k"], places["v"], places.get("log_decay")
             grads = self.kernels.late_gradients(
-                x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, kept, scale=self.scale, outs=outs
-            )
+                x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, kept,
+                scale=self.scale, outs=outs, **weight(x),
+            )  # fmt: skip
             return dict(zip(("k", "v", "log_decay"), grads, strict=True))
 
         def reversed_outputs(name: str, a: Tensor, b: Tensor, c: Tensor, ends: Tensor) -> Tensor:
@@ -135,6 +137,11 @@ class ScalarDecay(Operator):
         if self.kernels.late_gradients is not None:
             return {name: kept[name] for name in self.heads}
         return {name: self.decay_gradient(x, states, ends, do, tiles) for name in self.heads}
+
+
+def weight(x: Inputs) -> dict[str, Any]:
+    """`weight=` where kernels are to take it (leetdist.operators.token_decay)."""
+    return {"weight": x["weight"]} if "weight" in x else {}
 
 
 def _into(out: Tensor | None) -> dict[str, Any]:

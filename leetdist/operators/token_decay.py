@@ -6,17 +6,38 @@ Source: Mamba-2, arXiv 2405.21060, section 6; GLA, arXiv 2312.06635, table 1.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Dtypes, Inputs, Places
 from leetdist.operators.scalar_decay import ScalarDecay
 
+if TYPE_CHECKING:
+    from leetdist.operators.problem import Problem
+
 
 class TokenDecay(ScalarDecay):
-    """log_decay: (B, H, N), -inf allowed: the state starts anew. `fold` is told one factor a tile, (B, H, tiles)."""
+    """log_decay: (B, H, N), -inf allowed: the state starts anew. `fold` is told one factor a tile, (B, H, tiles).
 
-    tokens = ("q", "k", "v", "log_decay")
+    Of a weighted problem there is also weight, (B, heads of v, N) in log_decay's dtype, and v stands for weight * v,
+    rounded to its dtype: that is what all is computed of, and what v's gradient is the gradient of. So whoever has such
+    a product, as Mamba-2 has dt x, writes neither it to memory, nor its gradient more than once.
+    """
+
+    tokens: tuple[str, ...] = ("q", "k", "v", "log_decay")
+
+    def __init__(self, problem: Problem, tokens: int) -> None:
+        super().__init__(problem, tokens)
+        if problem.weighted:
+            self.tokens, self.fixed = (*self.tokens, "weight"), ("weight",)
+
+    def prepared(self, x: Inputs, *, backward: bool) -> Inputs:
+        if "weight" not in x:
+            return x
+        v = self.kernels.weighted_values[backward](x["v"], x["weight"])
+        return x if v is None else {name: v if name == "v" else y for name, y in x.items() if name != "weight"}
 
     def late_gradients(
         self,

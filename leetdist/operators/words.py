@@ -9,6 +9,7 @@ from leetdist.operators.dispatch import Choice
 WORDS = {
     "tile_states": "states",
     "transitions": "decays of tiles",
+    "weighted_values": "v times its weights",
     "decay_gradient": "gradient of log_decay",
     "early_gradients": "gradient of q",
     "late_gradients": "gradients of k, v and log_decay",

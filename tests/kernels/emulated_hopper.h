@@ -118,6 +118,11 @@ inline void load(Word from, Word& x, Word& y) { at<Long>(from), x = at<Word>(fro
 inline void store(Word to, float x) { at<float>(to) = x; }
 inline void store(Word to, Word x) { at<Word>(to) = x; }
 inline void store(Word to, float x, float y) { at<Long>(to), store(to, x), store(to + 4, y); }
+struct alignas(16) Vector {
+    Word words[4];
+};
+inline void load(Word from, Word (&x)[4]) { std::memcpy(x, &at<Vector>(from), 16); }
+inline void store(Word to, const Word (&x)[4]) { std::memcpy(&at<Vector>(to), x, 16); }
 inline Word load_word(Word from) { return at<Word>(from); }
 inline void store_least(Word to, int x) { at<int>(to) = std::min(at<int>(to), x); }
 
@@ -310,9 +315,6 @@ inline void add_small(float (&x)[4], const Word (&a)[4], Word b, Word b_further)
         return unpack(columns[(4 * column + k % 8 / 2) * 2 + k / 8], k % 2);
     });
 }
-struct alignas(16) Vector {
-    Word words[4];
-};
 inline void copy_vector(Word to, const Bits* from) {
     if (Long(from) % 16) __builtin_trap();
     std::memcpy(&at<Vector>(to), from, 16);

@@ -101,6 +101,43 @@ def test_pairs_have_the_bits_of_single_heads(device):
             )
 
 
+WEIGHTED_CASES = [(rows, tiles, 3) for tiles in (PACKED, Tiles(512, (0, 1300))) for rows in (64, 128)]
+
+
+def test_weights_have_the_bits_of_the_product(device, monkeypatch):
+    """v and its weights, or their product: forward, in all gradients, and where some are not numbers."""
+    gpu = device == "cuda"
+    if not gpu:  # what it adds up, as it is
+        monkeypatch.setattr(added_up, "added_up", lambda *given, **_: torch.cat(given[8:10], 2))
+    for rows, tiles, batch in WEIGHTED_CASES if gpu else [(64, Tiles(128, (0, 66, 70)), 1)]:
+        q, k, x, states, g = draw(device, tiles, rows, 4, BF16, "mixed", batch)
+        do, ends = torch.randn_like(x), torch.randn_like(states)
+        w = torch.rand(g.shape, device=device)
+        options: dict[str, Any] = {"reverse": False, "scale": 0.5, "state_scale": 0.7, "out_dtype": BF16}
+        for bad in (False, True):
+            if bad:
+                x[-1, -1, 68, 5], w[-1, 0, 3] = math.nan, math.inf
+            v = exact.weighted_values(x, w)
+            found, wanted = (
+                (
+                    hopper.tile_states(k, y, g, tiles, reverse=False, **more),
+                    hopper.tile_outputs(q, k, y, states, g, tiles, **options, **more),
+                    *gradients_of(q, k, y, do, states, ends, g, tiles, **more),
+                )
+                for y, more in ((x, {"weight": w}), (v, {}))
+            )
+            for one, other in zip(found, wanted, strict=True):
+                assert torch.equal(one.nan_to_num(77.0), other.nan_to_num(77.0))
+                assert torch.equal(one.isnan(), other.isnan())
+            assert all(bool(one.isfinite().all()) != bad for one in found[:3])
+
+
+def gradients_of(q: Any, k: Any, v: Any, do: Any, states: Any, ends: Any, g: Any, tiles: Tiles, **more: Any) -> Any:
+    """What the two passes make, dq and dk not yet added up."""
+    dq, kept = shared_gradients.early_gradients(q, k, v, do, states, g, tiles, scale=0.3, **more)
+    return dq, *shared_gradients.late_gradients(q, k, v, do, states, ends, g, tiles, kept, scale=0.3, **more)
+
+
 def test_what_one_head_of_a_pair_leaves_out(device):
     """Tokens that decay to nothing for one head are read for the other, and change no bit of the first."""
     tiles = Tiles(3000 if device == "cuda" else 1000, (0, 3000 if device == "cuda" else 1000))
@@ -114,7 +151,7 @@ def test_what_one_head_of_a_pair_leaves_out(device):
         assert torch.equal(added, alone.tile_states(b, c, g, tiles, reverse=reverse))
 
 
-def added_up_in_fp64(*given: Any, scale: float, out: Any) -> torch.Tensor:
+def added_up_in_fp64(*given: Any, scale: float, out: Any, weight: Any) -> torch.Tensor:
     """The gradient of log_decay from what the two passes leave of tokens, (B, H, 2, N), and of tiles."""
     tiles, read, written, across, lost = given[7:]
     assert not any(x.any() for x in lost)
@@ -133,8 +170,7 @@ def added_up_in_fp64(*given: Any, scale: float, out: Any) -> torch.Tensor:
 
 
 def all_gradients(q: Any, k: Any, v: Any, do: Any, states: Any, ends: Any, g: Any, tiles: Tiles) -> list[Any]:
-    dq, kept = shared_gradients.early_gradients(q, k, v, do, states, g, tiles, scale=0.3)
-    dk, dv, dg = shared_gradients.late_gradients(q, k, v, do, states, ends, g, tiles, kept, scale=0.3)
+    dq, dk, dv, dg = gradients_of(q, k, v, do, states, ends, g, tiles)
     return [sum_shared(dq, q.shape[1], BF16), sum_shared(dk, k.shape[1], BF16), dv, dg]
 
 
@@ -228,20 +264,23 @@ COMPILED = [  # source, step, rows, columns, warpgroups, outputs in fp32, revers
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("source", "name", "rows", "columns", "groups", "wide", "reverse", "cluster"), COMPILED)
-def test_compiles_and_fits(source, name, rows, columns, groups, wide, reverse, cluster, tmp_path):
-    made = alone.defines(name, rows, columns, groups, BF16, wide, reverse, True)
+def test_compiles_and_fits(source, name, rows, columns, groups, wide, reverse, cluster, weighted, tmp_path):
+    if weighted and source == "paired_gradients" and name == AGAIN:
+        pytest.skip("reads no v")
+    made = alone.defines(name, rows, columns, groups, BF16, wide, reverse, True) + shared.WEIGHTED * weighted
     made = made if cluster is None else (*made, ("CLUSTER", cluster))
     said = ptxas_report(f"token_decay/cuda/{source}.cu", "sm_90a", made, tmp_path)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
-    assert name == AGAIN or int(spilled[1]) <= SPILLS[source], said
+    assert name == AGAIN or int(spilled[1]) <= SPILLS[source] + 16 * weighted, said
     assert "serialized" not in said, said
     blocks = 1 if name == AGAIN or groups > 1 else 2
     if source == "paired_gradients":
-        asked = shared_gradients.shared_memory(name, rows, reverse)
+        asked = shared_gradients.shared_memory(name, rows, reverse, weighted)
     else:
-        asked = shared.shared_memory(source, name, rows, columns)
+        asked = shared.shared_memory(source, name, rows, columns, weighted)
     assert blocks * (asked + OWN) <= SHARED_MEMORY
 
 

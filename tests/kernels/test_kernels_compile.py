@@ -34,7 +34,7 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
     pointers |= {"onto": "*fp32", "state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
     pointers |= {"read": "*fp32", "written": "*fp32", "across": "*fp32", "only": "*i32"}
-    pointers |= {"x": "*fp32", "early_lost": "*i32", "late_lost": "*i32", "lost": "*i32"}
+    pointers |= {"x": "*fp32", "early_lost": "*i32", "late_lost": "*i32", "lost": "*i32", "weight": "*fp32"}
     pointers |= {
         "kept": NAMES[torch.float16 if dtype == torch.float32 else dtype],
         "units": "*fp32",

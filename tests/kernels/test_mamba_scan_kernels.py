@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from leetdist.kernels.mamba.pytorch import scan as right
+from leetdist.kernels.token_decay.pytorch.block import weighted_values
 from leetdist.reference import relative_error
 
 theirs = pytest.importorskip("leetdist.kernels.mamba.triton.scan")
@@ -79,6 +80,9 @@ def test_inputs_and_their_gradient(name: str, width: int, dtype: torch.dtype) ->
     names = ("x", "dt", "A", "bias", "starts", "steps")
     found = theirs.scan_inputs(*(given[key] for key in names))
     wanted = right.scan_inputs(*(exact[key] for key in names))
+    own, log_decay = theirs.scan_steps(*(given[key] for key in names[1:]))
+    assert torch.equal(log_decay, found[1])
+    assert torch.equal(weighted_values(given["x"].transpose(1, 2), own), found[0].transpose(1, 2))
     assert found[0].dtype == dtype
     assert found[1].dtype == torch.float32
     assert torch.equal(found[1].isinf(), wanted[1].isinf())
@@ -86,6 +90,10 @@ def test_inputs_and_their_gradient(name: str, width: int, dtype: torch.dtype) ->
         finite = y.isfinite()
         assert relative_error(x[finite], y[finite]) < BOUNDS[dtype]
     grads = theirs.scan_inputs_gradient(**given, needs=needs)
+    dv = given["dv"].clone(memory_format=torch.contiguous_format)
+    again = theirs.scan_inputs_gradient(**given | {"dv": dv}, needs=needs, own=own, spent=True)
+    assert needs[0] == (again.x is dv)
+    assert all(x is y or torch.equal(x, y) for x, y in zip(again, grads, strict=True))
     exact_grads = right.scan_inputs_gradient(**exact, needs=needs)
     for key, x, y in zip(grads._fields, grads, exact_grads, strict=True):
         assert (x is None) == (y is None), key

@@ -153,10 +153,12 @@ def test_emulated(emulation):
 
 @pytest.mark.interpreter
 def test_added_up_interpreted(monkeypatch):
-    """From sums in fp64, in pieces of two chunks; tiles that are lost are walked again."""
+    """From sums in fp64, in pieces of two chunks; tiles that are lost are walked again, with v times its weights."""
     monkeypatch.setattr(added_up, "CHUNKS", 2)
     tiles = Tiles(256, (0, 65, 65, 330))
-    q, k, v, do = (torch.randn(1, 2, tiles.num_tokens, 16, dtype=torch.float16) for _ in range(4))
+    q, k, x, do = (torch.randn(1, 2, tiles.num_tokens, 16, dtype=torch.float16) for _ in range(4))
+    weight = torch.rand(1, 2, tiles.num_tokens)
+    v = exact.weighted_values(x, weight)
     states, ends = (torch.randn(1, 2, tiles.count, 16, 16) for _ in range(2))
     g = decays("0.01", 1, 2, tiles.num_tokens)
     g[0, 0, 10], g[0, 0, 100], g[0, 1, 300] = -math.inf, -50.0, -20.0
@@ -168,7 +170,9 @@ def test_added_up_interpreted(monkeypatch):
         if any(lost):
             written[0, 0, :, :65], written[0, 0, :, 65:321] = math.nan, math.nan
             written[0, 1, :, 321:] = math.nan
-        found = added_up.added_up(q, k, v, do, states, ends, g, tiles, read, written, across, flags, scale=SCALE)
+        rest = do, states, ends, g, tiles, read, written, across, flags
+        found = added_up.added_up(q, k, v, *rest, scale=SCALE)
+        assert torch.equal(added_up.added_up(q, k, x, *rest, scale=SCALE, weight=weight), found)
         assert relative_error(found, expected) < (1e-3 if any(lost) else 1e-6)
 
 

@@ -112,6 +112,13 @@ __device__ __forceinline__ void store(Word to, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
 
+__device__ __forceinline__ void load(Word from, Word (&x)[4]) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from));
+}
+__device__ __forceinline__ void store(Word to, const Word (&x)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
 __device__ __forceinline__ Word load_word(Word from) {
     Word x;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from));

@@ -47,9 +47,19 @@ __device__ __forceinline__ bool has_column(int column) { return !STATE_COLUMNS |
 #define TILES const float *log_decay, const Offset *table, Offset heads, Offset tiles, Offset tile_size, Offset tokens, \
               Offset splits TOKENS
 #define TILE log_decay, table, heads, tiles, tile_size, tokens, splits TOKENS_
+#if WEIGHTED  // and what each token's v is still to be multiplied by, which lies as log_decay does
+#define WEIGHT , const float *weight
+#define WEIGHT_ , weight
+#define WEIGHT_OR_NONE weight
+#else
+#define WEIGHTED 0
+#define WEIGHT
+#define WEIGHT_
+#define WEIGHT_OR_NONE static_cast<const float*>(nullptr)
+#endif
 #if TOKEN  // log_decay (B, H, N), of which so many heads share an operand
-#define TOKENS , Offset decay_batch, Offset decay_head, Offset together
-#define TOKENS_ , decay_batch, decay_head, together
+#define TOKENS , Offset decay_batch, Offset decay_head, Offset together WEIGHT
+#define TOKENS_ , decay_batch, decay_head, together WEIGHT_
 #else
 #define TOKENS
 #define TOKENS_
@@ -124,6 +134,24 @@ __device__ __forceinline__ Word place_transposed() {
 __device__ __forceinline__ void load_left(Word from, Word (&x)[4][4]) {
 #pragma unroll
     for (int step = 0; step < 4; step++) load_transposed(from + step * 16 * 128, x[step]);
+}
+
+// A chunk of 64 columns in shared memory times a number for each of its first `count` tokens, rounded. A warp does so with
+// what load_left gives it.
+__device__ __forceinline__ void weigh_rows(Word chunk, Word weights, int count) {
+    const int lane = threadIdx.x % 32, vector = thread_number() / 32 * 2 + lane % 2;
+    const int first = lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8;  // no two in the same banks
+#pragma unroll 2
+    for (int row = first; row < count; row += 16) {
+        const float by = load(weights + row * 4);
+        const Word at = chunk + row * 128 + ((vector ^ row) & 7) * 16;
+        Word x[4];
+        load(at, x);
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = pack(unpack(x[i], 0) * by, unpack(x[i], 1) * by);
+        store(at, x);
+    }
+    publish();
 }
 
 // A chunk's tokens times their weights, as an operand on the left.

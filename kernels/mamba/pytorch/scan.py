@@ -36,16 +36,24 @@ class Gradients(NamedTuple):
 def scan_inputs(
     x: Tensor, dt: Tensor, A: Tensor, bias: Tensor | None, starts: Tensor | None, steps: Steps
 ) -> tuple[Tensor, Tensor]:
-    """v = dt x, in x's dtype and (B, N, H, P), and log_decay = dt A, (B, H, N), which is -inf where `starts`.
+    """v = dt x, in x's dtype and (B, N, H, P), and log_decay, as `scan_steps` makes it. x: (B, N, H, P)."""
+    own, log_decay = scan_steps(dt, A, bias, starts, steps)
+    return _rounded_product(x, own.transpose(1, 2)[..., None]), log_decay
 
-    x: (B, N, H, P); dt: (B, N, H), before bias, softplus and limits; A and bias: (H,), of the dtype that dt A is
-    computed and returned in; starts: (B, N) bool. Any strides.
+
+def scan_steps(
+    dt: Tensor, A: Tensor, bias: Tensor | None, starts: Tensor | None, steps: Steps
+) -> tuple[Tensor, Tensor]:
+    """dt itself and log_decay = dt A, which is -inf where `starts`: (B, H, N) each.
+
+    dt: (B, N, H), before bias, softplus and limits; A and bias: (H,), of the dtype that all is computed and returned
+    in; starts: (B, N) bool. Any strides.
     """
     _, own = _steps(dt, A, bias, steps)
     log_decay = own * A
     if starts is not None:
         log_decay = torch.where(starts[..., None], -math.inf, log_decay)
-    return _rounded_product(x, own[..., None]), log_decay.transpose(1, 2).contiguous()
+    return own.transpose(1, 2).contiguous(), log_decay.transpose(1, 2).contiguous()
 
 
 def scan_inputs_gradient(
@@ -60,8 +68,12 @@ def scan_inputs_gradient(
     dskip: Tensor | None,
     steps: Steps,
     needs: tuple[bool, bool, bool, bool, bool],
+    *,
+    own: Tensor | None = None,
+    spent: bool = False,
 ) -> Gradients:
-    """Gradients of x, dt, A, bias and D (those that `needs` has) from those of v, log_decay and D x.
+    """Gradients of x, dt, A, bias and D (those that `needs` has) from those of v, log_decay and D x. own: dt itself, if
+    `scan_steps` has made it. spent: nobody reads dv after this, whose memory may be that of dx.
 
     D: (H,) or (H, P), and dskip (B, N, H, P), that of D x, or None both. Those of A, bias and D are sums over the
     tokens here, in one order whatever the layouts.

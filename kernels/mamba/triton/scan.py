@@ -17,6 +17,7 @@ from torch import Tensor
 from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.mamba.pytorch.scan import Gradients, Steps
+from leetdist.kernels.token_decay.triton.weighted import weighted_values
 
 ELEMENTS = 4096  # of x that a program holds; half as many where it holds sums as well
 SEGMENT = 256  # tokens whose sums one program takes
@@ -28,16 +29,8 @@ def scan_inputs(
     x: Tensor, dt: Tensor, A: Tensor, bias: Tensor | None, starts: Tensor | None, steps: Steps
 ) -> tuple[Tensor, Tensor]:
     """See leetdist.kernels.mamba.pytorch.scan.scan_inputs."""
-    batch, tokens, heads, width = x.shape
-    v = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    own, log_decay = _turned(dt, A, bias, starts, steps)
-    block, columns = _block(width)
-    _launch(
-        _products, batch * heads * ceil_div(tokens, block),
-        (x, own, v, *x.stride(), tokens, heads, width),
-        {"TOKENS": block, "COLUMNS": columns},
-    )  # fmt: skip
-    return v, log_decay
+    own, log_decay = scan_steps(dt, A, bias, starts, steps)
+    return weighted_values(x.transpose(1, 2), own).transpose(1, 2), log_decay
 
 
 def scan_inputs_gradient(
@@ -52,6 +45,9 @@ def scan_inputs_gradient(
     dskip: Tensor | None,
     steps: Steps,
     needs: tuple[bool, bool, bool, bool, bool],
+    *,
+    own: Tensor | None = None,
+    spent: bool = False,
 ) -> Gradients:
     """See leetdist.kernels.mamba.pytorch.scan.scan_inputs_gradient."""
     batch, tokens, heads, width = x.shape
@@ -63,8 +59,12 @@ def scan_inputs_gradient(
     def empty(wanted: bool, *shape: int, dtype: torch.dtype = A.dtype) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
 
-    own, _ = _turned(dt, A, bias, None, steps)
-    dx, ddt = empty(needs[0], *x.shape, dtype=x.dtype), empty(needs[1], *dt.shape, dtype=dt.dtype)
+    if own is None:
+        own, _ = scan_steps(dt, A, bias, None, steps)
+    ddt = empty(needs[1], *dt.shape, dtype=dt.dtype)
+    # A program reads what it writes, and no other does: dx can lie where dv does.
+    into_dv = spent and needs[0] and dv.is_contiguous() and dv.dtype == x.dtype
+    dx = dv if into_dv else empty(needs[0], *x.shape, dtype=x.dtype)
     grown = empty(needs[1] or needs[3], *own.shape)
     dD = None if D is None else empty(needs[4], batch * segments, *D.shape)
     _launch(
@@ -89,8 +89,10 @@ def scan_inputs_gradient(
     return Gradients(dx, ddt, *(None if parts is None else parts.sum(0) for parts in (dA, dbias, dD)))
 
 
-def _turned(dt: Tensor, A: Tensor, bias: Tensor | None, starts: Tensor | None, steps: Steps) -> tuple[Tensor, Tensor]:
-    """dt after bias, softplus and limits, and log decays: (B, H, N)."""
+def scan_steps(
+    dt: Tensor, A: Tensor, bias: Tensor | None, starts: Tensor | None, steps: Steps
+) -> tuple[Tensor, Tensor]:
+    """See leetdist.kernels.mamba.pytorch.scan.scan_steps."""
     batch, tokens, heads = dt.shape
     own, log_decay = (torch.empty(batch, heads, tokens, dtype=A.dtype, device=dt.device) for _ in range(2))
     _launch(
@@ -128,7 +130,9 @@ def compile_for(
     x = torch.zeros(1, 1, 1, columns, dtype=dtype, device=device)
     dt, one = x.new_zeros(1, 1, 1, dtype=torch.float32), x.new_zeros(1, dtype=torch.float32)
     steps = Steps(True, 0.0, 1.0)
-    if step == "scan_inputs":
+    if step == "scan_steps":
+        scan_steps(dt, one, one, None, steps)
+    elif step == "scan_inputs":
         scan_inputs(x, dt, one, one, None, steps)
     elif step == "scan_inputs_gradient":
         scan_inputs_gradient(x, dt, one, one, one, None, x, dt, x, steps, (True,) * 5)
@@ -281,20 +285,6 @@ def _steps_gradient(
             tl.store(ddt + (batch * tokens + i) * heads + h, total.to(ddt.dtype.element_ty), mask=inside)
         if dbias is not None:
             tl.store(dbias + part, tl.sum(tl.where(inside, total, 0.0), 0)[None, :], mask=h < heads)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _products(
-    x, own, v, x_batch, x_token, x_head, x_column, tokens, heads, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    batch, head, first = _place(tokens, heads, TOKENS)
-    i, j = first + tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
-    inside = (i < tokens)[:, None] & (j < width)[None, :]
-    steps = tl.load(own + (batch * heads + head) * tokens + i, mask=i < tokens, other=0.0)
-    x += batch * x_batch + head * x_head + i[:, None] * x_token + j[None, :] * x_column
-    values = tl.load(x, mask=inside, other=0.0).to(tl.float32) * steps[:, None]
-    v += ((batch * tokens + i[:, None]) * heads + head) * width + j[None, :]
-    tl.store(v, values.to(v.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -14,6 +14,7 @@
 #include "../../constant_decay/cuda/hopper_held.cuh"
 
 constexpr int OWN = 2, HEADS = OWN * GROUPS;  // heads whose scores a warpgroup makes, and of the block
+constexpr int FETCHES = WEIGHTED ? 1 : HEADS;  // at a time: for more, weighted, there are no registers
 constexpr int STAGE = HEADS * 2 * ROWS_BYTES + GROUPS * COLUMNS_BYTES;
 constexpr int MAIL = COLUMNS * CHUNK / 2 * 4;  // bytes that a warpgroup is sent of a chunk
 constexpr int MINE = 32 / CLUSTER;             // numbers of a chunk that a thread adds up
@@ -69,8 +70,10 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
         const Word arrival = arrivals + step % 2 * 8;
         const int first = tile.first(step), count = tile.count(step);
         int bytes = STAGE;
+#pragma unroll FETCHES
         for (int h = 0; h < HEADS; h++) bytes += tables(h).bytes(count);
         expect(arrival, bytes);
+#pragma unroll FETCHES
         for (int h = 0; h < HEADS; h++) {
             tile.head = first_head + h;
             fetch<ROWS>(place_a(step, h), a, tile.chunk(step, a_share), arrival);
@@ -97,6 +100,11 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
         const Word c_i = place_c(step) + group * COLUMNS_BYTES;
         const int count = tile.count(step);
         wait_arrival(arrivals + step % 2 * 8, step / 2 & 1);
+        if (WEIGHTED) {  // v is b; reversed, a
+            for (int h = OWN * group; h < OWN * group + OWN; h++)
+                weigh_rows(REVERSE ? place_a(step, h) : place_b(step, h), tables(h).weights(slot(step, h)), count);
+            if (AGAIN) __syncthreads();
+        }
         if (AGAIN) {
             for (int zero = 0; zero < 2; zero++) {
                 for (int h = 0; h < HEADS; h++) lost.find<ROWS, false>(place_b(step, h), step, count, zero);

@@ -3,6 +3,8 @@ where heads share operands, those of shared.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,13 @@ def tile_states(
     scale: float = 1.0,
     to_end: bool = True,
     out: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.token_decay.pytorch.block.tile_states."""
-    whole = out is None or out.is_contiguous()
-    compute = shared.shared_states if whole and shared.in_fours(b, c, log_decay, tiles) else hopper.tile_states
-    return compute(b, c, log_decay, tiles, reverse=reverse, scale=scale, to_end=to_end, out=out)
+    """See leetdist.kernels.token_decay.pytorch.block.tile_states. weight: of c's tokens, where c is v."""
+    options: dict[str, Any] = {"reverse": reverse, "scale": scale, "to_end": to_end, "out": out}
+    if (out is None or out.is_contiguous()) and shared.in_fours(b, c, log_decay, tiles):
+        return shared.shared_states(b, c, log_decay, tiles, weight=weight, **options)
+    return hopper.tile_states(b, weighted(c, weight), log_decay, tiles, **options)
 
 
 def tile_outputs(
@@ -46,22 +50,33 @@ def tile_outputs(
     out_dtype: torch.dtype,
     out: Tensor | None = None,
     onto: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.token_decay.pytorch.block.tile_outputs.
+    """See leetdist.kernels.token_decay.pytorch.block.tile_outputs. weight: of v's tokens, which is c; or, of outputs
+    that are added up, b, and reversed a.
 
     Outputs in fp32 of bf16 heads that share c are wanted for their sum alone. Where no place is given and they come in
     pairs, they are added up, (B, fewer, N, Dc): over all that share, and rounded to bf16, or over some of them; other
     tiles may then be written there.
     """
-    given = a, b, c, states, log_decay, tiles
-    if onto is not None:
-        options = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "out_dtype": out_dtype}
-        return hopper.tile_outputs(*given, out=out, onto=onto, **options)  # type: ignore[arg-type]
-    if (out is None or out.shape[1] < heads_of(log_decay)) and shared.summed(a, c, log_decay, out_dtype):
-        return shared.summed_outputs(*given, reverse=reverse, scale=scale, state_scale=state_scale, out=out)
-    paired = out_dtype == a.dtype and shared.in_pairs(a, b, c, log_decay, tiles)
-    compute = shared.paired_outputs if paired else hopper.tile_outputs
-    return compute(*given, reverse=reverse, scale=scale, state_scale=state_scale, out_dtype=out_dtype, out=out)
+    options: dict[str, Any] = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "out": out}
+    of_tiles = states, log_decay, tiles
+    added = out is None or out.shape[1] < heads_of(log_decay)
+    if onto is None and added and shared.summed(a, c, log_decay, out_dtype):
+        return shared.summed_outputs(a, b, c, *of_tiles, weight=weight, **options)
+    options["out_dtype"] = out_dtype
+    if onto is None and out_dtype == a.dtype and shared.in_pairs(a, b, c, log_decay, tiles):
+        return shared.paired_outputs(a, b, c, *of_tiles, weight=weight, **options)
+    return hopper.tile_outputs(a, b, weighted(c, weight), *of_tiles, onto=onto, **options)
+
+
+def weighted(v: Tensor, weight: Tensor | None) -> Tensor:
+    """v times its weights, for kernels that do not make the product themselves; there are few tokens."""
+    if weight is None:
+        return v
+    from leetdist.kernels.token_decay.triton.weighted import weighted_values
+
+    return weighted_values(v, weight)
 
 
 def compile_for(

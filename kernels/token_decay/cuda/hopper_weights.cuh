@@ -13,7 +13,8 @@
 // with factors for the blocks in between. Only in one and the same block are there differences, of sums of at most 8
 // numbers. A sum depends on no token that its result does not see: where a NaN is, all from there on is NaN.
 
-constexpr int SLOT = CHUNK * 4 + 16;  // from the 16 bytes on in which the first of them lies
+// From the 16 bytes on in which the first of them lies. Weighted, behind that as many of v's weights.
+constexpr int SLOT_OF_ONE = CHUNK * 4 + 16, SLOT = SLOT_OF_ONE * (WEIGHTED ? 2 : 1);
 
 // Log-decays to base 2 are bounded, so that sums of them are numbers: NEAR decays to 0 already. NaN stays.
 enum { NEAR = -127, FAR = -10000 };
@@ -60,11 +61,13 @@ template <bool OUTPUTS> struct TokenWeights {
     Word pairs, from_state, columns, rows;
     const float* first_decay;  // of the tile
     int shift;                 // in bytes, of the first from the 16 bytes that it lies in
+    Long to_weight = 0;        // in bytes, from a token's decay to its weight
     float scale = 1.0f, state_scale = 1.0f, added_scale = 1.0f;
 
     __device__ __forceinline__ void start(const Tile& tile, const float* log_decay TOKENS) {
         first_decay = log_decay + tile.batch * decay_batch + tile.head * decay_head + tile.start;
         shift = int(Long(first_decay) & 15);
+        if (WEIGHTED) to_weight = Long(WEIGHT_OR_NONE) - Long(log_decay);
     }
     __device__ __forceinline__ void place(Word base, const Tile& tile, const float* log_decay TOKENS) {
         start(tile, log_decay TOKENS_);
@@ -120,10 +123,20 @@ template <bool OUTPUTS> struct TokenWeights {
     // See kernels/constant_decay/cuda/hopper_weights.cuh; not where a decay before is no number.
     __device__ __forceinline__ bool begins(int, int, float faded) const { return faded == 0.0f; }
     // The 16 bytes around a number are always there.
-    __device__ __forceinline__ int bytes(int count) const { return (shift + 4 * count + 15) & ~15; }
-    __device__ __forceinline__ void fetch(Word slot, int first, int count, Word arrival) const {
-        fetch_bytes(slot, reinterpret_cast<const char*>(first_decay + first) - shift, bytes(count), arrival);
+    static __device__ __forceinline__ int bytes_from(int shift, int count) { return (shift + 4 * count + 15) & ~15; }
+    __device__ __forceinline__ int weight_shift() const { return shift + int(to_weight) & 15; }
+    __device__ __forceinline__ int bytes(int count) const {
+        return bytes_from(shift, count) + (WEIGHTED ? bytes_from(weight_shift(), count) : 0);
     }
+    __device__ __forceinline__ void fetch(Word slot, int first, int count, Word arrival) const {
+        const char* from = reinterpret_cast<const char*>(first_decay + first);
+        fetch_bytes(slot, from - shift, bytes_from(shift, count), arrival);
+        if (!WEIGHTED) return;
+        from += to_weight - weight_shift();
+        fetch_bytes(slot + SLOT_OF_ONE, from, bytes_from(weight_shift(), count), arrival);
+    }
+    // Where v's weights are in a chunk's slot.
+    __device__ __forceinline__ Word weights(Word slot) const { return slot + SLOT_OF_ONE + weight_shift(); }
     __device__ __forceinline__ void set(float, int) const {}
     __device__ __forceinline__ float faded(int) const { return 0.0f; }  // not known before it is read
 

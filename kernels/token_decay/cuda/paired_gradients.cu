@@ -20,7 +20,7 @@
 constexpr bool LATE = REVERSE;
 constexpr int HEADS = 2, ALL = HEADS * GROUPS;
 constexpr int STAGE = 2 * ROWS_BYTES + 2 * ALL * COLUMNS_BYTES;
-static_assert(PARTS == 1 && GROUPS == 2 && !HALF && !LAST_FETCHES && (LATE || !AGAIN));
+static_assert(PARTS == 1 && GROUPS == 2 && !HALF && !LAST_FETCHES && (LATE || !AGAIN) && !(WEIGHTED && AGAIN));
 
 // of_tokens: (B, H, N), A or B; pairs: the same, early; across: (B, H, tiles), late, from `starts`, the early pass's states;
 // lost: (B, H, tiles), whether there is something that is not finite. Of states and starts, an address of 0: zeros.
@@ -173,6 +173,9 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
 #pragma unroll
         for (int i = 0; i < STEPS; i++) product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
         end_products();
+#pragma unroll
+        for (int h = 0; WEIGHTED && h < HEADS; h++)  // v is c; late, d
+            weigh_rows(LATE ? place_d(step, h) : place_c(step, h), tables(h).weights(slot(step, own(h))), count);
 #pragma unroll
         for (int h = 0; h < HEADS; h++) tables(h).read(slot(step, own(h)), count, faded[h]);
         wait_products<0>();

@@ -103,11 +103,17 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
         }
     };
 
+    auto weigh_c = [&](int step, int count) {
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) weigh_rows(place_c(step, h), tables(h).weights(slot(step, h)), count);
+    };
+
     for (int step = 0; step < tile.chunks; step++) {
         const Word a_i = place_a(step), b_i = place_b(step);
         const int count = tile.count(step);
         wait_arrival(arrivals + step % 2 * 8, step / 2 & 1);
         if (AGAIN) {
+            if (WEIGHTED) weigh_c(step, count), __syncthreads();
             for (int zero = 0; zero < 2; zero++) {
                 for (int h = 0; h < HEADS; h++) {
                     const Lost lost(all_lost + h * Lost::BYTES);
@@ -135,6 +141,7 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
 #pragma unroll
         for (int i = 0; i < STEPS; i++) product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
         end_products();
+        if (WEIGHTED && !AGAIN) weigh_c(step, count);
         auto start_from_state = [&](int h) {
             units.set(state[h][0]);
             hold(state[h][0], units.power, 0, held);

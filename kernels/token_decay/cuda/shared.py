@@ -20,6 +20,7 @@ WIDTH = 64  # columns, or rows, of a head's state, of which two are as large as 
 FOUR = 4  # heads of a block
 GROUPS = {"grouped_outputs": 2, "shared_states": 4}  # warpgroups of a block, if more than one
 GROUPED_COLUMNS = 128  # of grouped_outputs.cu
+WEIGHTED = (("WEIGHTED", 1),)  # what a kernel is compiled with that multiplies v by its weights
 
 
 def in_pairs(a: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
@@ -52,19 +53,22 @@ def shared_states(
     scale: float,
     to_end: bool,
     out: Tensor | None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_states."""
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_states. weight: of c's tokens."""
     if out is None:
         out = empty_states(b, c, log_decay, tiles)
     if not out.numel():
         return out
     heads = heads_of(log_decay)
     kept: list[Tensor] = []
-    launch = _kernel("shared_states", "tile_states", b.shape[3], c.shape[3], b.dtype, False, reverse, 1, b.device)
+    kind = b.dtype, False, reverse, weight is not None, 1
+    launch = _kernel("shared_states", "tile_states", b.shape[3], c.shape[3], *kind, b.device)
     launch(
         (b.shape[0] * heads // FOUR * tiles.count,), FOUR * hopper.THREADS,
         *hopper._operand(b, heads, kept), *hopper._operand(c, heads, kept), out.data_ptr(),
-        *place_of_tiles(tiles, log_decay, 1, FOUR, b), tiles.unread(reverse, to_end), float(scale),
+        *place_of_tiles(tiles, log_decay, 1, FOUR, b, weight=weight, kept=kept), tiles.unread(reverse, to_end),
+        float(scale),
     )  # fmt: skip
     return out
 
@@ -82,8 +86,9 @@ def paired_outputs(
     state_scale: float,
     out_dtype: torch.dtype,
     out: Tensor | None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs; out_dtype: a's."""
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs; out_dtype: a's; weight: of c's tokens."""
     if out is None:
         out = empty_outputs(a, c, log_decay, out_dtype)
     if not out.numel():
@@ -97,7 +102,7 @@ def paired_outputs(
     options = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
     _outputs(
         "paired_outputs", a, b, c, states, places, log_decay, tiles, c.shape[3], 1, heads=HEADS, cluster=1, wide=False,
-        **options,  # type: ignore[arg-type]
+        weight=weight, **options,  # type: ignore[arg-type]
     )  # fmt: skip
     if target is not out:
         out.copy_(target)
@@ -135,10 +140,11 @@ def summed_outputs(
     scale: float,
     state_scale: float,
     out: Tensor | None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Those of leetdist.kernels.constant_decay.pytorch.block.tile_outputs added up over n heads: in a's dtype,
     (B, H / n, N, Dc), where that is all that share one of c's, and in fp32 where some are still to be added up. In
-    `out`, which an earlier call has returned, if given."""
+    `out`, which an earlier call has returned, if given. weight: of b's tokens; reversed, of a's."""
     share = heads_of(log_decay) // c.shape[1]
     heads, cluster = added_up(share, c.shape[3])
     together = heads * cluster
@@ -155,7 +161,7 @@ def summed_outputs(
     options = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "wide": out.dtype == torch.float32}
     _outputs(
         source, a, b, c, states, places, log_decay, tiles, columns, splits, heads=heads, cluster=cluster,
-        **options,  # type: ignore[arg-type]
+        weight=weight, **options,  # type: ignore[arg-type]
     )  # fmt: skip
     return out
 
@@ -174,6 +180,7 @@ def _outputs(
     *,
     heads: int,
     cluster: int,
+    weight: Tensor | None,
     wide: bool,
     reverse: bool,
     scale: float,
@@ -188,20 +195,36 @@ def _outputs(
     sharing = (a, b) if source == "paired_outputs" else (c,)
     arguments = (
         *(x for operand in (a, b, c) for x in hopper._operand(operand, all_heads, kept)),
-        states.data_ptr(), *states.stride(), *places, *place_of_tiles(tiles, log_decay, splits, heads, *sharing),
+        states.data_ptr(), *states.stride(), *places,
+        *place_of_tiles(tiles, log_decay, splits, heads, *sharing, weight=weight, kept=kept),
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
     )  # fmt: skip
     for name in hopper.OUTPUTS:
-        launch = _kernel(source, name, a.shape[3], columns, a.dtype, wide, reverse, cluster, a.device)
+        kind = a.dtype, wide, reverse, weight is not None, cluster
+        launch = _kernel(source, name, a.shape[3], columns, *kind, a.device)
         launch((programs * splits,), hopper.THREADS * GROUPS.get(source, 1), *arguments)
 
 
-def place_of_tiles(tiles: Tiles, log_decay: Tensor, splits: int, heads: int, *sharing: Tensor) -> tuple[int, ...]:
-    """Where the tiles are, of so many heads at a time. Heads that share these operands come one after the other, tile
-    by tile, in consecutive blocks, which a cluster is made of."""
+def place_of_tiles(
+    tiles: Tiles,
+    log_decay: Tensor,
+    splits: int,
+    heads: int,
+    *sharing: Tensor,
+    weight: Tensor | None,
+    kept: list[Tensor],
+) -> tuple[int, ...]:
+    """Where the tiles are, of so many heads at a time, and the weights, if any. Heads that share these operands come
+    one after the other, tile by tile, in consecutive blocks, which a cluster is made of."""
     *place, _ = hopper._tiles(tiles, log_decay, splits, *sharing)
     place[2] //= heads
-    return *place, heads_of(log_decay) // max(x.shape[1] for x in sharing) // heads
+    found = *place, heads_of(log_decay) // max(x.shape[1] for x in sharing) // heads
+    if weight is None:
+        return found
+    if weight.stride() != log_decay.stride():
+        weight = torch.empty_strided(log_decay.shape, log_decay.stride(), device=weight.device).copy_(weight)
+        kept.append(weight)
+    return *found, weight.data_ptr()
 
 
 def compile_for(
@@ -214,27 +237,29 @@ def compile_for(
     programs: int,
     device: torch.device,
     share: int,
+    *,
+    weighted: bool = False,
 ) -> None:
     """As leetdist.kernels.constant_decay.cuda.hopper.compile_for; share: how many heads share an operand at most."""
     if share % HEADS or columns % WIDTH:
         return
     if step == "tile_states":
         if share % FOUR == 0 and _together(FOUR, rows, columns, programs, device):
-            _kernel("shared_states", step, rows, columns, dtype, False, reverse, 1, device)
+            _kernel("shared_states", step, rows, columns, dtype, False, reverse, weighted, 1, device)
         return
     heads, cluster = added_up(share, columns)
     held, _, _ = hopper.shares(programs // HEADS, rows, columns, hopper._multiprocessors(device))
     for name in hopper.OUTPUTS:
         if wide and rows == WIDTH and dtype == torch.bfloat16 and heads == FOUR:
             wide_too = share != heads * cluster
-            _kernel("grouped_outputs", name, rows, columns // 2, dtype, wide_too, reverse, cluster, device)
+            _kernel("grouped_outputs", name, rows, columns // 2, dtype, wide_too, reverse, weighted, cluster, device)
         elif wide and rows == WIDTH and dtype == torch.bfloat16:
-            _kernel("summed_outputs", name, rows, held, dtype, True, reverse, 1, device)
+            _kernel("summed_outputs", name, rows, held, dtype, True, reverse, weighted, 1, device)
         elif not wide and _together(HEADS, rows, columns, programs, device):
-            _kernel("paired_outputs", name, rows, columns, dtype, False, reverse, 1, device)
+            _kernel("paired_outputs", name, rows, columns, dtype, False, reverse, weighted, 1, device)
 
 
-def shared_memory(source: str, name: str, rows: int, columns: int) -> int:
+def shared_memory(source: str, name: str, rows: int, columns: int, weighted: bool = False) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
     heads = HEADS if source in ("paired_outputs", "summed_outputs") else FOUR
     if source == "shared_states":
@@ -249,6 +274,7 @@ def shared_memory(source: str, name: str, rows: int, columns: int) -> int:
         operands, slots = 2 * (heads * own + common) + 64, 2  # and scores
         tables = hopper.TABLES["tile_outputs"][True]
     lost = 4 * (columns + 4) if name == hopper.AGAIN else 0
+    slots *= 2 if weighted else 1
     return operands // 64 * hopper.BLOCK + hopper.BARRIERS + heads * (tables + slots * hopper.SLOT + lost)
 
 
@@ -261,12 +287,13 @@ def _kernel(
     dtype: torch.dtype,
     wide: bool,
     reverse: bool,
+    weighted: bool,
     cluster: int,
     device: torch.device,
 ) -> loader.Kernel:
-    grouped = source == "grouped_outputs"
     made = hopper.defines(name, rows, columns, GROUPS.get(source, 1), dtype, wide, reverse, True)
+    made += WEIGHTED * weighted + (("CLUSTER", cluster),) * (source == "grouped_outputs")
     return loader.kernel(
-        f"token_decay/cuda/{source}.cu", source, device, (*made, ("CLUSTER", cluster)) if grouped else made,
-        shared_memory=shared_memory(source, name, rows, columns), features="a",
+        f"token_decay/cuda/{source}.cu", source, device, made,
+        shared_memory=shared_memory(source, name, rows, columns, weighted), features="a",
     )  # fmt: skip

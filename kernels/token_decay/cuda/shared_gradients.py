@@ -39,6 +39,7 @@ def early_gradients(
     *,
     scale: float,
     out: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """dq, added up over heads as leetdist.kernels.token_decay.cuda.hopper.tile_outputs does, and what `late_gradients`
     is to be told.
@@ -46,13 +47,15 @@ def early_gradients(
     q, k: (B, heads, N, Dk) bf16, of which H / heads is a multiple of 4; v, do: (B, H, N, 64) bf16; states: (B, H,
     tiles.count, Dk, 64) fp32, contiguous, at the tiles' starts; log_decay: (B, H, N) fp32. What is kept, by name: as
     leetdist.kernels.token_decay.cuda.gradients.early_gradients, "read" in one sum, and "pairs" (B, H, 2, N) fp32, in
-    whose second half is what goes from token to token.
+    whose second half is what goes from token to token. weight: of v (B, H, N) fp32, which all gradients then are of
+    weight * v.
     """
     options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": torch.float32}
-    dq = tile_outputs(do, v, k, states.mT, log_decay, tiles, out=out, **options)
+    dq = tile_outputs(do, v, k, states.mT, log_decay, tiles, out=out, weight=weight, **options)
     batch, heads, tokens = log_decay.shape
     read, pairs = (torch.empty(batch, heads, n, tokens, dtype=torch.float32, device=q.device) for n in (1, 2))
-    _, lost = flows((q, k, v, do), states, None, log_decay, tiles, read[:, :, 0], pairs[:, :, 1], scale=scale)
+    given = (q, k, v, do), states, None, log_decay, weight, tiles
+    _, lost = flows(*given, read[:, :, 0], pairs[:, :, 1], scale=scale)
     return dq, {"read": read, "pairs": pairs, "early_lost": lost}
 
 
@@ -69,6 +72,7 @@ def late_gradients(
     *,
     scale: float,
     outs: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dk, added up as dq, dv and the gradient of log_decay (B, H, N) fp32, in `outs` where they are given.
 
@@ -77,12 +81,13 @@ def late_gradients(
     from leetdist.kernels.token_decay.triton.added_up import added_up
 
     options: dict[str, Any] = {"reverse": True, "scale": scale, "state_scale": 1.0, "out_dtype": torch.float32}
-    dk = tile_outputs(v, do, q, ends.mT, log_decay, tiles, out=outs[0], **options)
+    dk = tile_outputs(v, do, q, ends.mT, log_decay, tiles, out=outs[0], weight=weight, **options)
     dv, written = _place(k, do, log_decay, outs[1]), kept["pairs"]
-    across, lost = flows((k, q, do, v), ends, states, log_decay, tiles, written[:, :, 0], None, scale=scale, out=dv)
+    given = (k, q, do, v), ends, states, log_decay, weight, tiles
+    across, lost = flows(*given, written[:, :, 0], None, scale=scale, out=dv)
     grad = added_up(
         q, k, v, do, states, ends, log_decay, tiles, kept["read"], written, across, (kept["early_lost"], lost),
-        scale=scale, out=outs[2],
+        scale=scale, out=outs[2], weight=weight,
     )  # fmt: skip
     return dk, _placed(dv, outs[1]), grad
 
@@ -98,12 +103,13 @@ def compile_for(
     device: torch.device,
     *,
     share: int,
+    weighted: bool = False,
 ) -> None:
     """See leetdist.kernels.constant_decay.cuda.hopper.compile_for."""
     late = step == "late_gradients"
-    shared.compile_for("tile_outputs", columns, rows, dtype, True, late, programs, device, share)
+    shared.compile_for("tile_outputs", columns, rows, dtype, True, late, programs, device, share, weighted=weighted)
     for name in hopper.OUTPUTS if late else hopper.OUTPUTS[:1]:
-        _kernel(name, rows, late, device)
+        _kernel(name, rows, late, weighted, device)
 
 
 def flows(
@@ -111,6 +117,7 @@ def flows(
     states: Tensor,
     starts: Tensor | None,
     log_decay: Tensor,
+    weight: Tensor | None,
     tiles: Tiles,
     of_tokens: Tensor,
     pairs: Tensor | None,
@@ -135,33 +142,35 @@ def flows(
     again = torch.empty(blocks, dtype=torch.int32, device=states.device)
     kept: list[Tensor] = []
     scales = (float(scale), 1.0, scale_of_added(float(scale), 1.0)) if late else (float(scale), float(scale), 1.0)
-    arguments = (
+    before = (
         *(x for operand in operands for x in hopper._operand(operand, heads, kept)),
         *(address_of(x) for x in (states, states if starts is None else starts)),
         *((bytes(MAP_BYTES), 0, 0, 0, 0) if out is None else (hopper._map(out), out.data_ptr(), *out.stride()[:3])),
         of_tokens.data_ptr(), of_tokens.stride(1), *((0, 0) if pairs is None else (pairs.data_ptr(), pairs.stride(1))),
-        across.data_ptr(), lost.data_ptr(), *place_of_tiles(tiles, log_decay, 1, FOUR, *operands[:2]), *scales,
-        again.data_ptr(),
+        across.data_ptr(), lost.data_ptr(),
     )  # fmt: skip
     for name in hopper.OUTPUTS if late else hopper.OUTPUTS[:1]:
-        launch = _kernel(name, operands[0].shape[3], late, states.device)
-        launch((blocks,), GROUPS * hopper.THREADS, *arguments)
+        weighs = None if name == hopper.AGAIN else weight  # which leaves dv, and that is not of v
+        place = place_of_tiles(tiles, log_decay, 1, FOUR, *operands[:2], weight=weighs, kept=kept)
+        launch = _kernel(name, operands[0].shape[3], late, weighs is not None, states.device)
+        launch((blocks,), GROUPS * hopper.THREADS, *before, *place, *scales, again.data_ptr())
     return across, lost
 
 
-def shared_memory(name: str, rows: int, late: bool) -> int:
+def shared_memory(name: str, rows: int, late: bool, weighted: bool = False) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernel."""
     heads = FOUR
     chunks = 2 * (2 * rows // 64 + 2 * heads) + (GROUPS if late else 1)
     own = (1 if late else 2) * 4 * 64 * 4 + 2 * hopper.SLOT + hopper.TABLES["tile_outputs"][True]
+    own += 2 * hopper.SLOT if weighted else 0
     lost = 4 * (WIDTH + 4) if name == hopper.AGAIN else 0
     return chunks * hopper.BLOCK + heads * (own + lost) + 1024 + 64  # where blocks begin, and barriers
 
 
 @cache
-def _kernel(name: str, rows: int, late: bool, device: torch.device) -> loader.Kernel:
-    made = hopper.defines(name, rows, WIDTH, GROUPS, torch.bfloat16, False, late, True)
+def _kernel(name: str, rows: int, late: bool, weighted: bool, device: torch.device) -> loader.Kernel:
+    made = hopper.defines(name, rows, WIDTH, GROUPS, torch.bfloat16, False, late, True) + shared.WEIGHTED * weighted
     return loader.kernel(
         "token_decay/cuda/paired_gradients.cu", "paired_gradients", device, made,
-        shared_memory=shared_memory(name, rows, late), features="a",
+        shared_memory=shared_memory(name, rows, late, weighted), features="a",
     )  # fmt: skip

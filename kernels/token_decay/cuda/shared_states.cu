@@ -6,6 +6,7 @@
 #include "../../constant_decay/cuda/hopper_tile.cuh"
 
 static_assert(PARTS == 1 && !LAST_FETCHES);
+constexpr int FETCHES = WEIGHTED ? 1 : GROUPS;  // at a time: for more, weighted, there are no registers
 constexpr int STAGES = 4, STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
 
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 1)
@@ -37,9 +38,11 @@ shared_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float sc
             return moved;
         };
         int bytes = STAGE;
+#pragma unroll FETCHES
         for (int head = 0; head < GROUPS; head++) bytes += others(head).bytes(count);
         expect(arrival, bytes);
         fetch<ROWS>(to, b, tile.chunk(step, b_share), arrival);
+#pragma unroll FETCHES
         for (int head = 0; head < GROUPS; head++) {
             tile.head = first_head + head;
             fetch<COLUMNS>(to + ROWS_BYTES + head * COLUMNS_BYTES, c, tile.chunk(step, c_share), arrival);
@@ -74,6 +77,7 @@ shared_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float sc
 #pragma unroll
             for (int i = 0; i < HELD; i++) state[i] = 0.0f;
         Word x[4][4];
+        if (WEIGHTED) weigh_rows(c_i, weights.weights(slot(step, group)), count), __syncwarp();
         load_left(c_i + place_transposed(), x);
         Weighted weighted;
         weighted.set(x, weights.pairs);

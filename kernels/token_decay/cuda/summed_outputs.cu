@@ -83,6 +83,12 @@ summed_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
         const Word c_i = place_c(step);
         const int count = tile.count(step);
         wait_arrival(arrivals + step % 2 * 8, step / 2 & 1);
+        if (WEIGHTED) {  // v is b; reversed, a
+#pragma unroll
+            for (int h = 0; h < HEADS; h++)
+                weigh_rows(REVERSE ? place_a(step, h) : place_b(step, h), tables[h].weights(slot(step, h)), count);
+            if (AGAIN) __syncthreads();
+        }
         if (AGAIN) {
             for (int zero = 0; zero < 2; zero++) {
                 for (int h = 0; h < HEADS; h++) lost.find<ROWS, false>(place_b(step, h), step, count, zero);

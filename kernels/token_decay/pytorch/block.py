@@ -27,6 +27,14 @@ tile_outputs = partial(block.tile_outputs, walk_of=TokenDecayWalk)
 MOST_BYTES = 1 << 28
 
 
+def weighted_values(v: Tensor, weight: Tensor) -> Tensor:
+    """v (B, H, N, D) times weight (B, H, N) in the states' dtype, rounded to v's without a wide copy between; in memory
+    (B, N, H, D). Kernels that take both have the same bits, or None here (leetdist.operators.token_decay)."""
+    batch, heads, tokens, dim = v.shape
+    out = v.new_empty(batch, tokens, heads, dim)
+    return torch.mul(v.transpose(1, 2), weight.transpose(1, 2)[..., None], out=out).transpose(1, 2)
+
+
 def transitions(log_decay: Tensor, tiles: Tiles) -> Tensor:
     """The factor with which each tile takes over the state before it: exp of the sum of its log-decays.
 

@@ -49,13 +49,14 @@ def added_up(
     *,
     scale: float,
     out: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The gradient of log_decay, (B, H, N) fp32, in `out` if given.
 
     The first eight arguments: see leetdist.kernels.token_decay.triton.gradient.decay_gradient. read: (B, H, n, N) fp32,
     A in n parts; written: the same of B and M; across: (B, H, tiles.count) fp32, Phi; lost: (B * H * tiles.count,)
     int32 each, not 0 for tiles that hold something that is not finite. These are walked once more by the kernels of
-    that module, so that what a NaN reaches is the same.
+    that module, so that what a NaN reaches is the same. weight: what v is still to be multiplied by, (B, H, N) fp32.
     """
     batch, heads, tokens = log_decay.shape
     if out is None:
@@ -84,7 +85,7 @@ def added_up(
         _walk_again, (together,),
         (
             q, k, v, do, states, step_of(states), ends, step_of(ends), token_sums(log_decay, tiles, lost[1]), target,
-            kept, units, table, lost[1],
+            kept, units, table, lost[1], weight, *((0, 0) if weight is None else weight.stride()[:2]),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             heads, *shares, tokens, tiles.count, tiles.size, tasks, chunks, rows, columns, scale,
         ),
@@ -138,6 +139,7 @@ def _then(part, more, next_part, next_more):
 @triton.jit(do_not_specialize=[*COUNTS, "tasks", "chunks"])
 def _walk_again(
     q, k, v, do, states, states_step, ends, ends_step, log_decay, out, kept, units, table, lost,
+    weight, weight_batch, weight_head,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
     heads, q_share, k_share, v_share, tokens, tiles, tile_size, tasks, chunks, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK_: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAGS: tl.constexpr,
@@ -156,6 +158,7 @@ def _walk_again(
                             task, program, k, v, states, states_step, log_decay, kept, units, table,
                             k_batch, k_head, k_token, v_batch, v_head, v_token, heads, k_share, v_share,
                             tokens, tiles, tile_size, chunks, 0, rows, columns, REGULAR, CHUNK_, ROWS, COLUMNS, 1,
+                            weight, weight_batch, weight_head,
                         )  # fmt: skip
                         tl.debug_barrier()
                         for chunk in range(chunks):
@@ -164,7 +167,7 @@ def _walk_again(
                                 q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
                                 do_batch, do_head, do_token, heads, q_share, k_share, v_share,
                                 tokens, tiles, tile_size, chunks, 0, rows, columns, scale,
-                                REGULAR, CHUNK_, ROWS, COLUMNS, 1, True,
+                                REGULAR, CHUNK_, ROWS, COLUMNS, 1, True, weight, weight_batch, weight_head,
                             )  # fmt: skip
                         tl.debug_barrier()
                         add_behind(
@@ -172,6 +175,6 @@ def _walk_again(
                             q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
                             do_batch, do_head, do_token, heads, q_share, k_share, v_share,
                             tokens, tiles, tile_size, chunks, 0, rows, columns, scale,
-                            REGULAR, CHUNK_, ROWS, COLUMNS, 1,
+                            REGULAR, CHUNK_, ROWS, COLUMNS, 1, weight, weight_batch, weight_head,
                         )  # fmt: skip
                         tl.debug_barrier()

@@ -15,6 +15,7 @@ from leetdist.kernels.constant_decay.triton.block import configuration
 from leetdist.kernels.constant_decay.triton.fold import fold
 from leetdist.kernels.token_decay.triton.gradient import decay_gradient
 from leetdist.kernels.token_decay.triton.sums import sums_of, token_sums, transitions
+from leetdist.kernels.token_decay.triton.weighted import weighted_values
 
 __all__ = [
     "configuration",
@@ -24,6 +25,7 @@ __all__ = [
     "tile_states",
     "token_sums",
     "transitions",
+    "weighted_values",
 ]
 
 

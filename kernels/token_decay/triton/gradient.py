@@ -167,6 +167,7 @@ def keep_states(
     k_batch, k_head, k_token, v_batch, v_head, v_token,
     heads, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    v_weight=None, weight_batch=0, weight_head=0,
 ):  # fmt: skip
     """The state at each chunk's start, and its unit."""
     dtype: tl.constexpr = kept.dtype.element_ty
@@ -175,6 +176,8 @@ def keep_states(
     gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
     k += batch * k_batch + head // k_share * k_head + start * k_token
     v += batch * v_batch + head // v_share * v_head + start * v_token
+    if v_weight is not None:
+        v_weight += batch * weight_batch + head * weight_head + start
     state = _load_state(states + task * states_step, rows, column, columns, ROWS, COLUMNS)
     place = kept + program * chunks * (PARTS * ROWS * COLUMNS)
     units += program * chunks
@@ -188,7 +191,7 @@ def keep_states(
         place += PARTS * ROWS * COLUMNS
         tl.store(units + step, s_unit)
         k_i = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
-        v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
+        v_i = _load_values(v, v_token, v_weight, offset, count, column, columns, CHUNK, COLUMNS)
         weight = weights_to_state(gate, offset, count, False, CHUNK, True)
         k_i, k_small, k_unit = _weighted(k_i, weight, dtype)
         v_i, v_small, v_unit = _operand(v_i, dtype, PARTS == 2, PARTS)
@@ -219,7 +222,7 @@ def add_inside(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
     heads, q_share, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST: tl.constexpr, v_weight=None, weight_batch=0, weight_head=0,
 ):  # fmt: skip
     """Of a chunk: M and A, what goes from tokens to tokens, and from the state at its start to tokens."""
     dtype: tl.constexpr = kept.dtype.element_ty
@@ -229,6 +232,8 @@ def add_inside(
     q += batch * q_batch + head // q_share * q_head + start * q_token
     k += batch * k_batch + head // k_share * k_head + start * k_token
     v += batch * v_batch + head // v_share * v_head + start * v_token
+    if v_weight is not None:
+        v_weight += batch * weight_batch + head * weight_head + start
     do += batch * do_batch + head * do_head + start * do_token
     out += (batch * heads + head) * tokens + start
     offset = chunk * CHUNK
@@ -238,7 +243,7 @@ def add_inside(
         i, j = position[:, None], position[None, :]
         q_i = load_chunk(q, q_token, offset, count, 0, rows, CHUNK, ROWS)
         k_i = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
-        v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
+        v_i = _load_values(v, v_token, v_weight, offset, count, column, columns, CHUNK, COLUMNS)
         do_raw = load_chunk(do, do_token, offset, count, column, columns, CHUNK, COLUMNS)
         place = kept + (program * chunks + chunk) * (PARTS * ROWS * COLUMNS) + _within(ROWS, COLUMNS)
         s_i = tl.load(place)
@@ -285,6 +290,7 @@ def add_behind(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, do_batch, do_head, do_token,
     heads, q_share, k_share, v_share, tokens, tiles, tile_size, chunks, column, rows, columns, scale,
     REGULAR: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    v_weight=None, weight_batch=0, weight_head=0,
 ):  # fmt: skip
     """Of a tile, backwards with the gradient of the state: B and E, what goes to the state at each chunk's end."""
     dtype: tl.constexpr = kept.dtype.element_ty
@@ -294,6 +300,8 @@ def add_behind(
     q += batch * q_batch + head // q_share * q_head + start * q_token
     k += batch * k_batch + head // k_share * k_head + start * k_token
     v += batch * v_batch + head // v_share * v_head + start * v_token
+    if v_weight is not None:
+        v_weight += batch * weight_batch + head * weight_head + start
     do += batch * do_batch + head * do_head + start * do_token
     out += (batch * heads + head) * tokens + start
     gradient = _load_state(ends + task * ends_step, rows, column, columns, ROWS, COLUMNS)
@@ -310,7 +318,7 @@ def add_behind(
         place -= PARTS * ROWS * COLUMNS
         # Loads first, as many as there are registers for.
         k_i = load_chunk(k, k_token, offset, count, 0, rows, CHUNK, ROWS)
-        v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
+        v_i = _load_values(v, v_token, v_weight, offset, count, column, columns, CHUNK, COLUMNS)
         total = tl.load(out + offset + position, mask=here, other=0.0)
         s_unit = tl.load(units + chunk)
         state = tl.load(place + _within(ROWS, COLUMNS)).to(tl.float32)
@@ -331,6 +339,17 @@ def add_behind(
         do_i, do_small, do_unit = _operand(do_i, dtype, PARTS == 2, PARTS)
         gradient += gradient * lost_across(gate, offset, count, True)
         gradient += product(q_i, q_small, do_i, do_small, 2, PARTS) * (q_unit * do_unit)
+
+
+@triton.jit
+def _load_values(v, v_token, v_weight, offset, count, column, columns, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
+    """A chunk of v, times its weights if there are some (leetdist.kernels.token_decay.triton.weighted)."""
+    v_i = load_chunk(v, v_token, offset, count, column, columns, CHUNK, COLUMNS)
+    if v_weight is not None:
+        i = tl.arange(0, CHUNK)
+        by = tl.load(v_weight + offset + i, mask=i < count, other=0.0)
+        v_i = (v_i.to(tl.float32) * by[:, None]).to(v_i.dtype)
+    return v_i
 
 
 @triton.jit

@@ -1,0 +1,40 @@
+"""v times its weights where the kernels for heads that share q and k (shared.py, shared_gradients.py) make the product
+themselves, on its way from shared memory to a product: a tensor as large as v is neither written nor read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.token_decay.cuda import shared, shared_gradients
+
+
+def weighted_values(v: Tensor, weight: Tensor) -> None:
+    """None: they take both."""
+
+
+def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
+    """What `explain` says of it."""
+    return "in the kernels that read v"
+
+
+def compile_for(
+    step: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    wide: bool,
+    reverse: bool,
+    programs: int,
+    device: torch.device,
+    *,
+    share: int,
+) -> None:
+    """Of a pass, forward or backward (reverse); see leetdist.kernels.constant_decay.cuda.hopper.compile_for."""
+    if reverse:
+        for which in ("early_gradients", "late_gradients"):
+            kind = dtype, wide, reverse, programs, device
+            shared_gradients.compile_for(which, rows, columns, *kind, share=share, weighted=True)
+        return
+    for which in ("tile_states", "tile_outputs"):
+        shared.compile_for(which, rows, columns, dtype, wide, reverse, programs, device, share, weighted=True)
