@@ -106,6 +106,37 @@ def decay_gradient(
     return total
 
 
+class OpenInBlocks:
+    """A module that goes on inside a tile (leetdist.kernels.constant_decay.pytorch.open_chunk) with at most so many
+    rows, for any number."""
+
+    def __init__(self, module: Any, most: int) -> None:
+        self._module, self._most = module, most
+
+    def open_chunk(self, rows: int, columns: int, dtype: torch.dtype, tile: int) -> int | None:
+        found: int | None = self._module.open_chunk(self._most, columns, dtype, tile)
+        return found
+
+    def left_out(self, log_decay: Tensor, tile: int) -> Tensor | None:
+        found: Tensor | None = self._module.left_out(log_decay, tile)
+        return found
+
+    def keep_of(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        found: Tensor = self._module.keep_of(total, dtype)
+        return found
+
+    def advance(
+        self, k: Tensor, v: Tensor, log_decay: Tensor, walked: Tensor, own: Tensor, total: Tensor | None, **where: Any
+    ) -> None:
+        rows = k.shape[3]
+        for begin, end in blocks_of(rows, self._most):
+            some = [x[:, :, begin:end].contiguous() for x in (walked, own)]
+            moved = total if total is None or end == rows else total.clone()  # once, behind all that read it
+            self._module.advance(k[..., begin:end], v, log_decay, *some, moved, **where)
+            for to, x in zip((walked, own), some, strict=True):
+                to[:, :, begin:end] = x
+
+
 STEPS: dict[str, Callable[..., Tensor]] = {
     "tile_states": tile_states, "tile_outputs": tile_outputs, "decay_gradient": decay_gradient
 }  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from leetdist.kernels.common.blocks import OpenInBlocks
 from leetdist.kernels.common.open_tiles import OpenTiles, rows_of_calls, writers, written
 from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.common.tiles import Tiles
@@ -113,11 +114,11 @@ def _opened_by(problem: Problem, tile: int, _settings: object) -> Opened:
     walk, sums = (
         next(choice for choice in kernels.used if choice.use.step == step) for step in ("tile_outputs", "tile_states")
     )
-    module, chunk = None, None
-    if walk.implementation is sums.implementation and len(walk.blocks) == 1:
-        module = walk.implementation.loaded_opened()
-    if module is not None:
-        chunk = module.open_chunk(problem.dk, problem.dv, problem.dtype, tile)
+    module = walk.implementation.loaded_opened() if walk.implementation is sums.implementation else None
+    if module is not None and len(walk.blocks) > 1:
+        begin, end = walk.blocks[-1]
+        module = OpenInBlocks(module, end - begin)
+    chunk = None if module is None else module.open_chunk(problem.dk, problem.dv, problem.dtype, tile)
     if chunk is None:
         module, chunk = None, tile
     return Opened(kernels, module, tile, chunk, problem.dtype)

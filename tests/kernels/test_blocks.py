@@ -173,6 +173,23 @@ def test_calls(case: Case, seed: int, forgotten: Any, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("by_token", [False, True])
+def test_pieces_of_a_stream(by_token: bool, forgotten: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end inside a tile, of which a chunk is kept, and have the bits of one call."""
+    monkeypatch.setenv("LEETDIST_BACKEND", "triton")
+    monkeypatch.setattr(refusals, "MOST_ROWS", 16)
+    q, k, v = (torch.randn(1, 1, 145, dim) for dim in (40, 40, 24))
+    log_decay = -torch.rand(1, 1, 145) if by_token else torch.tensor([-0.01])
+    options: dict[str, Any] = {"method": "block", "tile": 128}
+    expected = leetdist.linear_attention(q, k, v, log_decay, **options)
+    stream = leetdist.stream(None if by_token else log_decay, **options)
+    pieces = [x.split([75, 50, 20], 2) for x in (q, k, v, *([log_decay] if by_token else []))]
+    o = torch.cat([stream.push(*piece) for piece in zip(*pieces, strict=True)], 2)
+    assert stream.state.opened.chunk == 64
+    assert torch.equal(o, expected)
+
+
+@pytest.mark.interpreter
 def test_bad_tokens_reach_later_ones_only() -> None:
     block = pytest.importorskip("leetdist.kernels.constant_decay.triton.block")
     tile_outputs = in_blocks(block.tile_outputs, "tile_outputs", 16)

@@ -21,6 +21,7 @@ from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
 THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
+ROWS_STEP = 32  # 16 a product's step, in each of two halves of more than 128 rows
 BARRIERS = 1536  # bytes for them, and for what rounds the first address up to 1,024
 # Bytes of a warpgroup's tables: of a constant decay, and of a decay a token.
 TABLES = {"tile_states": (256, 4 * 256), "tile_outputs": (1280, 512 + 4 * 448)}
@@ -205,7 +206,7 @@ def parts(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple
 
 def walked_rows(rows: int) -> int:
     """Rows of a state with which kernels walk one of so many: the rest are zeros."""
-    return 32 * ceil_div(rows, 32)
+    return ROWS_STEP * ceil_div(rows, ROWS_STEP)
 
 
 @cache
