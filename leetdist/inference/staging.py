@@ -23,6 +23,7 @@ class Staging:
         self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.sent: deque[torch.cuda.Event] = deque()
 
+    @torch.no_grad()  # of a generator: not while its caller has an output
     def map(self, compute: Callable[..., Tensor], pieces: Iterable[Piece], lead: Callable[[], int]) -> Iterator[Tensor]:
         """compute's output of each piece, in pinned host memory, one piece late: the next one is under way by then.
 

@@ -197,8 +197,7 @@ class Stream:
         if device is None:
             yield from map(self._here, everything)
         else:
-            with torch.no_grad():
-                yield from self._staging(device).map(self._advance, everything, self._lead)
+            yield from self._staging(device).map(self._advance, everything, self._lead)
 
     def _in_windows(self, pieces: Iterator[Piece], window: int) -> Iterator[Tensor]:
         if self._transport is not None:

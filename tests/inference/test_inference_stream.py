@@ -122,6 +122,17 @@ def test_slices_of_one_tensor_are_joined_without_a_copy() -> None:
         assert found.stride(1) < found.stride(2)  # its layout stays
 
 
+def test_a_caller_may_record_gradients_between_pieces() -> None:
+    """Nothing that a stream computes is recorded, and all that its caller does."""
+    tensors = [x.requires_grad_() for x in inputs(60)]
+    for options in ({}, {"window": 40}):
+        pieces = [tuple(x[:, :, i : i + 20] for x in tensors) for i in (0, 20, 40)]
+        for o in leetdist.stream(LOG_DECAY, tile=32).map(pieces, **options):
+            assert torch.is_grad_enabled()
+            assert not o.requires_grad
+    assert not leetdist.stream(LOG_DECAY, tile=32).push(*tensors).requires_grad
+
+
 def test_what_may_not_wait_is_refused() -> None:
     piece = inputs(40)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):

@@ -176,4 +176,5 @@ def test_pieces_have_the_bits_of_one_call_on_a_gpu(dtype: torch.dtype) -> None:
         expected, last = leetdist.linear_attention(*tensors, g, method="block", tile=2048, return_state=True)
         stream = leetdist.stream(g, tile=2048)
         assert torch.equal(pushed(stream, tensors, [1, 300, *[100] * 20, *[7] * 57, *[1000] * 6, 300]), expected)
+        assert stream._running is not None
         assert torch.equal(stream.state.now, last)
