@@ -28,7 +28,7 @@ from leetdist.testing.equality import Case, make_tensors
 from oracle import assert_matches_oracle
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-BOUNDS = {BF16: 3e-3, FP16: 4e-4, FP32: 1e-6}
+BOUNDS = {BF16: 3e-3, FP16: 6e-4, FP32: 1e-6}
 PACKED = Tiles(128, (0, 65, 65, 150))
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -125,19 +125,30 @@ def test_interpreted(dtype: torch.dtype, reverse: bool, by_token: bool) -> None:
     assert_right(block, 16, 40, 24, dtype, reverse=reverse, by_token=by_token)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "wide"])
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("rows", "columns"), [(96, 96), (160, 192), (48, 320), (256, 512), (512, 256), (320, 112)])
-@pytest.mark.parametrize("by_token", [False, True])
+ON_A_GPU = [  # each compiles kernels of its own
+    (32, 32, BF16, False, False),
+    (96, 96, BF16, False, False),
+    (96, 112, FP16, True, True),
+    (160, 192, BF16, True, False),
+    (224, 200, FP16, False, True),
+    (48, 320, FP16, True, True),
+    (256, 512, BF16, False, False),
+    (512, 256, BF16, True, False),
+    (320, 112, FP16, False, True),
+    (192, 128, FP32, False, False),
+    (256, 256, FP32, True, False),
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
-def test_on_a_gpu(backend: str, dtype: torch.dtype, reverse: bool, rows: int, columns: int, by_token: bool) -> None:
-    if (backend == "cuda") == (dtype == FP32) or (backend == "wide" and by_token):
-        pytest.skip("not computed by these kernels")
-    wide = importlib.import_module("leetdist.kernels.constant_decay.triton.hopper_wide")
-    kernels = wide if backend == "wide" else token_hopper if by_token else constant_hopper
-    most = 128 if dtype == FP32 else 256
+@pytest.mark.parametrize(("rows", "columns", "dtype", "reverse", "by_token"), ON_A_GPU)
+def test_on_a_gpu(rows: int, columns: int, dtype: torch.dtype, reverse: bool, by_token: bool) -> None:
+    """What the table names for these sizes: CUDA C++ for 16 bits, and wide Gluon for fp32."""
+    kernels: Any = token_hopper if by_token else constant_hopper
+    if dtype == FP32:
+        kernels = importlib.import_module("leetdist.kernels.constant_decay.triton.hopper_wide")
+    most = refusals.MOST_ROWS_OF_FP32 if dtype == FP32 else refusals.MOST_ROWS
     for tiles in (PACKED, Tiles(512, (0, 1300))):
         assert_right(
             kernels, most, rows, columns, dtype, reverse=reverse, by_token=by_token, wide=reverse, device="cuda",

@@ -8,7 +8,7 @@ token_decay.pytorch.block. The order of every sum depends on the head sizes and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -194,7 +194,7 @@ class Part:
     first: int = 0
 
 
-@cache
+@lru_cache(maxsize=512)
 def parts(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple[Part, ...]:
     """The launches of a kernel: one; but where two warpgroups share chunks, which is faster, and an odd number of them
     would hold all columns, the last has one by itself."""
