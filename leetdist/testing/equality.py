@@ -307,9 +307,12 @@ def standard_cases(device: torch.device, *, long: int | None = None) -> list[Cas
                 ),
                 Case(6_000, 128, 128, heads=4, dtype=dtype, decay="restarts", documents=(0, 1, 999, 4096, 6000)),
                 Case(8_000, 64, 64, heads=8, v_heads=2, dtype=dtype, decay="slow tokens", uneven=True, final=False),
-                Case(4_000, 256, 512, heads=2, dtype=dtype, uneven=True, initial=True),
-                Case(2_000, 320, 96, heads=4, v_heads=2, dtype=dtype, decay="restarts", documents=(0, 1, 999, 2000)),
             ]  # fmt: skip
+        cases += [
+            Case(4_000, 256, 512, heads=2, dtype=bf16, uneven=True, initial=True),
+            Case(2_000, 320, 96, heads=4, v_heads=2, dtype=fp16, decay="restarts", documents=(0, 1, 999, 2000)),
+            Case(4_000, 192, 128, heads=2, dtype=fp32, uneven=True),
+        ]
     if long is not None:
         cases.append(Case(long, 128, 128, heads=8, dtype=bf16, decay="mixed", uneven=True))
     return cases
