@@ -9,7 +9,7 @@ from torch import Tensor
 from leetdist.engine.checks import ONE_DEVICE, describe
 from leetdist.engine.inputs import a_head
 from leetdist.engine.plan import plan_call
-from leetdist.kernels.common.settings import settings
+from leetdist.kernels.common.settings import settings, tile_wanted
 from leetdist.operators.composition import Kernels
 from leetdist.operators.facts import machine_of
 from leetdist.operators.methods import choice_for, kernels_for
@@ -68,7 +68,7 @@ def explain(
              Gluon wide (triton.hopper_wide): needs a GPU, this is a CPU
              Triton (triton.block): needs a GPU, this is a CPU
     launches not repeated: a CPU has none
-    tile     128 tokens, 8 tiles: chosen from the length of the whole sequence
+    tile     512 tokens, 2 tiles: chosen from the length of the whole sequence
     shards   one device
     """
     log_decay = a_head(log_decay, q, k, v)
@@ -104,12 +104,13 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
         lines["kernels"] = f"PyTorch {version} (operators.methods.{problem.method})"
     else:
         kernels = kernels_for(problem, tokens)
+        named = "named by the caller" if problem.tile != tile_wanted() else "named by LEETDIST_TILE"
         lines |= {
             "kernels": _kernels(kernels),
             "not": _refused(kernels),
             "launches": _launches(plan, kernels),
             "tile": f"{plan.tiles.size:,} tokens, {plan.every_tile.count:,} tiles: "
-            + ("named by the caller" if problem.tile else "chosen from the length of the whole sequence"),
+            + (named if problem.tile else "chosen from the length of the whole sequence"),
             "shards": _shards(plan),
         }
         if plan.transport is not None:
