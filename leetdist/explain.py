@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,6 +13,8 @@ from leetdist.engine.inputs import a_head
 from leetdist.engine.plan import plan_call
 from leetdist.kernels.common.settings import settings, tile_wanted
 from leetdist.operators.composition import Kernels
+from leetdist.operators.dispatch import Choice
+from leetdist.operators.elementwise import choice
 from leetdist.operators.facts import machine_of
 from leetdist.operators.methods import choice_for, kernels_for
 from leetdist.operators.words import in_words, refusals
@@ -20,6 +24,11 @@ if TYPE_CHECKING:
     from leetdist.engine.plan import Plan
     from leetdist.operators.problem import Problem
     from leetdist.sequence.group import Group
+
+
+# What runs around a decay a token in Mamba-2's layers, and how many tokens its convolutions usually see.
+SCAN = "scan_steps", "scan_outputs", "scan_inputs_gradient", "scan_outputs_gradient"
+CONVOLUTION, TAPS, WEIGHTS = ("convolution", "convolution_gradient"), 4, "weighted_values"
 
 
 def explain(
@@ -40,7 +49,8 @@ def explain(
     """How `linear_attention` with the same arguments would be computed: method, kernels, tile, shards, and why.
 
     Kernels have a name, a version and a configuration; for each that was asked before them, why not. On a GPU they are
-    compiled, as by the call, for one that cannot be is not what would run.
+    compiled, as by the call, for one that cannot be is not what would run. With a decay a token, so have those that
+    `mamba_chunk_scan_combined` runs around such a call, where q is C, k is B and v is x, and `causal_conv1d`.
 
     Args:
         q, k, v, log_decay, and the options: as `linear_attention` takes them, (B, H, N, D) tensors, fp32, bf16, fp16 or
@@ -105,9 +115,11 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
     else:
         kernels = kernels_for(problem, tokens)
         named = "named by the caller" if problem.tile != tile_wanted() else "named by LEETDIST_TILE"
+        around = _around(problem, tokens)
         lines |= {
-            "kernels": _kernels(kernels),
-            "not": _refused(kernels),
+            "kernels": _named(kernels.used),
+            "around": _named(around),
+            "not": _refused((*kernels.used, *around)),
             "launches": _launches(plan, kernels),
             "tile": f"{plan.tiles.size:,} tokens, {plan.every_tile.count:,} tiles: "
             + (named if problem.tile else "chosen from the length of the whole sequence"),
@@ -123,18 +135,28 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
     return "\n".join(f"{name:8} {text}" for name, text in indented.items())
 
 
-def _kernels(kernels: Kernels) -> str:
+def _named(choices: Iterable[Choice]) -> str:
     """Who computes which steps, and in what configuration."""
     return "\n".join(
         f"{row['steps']} by {row['name']} ({row['module']})"
         + (f": {row['configuration']}" * bool(row["configuration"]))
-        for row in in_words(kernels.used)
+        for row in in_words(choices)
     )
 
 
-def _refused(kernels: Kernels) -> str:
+def _around(problem: Problem, tokens: int) -> tuple[Choice, ...]:
+    """Who computes what Mamba-2 does around a call with a decay a token, and who multiplies x by dt."""
+    if problem.operator != "token_decay":
+        return ()
+    weights = [c for c in kernels_for(replace(problem, weighted=True), tokens).choices if c.use.step == WEIGHTS]
+    wanted = {step: problem.dv for step in SCAN} | {step: TAPS for step in CONVOLUTION}
+    beside = [choice(step, problem.device, problem.dtype, columns) for step, columns in wanted.items()]
+    return (*dict.fromkeys(weights), *beside)
+
+
+def _refused(choices: Iterable[Choice]) -> str:
     """Who was asked before them, and why not."""
-    return "\n".join(f"{row['name']} ({row['module']}): {row['reason']}" for row in refusals(kernels.used))
+    return "\n".join(f"{row['name']} ({row['module']}): {row['reason']}" for row in refusals(choices))
 
 
 def _launches(plan: Plan, kernels: Kernels) -> str:

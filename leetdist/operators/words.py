@@ -13,6 +13,12 @@ WORDS = {
     "decay_gradient": "gradient of log_decay",
     "early_gradients": "gradient of q",
     "late_gradients": "gradients of k, v and log_decay",
+    "scan_steps": "dt",
+    "scan_outputs": "D x and z",
+    "scan_inputs_gradient": "gradients of x, dt, A and D",
+    "scan_outputs_gradient": "gradient of z",
+    "convolution": "convolution",
+    "convolution_gradient": "its gradient",
 } | {x: x for x in ("fold", "step", "steps")}
 
 

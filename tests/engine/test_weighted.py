@@ -132,6 +132,17 @@ def test_forward_alone(kernels: str) -> None:
     assert o.shape == v.shape
 
 
+def test_explain_names_who_multiplies_and_what_runs_around_it(kernels: str) -> None:
+    q, k, v, _, g, _ = draw()
+    said = leetdist.explain(q, k, v, g)
+    around = said.split("around   ")[1].split("\nnot ")[0]
+    assert f"v times its weights by {kernels}" in around
+    for step in ("dt, D x and z, gradients of x, dt, A and D, gradient of z by", "convolution, its gradient by"):
+        assert step in around
+    if kernels == "PyTorch":  # the stand-in has no constant decay
+        assert "around" not in leetdist.explain(q, k, v, g[0, :, 0].contiguous())
+
+
 def test_weights_are_agreed_on() -> None:
     q, k, v, _, g, weight = draw()
 
