@@ -246,6 +246,45 @@ def test_a_call_of_mamba2s_shape_has_its_bits_on_ranks():
         assert x.isfinite().all() == (name == "dv")  # which does not read v
 
 
+@pytest.mark.gpu
+@ON_A_GPU
+def test_a_scan_of_mamba2s_shape_writes_no_dt_x():
+    """Bits of ranks, and of the product where it is written; and the memory that is held beside inputs and results."""
+    tokens, tile = 5000, 512
+    x, dy = (torch.randn(1, tokens, 64, 64, device="cuda", dtype=BF16) for _ in range(2))
+    B, C = (torch.randn(1, tokens, 8, 128, device="cuda", dtype=BF16) for _ in range(2))
+    dt, A = torch.rand(1, tokens, 64, device="cuda") * 0.1, -torch.rand(64, device="cuda")
+
+    def call(own: slice, **more: Any) -> list[torch.Tensor]:
+        leaves = [y[:, own].detach().requires_grad_() for y in (x, dt, B, C)]
+        y = leetdist.mamba_chunk_scan_combined(*leaves[:2], A, *leaves[2:], tile=tile, **more)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy[:, own])]
+
+    learnt = [y.transpose(1, 2) for y in (C, B, x, (dt * A).requires_grad_())]
+    assert "(cuda.weights)" in leetdist.explain(*learnt, tile=tile)
+    whole = call(slice(0, tokens))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    again = call(slice(0, tokens))
+    held = torch.cuda.max_memory_allocated() - before - sum(y.nbytes for y in again)
+    assert held < x.nbytes  # states and numbers a token, and neither dt x nor its gradient
+    assert all(torch.equal(y, z) for y, z in zip(again, whole, strict=True))
+    for ranks in (2, 5):
+        bounds = [tile * (10 * rank // ranks) for rank in range(ranks)] + [tokens]
+        parts = leetdist.virtual_ranks(
+            lambda group, bounds=bounds: call(slice(bounds[group.rank], bounds[group.rank + 1]), group=group), ranks
+        )
+        for y, shards in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(y, torch.cat(shards, 1))
+    leaves = [y.transpose(1, 2).detach().requires_grad_() for y in (C, B, (x * dt[..., None]).to(BF16), dt * A)]
+    y = leetdist.linear_attention(*leaves, tile=tile)
+    assert torch.equal(y.transpose(1, 2), whole[0])
+    dq, dk = torch.autograd.grad(y, leaves, dy.transpose(1, 2))[:2]
+    assert torch.equal(dk.transpose(1, 2), whole[3])
+    assert torch.equal(dq.transpose(1, 2), whole[4])
+
+
 AGAIN = alone.AGAIN
 COMPILED = [  # source, step, rows, columns, warpgroups, outputs in fp32, reversed, blocks to a cluster
     ("shared_states", "tile_states", 128, 64, 4, False, True, None),
