@@ -158,11 +158,11 @@ def test_who_launches_elsewhere_is_timed_until_it_is_done(benchmarks):
             self.left += 1
 
         def wait(self):
-            time.sleep(0.002 * self.left)
+            time.sleep(0.02 * self.left)
             self.left = 0
 
     here, elsewhere = measured(benchmarks, [ours(), Elsewhere()])
-    assert elsewhere.milliseconds == pytest.approx(2, rel=0.5)
+    assert elsewhere.milliseconds == pytest.approx(20, rel=0.5)
     assert here.vs_peer == pytest.approx(elsewhere.milliseconds / here.milliseconds)
 
 
