@@ -38,8 +38,8 @@ def late_gradients(q, k, v, do, states, ends, log_decay, tiles, kept, *, scale, 
     options: dict[str, Any] = {"reverse": True, "scale": scale, "state_scale": 1.0, "out_dtype": q.dtype}
     dk = block.tile_outputs(v, do, q, ends.mT, log_decay, tiles, out=outs[0], **options)
     dv = block.tile_outputs(k, q, do, ends, log_decay, tiles, out=outs[1], **options)
-    grad = block.decay_gradient(q, k, v, do, states, ends, log_decay, tiles, scale=scale)
-    return dk, dv, grad if outs[2] is None else outs[2].copy_(grad)
+    more: dict[str, Any] = {} if outs[2] is None else {"out": outs[2]}  # where other tiles have theirs already
+    return dk, dv, block.decay_gradient(q, k, v, do, states, ends, log_decay, tiles, scale=scale, **more)
 
 
 @pytest.fixture
@@ -90,13 +90,13 @@ def draw(operator: str, heads: int = 4, k_heads: int = 4) -> list[Tensor]:
     return [q, k, v, do, -torch.rand(*((heads,) if operator == "constant_decay" else (2, heads, 200)))]
 
 
-def one_by_one(given: list[Tensor]) -> list[Tensor]:
+def one_by_one(given: list[Tensor], **options: Any) -> list[Tensor]:
     """The same with nobody who makes them in two passes."""
     with pytest.MonkeyPatch.context() as patch:
         for step in ("early_gradients", "late_gradients"):
             patch.setitem(CANDIDATES, step, ())
         forget()
-        return gradients(given)
+        return gradients(given, **options)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -113,6 +113,17 @@ def test_what_the_first_leaves_reaches_the_second(calls, ranks, operator):
     calls.clear()
     expected = one_by_one(given)
     assert not calls
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_two_kinds_of_tiles_have_two_passes_each(calls, operator):
+    """Documents of one tile, which have no states, and of several."""
+    given = [x if x.ndim == 1 else x[:1] for x in draw(operator)]
+    documents = torch.tensor((0, 20, 100, 130, 200))
+    found = gradients(given, cu_seqlens=documents)
+    assert calls == ["early_gradients"] * 2 + ["late_gradients"] * 2
+    expected = one_by_one(given, cu_seqlens=documents)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
