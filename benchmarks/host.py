@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace, group: Any, device: torch.device, *, repea
     lengths = [args.tokens] * group.size
     options: dict[str, Any] = {
         "scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "method": "block",
-        "tile": None, "precision": None,
+        "tile": args.tokens, "precision": None,
     }  # fmt: skip
 
     def planned(forget: bool = False) -> None:
@@ -109,10 +109,10 @@ def measure(args: argparse.Namespace, group: Any, device: torch.device, *, repea
 
     def forward(given: Any) -> torch.Tensor:
         with torch.no_grad():
-            return leetdist.linear_attention(q, k, v, slopes, group=given, method="block")
+            return leetdist.linear_attention(q, k, v, slopes, group=given, method="block", tile=args.tokens)
 
     def both(given: Any, decay: torch.Tensor = slopes) -> Any:
-        o = leetdist.linear_attention(*leaves, decay, group=given, method="block")
+        o = leetdist.linear_attention(*leaves, decay, group=given, method="block", tile=args.tokens)
         return torch.autograd.grad(o, [*leaves, decay] if decay.requires_grad else leaves, do)
 
     calls: list[tuple[str, str, Callable[[], Any]]] = [

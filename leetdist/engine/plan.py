@@ -24,7 +24,7 @@ from leetdist.operators.base import Operator
 from leetdist.operators.dispatch import backend_of, may_fail
 from leetdist.operators.problem import Problem
 from leetdist.operators.registry import operator_named
-from leetdist.sequence.agreement import Agreement, agree, holds
+from leetdist.sequence.agreement import NOTHING, Agreement, agree, holds
 from leetdist.sequence.grid import Layout
 from leetdist.sequence.group import declared_lengths, warn_where_unjoined
 from leetdist.sequence.pipeline import best_lanes
@@ -167,14 +167,14 @@ def plan_call(
                 _plans[kind] = known
         return known
     lengths = declared_lengths(transport)
-    said: dict[str, Any] = {"site": site, "declared": lengths is not None}
     kind, decays, known = _NOTHING
     if gates is None:
         more = captured, lengths, lanes_setting()
         kind, decays, known = _known(transport.plans, q, k, v, log_decay, options, transport.cut_from, *more)
     asked: Agreement | None
     asked, plan = known or _NOTHING[:2]
-    if asked is not None and holds(asked, transport, WHAT, values=_digest(decays), **said):
+    promised = lengths is not None
+    if asked is not None and holds(asked, transport, WHAT, values=_digest(decays), site=site, promised=promised):
         return cast(Plan, plan)
     mine: Problem | ValueError
     try:
@@ -189,12 +189,16 @@ def plan_call(
         mine = error
     else:
         if lengths is not None:
-            with transport.call("agreement"):  # the others rely on the promise, and will not be told
-                check_declared(mine, lengths, transport.rank)
+            with transport.call("agreement"):  # the others rely on the promise: who waits for this rank waits in vain
+                try:
+                    check_declared(mine, lengths, transport.rank)
+                except ValueError:
+                    transport.tell(NOTHING)
+                    raise
     decays = None
     if isinstance(mine, Problem) and log_decay is not None and log_decay.ndim == 1:
         decays = decays_of(log_decay, read=options.get("read_values", True))
-    agreement = agree(mine, transport, WHAT, values=_digest(decays), asked=asked, **said)
+    agreement = agree(mine, transport, WHAT, values=_digest(decays), site=site, lengths=lengths, asked=asked)
     assert isinstance(mine, Problem)
     plan = _agreed_plan(mine, agreement, transport, decays)
     if kind is not None:
@@ -213,7 +217,10 @@ def _agreed_plan(mine: Problem, agreement: Agreement, transport: Transport, deca
     kernels = operator_named(mine.operator).chosen(mine, sum(p.tokens for p in agreement.everyone))
     if not agreement.confirmed and may_fail(mine.backend):
         _confirm(str(kernels), agreement, transport)
-    agreement.confirmed = True
+    if not agreement.confirmed:
+        lengths = tuple(p.tokens for p in agreement.everyone)
+        transport.agreements[WHAT, mine, lengths] = agreement  # for calls that `sequence_parallel(lengths=...)` names
+        agreement.confirmed = True
     key = decays, kernels
     plan: Plan | None = agreement.memo.get(key)
     if plan is None:

@@ -20,6 +20,7 @@ from leetdist.sequence.site import Site, warn_of
 from leetdist.sequence.transport import Transport
 
 _WORD = (1 << 62) - 1
+NOTHING = -1  # told where a rank knows of no agreement; the number of none is negative
 MOST = 512  # of what callers derive from one: layers have decays of their own, and learnt ones change every step
 
 
@@ -45,7 +46,7 @@ def agree(
     *,
     values: int = 0,
     site: Site | None = None,
-    declared: bool = False,
+    lengths: tuple[int, ...] | None = None,
     asked: Agreement | None = None,
 ) -> Agreement:
     """All ranks' `mine`, the same on every rank. A rank whose own arguments are bad passes its error instead, so that
@@ -53,29 +54,51 @@ def agree(
 
     values: digest of what must be equal on all ranks but changes too often to remember (log_decay's values).
     site: the line of the program that makes the call; a warning where the ranks' are not one.
-    declared: the caller promises that no rank's arguments change unseen; then what is known is not compared.
+    lengths: what the caller promises each rank to hold, and that no rank's arguments change unseen; then nobody waits
+    to compare what is known of these lengths (`holds`).
     asked: what this rank has compared for this call already, in vain (`holds`).
     """
     known = asked
     with transport.call("agreement"):
         if asked is None:
-            known = None if isinstance(mine, ValueError) else transport.agreements.get((what, mine))
-            if known is None:  # no number of an agreement is negative: all ranks see that one knows nothing
-                transport.alike(-1 - transport.rank, what)
-            elif holds(known, transport, what, values=values, site=site, declared=declared):
+            key = (what, mine) if lengths is None else (what, mine, lengths)
+            known = None if isinstance(mine, ValueError) else transport.agreements.get(key)
+            if known is None:
+                other = None if lengths is None else transport.tell(NOTHING)
+                if other is not None:
+                    raise mine if isinstance(mine, ValueError) else _broken(other, transport)
+                transport.alike(NOTHING - transport.rank, what)  # all ranks see that one knows nothing
+            elif holds(known, transport, what, values=values, site=site, promised=lengths is not None):
                 return known
         gathered = transport.gather_objects((mine, values, site, known and known.fingerprint), what)
     return _settled(gathered, known, transport, what)
 
 
-def holds(known: Agreement, transport: Transport, what: str, *, values: int, site: Site | None, declared: bool) -> bool:
+def holds(known: Agreement, transport: Transport, what: str, *, values: int, site: Site | None, promised: bool) -> bool:
     """Whether every rank makes this call with what was agreed on; the same answer on every rank. Where it is False,
-    all of them go on by `agree`, and say that they have asked."""
-    if declared or transport.size == 1:
+    all of them go on by `agree`, and say that they have asked.
+
+    promised: nobody waits for an answer. Who breaks the promise is found on one host, by what ranks have told so far:
+    those who come later are told in this call, and those who have been there in their next. A Disagreement.
+    """
+    if transport.size == 1:
         return True
+    if promised:
+        other = transport.tell((known.fingerprint + 3 * values) & _WORD)
+        if other is None:
+            return True
+        with transport.call("agreement"):  # somebody may wait for this rank, or have sent to it: the group has failed
+            raise _broken(other, transport)
     line = 0 if site is None else transport.sites.get(site.number, site.number)
     with transport.call("agreement"):
         return transport.alike((known.fingerprint + 3 * values + 5 * line) & _WORD, what)
+
+
+def _broken(other: int, transport: Transport) -> Disagreement:
+    return Disagreement(
+        f"rank {other} of {transport.size} makes another call than rank {transport.rank}, or with other arguments, "
+        f"though sequence_parallel(lengths=...) promises that none changes unseen"
+    )
 
 
 def _settled(gathered: list[Any], known: Agreement | None, transport: Transport, what: str) -> Agreement:

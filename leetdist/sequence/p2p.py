@@ -21,6 +21,7 @@ from leetdist.sequence import memory
 from leetdist.sequence.blame import ByStore, OnBoard, Verdict, judge
 from leetdist.sequence.board import Board
 from leetdist.sequence.encoding import decode, encode
+from leetdist.sequence.ledger import Ledger
 from leetdist.sequence.mailbox import Gone, Mailbox
 from leetdist.sequence.transport import Message, Transport, Unanswered, timeout_seconds
 
@@ -57,6 +58,7 @@ class PointToPoint(Transport):
         self.pending: list[Sent] = []
         self.captured: list[Sent] = []  # by a CUDA graph in the making, which may wait for nothing else
         self.mailbox: Mailbox | None = None
+        self.ledger: Ledger | None = None
         self.processes: list[memory.Process] = []
         with self.call("set-up"):
             if not self.staged:
@@ -66,14 +68,15 @@ class PointToPoint(Transport):
                 self._share_memory()
 
     def _share_memory(self) -> None:
-        """A mailbox, and a board that all ranks see, where they are on one host."""
-        letters, boards = Mailbox.bytes(self.size), Board.bytes(self.size)
+        """A mailbox, a ledger and a board that all ranks see, where they are on one host."""
+        letters, calls, boards = Mailbox.bytes(self.size), Ledger.bytes(self.size), Board.bytes(self.size)
         gather = partial(self.gather_objects, what="where its host is")
-        shared, processes = memory.shared(gather, self.rank, letters + boards)
+        shared, processes = memory.shared(gather, self.rank, letters + calls + boards)
         if shared is not None:
             self.processes = processes
             self.mailbox = Mailbox(shared[:letters], self.rank, processes)
-            self.board = Board(shared[letters:], self.rank)
+            self.ledger = Ledger(shared[letters : letters + calls], self.rank, self.size)
+            self.board = Board(shared[letters + calls :], self.rank)
             self.board.begin("set-up")
 
     @property
@@ -89,7 +92,7 @@ class PointToPoint(Transport):
 
     def close(self) -> None:
         super().close()
-        self.companion = self.mailbox = None
+        self.companion = self.mailbox = self.ledger = None
         self.pending, self.captured = [], []
 
     def send(self, tensor: Tensor, to: int, what: str) -> None:
@@ -169,6 +172,9 @@ class PointToPoint(Transport):
             return self.mailbox.alike(number, self.patience(), self.board, f"for {what}")
         except Gone as error:
             raise self._unanswered(error.rank, f"for {what}", error.seconds, error) from error
+
+    def tell(self, number: int) -> int | None:
+        return None if self.ledger is None else self.ledger.tell(number)
 
     def patience(self) -> float:
         """Seconds that a host, or a GPU by itself, waits for another rank."""

@@ -199,6 +199,9 @@ class Symmetric(Transport):
     def alike(self, number: int, what: str) -> bool:
         return self.under.alike(number, what)
 
+    def tell(self, number: int) -> int | None:
+        return self.under.tell(number)
+
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:
         return self.under.swap_header(header, to, source, what)
 

@@ -43,7 +43,7 @@ class Transport(ABC):
     def __init__(self) -> None:
         self.seconds = timeout_seconds()
         self.failure: str | None = None
-        self.agreements: Memo[Any, Any] = Memo(512)  # forgetting one costs an exchange, never a wrong result
+        self.agreements: Memo[Any, Any] = Memo(1024)  # forgetting one costs an exchange, never a wrong result
         self.plans: Memo[Any, Any] = Memo(512)  # of the engine, by kind of call
         self.sites: dict[int, int] = {}  # lines in which ranks made one call, and were told of: the number of one
         self.cut: tuple[int, int] | None = None
@@ -83,6 +83,11 @@ class Transport(ABC):
             extremes = [max(a, b) for a, b in zip(extremes, theirs, strict=True)]
             step *= 2
         return extremes[0] == -extremes[1]
+
+    def tell(self, number: int) -> int | None:
+        """Leave this rank's number of its next call where the others can see it, and return a rank that has left
+        another for one of the calls so far; None where none is seen, or nothing can be. Nobody waits."""
+        return None
 
     @abstractmethod
     def swap_header(self, header: list[int], to: int, source: int, what: str) -> list[int]:

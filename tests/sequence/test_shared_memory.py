@@ -15,6 +15,7 @@ import torch
 from torch.distributed import HashStore
 
 from leetdist.sequence.board import Board
+from leetdist.sequence.ledger import CALLS, Ledger
 from leetdist.sequence.mailbox import Gone, Mailbox
 from leetdist.sequence.memory import Process, attach, create
 from leetdist.sequence.symmetric import SLOTS, Box, Home, Renumbered, _obstacle
@@ -111,6 +112,25 @@ def test_ranks_see_whether_they_come_with_the_same() -> None:
     with ThreadPoolExecutor(ranks) as pool:
         expected = [(False, True, n % 4 >= ranks)[n % 3] for n in range(letters)]
         assert list(pool.map(rank, *boxes(ranks))) == [expected] * ranks
+
+
+def test_calls_that_differ_are_found_without_waiting() -> None:
+    """By whoever comes later at once, by who was there before in a later call; and half an entry is none."""
+    memory = memoryview(bytearray(Ledger.bytes(3)))
+    first, second, third = (Ledger(memory, rank, 3) for rank in range(3))
+    for number in range(3 * CALLS):  # in step, and one that is ahead
+        assert first.tell(number) is None
+        assert second.tell(number) is None
+    assert first.tell(7) is None
+    assert second.tell(8) == 0
+    assert first.tell(9) == 1
+    for number in range(3 * CALLS):
+        assert third.tell(number) is None  # what has been overwritten is not compared
+    memory = memoryview(bytearray(Ledger.bytes(2)))
+    first, second = (Ledger(memory, rank, 2) for rank in range(2))
+    second.numbers[second._place(1, 1)] = 5
+    second.numbers[second._place(1, 1) + 2] = 1
+    assert first.tell(6) is None
 
 
 def test_letters_that_do_not_come() -> None:
