@@ -134,8 +134,8 @@ def cuda_hopper_shared_gradients(facts: Facts) -> str | None:
     if refused is None and (facts.rows not in (64, 128) or facts.columns != 64):
         refused = f"head sizes of 64 or 128 and 64, got {facts.rows} and {facts.columns}"
     of_q, of_k, of_v = facts.shares
-    if refused is None and (of_q % 4 or of_k % 4 or of_v > 1):
-        refused = "multiples of 4 heads that share q and k, and none that share v"
+    if refused is None and (of_q % 4 or of_k != of_q or of_v > 1):
+        refused = "multiples of 4 heads that share q and k alike, and none that share v"
     return refused
 
 

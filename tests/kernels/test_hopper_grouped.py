@@ -21,6 +21,7 @@ from leetdist.kernels.common.memory import zero_states
 from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import grouped, hopper
+from leetdist.kernels.token_decay.cuda import hopper as token
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -101,6 +102,17 @@ def test_what_is_added_up_depends_on_numbers_of_heads_alone() -> None:
     assert grouped.added_up(x, x, g, 8, BF16) == 1
     assert grouped.added_up(x, x[..., :64], g, 8, FP32) == 1
     assert grouped.added_up(x, x, torch.zeros(24), 8, FP32) == 1
+
+
+def test_a_decay_a_token_adds_up_within_the_heads_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dq of 4 heads of q, whose k has 2: what shares k is more than what shares q, and was added up all the same."""
+    monkeypatch.setattr(token.shared, "summed_outputs", lambda *given, **options: "added up")
+    monkeypatch.setattr(hopper, "tile_outputs", lambda *given, **options: "each by itself")
+    a, b, c = (torch.empty(1, heads, 5, 64, dtype=BF16) for heads in (16, 16, 2))
+    given = a, b, c, torch.empty(1, 16, 1, 64, 64), torch.zeros(1, 16, 5), Tiles(128, (0, 5))
+    options: dict[str, Any] = {"reverse": False, "scale": 1.0, "state_scale": 1.0, "out_dtype": FP32}
+    found = [token.tile_outputs(*given, heads=wanted, **options) for wanted in (None, 2, 1, 4)]
+    assert found == ["added up", "added up", "added up", "each by itself"]
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")

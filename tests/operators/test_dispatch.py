@@ -118,6 +118,15 @@ def test_who_learns_a_decay_a_head_in_two_passes() -> None:
         assert reason in refused[0][1]
 
 
+def test_gradients_of_shared_heads_want_q_and_k_alike() -> None:
+    """Each is added up over what shares the other."""
+    of_heads = {
+        shares: facts(HOPPER, BF16, 128, 64, operator="token_decay", shares=shares) for shares in ((8, 8, 1), (4, 8, 1))
+    }
+    choices = [dispatch.ask(Use("early_gradients"), given)[0] for given in of_heads.values()]
+    assert [None if x is None else x.implementation.module for x in choices] == ["cuda.shared_gradients", None]
+
+
 def test_every_candidate_has_its_functions() -> None:
     for step, candidates in CANDIDATES.items():
         for candidate in candidates:

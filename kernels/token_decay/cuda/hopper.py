@@ -51,17 +51,19 @@ def tile_outputs(
     out: Tensor | None = None,
     onto: Tensor | None = None,
     weight: Tensor | None = None,
+    heads: int | None = None,
 ) -> Tensor:
     """See leetdist.kernels.token_decay.pytorch.block.tile_outputs. weight: of v's tokens, which is c; or, of outputs
     that are added up, b, and reversed a.
 
-    Outputs in fp32 of bf16 heads that share c are wanted for their sum alone. Where no place is given and they come in
-    pairs, they are added up, (B, fewer, N, Dc): over all that share, and rounded to bf16, or over some of them; other
-    tiles may then be written there.
+    Outputs in fp32 of bf16 heads that share c are wanted for their sum alone, for so many `heads` (c's, if not told).
+    Where no place is given and they come in pairs, they are added up, (B, fewer, N, Dc): over all that share, and
+    rounded to bf16, or over some of them; other tiles may then be written there.
     """
     options: dict[str, Any] = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "out": out}
     of_tiles = states, log_decay, tiles
-    added = out is None or out.shape[1] < heads_of(log_decay)
+    within = heads is None or c.shape[1] % heads == 0  # q and k may have more heads the one than the other
+    added = within and (out is None or out.shape[1] < heads_of(log_decay))
     if onto is None and added and shared.summed(a, c, log_decay, out_dtype):
         return shared.summed_outputs(a, b, c, *of_tiles, weight=weight, **options)
     options["out_dtype"] = out_dtype
