@@ -102,6 +102,21 @@ class Tiles:
         rest = tuple(number for number in range(self.num_segments) if number not in alone)
         return Tiles(self.size, self.bounds, rest), Tiles(self.size, self.bounds, tuple(sorted(alone)))
 
+    def up_to(self, tokens: int) -> tuple[Tiles, Tiles]:
+        """The segments of at most so many tokens, and the rest."""
+        found = self._apart.get(tokens)
+        if found is None:
+            numbers = range(len(self.bounds) - 1) if self.chosen is None else self.chosen
+            short = tuple(n for n in numbers if self.bounds[n + 1] - self.bounds[n] <= tokens)
+            rest = tuple(n for n in numbers if self.bounds[n + 1] - self.bounds[n] > tokens)
+            chosen = (self if own == tuple(numbers) else Tiles(self.size, self.bounds, own) for own in (short, rest))
+            found = self._apart[tokens] = next(chosen), next(chosen)
+        return found
+
+    @cached_property
+    def _apart(self) -> dict[int, tuple[Tiles, Tiles]]:
+        return {}
+
     # Who launches with the address of a table keeps this object, and it keeps the table.
     @cached_property
     def _tables(self) -> dict[tuple[str, torch.device], torch.Tensor]:

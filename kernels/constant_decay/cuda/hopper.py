@@ -1,5 +1,5 @@
-"""Launches of tile_states.cu and tile_outputs.cu: Hopper (sm_90), bf16 and fp16, a state of up to 256 rows and any
-number of columns, both multiples of 8.
+"""Launches of tile_states.cu, tile_outputs.cu and chunk_outputs.cu: Hopper (sm_90), bf16 and fp16, a state of up to 256
+rows and any number of columns, both multiples of 8.
 
 Shapes and meaning are those of constant_decay.pytorch.block, and with a log_decay (B, H, N) those of
 token_decay.pytorch.block. The order of every sum depends on the head sizes and the tile length alone.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
-from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
+from leetdist.kernels.common.memory import address_of, are_zeros, empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tensor_map import MAP_BYTES, TensorMap, tensor_map
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
@@ -28,6 +28,8 @@ TABLES = {"tile_states": (256, 4 * 256), "tile_outputs": (1280, 512 + 4 * 448)}
 SLOT = 272  # bytes in which a chunk's log-decays come
 AGAIN = "tile_outputs again"  # the second compilation of tile_outputs.cu, for tiles with NaNs and infinities
 OUTPUTS = ("tile_outputs", AGAIN)  # launched one behind the other
+CHUNK_OUTPUTS = "chunk_outputs"  # of tiles of one chunk that begin from zero
+CHUNK = 64  # tokens
 ONWARD = "tile_states onward"  # the compilation of tile_states.cu that goes on from a state
 
 
@@ -120,18 +122,26 @@ def tile_outputs(
     kept: list[Tensor] = []
     wide, target = out.dtype != a.dtype, out
     if not wide and _map(out) is None:
-        target = torch.empty_like(out, memory_format=torch.contiguous_format)
-    programs, size = a.shape[0] * heads * tiles.count, (a.shape[3], c.shape[3])
-    operands = (
-        *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept),
-        states.data_ptr(), *states.stride(),
-        bytes(MAP_BYTES) if wide else _map(target), target.data_ptr(), *target.stride()[:3],  # wide outputs use no map
-    )  # fmt: skip
-    for part in parts(programs, *size, _multiprocessors(c.device)):
+        target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
+    size, processors = (a.shape[3], c.shape[3]), _multiprocessors(c.device)
+    operands = *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept)
+    place = bytes(MAP_BYTES) if wide else _map(target)  # wide outputs use no map
+    places = place, target.data_ptr(), *target.stride()[:3]
+    if onto is None and are_zeros(states) and walks_chunks(*size):
+        short, tiles = tiles.up_to(CHUNK)
+        if programs := a.shape[0] * heads * short.count:
+            launch = _kernel(CHUNK_OUTPUTS, size, all_columns(size[1]), a.dtype, wide, reverse, token, a.device)
+            blocks = min(programs, walking(*size, processors))
+            launch(
+                (blocks,), THREADS, *operands, *places, *_tiles(short, log_decay, 1, a, b, c), float(scale),
+                programs, blocks,
+            )  # fmt: skip
+    programs = a.shape[0] * heads * tiles.count
+    for part in parts(programs, *size, processors) if programs else ():
         blocks = programs * part.splits
         again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
         arguments = (
-            *operands, *_tiles(tiles, log_decay, part.splits, a, b, c),
+            *operands, address_of(states), *states.stride(), *places, *_tiles(tiles, log_decay, part.splits, a, b, c),
             float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
             *(() if onto is None else (onto.data_ptr(), *onto.stride()[:3])),
         )  # fmt: skip
@@ -161,6 +171,8 @@ def compile_for(
     share: how many heads share an operand, which only kernels of a decay a token (`token`) care for. onto: outputs are
     added to others."""
     outputs = step == "tile_outputs"
+    if outputs and not onto and walks_chunks(rows, columns):
+        _kernel(CHUNK_OUTPUTS, (rows, columns), all_columns(columns), dtype, wide, reverse, token, device)
     more = wide and outputs, reverse, token, device, onto and outputs
     for part in parts(programs, rows, columns, _multiprocessors(device)):
         for name in OUTPUTS if outputs else (step,):
@@ -209,6 +221,22 @@ def walked_rows(rows: int) -> int:
     return ROWS_STEP * ceil_div(rows, ROWS_STEP)
 
 
+def walks_chunks(rows: int, columns: int) -> bool:
+    """Whether chunk_outputs.cu has room for such heads."""
+    return max(rows, columns) <= 256
+
+
+def all_columns(columns: int) -> Part:
+    """A warpgroup has all of them, where it keeps no state."""
+    return Part(64 * ceil_div(columns, 64), 1, 1)
+
+
+def walking(rows: int, columns: int, multiprocessors: int) -> int:
+    """Blocks of chunk_outputs.cu that are at work at a time."""
+    each = walked_rows(rows) + all_columns(columns).columns
+    return multiprocessors * (3 if each <= 128 else 2 if each <= 256 else 1)
+
+
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -217,6 +245,9 @@ def _multiprocessors(device: torch.device) -> int:
 def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool = False) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
     step = name.split()[0]
+    if name == CHUNK_OUTPUTS:
+        tables = TABLES["tile_outputs"][token] + 4 * (columns + 4) + (2 * SLOT if token else 0)
+        return (2 * (2 * ceil_div(rows, 64) + columns // 64) + 1) * BLOCK + BARRIERS + tables
     if step == "tile_states":
         chunks_b = chunks_c = slots = 3 if rows <= 128 else 2 * groups
         chunks_a = 0
@@ -252,7 +283,7 @@ def defines(
     others."""
     made: tuple[tuple[str, int], ...] = (
         ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
-        ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name == AGAIN)),
+        ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name in (AGAIN, CHUNK_OUTPUTS))),
     )  # fmt: skip
     own_rows, own_columns = (rows, columns) if size is None else size
     made += (("STATE_ROWS", own_rows),) * (own_rows < rows)

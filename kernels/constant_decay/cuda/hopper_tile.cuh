@@ -65,13 +65,14 @@ __device__ __forceinline__ bool has_column(int column) { return !STATE_COLUMNS |
 #define TOKENS_
 #endif
 
-// The tile of this block, and the chunks of it that are walked. `column`: the block's first; `own`: the warpgroup's.
+// The tile of a block, and the chunks of it that are walked. `column`: the block's first; `own`: the warpgroup's.
 struct Tile {
     int program, column, own, number, head, batch, start, length, all, chunks;
 
-    __device__ __forceinline__ Tile(TILES) {  // program: its number, head by head
-        program = blockIdx.x / unsigned(splits), column = FIRST;
-        column += blockIdx.x % unsigned(splits) * (GROUPS * COLUMNS);
+    __device__ __forceinline__ Tile(TILES) : Tile(blockIdx.x, TILE) {}
+    __device__ __forceinline__ Tile(unsigned block, TILES) {  // program: its number, head by head
+        program = block / unsigned(splits), column = FIRST;
+        column += block % unsigned(splits) * (GROUPS * COLUMNS);
         own = column + group_number() * COLUMNS;
 #if TOKEN  // heads that share an operand come one after the other, tile by tile: the second cache serves all but one
         const unsigned set = program / unsigned(together) / unsigned(tiles), sets = unsigned(heads) / unsigned(together);
@@ -173,6 +174,19 @@ struct Weighted {
     }
 };
 __device__ __forceinline__ void here(Weighted& x) { here(x.high), here(x.low); }
+
+// The first `count` rows of a chunk's outputs, to where multiples of 16 bytes are; `own`: the first column.
+template <int WIDTH>
+__device__ __forceinline__ void write_rows(Bits* to, Offset token_stride, Word from, int count, int own) {
+    for (int i = thread_number(); i < WIDTH / 8 * count; i += THREADS) {
+        const int token = i / (WIDTH / 8), vector = i % (WIDTH / 8);
+        if (!has_column(own + 8 * vector)) continue;
+        Word x[4];
+        const Word at = from + vector / 8 * BLOCK + token * 128 + ((vector ^ token) & 7) * 16;
+        load(at, x[0], x[1]), load(at + 8, x[2], x[3]);
+        write_words(to + token * token_stride + 8 * vector, x);
+    }
+}
 
 __device__ __forceinline__ void fade(float (&state)[HELD], float by) {
 #pragma unroll

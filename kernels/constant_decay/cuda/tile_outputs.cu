@@ -12,6 +12,8 @@
 // same products in the same order. Its blocks return at once where there is nothing to do. It is another kernel because
 // ptxas, given both walks, spills in the first.
 //
+// An address of 0 stands for states of zeros.
+//
 // With 256 rows there are registers for half of the rounded state at a time: S^T a^T comes before the scores and behind
 // them, so that the second half is rounded during the scores' product, and the scores decay during the second half's.
 // Two warpgroups that share chunks take turns at the scores, which are the same for all columns.
@@ -50,6 +52,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     const Tile tile(TILE);
     const int thread = thread_number(), group = group_number(), lane = thread % 32, warp = thread / 32;
     float state[PARTS][HELD];
+    const bool from_zero = !states;
     states += tile.batch * state_batch + tile.head * state_head + tile.number * state_tile;
     states += 2 * (lane % 4) * state_row + (tile.own + 16 * warp + lane / 4) * state_column;
 #pragma unroll
@@ -60,7 +63,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             const int row = 8 * (i / 4), column = 64 * part + i / 2 % 2 * 8, first = tile.own + 16 * warp;
             const bool there = has_column(first + column);
             const Offset place = (row + i % 2) * state_row + (there ? column : -first - lane / 4) * state_column;
-            state[part][i] = has_row(row) ? states[place] : 0.0f;
+            state[part][i] = !from_zero && has_row(row) ? states[place] : 0.0f;
             if (!there) state[part][i] = 0.0f;
         }
 
