@@ -129,19 +129,21 @@ def _copy(module: nn.Module) -> Any:
 
 def _numbers(like: Tensor, table: Tensor, owner: nn.Module) -> Tensor:
     """A view of the table with the shape: rows overlap, so that it costs no memory."""
-    if like.ndim < 2:
-        x = table[: like.numel()].reshape(like.shape) if like.numel() <= len(table) else torch.randn(like.shape)
+    shape = torch.Size(getattr(like, "ds_shape", like.shape))  # of a parameter of which ZeRO-3 has left a part here
+    if len(shape) < 2:
+        count = shape.numel()
+        x = table[:count].reshape(shape) if count <= len(table) else torch.randn(shape)
         return 1 + 0.2 * x
-    scale = 1.0 if isinstance(owner, nn.Embedding) else 1.5 * min(like.shape[-1], like.shape[-2]) ** -0.5
-    strides, reach = [1], like.shape[-1]
-    for length in reversed(like.shape[:-1]):
+    scale = 1.0 if isinstance(owner, nn.Embedding) else 1.5 * min(shape[-1], shape[-2]) ** -0.5
+    strides, reach = [1], shape[-1]
+    for length in reversed(shape[:-1]):
         strides.insert(0, 3 if length * 3 + reach < len(table) else 0)
         reach += strides[0] * length
-    if like.shape[-1] > len(table) or 0 in strides:  # longer than the table: drawn anew
-        rows = 1 + sum((length - 1) for length in like.shape[:-1])
-        table = torch.randn(rows + like.shape[-1], generator=torch.Generator().manual_seed(1))
-        strides = [1] * like.ndim
-    return (table * scale).as_strided(like.shape, strides)
+    if shape[-1] > len(table) or 0 in strides:  # longer than the table: drawn anew
+        rows = 1 + sum((length - 1) for length in shape[:-1])
+        table = torch.randn(rows + shape[-1], generator=torch.Generator().manual_seed(1))
+        strides = [1] * len(shape)
+    return (table * scale).as_strided(shape, strides)
 
 
 def _filled(like: Tensor) -> Tensor:

@@ -80,3 +80,11 @@ def test_a_bf16_model_computes_with_the_decays_of_one_process(name: str) -> None
         expected = whole(ids, use_cache=False).logits.float()
     for out in leetdist.virtual_ranks(rank, 2):
         assert float((out.float() - expected).abs().max() / expected.abs().max()) < 0.03
+
+
+def test_weights_of_which_zero_3_left_a_part_have_their_shapes() -> None:
+    """As `from_pretrained` gives them where TrainingArguments with such a `deepspeed` came first."""
+    model: Any = family("Bamba")
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert leetdist.parallelize(model, None) is model
