@@ -26,7 +26,7 @@ class Trainer(transformers.Trainer):
 
     Losses, gradient norms, evaluations and checkpoints are those of one process: with gradient accumulation, packed
     rows (`DataCollatorWithFlattening`), lengths that differ and labels masked anywhere, under DDP as Trainer sets it
-    up. (Its settings of FSDP and DeepSpeed have not been run with it; loops of one's own have, tests/integrations.)
+    up. Losses and gradient norms are so with its settings of FSDP2 and of DeepSpeed's ZeRO 1 to 3 too.
     `per_device_train_batch_size` is of whole rows, and of the ranks that share them together.
 
     For a trainer made of transformers', this class before it: `class Trainer(leetdist.Trainer, trl.SFTTrainer): pass`.

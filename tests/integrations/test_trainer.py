@@ -5,9 +5,11 @@ Three jobs, of 1, 2 and 4 processes, go through all settings; a test a setting c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import leetdist
 from helpers import run_ranks, values
 
 transformers = pytest.importorskip("transformers")
+deepspeed = pytest.importorskip("deepspeed")
 
 VOCABULARY, ROWS, STEPS = 61, 4, 2
 MESHES = {"sp 2": (2, 2), "dp 2 x sp 2": (4, 2)}  # ranks, ranks a sequence
@@ -52,6 +55,7 @@ class Setting:
     lengths: bool = False
     collate: Callable[..., Any] | None = None
     data_parallel: bool = False  # whether it runs on data-parallel ranks too, which take longer
+    sharded: dict[str, Any] = field(default_factory=dict)  # options where there are ranks: who shards the weights
 
 
 def recomputing() -> Any:
@@ -60,6 +64,17 @@ def recomputing() -> Any:
     return model
 
 
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    told = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **dict.fromkeys(told, "auto"),
+    }
+    return {"deepspeed": {**config, "zero_optimization": {"stage": stage, **more}}}
+
+
+CLIPPED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
 SETTINGS = {
     "plain": Setting(options={"max_grad_norm": 0.5}, data_parallel=True),
     "gradient accumulation": Setting(options={"gradient_accumulation_steps": 2}, data_parallel=True),
@@ -69,7 +84,13 @@ SETTINGS = {
     "padded": Setting(lengths=True, collate=padded, data_parallel=True),
     "flattened": Setting(llama, lengths=True, collate=transformers.DataCollatorWithFlattening(), data_parallel=True),
     "workers": Setting(llama, {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"}),
-}
+    "ZeRO-1": Setting(options=CLIPPED, sharded=zero(1)),
+    "ZeRO-2": Setting(options=CLIPPED, sharded=zero(2)),
+    # Without the threshold a model as small as this is not cut at all.
+    "ZeRO-3": Setting(options=CLIPPED, sharded=zero(3, stage3_param_persistence_threshold=0), data_parallel=True
+    ),
+    "FSDP2": Setting(options=CLIPPED, sharded={"fsdp": True}, data_parallel=True),
+}  # fmt: skip
 
 
 def arguments(folder: str, data: int, **more: Any) -> Any:
@@ -83,14 +104,17 @@ def arguments(folder: str, data: int, **more: Any) -> Any:
 
 def trainer_of(setting: Setting, sequence: int, folder: str, **more: Any) -> Any:
     """transformers' own on one process, ours on more."""
+    data, options = torch.distributed.get_world_size() // sequence, {**setting.options, **more}
+    if sequence > 1:
+        options |= setting.sharded
+    args = arguments(folder, data, **options)  # first, as ZeRO-3 wants it
     model, kind = setting.build(), transformers.Trainer
-    data = torch.distributed.get_world_size() // sequence
     if sequence > 1:
         model, kind = leetdist.parallelize(model, leetdist.device_mesh(sequence=sequence)), leetdist.Trainer
     rows: Any = rows_of(lengths=setting.lengths)
     return kind(
-        model, arguments(folder, data, **{**setting.options, **more}), train_dataset=rows,
-        eval_dataset=rows[: 2 * ROWS], data_collator=setting.collate, compute_metrics=metrics,
+        model, args, train_dataset=rows, eval_dataset=rows[: 2 * ROWS], data_collator=setting.collate,
+        compute_metrics=metrics,
     )  # fmt: skip
 
 
@@ -123,6 +147,18 @@ def straight(sequence: int, folder: str) -> list[dict[str, float]]:
     return logged(trainer)
 
 
+WRAPPED = {"FSDP2": "FSDP", **{f"ZeRO-{stage}": "DeepSpeedEngine" for stage in (1, 2, 3)}}
+
+
+def believe_in_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """On a CPU accelerate takes DDP instead of FSDP, and says nothing."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    patch.setattr(PartialState, "_prepare_backend", lambda *_, **__: ("gloo", DistributedType.MULTI_GPU))
+    patch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "label_smoothing_factor: shifts labels itself": {"label_smoothing_factor": 0.1},
     "dispatch_batches must not be set": {"accelerator_config": {"dispatch_batches": True}},
@@ -145,13 +181,19 @@ def refusals(sequence: int, folder: str) -> None:
 
 def everything(rank: int, sequence: int, folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles a kernel for two minutes
     ranks = torch.distributed.get_world_size()
     found: dict[str, Any] = {}
     for name, setting in SETTINGS.items():
         if ranks > sequence and not setting.data_parallel:
             continue
-        trainer = trainer_of(setting, sequence, folder)
-        trainer.train()
+        with mock.patch.dict(os.environ), pytest.MonkeyPatch.context() as patch:  # accelerate leaves words there
+            if "fsdp" in setting.sharded and sequence > 1:
+                believe_in_a_gpu(patch)
+            trainer = trainer_of(setting, sequence, folder)
+            trainer.train()
+        if sequence > 1:
+            assert type(trainer.model_wrapped).__name__.startswith(WRAPPED.get(name, "DistributedDataParallel"))
         if name == "plain":
             trainer.evaluate()
         assert trainer.get_total_train_batch_size(trainer.args) == ROWS * trainer.args.gradient_accumulation_steps
