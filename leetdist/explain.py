@@ -11,7 +11,7 @@ from torch import Tensor
 from leetdist.engine.checks import ONE_DEVICE, describe
 from leetdist.engine.inputs import a_head
 from leetdist.engine.plan import plan_call
-from leetdist.kernels.common.settings import settings, tile_wanted
+from leetdist.kernels.common.settings import settings
 from leetdist.operators.composition import Kernels
 from leetdist.operators.dispatch import Choice
 from leetdist.operators.elementwise import choice
@@ -78,7 +78,7 @@ def explain(
              Gluon wide (triton.hopper_wide): needs a GPU, this is a CPU
              Triton (triton.block): needs a GPU, this is a CPU
     launches not repeated: a CPU has none
-    tile     512 tokens, 2 tiles: chosen from the length of the whole sequence
+    tile     128 tokens, 8 tiles: chosen from the length of the whole sequence
     shards   one device
     """
     log_decay = a_head(log_decay, q, k, v)
@@ -114,7 +114,6 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
         lines["kernels"] = f"PyTorch {version} (operators.methods.{problem.method})"
     else:
         kernels = kernels_for(problem, tokens)
-        named = "named by the caller" if problem.tile != tile_wanted() else "named by LEETDIST_TILE"
         around = _around(problem, tokens)
         lines |= {
             "kernels": _named(kernels.used),
@@ -122,7 +121,7 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
             "not": _refused((*kernels.used, *around)),
             "launches": _launches(plan, kernels),
             "tile": f"{plan.tiles.size:,} tokens, {plan.every_tile.count:,} tiles: "
-            + (named if problem.tile else "chosen from the length of the whole sequence"),
+            + ("named by the caller" if problem.tile else "chosen from the length of the whole sequence"),
             "shards": _shards(plan),
         }
         if plan.transport is not None:

@@ -108,12 +108,6 @@ def poison(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few tokens, which are one tile by default, go over several ranks."""
-    monkeypatch.setenv("LEETDIST_TILE", "16")
-
-
-@pytest.fixture
 def forgotten() -> Iterator[Callable[[], None]]:
     """Nothing is remembered of which kernels compute what, before and after; called, neither in between."""
     from leetdist.engine import plan as plans

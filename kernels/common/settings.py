@@ -4,11 +4,10 @@
     LEETDIST_BACKEND=triton   Triton's wherever there are some, none in CUDA C++; on the CPU in Triton's interpreter,
                               for which TRITON_INTERPRET=1 must be set too
     LEETDIST_HOPPER=0         no kernels written for Hopper (sm_90); they round otherwise than the general ones
-    LEETDIST_TILE=tokens      the tile of calls and shards that name none; else it goes by the sequence's length
     LEETDIST_CACHE=folder     where compiled CUDA C++ is kept (else leetdist/ in XDG_CACHE_HOME or ~/.cache)
 
-The first two and the tile decide on a result's last bits, so the ranks of a group compare what they lead to; and what
-Triton itself takes from the environment (`compiler_settings`).
+The first two decide on a result's last bits, so the ranks of a group compare what they lead to; and what Triton itself
+takes from the environment (`compiler_settings`).
 """
 
 from __future__ import annotations
@@ -32,18 +31,17 @@ OF_TRITON = (
 
 
 class Settings(NamedTuple):
-    """backend: "torch", "triton" or None for the best there is; tile: of calls that name none, None to go by length."""
+    """backend: "torch", "triton" or None for the best there is."""
 
     backend: str | None
     hopper: bool
     interpreted: bool
-    tile: int | None = None
 
 
 def raw_settings() -> tuple[str | None, ...]:
-    """What decides on kernels and tiles, as it is: a key for what is remembered, cheap enough for every call."""
+    """What decides on kernels, as it is: a key for what is remembered, cheap enough for every call."""
     get = os.environ.get
-    return get("LEETDIST_BACKEND"), get("LEETDIST_HOPPER"), get("LEETDIST_TILE")
+    return get("LEETDIST_BACKEND"), get("LEETDIST_HOPPER")
 
 
 def settings() -> Settings:
@@ -52,20 +50,12 @@ def settings() -> Settings:
 
 
 @cache
-def _settings(backend: str | None, hopper: str | None, tile: str | None, interpret: str | None) -> Settings:
+def _settings(backend: str | None, hopper: str | None, interpret: str | None) -> Settings:
     if backend not in (None, *BACKENDS):
         raise ValueError(f"LEETDIST_BACKEND must be {' or '.join(BACKENDS)}, got {backend!r}")
     if hopper not in (None, "0", "1"):
         raise ValueError(f"LEETDIST_HOPPER must be 0 or 1, got {hopper!r}")
-    number = int(tile) if tile and tile.isascii() and tile.isdigit() else None
-    if tile is not None and (number is None or number < 16 or number & (number - 1)):
-        raise ValueError(f"LEETDIST_TILE must be a power of two of at least 16 tokens, got {tile!r}")
-    return Settings(backend, hopper != "0", interpret == "1", number)
-
-
-def tile_wanted() -> int | None:
-    """Of calls and shards that name no tile; None to go by their length. (torch.compile follows this.)"""
-    return None if os.environ.get("LEETDIST_TILE") is None else settings().tile
+    return Settings(backend, hopper != "0", interpret == "1")
 
 
 def compiler_settings() -> tuple[tuple[str, str], ...]:

@@ -14,7 +14,6 @@ from leetdist.arguments import as_bool, check_plain
 from leetdist.engine.hints import layout_hint, more_heads_than_tokens, warn_of_layout
 from leetdist.engine.inputs import LARGEST_TILE, canonical_options, state_dtype
 from leetdist.engine.values import bad_step, boundaries_of, decays_of
-from leetdist.kernels.common.settings import tile_wanted
 from leetdist.operators.problem import Problem
 from leetdist.sequence.grid import Layout, default_tile
 from leetdist.sequence.shard import check_cut
@@ -53,7 +52,6 @@ def describe(
     heads = max(q_heads, k.shape[1], v.shape[1])
     if tokens == 0 and ranks == 1:
         raise ValueError("q: N is 0; a sequence needs at least one token")
-    tile = tile_wanted() if tile is None else tile
     options = canonical_options(scale=scale, return_state=return_state, method=method, tile=tile, precision=precision)
     check_options(**options, dtype=q.dtype, sharded=sharded)
     if log_decay is not None:

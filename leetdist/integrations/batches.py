@@ -70,10 +70,10 @@ def shard_batch(
     Source: shifting before sharding as in Arctic Long Sequence Training, arXiv 2506.13996.
 
     >>> import torch, leetdist
-    >>> batch = {"input_ids": torch.arange(1024)[None], "labels": torch.arange(1024)[None]}
+    >>> batch = {"input_ids": torch.arange(64)[None], "labels": torch.arange(64)[None]}
     >>> parts = leetdist.virtual_ranks(lambda group: leetdist.shard_batch(batch, group), ranks=2)
     >>> [(part["input_ids"][0, -1].item(), part["labels"][0, -1].item()) for part in parts]
-    [(511, 512), (1023, -100)]
+    [(31, 32), (63, -100)]
     """
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch must be a mapping from names to tensors, got {type(batch).__name__}")

@@ -183,7 +183,7 @@ class Calls:
         if not _count(call):
             raise ValueError(
                 f"input_ids: rank {self.rank} of {self.ranks} has no tokens, which the model's layers cannot take: "
-                "share the sequence among fewer ranks, take longer sequences, or a shorter tile (LEETDIST_TILE)"
+                "share the sequence among fewer ranks, or take longer sequences"
             )
 
     def _tell_documents(self, call: dict[str, Any]) -> None:

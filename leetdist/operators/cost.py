@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leetdist.kernels.common.tiles import ceil_div
-from leetdist.sequence.grid import LEAST_TILES, SMALLEST_TILE, tile_by_length
+from leetdist.sequence.grid import default_tile
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
@@ -91,8 +91,8 @@ def choose(problem: Problem, tile: int, *, where: str, token_scan: bool) -> Choi
 
 
 def _usual_length(tile: int) -> int:
-    """A length of a few tiles (of one, where none is shorter) whose default tile is `tile`."""
-    tokens = tile if tile == SMALLEST_TILE else LEAST_TILES * tile
-    while tile_by_length(tokens) < tile and tokens < 2**40:
+    """The length whose default tile is `tile`."""
+    tokens = tile
+    while default_tile(tokens) < tile and tokens < 2**40:
         tokens *= 2
     return tokens

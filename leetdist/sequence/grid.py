@@ -7,18 +7,13 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from leetdist.kernels.common.settings import tile_wanted
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 
 SMALLEST_TILE, LARGEST_TILE = 16, 8192
 # A few ranks want a tile each; but rather four than eight that are shorter than 2,048 tokens, as each has a state that
 # is moved four times: 2,048 tokens in four tiles take 0.78 of the time in eight (forward, 32 heads), 8,192 tokens 0.90
-# (H100, as CUDA graphs; benchmarks/notes/README.md).
+# (H100, as CUDA graphs; benchmarks/notes/README.md). Who spreads so few over more ranks can name a shorter tile.
 TILES_WANTED, LEAST_TILES, TOKENS_OF_FEW = 8, 4, 2048
-# Moved four times, a state is as many bytes as q, k, v and o of 256 tokens (fp32 beside bf16, D = 128), and a sequence
-# that is one tile has none. So no tile is shorter, and up to here a sequence is one tile, on one rank: batches of short
-# sequences are common, and who spreads so few tokens over ranks can name a tile.
-SHORTEST_TILE = 512
 # Beyond that, a tile is as long as it can be while tiles fill a GPU: each costs a state in memory, as much as 85 tokens
 # of q, k and v (bf16, D = 128). With 32 heads, 32,768 tokens in tiles of 4,096 take 0.91 of the time in tiles of 2,048
 # (benchmarks/notes/README.md).
@@ -29,17 +24,14 @@ TOKENS_SHARED = 128
 
 
 def default_tile(total_tokens: int) -> int:
-    """The tile length (tokens, a power of two) of a sequence of `total_tokens`, when the caller names none: that of the
-    environment (LEETDIST_TILE), or `tile_by_length`."""
-    return tile_wanted() or tile_by_length(total_tokens)
+    """The tile length (tokens, a power of two) of a sequence of `total_tokens`, when the caller names none.
 
-
-def tile_by_length(total_tokens: int) -> int:
-    """It depends on the length of the whole sequence alone, so every rank, and `shard_sequence`, knows it."""
+    It depends on the length of the whole sequence alone, so every rank, and `shard_sequence`, knows it.
+    """
     longest = max(TOKENS_ENOUGH, math.isqrt(TOKENS_SHARED * total_tokens))
-    share = max(total_tokens // TILES_WANTED, min(total_tokens // LEAST_TILES, TOKENS_OF_FEW), SHORTEST_TILE)
-    wanted = min(share, longest)
-    return min(1 << (wanted.bit_length() - 1), LARGEST_TILE)
+    share = max(total_tokens // TILES_WANTED, min(total_tokens // LEAST_TILES, TOKENS_OF_FEW))
+    wanted = max(1, min(share, longest))
+    return min(max(1 << (wanted.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
 
 
 def shard_lengths(total_tokens: int, ranks: int, tile: int) -> tuple[int, ...]:

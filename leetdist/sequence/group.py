@@ -101,13 +101,13 @@ def sequence_parallel(
     linear attention as in LASP, arXiv 2404.02882.
 
     >>> import torch, leetdist
-    >>> x = torch.randn(1, 1, 1024, 16)
+    >>> x = torch.randn(1, 1, 64, 16)
     >>> def rank(group):
     ...     with leetdist.sequence_parallel(group):
     ...         local = leetdist.shard_sequence(x, 2, group)
     ...         return leetdist.linear_attention(local, local, local).shape
     >>> leetdist.virtual_ranks(rank, ranks=2)
-    [torch.Size([1, 1, 512, 16]), torch.Size([1, 1, 512, 16])]
+    [torch.Size([1, 1, 32, 16]), torch.Size([1, 1, 32, 16])]
     """
     served = None if group is None else resolve(group, transport)
     if served is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.sequence.grid import SHORTEST_TILE, SMALLEST_TILE, default_tile, shard_lengths
+from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.transport import Transport
 
 DECAYS = {"slow": 0.9999, "fast": 0.1, "gone": 1e-30}
@@ -41,8 +41,7 @@ class Case:
     decay is one of "none", "lightning", "mixed" (lightning with a head of no decay and one that forgets at once),
     "extreme" (log-decays from EXTREMES in turn), a key of DECAYS, or of STEPS: a decay a token. With `learnt`,
     log_decay needs a gradient. kv_heads: of k and v, and q_heads, v_heads: of one of q and v, where not `heads`.
-    Without a `tile`, few tokens, which are one tile by default, make four or more (`named_tile`). `uneven` gives ranks
-    growing shares of the tiles, `shards` tokens by rank. Without `final` nobody asks for the final
+    `uneven` gives ranks growing shares of the tiles, `shards` tokens by rank. Without `final` nobody asks for the final
     state, and what only that needs is left out.
     """
 
@@ -113,26 +112,16 @@ class Case:
             return slopes
         return torch.full((self.heads,), DECAYS[self.decay], dtype=torch.float32, device="cpu").log()
 
-    @property
-    def named_tile(self) -> int | None:
-        """What the call names: None leaves it to the length of many tokens."""
-        if self.tile is None and self.tokens < 4 * SHORTEST_TILE:
-            return 1 << (max(self.tokens // 4, SMALLEST_TILE).bit_length() - 1)
-        return self.tile
-
-    @property
-    def grid(self) -> int:
-        return self.named_tile or default_tile(self.tokens)
-
     def lengths(self, ranks: int) -> tuple[int, ...]:
         """Tokens on each rank."""
         if self.shards is not None and len(self.shards) == ranks:
             return self.shards
+        tile = self.tile or default_tile(self.tokens)
         if not self.uneven:
-            return shard_lengths(self.tokens, ranks, self.grid)
-        tiles = -(-self.tokens // self.grid)
+            return shard_lengths(self.tokens, ranks, tile)
+        tiles = -(-self.tokens // tile)
         shares = list(accumulate(range(1, ranks + 1)))
-        ends = [min(self.tokens, tiles * share // shares[-1] * self.grid) for share in shares]
+        ends = [min(self.tokens, tiles * share // shares[-1] * tile) for share in shares]
         return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
 
 
@@ -195,7 +184,7 @@ def compute(case: Case, tensors: Tensors, transport: Transport | None) -> dict[s
         return_state=case.final,
         cu_seqlens=documents,
         method=case.method,
-        tile=case.named_tile,
+        tile=case.tile,
         group=transport,
     )
     # The gradient of the final state is given on one rank alone: they add up over the ranks.
@@ -232,6 +221,7 @@ def differences(
 ) -> Iterator[Difference]:
     """Compare a rank's tensors with one device's, with torch.equal; nothing is yielded where all bits agree."""
     lengths = case.lengths(ranks)
+    tile = case.tile or default_tile(case.tokens)
     first = sum(lengths[:rank])
     for name, whole in single.items():
         per_token = name in ("o", "dq", "dk", "dv") or (name == "dlog_decay" and whole.ndim == 3)
@@ -254,7 +244,7 @@ def differences(
             rank=rank,
             index=index,
             token=token,
-            tile=None if token is None else token // case.grid,
+            tile=None if token is None else token // tile,
             ours=float(mine[index]),
             single=float(expected[index]),
             elements=int(wrong.sum()),

@@ -19,8 +19,6 @@ from leetdist.sequence.group import resolve
 from leetdist.sequence.p2p import TENSORS, PointToPoint
 from leetdist.sequence.virtual import VirtualGroup
 
-pytestmark = pytest.mark.usefixtures("short_tiles")
-
 
 class Count:
     """Host messages of the virtual ranks, by kind."""

@@ -20,8 +20,6 @@ from leetdist.sequence import blame, p2p
 from leetdist.sequence.group import resolve
 from leetdist.testing.equality import Case, check
 
-pytestmark = pytest.mark.usefixtures("short_tiles")
-
 # Where something happens on the victim: the object and the method that is about to run.
 STAGES: dict[str, tuple[Any, str]] = {
     "agreement": (p2p.PointToPoint, "alike"),

@@ -156,7 +156,7 @@ def test_trace_from_the_environment(tmp_path: Path) -> None:
     script = """
 import torch, leetdist
 x = torch.randn(1, 2, 64, 16)
-leetdist.virtual_ranks(lambda group: leetdist.linear_attention(x, x, x, tile=64, group=group), 2)
+leetdist.virtual_ranks(lambda group: leetdist.linear_attention(x, x, x, group=group), 2)
 """
     environment = {**os.environ, "LEETDIST_TRACE": str(tmp_path / "t.json"), "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)

@@ -140,10 +140,7 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypa
 @pytest.mark.parametrize(
     ("operator", "compared"), [("lightning", "q, dk, dv, dlog_decay"), ("mamba2", "x, ddt, dB, dC")]
 )
-def test_the_demo_trains_compares_keeps_and_is_gone_on_from(
-    operator: str, compared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LEETDIST_TILE", "64")
+def test_the_demo_trains_compares_keeps_and_is_gone_on_from(operator: str, compared: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one two three four " * 50)
     options = ("--text", tmp_path / "text.txt", "--tokens", 300, "--steps", 2, "--new", 5, "--out", tmp_path / "out")
     done = leetdist("demo", "--ranks", 2, "--operator", operator, *options)

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ pytest.importorskip("accelerate")
 
 def metrics(out: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_tokens() -> Iterator[None]:
-    """Not all of them on one rank, as in tiles by their length."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEETDIST_TILE", "16")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,6 @@ from torch import Tensor
 import leetdist
 from leetdist.nn import Retention
 
-pytestmark = pytest.mark.usefixtures("short_tiles")
-
 TOKENS = 70
 SIZES = {"small": (24, 3, 48), "RetNet's heads": (256, 1, 512)}
 

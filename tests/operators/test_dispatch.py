@@ -279,9 +279,9 @@ def fails_on_rank_1(rank: int) -> str:
             patch.setitem(CANDIDATES, step, (PYTORCH_TWIN, PYTORCH))
         patch.setattr(dispatch, "rehearse", refuse_to_compile("Twin") if rank else lambda choice, problem: None)
         with pytest.raises(ValueError, match="disagree on the kernels") as caught:
-            leetdist.linear_attention(x, x, x, method="block", tile=16, group=dist.group.WORLD)
+            leetdist.linear_attention(x, x, x, method="block", group=dist.group.WORLD)
     dispatch._backend_of.cache_clear()
-    leetdist.linear_attention(x, x, x, method="fleet", tile=16, group=dist.group.WORLD)  # the group goes on
+    leetdist.linear_attention(x, x, x, method="fleet", group=dist.group.WORLD)  # the group goes on
     return str(caught.value)
 
 

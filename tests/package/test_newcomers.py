@@ -109,7 +109,7 @@ def test_idle_ranks_are_warned_of_and_the_advice_is_right() -> None:
         assert shard(4096, 6).count(0) == 2  # although the fullest holds 1.5 times its share, no more
     with silence():
         assert shard(4096, 8, 512) == [512] * 8
-        for tokens, ranks in ((4096, 4), (2000, 3), (131_072, 8), (100_000, 7), (16, 1), (8192, 3)):
+        for tokens, ranks in ((4096, 4), (1000, 3), (131_072, 8), (100_000, 7), (16, 1), (8192, 3)):
             shard(tokens, ranks)
 
 

@@ -13,8 +13,6 @@ import torch.distributed as dist
 import leetdist
 from helpers import run_ranks, values
 
-pytestmark = pytest.mark.usefixtures("short_tiles")
-
 
 def over_ranks(rank: int) -> None:
     torch.manual_seed(0)

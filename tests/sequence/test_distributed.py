@@ -18,8 +18,6 @@ from helpers import Outcome, free_port, run_ranks, values
 from leetdist.sequence.group import resolve
 from leetdist.testing.equality import Case, check, standard_cases
 
-pytestmark = pytest.mark.usefixtures("short_tiles")
-
 CPU = torch.device("cpu")
 
 

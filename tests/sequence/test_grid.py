@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.sequence.grid import LARGEST_TILE, SHORTEST_TILE, Layout, default_tile, shard_lengths
+from leetdist.sequence.grid import LARGEST_TILE, SMALLEST_TILE, Layout, default_tile, shard_lengths
 
 tiles = st.sampled_from([16, 32, 64])
 
@@ -30,27 +29,18 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, int]:
 @given(st.integers(1, 10**9))
 def test_default_tile_is_a_power_of_two_in_range(tokens: int) -> None:
     tile = default_tile(tokens)
-    assert SHORTEST_TILE <= tile <= LARGEST_TILE
+    assert SMALLEST_TILE <= tile <= LARGEST_TILE
     assert tile & (tile - 1) == 0
 
 
-@given(st.integers(4 * SHORTEST_TILE, 10**6))
+@given(st.integers(64, 10**6))
 def test_the_default_tile_leaves_a_few_ranks_one_each(tokens: int) -> None:
     assert min(shard_lengths(tokens, 8 if tokens >= 16_384 else 4, default_tile(tokens))) > 0
 
 
 def test_default_tiles_of_lengths_that_are_measured() -> None:
-    lengths = (1, 128, 512, 1_024, 2_048, 8_192, 32_768, 100_000, 131_072, 524_288, 1_048_576)
-    assert [default_tile(n) for n in lengths] == [512, 512, 512, 512, 512, 2_048, 4_096, 4_096, 4_096, 8_192, 8_192]
-
-
-def test_the_environment_names_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEETDIST_TILE", "64")
-    assert default_tile(100) == default_tile(100_000) == 64
-    for bad in ("", "0", "8", "100", "-64", "64.0"):
-        monkeypatch.setenv("LEETDIST_TILE", bad)
-        with pytest.raises(ValueError, match="LEETDIST_TILE must be a power of two of at least 16 tokens, got"):
-            default_tile(100)
+    lengths = (64, 128, 256, 512, 2_048, 8_192, 32_768, 100_000, 131_072, 524_288, 1_048_576)
+    assert [default_tile(n) for n in lengths] == [16, 32, 64, 128, 512, 2_048, 4_096, 4_096, 4_096, 8_192, 8_192]
 
 
 @given(st.integers(1, 10**6), st.integers(1, 64), tiles)

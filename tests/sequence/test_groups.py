@@ -27,8 +27,6 @@ from leetdist.sequence.p2p import PointToPoint
 from leetdist.sequence.symmetric import Symmetric
 from leetdist.testing.equality import Case, check
 
-pytestmark = pytest.mark.usefixtures("short_tiles")
-
 
 def call(group: Any) -> None:
     x = torch.randn(1, 2, 64, 16, requires_grad=True)
