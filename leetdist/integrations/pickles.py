@@ -46,6 +46,17 @@ KNOWN = frozenset(
     }
 )
 
+# Python 3.11.2 pickles a member of an enum as getattr(class, name), which may be called so and with nothing else.
+GETATTR = "builtins.getattr", "__builtin__.getattr"
+MEMBERS = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum": {
+        "disabled", "gradients", "max_stage", "optimizer_states", "weights",
+    },
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": {
+        "TORCH_CHANNELS_LAST", "TORCH_CONTIGUOUS_FORMAT", "TORCH_PRESERVE_FORMAT",
+    },
+}  # fmt: skip
+
 
 @cache
 def known() -> frozenset[str]:
@@ -114,12 +125,20 @@ def read_metadata(path: Path) -> Any:
 
     class Metadata(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
+            if f"{module}.{name}" in GETATTR:
+                return _member
             if f"{module}.{name}" not in known():
                 raise pickle.UnpicklingError(f"{module}.{name} has no place in {path}")
             return super().find_class(module, name)
 
     with path.open("rb") as file:
         return Metadata(file).load()
+
+
+def _member(of: type, name: str) -> Any:
+    if name not in MEMBERS.get(f"{of.__module__}.{of.__qualname__}", ()):
+        raise pickle.UnpicklingError(f"{of}.{name} is no member of an enum of a checkpoint's")
+    return getattr(of, name)
 
 
 class _Inert:
@@ -146,11 +165,20 @@ class _Inert:
 def _named(file: IO[bytes]) -> list[str]:
     """The names in a file's pickles, which older versions of torch.save wrote one after the other."""
     found: list[str] = []
+    classes: dict[str, type] = {}  # the enums that it names
+
+    def member(*args: Any) -> _Inert:
+        if not any(args == (classes.get(of), name) for of, names in MEMBERS.items() for name in names):
+            found.append(GETATTR[0])
+        return _Inert()
 
     class Names(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            found.append(f"{module}.{name}")
-            return _Inert
+            full = f"{module}.{name}"
+            if full in GETATTR:
+                return member
+            found.append(full)
+            return classes.setdefault(full, type(name, (_Inert,), {})) if full in MEMBERS else _Inert
 
         def persistent_load(self, pid: Any) -> Any:
             return _Inert()

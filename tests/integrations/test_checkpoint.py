@@ -310,6 +310,37 @@ def test_nothing_strange_is_unpickled(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+class Got:
+    """What Python 3.11.2 makes of a member of an enum, or what somebody makes of that."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __reduce__(self) -> Any:
+        return getattr, self.args
+
+
+@pytest.mark.parametrize("protocol", [2, 4])  # torch.save's, and a distributed checkpoint's
+def test_getattr_is_for_members_of_enums(tmp_path: Path, protocol: int) -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as FORMATS
+
+    from leetdist.integrations.pickles import check_pickles, read_metadata
+
+    path, contiguous = tmp_path / ".metadata", FORMATS.TORCH_CONTIGUOUS_FORMAT
+    path.write_bytes(pickle.dumps(Got(FORMATS, contiguous.name), protocol))
+    assert read_metadata(path) is contiguous
+    path.rename(tmp_path / "state.pkl")
+    check_pickles(tmp_path)
+    inner = Got(FORMATS, contiguous.name)
+    for wrong in (Got(FORMATS, "mro"), Got(FORMATS, "__init__"), Got(inner, "name"), Got(torch.Size, "numel"), Got(1)):
+        (tmp_path / "state.pkl").write_bytes(pickle.dumps(wrong, protocol))
+        with pytest.raises(ValueError, match=r"would call builtins\.getattr"):
+            check_pickles(tmp_path)
+    path.write_bytes(pickle.dumps(Got(FORMATS, "mro"), protocol))
+    with pytest.raises(pickle.UnpicklingError, match="mro is no member"):
+        read_metadata(path)
+
+
 def write_fails(rank: int, folder: Path) -> str:
     def write(path: Path) -> None:
         if rank == 1:
