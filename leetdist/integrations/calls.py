@@ -340,7 +340,10 @@ class Outputs:
             )
         keep = kwargs.get("logits_to_keep")
         if self.sharded and not cached and (isinstance(keep, Tensor) or keep):
-            raise ValueError("logits_to_keep counts from the end of the sequence, which only the last rank holds")
+            raise ValueError(
+                "logits_to_keep counts from the end of the sequence, which only the last rank holds; if this is "
+                "generate(use_cache=False), leave that out: a call without a cache takes shards"
+            )
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -55,6 +55,14 @@ class Integration:
             raise ValueError(
                 f"{name} has layers of the types {sorted(kinds)}, which leetdist does not know how to shard"
             )
+        for child, module in self.model.named_modules():
+            told: Any = getattr(module, "rope_type", None)
+            for kind in told.values() if isinstance(told, dict) else [told]:
+                if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):  # as transformers asks
+                    raise ValueError(
+                        f"{name}: the rotations of {child} have rope_type {kind!r}, whose frequencies depend on the "
+                        "last position of a call, which each shard has of its own; others, such as 'yarn', do not"
+                    )
         if any(getattr(x, "is_prompt_learning", False) for x in getattr(self.root, "peft_config", {}).values()):
             raise ValueError(f"{name}: PEFT's learnt prompts lengthen each rank's shard; adapters of weights are taken")
 

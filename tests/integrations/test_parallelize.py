@@ -194,11 +194,20 @@ def llama(**changes: Any) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+LONGROPE = {
+    "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 64, "short_factor": [1.0] * 4,
+    "long_factor": [3.0] * 4,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "word"),
     [
         ("Gemma2", {}, "sliding_attention"),
         ("Mistral", {"sliding_window": 8}, "sliding_window=8"),
+        ("MiniMax", {"sliding_window": 8, "num_local_experts": 2}, "sliding_window=8"),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rotary_emb have rope_type 'dynamic'"),
+        ("FalconH1", {"rope_parameters": LONGROPE}, "rotary_emb have rope_type 'longrope'"),
         ("Bert", {}, "later tokens"),
         ("Bloom", {}, "BloomModel"),
         ("Roberta", {"is_decoder": True}, "whose positions are not 0"),
@@ -215,6 +224,19 @@ def test_what_a_models_attention_asks_for_is_served_or_refused_by_name(name: str
         model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=word):
         leetdist.virtual_ranks(lambda group: leetdist.parallelize(model, group), 2)
+
+
+def test_dropout_of_attention_is_refused_where_it_drops() -> None:
+    """Of evaluation it is no option; in training it would drop other weights than one process."""
+    model, ids = llama(attention_dropout=0.1), torch.arange(64)[None] % 61
+
+    def rank(group: Any) -> None:
+        mine, batch = leetdist.parallelize(copy.deepcopy(model), group), leetdist.shard_batch({"input_ids": ids}, group)
+        mine(**batch)
+        with pytest.raises(ValueError, match=r"dropout=0\.1"):
+            mine.train()(**batch)
+
+    leetdist.virtual_ranks(rank, 2)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -174,7 +174,7 @@ def _run(program: list[Block], folder: str, environment: dict[str, str], result:
     os.chdir(folder)
     sys.path[:] = path
     sys.stdin = io.StringIO()
-    torch.manual_seed(0)
+    torch.manual_seed(int(environment.get("RANK", 0)))  # torchrun's ranks do not draw alike
     names: dict[str, Any] = {"__name__": "__main__"}
     told = ""
     for block in program:
