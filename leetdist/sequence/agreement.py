@@ -120,6 +120,7 @@ def _settled(gathered: list[Any], known: Agreement | None, transport: Transport,
         return known
     # Where one rank makes a new one all do, for they compare more, once each (`confirmed`).
     agreement = Agreement(everyone, fingerprint)
+    transport.make_room()
     transport.agreements[what, everyone[transport.rank]] = agreement
     return agreement
 

@@ -24,6 +24,9 @@ from leetdist.sequence.board import LEFT, Board
 Message: TypeAlias = "tuple[Tensor, int]"  # a tensor, and the rank it goes to or comes from
 
 
+KINDS = 512  # of calls that are remembered
+
+
 class Unanswered(RuntimeError):
     """A wait that ended in vain; `rank` is at fault."""
 
@@ -43,8 +46,9 @@ class Transport(ABC):
     def __init__(self) -> None:
         self.seconds = timeout_seconds()
         self.failure: str | None = None
-        self.agreements: Memo[Any, Any] = Memo(1024)  # forgetting one costs an exchange, never a wrong result
-        self.plans: Memo[Any, Any] = Memo(512)  # of the engine, by kind of call
+        self.agreements: Memo[Any, Any] = Memo(2 * KINDS)  # by one rank's arguments, and by those and promised lengths
+        self.agreed = 0  # how many of them all ranks have made
+        self.plans: Memo[Any, Any] = Memo(KINDS)  # of the engine, by kind of call
         self.sites: dict[int, int] = {}  # lines in which ranks made one call, and were told of: the number of one
         self.cut: tuple[int, int] | None = None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}  # where this rank's scans run
@@ -128,6 +132,14 @@ class Transport(ABC):
         """How long the sequence was that the last shard, if it has `local` tokens, was cut from. Ranks compare that
         where they agree on a call, because shards of different sequences may fit together by their lengths."""
         return self.cut[1] if self.cut is not None and self.cut[0] == local else None
+
+    def make_room(self) -> None:
+        """Before every new agreement, which all ranks make together: so all forget the same ones, at the same time. A
+        rank that still knew what another has forgotten would not wait for it where lengths are promised."""
+        self.agreed += 1
+        if self.agreed % KINDS == 0:
+            self.agreements.clear()
+            self.plans.clear()
 
     def others(self) -> Iterator[int]:
         return (rank for rank in range(self.size) if rank != self.rank)

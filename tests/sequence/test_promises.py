@@ -6,12 +6,13 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import leetdist
 from helpers import run_ranks, values
-from leetdist.sequence import blame
+from leetdist.sequence import blame, transport
 from leetdist.sequence.virtual import VirtualGroup
 
 
@@ -30,6 +31,23 @@ def test_what_is_known_of_other_lengths_is_no_promise() -> None:
             return call(4096)
 
     assert torch.equal(torch.cat(leetdist.virtual_ranks(rank, 2), 2), leetdist.linear_attention(x, x, x))
+
+
+def test_ranks_forget_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More kinds of calls than are remembered, which are all one kind to rank 0 but for the lengths promised."""
+    monkeypatch.setattr(transport, "KINDS", 4)
+    x = torch.randn(1, 1, 32, 2)
+
+    def rank(group: VirtualGroup) -> None:
+        for last in [*range(1, 8), *range(1, 8)]:
+            local = x[:, :, :16] if group.rank == 0 else x[:, :, 16 : 16 + last]
+            with leetdist.sequence_parallel(group, lengths=[16, last], timeout=2.0):
+                o = leetdist.linear_attention(local, local, local, tile=16)
+            whole = x[:, :, : 16 + last]
+            expected = leetdist.linear_attention(whole, whole, whole, tile=16)
+            assert torch.equal(o, expected[:, :, :16] if group.rank == 0 else expected[:, :, 16:])
+
+    leetdist.virtual_ranks(rank, 2)
 
 
 def raised(**options: Any) -> str:
