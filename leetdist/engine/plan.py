@@ -320,7 +320,7 @@ def _known(
             type(q), q.layout, q.shape, q.dtype, q.device, q.requires_grad,
             type(k), k.layout, k.shape, k.dtype, k.device, k.requires_grad,
             type(v), v.layout, v.shape, v.dtype, v.device, v.requires_grad,
-            decay, torch.is_grad_enabled(), *options.values(), *raw_settings(), *more,
+            decay, torch.is_grad_enabled(), *options.items(), *raw_settings(), *more,
         )  # fmt: skip
         return kind, decays, plans.get(kind)
     except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):  # describe says what is wrong

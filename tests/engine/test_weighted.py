@@ -172,3 +172,16 @@ def test_who_multiplies_v_by_its_weights(own: dict[str, Any], module: str, why: 
     choice = choose(Use("weighted_values"), replace(HOPPER, **own))
     assert choice.implementation.module == module
     assert [str(why) in reason for _, reason in choice.refused] == ([] if why is None else [True])
+
+
+def test_a_compiled_call_does_not_take_a_plan_with_weights() -> None:
+    """Both bring one option more than others do: that values are read, and that there is a weight."""
+    x, log_decay = torch.randn(1, 2, 40, 8), -torch.rand(1, 2, 40)
+
+    def weighted(group: Any = None) -> list[bool]:
+        more: list[dict[str, Any]] = [{"weighted": True}, {"read_values": True}]
+        found = (plan.plan_call(x, x, x, log_decay, transport=resolve(group), **OPTIONS, **one) for one in more)
+        return [one.problem.weighted for one in found]
+
+    assert weighted() == [True, False]
+    assert leetdist.virtual_ranks(weighted, 1) == [[True, False]]
