@@ -340,7 +340,7 @@ class Stream:
 
 def _kind_of(piece: Piece) -> Hashable:
     """All that checks look at of a piece; None where they look at values, or something is odd."""
-    if len(piece) not in (3, 4) or any(type(x) is not Tensor for x in piece):
+    if len(piece) not in (3, 4) or any(type(x) is not Tensor or x.is_nested for x in piece):
         return None
     if len(piece) == 4 and reads_values(piece[3]):
         return None

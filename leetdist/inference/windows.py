@@ -72,7 +72,9 @@ def joined(parts: tuple[Tensor, ...]) -> Tensor:
     """Tensors (B, H, n, ...) behind each other: without a copy where they lie so in memory, as slices of one do."""
     first, end = parts[0], parts[0].storage_offset()
     for x in parts:
-        there = x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and x.storage_offset() == end
+        # Several storages may begin at one place, as those of NumPy's slices do: the first one must hold all.
+        own, memory = x.untyped_storage(), first.untyped_storage()
+        there = (own.data_ptr(), own.nbytes()) == (memory.data_ptr(), memory.nbytes()) and x.storage_offset() == end
         if not there or x.stride() != first.stride():
             break
         end += x.shape[2] * x.stride(2)

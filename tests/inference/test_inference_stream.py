@@ -122,6 +122,18 @@ def test_slices_of_one_tensor_are_joined_without_a_copy() -> None:
         assert found.stride(1) < found.stride(2)  # its layout stays
 
 
+def test_storages_that_begin_at_one_place_are_not_one() -> None:
+    """NumPy's slices come with as much memory as they have, the first with too little for what lies behind it."""
+    array = torch.randn(1, 1, 64, 8).numpy()
+    parts = torch.from_numpy(array[:, :, :16]), torch.from_numpy(array)[:, :, 16:]
+    assert torch.equal(joined(parts), torch.from_numpy(array))
+
+
+def test_a_nested_piece_is_refused() -> None:
+    with pytest.raises(ValueError, match="q must be a dense tensor with strides, got a nested one"):
+        leetdist.stream(LOG_DECAY).push(*[torch.nested.nested_tensor([torch.randn(2, 3, 8)])] * 3)
+
+
 def test_a_caller_may_record_gradients_between_pieces() -> None:
     """Nothing that a stream computes is recorded, and all that its caller does."""
     tensors = [x.requires_grad_() for x in inputs(60)]
