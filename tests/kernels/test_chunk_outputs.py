@@ -42,9 +42,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cpu"
 
 
-def drawn(device: str, rows: int, columns: int, dtype: torch.dtype, *, batch: int = 1, gates: bool = False) -> Any:
-    """a, b, c and log_decay: two heads, of which b has one."""
-    sizes = (2, rows), (1, rows), (2, columns)
+def drawn(
+    device: str, rows: int, columns: int, dtype: torch.dtype, *, batch: int = 1, gates: bool = False, of_b: int = 1
+) -> Any:
+    """a, b, c and log_decay: two heads, of which b has so many. Where they share b, a block takes them in turn."""
+    sizes = (2, rows), (of_b, rows), (2, columns)
     tokens = [
         torch.randn(batch, TILES.num_tokens, heads, dim).to(device, dtype).transpose(1, 2) for heads, dim in sizes
     ]
@@ -62,13 +64,13 @@ def outputs(x: list[Tensor], *, held: bool = False, tiles: Tiles = TILES, wide: 
 
 
 CASES = [
-    (64, 64, BF16, True, True, False),
-    (48, 80, FP16, False, True, True),
-    (128, 128, BF16, False, False, True),
+    (64, 64, BF16, True, True, False, 1),
+    (48, 80, FP16, False, True, True, 2),
+    (128, 128, BF16, False, False, True, 1),
 ]
 
 
-@pytest.mark.parametrize(("rows", "columns", "dtype", "reverse", "gates", "wide"), CASES)
+@pytest.mark.parametrize(("rows", "columns", "dtype", "reverse", "gates", "wide", "of_b"), CASES)
 def test_bits_of_the_kernel_with_states(
     device: str,
     rows: int,
@@ -77,12 +79,13 @@ def test_bits_of_the_kernel_with_states(
     reverse: bool,
     gates: bool,
     wide: bool,
+    of_b: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     walked: list[int] = []
     real = hopper.walking
     monkeypatch.setattr(hopper, "walking", lambda *sizes: walked.append(real(*sizes)) or walked[-1])
-    x = drawn(device, rows, columns, dtype, gates=gates)
+    x = drawn(device, rows, columns, dtype, gates=gates, of_b=of_b)
     options: dict[str, Any] = {"reverse": reverse, "wide": wide}
     found = outputs(x, **options)
     assert len(walked) == 1

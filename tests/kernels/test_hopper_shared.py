@@ -17,10 +17,11 @@ from test_hopper_token import BF16, FP16, FP32, ON_A_GPU, PACKED, decays
 
 import leetdist
 from helpers import NVCC, ptxas_report
+from leetdist.kernels.common import loader
 from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as alone
-from leetdist.kernels.token_decay.cuda import hopper, shared, shared_gradients
+from leetdist.kernels.token_decay.cuda import hopper, shared, shared_gradients, weights
 from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
 
@@ -321,6 +322,24 @@ def test_compiles_and_fits(source, name, rows, columns, groups, wide, reverse, c
     else:
         asked = shared.shared_memory(source, name, rows, columns, weighted)
     assert blocks * (asked + OWN) <= SHARED_MEMORY
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("rows", "share", "reverse"), [(128, 8, False), (64, 4, False), (128, 8, True), (64, 12, True)]
+)
+def test_all_that_a_pass_with_weights_asks_for_compiles(rows, share, reverse, tmp_path):
+    asked: set[Any] = set()
+    with emulated(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "kernel", lambda source, name, device, made, **_: asked.add((source, made)))
+        kind = BF16, False, reverse, 64 * 1024, torch.device("cpu")
+        weights.compile_for("weighted_values", rows, 64, *kind, share=share)
+    added = "grouped_outputs" if rows == 128 else "summed_outputs"
+    sources = {"paired_gradients", added} if reverse else {"shared_states", "paired_outputs"}
+    assert {source for source, _ in asked} == {f"token_decay/cuda/{source}.cu" for source in sources}
+    for source, made in asked:
+        assert ("WEIGHTED", 1) in made or ("AGAIN", 1) in made
+        ptxas_report(source, "sm_90a", made, tmp_path)
 
 
 SUMS = [(4, 64, 2, 2), (6, 128, 6, 2), (12, 128, 4, 4), (64, 128, 8, 8), (32, 128, 16, 8), (24, 128, 12, 4)]

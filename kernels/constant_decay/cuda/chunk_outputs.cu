@@ -59,7 +59,7 @@ chunk_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o,
         Tables tables;
         tables.place(own, tile, log_decay TOKENS_);
         tables.start(tile, log_decay TOKENS_);
-        if (tile.head != head) tables.set(scale, 1.0f, 1.0f);
+        if (SLOT || tile.head != head) tables.set(scale, 1.0f, 1.0f);  // a decay a token leaves nothing from tile to tile
         head = tile.head;
         wait_arrival(arrivals + stage * 8, (program - begin) / 2 & 1);
         if (count < CHUNK) zero_rows<STORED_ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);

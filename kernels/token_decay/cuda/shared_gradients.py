@@ -109,7 +109,7 @@ def compile_for(
     late = step == "late_gradients"
     shared.compile_for("tile_outputs", columns, rows, dtype, True, late, programs, device, share, weighted=weighted)
     for name in hopper.OUTPUTS if late else hopper.OUTPUTS[:1]:
-        _kernel(name, rows, late, weighted, device)
+        _kernel(name, rows, late, weighted and name != hopper.AGAIN, device)
 
 
 def flows(
