@@ -8,6 +8,14 @@ from torch import Tensor
 from leetdist.arguments import is_memory
 
 
+def strides_as(x: Tensor, heads: int, dim: int) -> tuple[int, int, int, int]:
+    """Of `empty_as`'s tensor."""
+    tokens = max(1, x.shape[2])
+    if x.stride(1) < x.stride(2):
+        return tokens * heads * dim, dim, heads * dim, 1
+    return heads * tokens * dim, tokens * dim, dim, 1
+
+
 def empty_as(x: Tensor, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
     """(B, heads, N, dim), laid out in memory as x is: a (B, N, H, D) model gets its own layout back."""
     batch, _, tokens, _ = x.shape

@@ -16,25 +16,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, library
 from torch._compile import _disable_dynamo
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
-from torch.autograd import forward_ad
 
 from leetdist.engine import transforms
 from leetdist.engine.checks import describe
 from leetdist.engine.inputs import canonical_options, canonical_tensors, state_dtype
-from leetdist.engine.layout import empty_as, row_major
+from leetdist.engine.layout import empty_as, row_major, strides_as
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan, plan_call
 from leetdist.sequence.group import by_name
 from leetdist.sequence.shard import move
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """One call as an op takes it, in this order; the arguments are `leetdist.linear_attention`'s, the group by name."""
 
@@ -62,7 +62,10 @@ class Call:
 
     def options(self) -> dict[str, Any]:
         """What `describe` takes beside q, k, v and log_decay."""
-        return {name: getattr(self, name) for name in OPTIONS}
+        values = (
+            self.initial_state, self.cu_seqlens, self.scale, self.return_state, self.method, self.tile, self.precision
+        )  # fmt: skip
+        return dict(zip(OPTIONS, values, strict=True))
 
     def plan(self) -> Plan:
         return plan_call(
@@ -94,12 +97,7 @@ BACKWARD = (
 def wanted(q: Any) -> bool:
     """Whether a call is to go through the ops: something of PyTorch's follows its operations, or there are no numbers.
     Everything else takes the shorter way (leetdist.engine.call)."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if transforms.followed():
         return True
     return isinstance(q, Tensor) and (q.is_meta or (type(q) is not Tensor and _is_fake(q)))
 
@@ -218,8 +216,10 @@ def _aligned(x: Tensor, plan: Plan, *, back: bool = False) -> Tensor:
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     """x with the strides that the op's fake promises."""
-    promised = empty_as(like, x.shape[1], x.shape[3], x.dtype)
-    return x if x.stride() == promised.stride() else promised.copy_(x)
+    _, heads, _, dim = x.shape
+    if x.stride() == strides_as(like, heads, dim):
+        return x
+    return empty_as(like, heads, dim, x.dtype).copy_(x)
 
 
 _library = library.Library("leetdist", "DEF")
@@ -231,15 +231,29 @@ def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., 
     PyTorch keeps compiled graphs on disk by the names of their ops: an op whose arguments change needs another name.
     """
     _library.define(f"{name}{schema}")
-    _library.impl(name, _disable_dynamo(torch.no_grad()(run)), "CompositeExplicitAutograd")
+    _library.impl(name, _unseen(run), "CompositeExplicitAutograd")
     library.register_fake(f"leetdist::{name}", fake, lib=_library)
     return getattr(torch.ops.leetdist, name).default
+
+
+def _unseen(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, where torch.compile traces none of it, and autograd records nothing."""
+
+    @wraps(run)
+    def unrecorded(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args)
+        with torch.no_grad():
+            return run(*args)
+
+    return _disable_dynamo(unrecorded)
 
 
 def _define_passes(name: str, *, in_order: bool) -> tuple[Any, Any]:
     forward = define(name, FORWARD, _run_forward, _fake_forward)
     backward = define(f"{name}_backward", BACKWARD, _run_backward, _fake_backward)
-    transforms.register(_library, forward, backward, in_order=in_order)
+    runs = _unseen(_run_forward), _unseen(_run_backward)
+    transforms.register(_library, forward, backward, runs, in_order=in_order)
     if in_order:
         for op in (forward, backward):
             _register_effectful_op(op, _EffectType.ORDERED)

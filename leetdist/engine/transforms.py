@@ -25,6 +25,16 @@ NO_FORWARD_MODE = (
 )
 
 
+def followed() -> bool:
+    """Whether something of PyTorch's follows operations: a compiler, torch.func, forward mode, or a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 class _Forward(_SingleLevelFunction):
     """The forward op, differentiable: `_Forward.apply(op, its backward op, *arguments)`."""
 
@@ -178,8 +188,27 @@ class _InOrder:
         return results
 
 
-def register(ops_library: library.Library, forward: Any, backward: Any, *, in_order: bool) -> None:
-    """Make a pair of ops differentiable and mappable. in_order: calls keep their order in compiled graphs."""
+def _only_numbers(args: tuple[Any, ...]) -> bool:
+    """Whether all that a call of an op asks for is numbers, as a compiled graph does: no derivative, and nobody follows
+    it. Then the dispatcher need not be asked again, nor autograd, which takes longer than the launches of a call."""
+    if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or followed():
+        return False
+    return all(type(x) in _IN_MEMORY and not x.is_meta for x in args if isinstance(x, Tensor))
+
+
+_IN_MEMORY = frozenset((Tensor, torch.nn.Parameter))
+
+
+def register(
+    ops_library: library.Library,
+    forward: Any,
+    backward: Any,
+    runs: tuple[Callable[..., Any], Callable[..., Any]],
+    *,
+    in_order: bool,
+) -> None:
+    """Make a pair of ops differentiable and mappable. runs: what computes them; in_order: calls keep their order in
+    compiled graphs."""
 
     def differentiated(function: type[_SingleLevelFunction], *ops: Any) -> Callable[..., Any]:
         def kernel(*args: Any) -> Any:
@@ -190,11 +219,15 @@ def register(ops_library: library.Library, forward: Any, backward: Any, *, in_or
 
         return kernel
 
+    def quick(run: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: run(*args) if _only_numbers(args) else kernel(*args)
+
     forward_kernel = differentiated(_Forward, forward, backward)
     backward_kernel = differentiated(_Backward, backward)
     if in_order:  # what the next call takes is small: a view of the states, the gradient of log_decay
         forward_kernel = _InOrder(forward_kernel, ARGUMENTS, 2, saved=True)
         backward_kernel = _InOrder(backward_kernel, ARGUMENTS + 4, 3, saved=False)
+    forward_kernel, backward_kernel = quick(runs[0], forward_kernel), quick(runs[1], backward_kernel)
     name, name_of_backward = (op.name().partition("::")[2] for op in (forward, backward))
     ops_library.impl(name, forward_kernel, "Autograd")
     ops_library.impl(name_of_backward, backward_kernel, "Autograd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -106,6 +107,27 @@ def test_saved_states_are_not_to_be_copied() -> None:
     assert ops._backward(*arguments, states, o, final, True)[0].shape == q.shape
     with pytest.raises(RuntimeError, match="saved for the backward was copied"):
         ops._backward(*arguments, states.clone(), o, final, True)
+
+
+@pytest.mark.parametrize("layout", [False, True], ids=["heads first", "tokens first"])
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_outputs_lie_as_promised(tokens: int, layout: bool) -> None:
+    q = inputs(max(1, tokens), layout=layout)[0][:, :, :tokens]
+    promised = ops.empty_as(q, 4, 24, torch.bfloat16)
+    assert ops.strides_as(promised, 4, 24) == ops.strides_as(q, 4, 24) == promised.stride()
+
+
+def test_outputs_are_the_memory_that_is_taken() -> None:
+    """Nothing as large as an output is taken beside it: at 131,072 tokens that was a gibibyte."""
+    q, k, v, g = inputs(2000, kv_heads=4)
+    arguments = (q, k, v, g, None, None, 0.5, False, "auto", 256, None, "")
+    o, _, states = ops._forward(*arguments)
+    for op, more, outputs in ((ops._forward, (), [o]), (ops._backward, (states, o, None, False), [q, k, v])):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            op(*arguments, *more)
+        taken = Counter(event.self_cpu_memory_usage for event in profile.events())
+        wanted = Counter(x.nbytes for x in outputs)
+        assert {size: taken[size] for size in wanted} == wanted
 
 
 def test_virtual_ranks() -> None:
