@@ -110,7 +110,7 @@ def test_weights_have_the_bits_of_the_product(device, monkeypatch):
     gpu = device == "cuda"
     if not gpu:  # what it adds up, as it is
         monkeypatch.setattr(added_up, "added_up", lambda *given, **_: torch.cat(given[8:10], 2))
-    for rows, tiles, batch in WEIGHTED_CASES if gpu else [(64, Tiles(128, (0, 66, 70)), 1)]:
+    for rows, tiles, batch in WEIGHTED_CASES if gpu else [(rows, Tiles(128, (0, 66, 70)), 1) for rows in (64, 128)]:
         q, k, x, states, g = draw(device, tiles, rows, 4, BF16, "mixed", batch)
         do, ends = torch.randn_like(x), torch.randn_like(states)
         w = torch.rand(g.shape, device=device)

@@ -137,8 +137,24 @@ __device__ __forceinline__ void load_left(Word from, Word (&x)[4][4]) {
     for (int step = 0; step < 4; step++) load_transposed(from + step * 16 * 128, x[step]);
 }
 
-// A chunk of 64 columns in shared memory times a number for each of its first `count` tokens, rounded. A warp does so with
-// what load_left gives it.
+// What load_left gives of a chunk times a number for each token, rounded; of tokens that are not there, zero_numbers first
+// puts zeros to where the numbers lie.
+__device__ __forceinline__ void weigh(Word (&x)[4][4], Word weights) {
+    weights += threadIdx.x % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {  // 8 tokens, two of them this thread's
+        const float first = load(weights + i * 32), second = load(weights + i * 32 + 4);
+#pragma unroll
+        for (int j = i % 2 * 2; j < i % 2 * 2 + 2; j++)
+            x[i / 2][j] = pack(unpack(x[i / 2][j], 0) * first, unpack(x[i / 2][j], 1) * second);
+    }
+}
+__device__ __forceinline__ void zero_numbers(Word weights, int count) {
+    const int token = thread_number();
+    if (token >= count && token < CHUNK) store(weights + token * 4, 0.0f);
+}
+// The same of 64 columns in shared memory, of the first `count` tokens, where products read them there. A warp does so
+// with what load_left gives it.
 __device__ __forceinline__ void weigh_rows(Word chunk, Word weights, int count) {
     const int lane = threadIdx.x % 32, vector = thread_number() / 32 * 2 + lane % 2;
     const int first = lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8;  // no two in the same banks

@@ -95,17 +95,21 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
     if (CLUSTER > 1) meet_cluster();
     else __syncthreads();
     if (threadIdx.x == 0) fetch_chunk(0);
+    auto arrived = [&](int step) { wait_arrival(arrivals + step % 2 * 8, step / 2 & 1); };
+    auto weigh_chunk = [&](int step, int own) {  // one of the warpgroup's two heads; v is b, or reversed a
+        if (step >= tile.chunks) return;
+        const int h = OWN * group + own;
+        arrived(step);
+        weigh_rows(REVERSE ? place_a(step, h) : place_b(step, h), tables(h).weights(slot(step, h)), tile.count(step));
+    };
+    for (int own = 0; WEIGHTED && own < OWN; own++) weigh_chunk(0, own);
 
     for (int step = 0; step < tile.chunks; step++) {
         const Word c_i = place_c(step) + group * COLUMNS_BYTES;
         const int count = tile.count(step);
-        wait_arrival(arrivals + step % 2 * 8, step / 2 & 1);
-        if (WEIGHTED) {  // v is b; reversed, a
-            for (int h = OWN * group; h < OWN * group + OWN; h++)
-                weigh_rows(REVERSE ? place_a(step, h) : place_b(step, h), tables(h).weights(slot(step, h)), count);
-            if (AGAIN) __syncthreads();
-        }
+        arrived(step);
         if (AGAIN) {
+            if (WEIGHTED) __syncthreads();
             for (int zero = 0; zero < 2; zero++) {
                 for (int h = 0; h < HEADS; h++) lost.find<ROWS, false>(place_b(step, h), step, count, zero);
                 lost.find<COLUMNS, true>(c_i, step, count, zero);
@@ -210,6 +214,7 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
             weighted.set(x, tables(h).pairs);
             fade(state[h][0], load(all_faded + h * 4));
             advance(state[h][0], weighted, place_b(step, h));
+            if (WEIGHTED && h >= HEADS - OWN) weigh_chunk(step + 1, h - (HEADS - OWN));  // meanwhile
             wait_products<0>();
             here(state[h][0]), here(weighted);
         }

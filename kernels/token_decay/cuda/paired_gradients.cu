@@ -71,6 +71,7 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
         moved.move(h * Tables::BYTES, h * decay_head);
         return moved;
     };
+    auto weights = [&](int step, int h) { return tables(h).weights(slot(step, own(h))); };
     auto fetch_first = [&](int step) {  // by the last that has read what lies there: all but what outputs leave from
         if (step >= tile.chunks) return;
         const int first = tile.first(step), count = tile.count(step);
@@ -159,8 +160,10 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
         }
         if (count < CHUNK) {  // both warpgroups write the same zeros to a and b
             zero_rows<ROWS>(a_i, count), zero_rows<ROWS>(b_i, count);
-            for (int h = 0; h < HEADS; h++)
+            for (int h = 0; h < HEADS; h++) {
                 zero_rows<COLUMNS>(place_c(step, h), count), zero_rows<COLUMNS>(place_d(step, h), count);
+                if (WEIGHTED && LATE) zero_numbers(weights(step, h), count);
+            }
             publish();
         }
         meet();  // all have summed and written what they make of the chunk before
@@ -174,8 +177,8 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
         for (int i = 0; i < STEPS; i++) product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
         end_products();
 #pragma unroll
-        for (int h = 0; WEIGHTED && h < HEADS; h++)  // v is c; late, d
-            weigh_rows(LATE ? place_d(step, h) : place_c(step, h), tables(h).weights(slot(step, own(h))), count);
+        for (int h = 0; WEIGHTED && !LATE && h < HEADS; h++)  // v is c; late, d, which no product reads
+            weigh_rows(place_c(step, h), weights(step, h), count);
 #pragma unroll
         for (int h = 0; h < HEADS; h++) tables(h).read(slot(step, own(h)), count, faded[h]);
         wait_products<0>();
@@ -243,6 +246,7 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
             tables(h).fade(o_i, units.unit, count);
             if (!AGAIN) {
                 load_left(place_d(step, h) + place_transposed(), x);
+                if (WEIGHTED && LATE) weigh(x, weights(step, h));
                 sum_columns(o_i, x, sums_of(h, 0) + warp * CHUNK * 4);
             }
             load_left(c_i + place_transposed(), x);

@@ -103,17 +103,15 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
         }
     };
 
-    auto weigh_c = [&](int step, int count) {
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) weigh_rows(place_c(step, h), tables(h).weights(slot(step, h)), count);
-    };
+    auto weights = [&](int step, int h) { return tables(h).weights(slot(step, h)); };
 
     for (int step = 0; step < tile.chunks; step++) {
         const Word a_i = place_a(step), b_i = place_b(step);
         const int count = tile.count(step);
         wait_arrival(arrivals + step % 2 * 8, step / 2 & 1);
         if (AGAIN) {
-            if (WEIGHTED) weigh_c(step, count), __syncthreads();
+            for (int h = 0; WEIGHTED && h < HEADS; h++) weigh_rows(place_c(step, h), weights(step, h), count);
+            if (WEIGHTED) __syncthreads();
             for (int zero = 0; zero < 2; zero++) {
                 for (int h = 0; h < HEADS; h++) {
                     const Lost lost(all_lost + h * Lost::BYTES);
@@ -126,7 +124,10 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
         }
         if (count < CHUNK) {
             zero_rows<ROWS>(b_i, count);
-            for (int h = 0; h < HEADS; h++) zero_rows<COLUMNS>(place_c(step, h), count);
+            for (int h = 0; h < HEADS; h++) {
+                zero_rows<COLUMNS>(place_c(step, h), count);
+                if (WEIGHTED) zero_numbers(weights(step, h), count);
+            }
             publish();
         }
         meet();  // all have written the outputs of the chunk before, and read its scores
@@ -141,7 +142,6 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
 #pragma unroll
         for (int i = 0; i < STEPS; i++) product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
         end_products();
-        if (WEIGHTED && !AGAIN) weigh_c(step, count);
         auto start_from_state = [&](int h) {
             units.set(state[h][0]);
             hold(state[h][0], units.power, 0, held);
@@ -172,6 +172,7 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
             const Word c_i = place_c(step, h);
             Word x[4][4];
             load_left(c_i + place_transposed(), x);
+            if (WEIGHTED && !AGAIN) weigh(x, weights(step, h));
             if (h == 0) wait_products<0>();
             here(o_i), here(held);
             tables(h).fade(o_i, units.unit, count);

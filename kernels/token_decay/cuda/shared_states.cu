@@ -67,6 +67,7 @@ shared_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float sc
         wait_arrival(arrivals + step % STAGES * 8, step / STAGES & 1);
         if (count < CHUNK) {  // all write the same zeros to b
             zero_rows<ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
+            if (WEIGHTED) zero_numbers(weights.weights(slot(step, group)), count);
             publish();
             meet();
         }
@@ -77,8 +78,8 @@ shared_states(OPERAND(b), OPERAND(c), float* out, TILES, Offset unread, float sc
 #pragma unroll
             for (int i = 0; i < HELD; i++) state[i] = 0.0f;
         Word x[4][4];
-        if (WEIGHTED) weigh_rows(c_i, weights.weights(slot(step, group)), count), __syncwarp();
         load_left(c_i + place_transposed(), x);
+        if (WEIGHTED) weigh(x, weights.weights(slot(step, group)));
         Weighted weighted;
         weighted.set(x, weights.pairs);
         fade(state, faded);
