@@ -22,6 +22,8 @@ class OpenTiles:
     start: (slots, H, Dk, Dv) fp32, the state at the open tile's start.
     walked: the same shape, the walk's state at the open chunk's start.
     own: the same shape, the sum of the tile's own closed chunks.
+    held: (slots, H, any), what the kernels read in place of `walked` until the chunk is closed, made of it by
+        `leetdist.operators.opened.Opened.held`; None where they have no such form.
     k, v: (slots, Hk or Hv, chunk, Dk or Dv), the open chunk's tokens; rows behind them mean nothing.
     log_decay: (H,) fp32; or of a decay a token (slots, H, chunk), beside k and v.
     keep: (H,) fp32, what is left of the state before a full tile, as the fold rounds it; None for a decay a token.
@@ -35,6 +37,7 @@ class OpenTiles:
     start: Tensor
     walked: Tensor | None
     own: Tensor | None
+    held: Tensor | None
     k: Tensor
     v: Tensor
     log_decay: Tensor
@@ -50,7 +53,7 @@ class OpenTiles:
     @property
     def rows(self) -> dict[str, Tensor]:
         """The tensors with a row a slot, by name."""
-        names = ("start", "walked", "own", "k", "v", "log_decay", "total", "tokens")
+        names = ("start", "walked", "own", "held", "k", "v", "log_decay", "total", "tokens")
         found = {name: getattr(self, name) for name in names if name != "log_decay" or self.by_token}
         return {name: x for name, x in found.items() if x is not None}
 

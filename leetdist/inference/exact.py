@@ -31,12 +31,14 @@ def open_tiles(slots: int, like: State) -> OpenTiles:
     state, parts = (heads, dk, dv), chunk < like.tile
     full, by_token = like.boundary.dtype, like.by_token
     decay = like.log_decay.to(full).contiguous()
+    walked = zeros(*state, dtype=full) if parts else None
     return OpenTiles(
         tile=like.tile,
         chunk=chunk,
         start=zeros(*state, dtype=full),
-        walked=zeros(*state, dtype=full) if parts else None,
+        walked=walked,
         own=zeros(*state, dtype=full) if parts else None,
+        held=None if walked is None else opened.held(walked),
         k=zeros(like.k.shape[1], chunk, dk, dtype=like.k.dtype),
         v=zeros(like.v.shape[1], chunk, dv, dtype=like.v.dtype),
         log_decay=zeros(heads, chunk, dtype=full) if by_token else decay,
@@ -72,6 +74,11 @@ def rows_of(state: State, open_: OpenTiles) -> dict[str, Tensor]:
         "v": torch.nn.functional.pad(state.v, (0, 0, 0, room)),
         "tokens": torch.tensor([state.tokens], device="cpu"),
     }
+    if open_.held is not None:
+        held = state.opened.held(rows["walked"])
+        if held is None:
+            raise ValueError("the pool was made for other kernels than those that the environment asks for now")
+        rows["held"] = held
     if state.by_token:
         heads = state.boundary.shape[:2]
         rows["log_decay"] = torch.nn.functional.pad(state.log_decay, (0, room))
@@ -138,7 +145,7 @@ def exact_advance(
 
 
 # What `OpenTiles` holds and steps change; its log_decay where that is a token's.
-TENSORS = ("start", "walked", "own", "k", "v", "log_decay", "total", "tokens", "arrived")
+TENSORS = ("start", "walked", "own", "held", "k", "v", "log_decay", "total", "tokens", "arrived")
 
 
 def _run_exact(
@@ -160,9 +167,9 @@ def _run_exact(
 _exact_op = define(
     "exact_steps",
     "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? constant, Tensor? keep, Tensor(a!) start, "
-    "Tensor(b!)? walked, Tensor(c!)? own, Tensor(d!) held_k, Tensor(e!) held_v, Tensor(f!)? held_decay, "
-    "Tensor(g!)? total, Tensor(h!) tokens, Tensor(i!) arrived, int tile, int chunk, float scale, Tensor? index, "
-    "Tensor? lengths) -> Tensor",
+    "Tensor(b!)? walked, Tensor(c!)? own, Tensor(d!)? held, Tensor(e!) open_k, Tensor(f!) open_v, "
+    "Tensor(g!)? open_decay, Tensor(h!)? total, Tensor(i!) tokens, Tensor(j!) arrived, int tile, int chunk, "
+    "float scale, Tensor? index, Tensor? lengths) -> Tensor",
     _run_exact,
     lambda q, k, v, log_decay, constant, keep, start, *_: q.new_empty(
         q.shape[0], start.shape[1], q.shape[2], start.shape[3]

@@ -39,7 +39,8 @@ class StatePool:
     A slot takes one fp32 state; of an exact pool three (the state at the open tile's start, that at the open chunk's,
     and what the tile adds) and the keys and values of a chunk of 64 tokens (128 on a CPU): with heads of 128 in bf16
     64 + 64 + 64 + 32 KiB a head, instead of 64. A tile of one chunk needs one state: 64 + 32 KiB. An exact step reads
-    one state and the open tokens, and writes these alone; at a chunk's end it writes states.
+    one state and the open tokens, and writes these alone; at a chunk's end it writes states. On Hopper the state at
+    the open chunk's start is there as products take it too, rounded (32 KiB more), and a step reads that alone.
 
     Attributes:
         states: (slots + 1, H, Dk, Dv), the last one being `idle`; of an exact pool those at the open tiles' starts.

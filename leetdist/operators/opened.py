@@ -89,6 +89,17 @@ class Opened:
         """Some chunks further inside a tile, in place (pytorch/open_chunk.py)."""
         self.module.advance(k, v, log_decay, walked, own, total, tile=self.tile, at=at)
 
+    def held(self, walked: Tensor) -> Tensor | None:
+        """What the module's own `open_steps` reads of the walk's states, (B, H, any); None where it has none, or reads
+        them as they are."""
+        if not self.has_held(*walked.shape[2:]):
+            return None
+        found: Tensor = self.module.held(walked, self.dtype)
+        return found
+
+    def has_held(self, rows: int, columns: int) -> bool:
+        return hasattr(self.module, "held") and self.module.steps_serve(rows, columns)
+
     def left_out(self, log_decay: Tensor) -> Tensor | None:
         """(H,): tokens at a full tile's start that its sum leaves out."""
         found: Tensor | None = self.module.left_out(log_decay, self.tile) if log_decay.ndim == 1 else None
@@ -142,8 +153,10 @@ def open_steps(
     b works on slot index[b] (b without an index), and moves it on by lengths[b] tokens (T without lengths). No value is
     read on the host of a GPU. A row whose slot or length does not exist changes nothing and gets NaN.
     """
+    if open_.walked is not None and opened.has_held(q.shape[3], v.shape[3]) != (open_.held is not None):
+        raise ValueError("the pool was made for other kernels than those that the environment asks for now")
     own = getattr(opened.module, "open_steps", None)
-    if own is not None and opened.module.steps_serve(q.shape[3], v.shape[3]):
+    if own is not None and open_.walked is not None and opened.module.steps_serve(q.shape[3], v.shape[3]):
         o: Tensor = own(q, k, v, open_, log_decay, scale=scale, index=index, lengths=lengths)
         return o
     slots, kept, good = rows_of_calls(open_.tokens.shape[0], q.shape[0], q.shape[2], q.device, index, lengths)

@@ -1,8 +1,8 @@
 // A few tokens of decoding with the bits of one call: see leetdist.kernels.common.open_tiles.
 //
 // tile_outputs.cu walks a tile in chunks of 64 tokens. A token's outputs are a row of its products, and no row depends on
-// another, so here are the same sums of the new tokens' rows alone, from the state at the open chunk's start (`walked`)
-// and the chunk's tokens (the ring, and those of the call). Where a chunk is full, the walk goes on, the tile's own sum
+// another, so here are the same sums of the new tokens' rows alone, from the state at the open chunk's start (`held`, the
+// rounded form of `walked`) and the chunk's tokens (the ring, and those of the call). Where a chunk is full, the walk goes on, the tile's own sum
 // (`own`) as tile_states.cu adds it up, and at the tile's end the fold. Bits rest on this: what a tensor core makes of 16
 // products and a sum is the same in wgmma and in mma.sync, whichever operand is on the left.
 //
@@ -18,6 +18,7 @@
 #include "hopper_tile.cuh"
 #include "hopper_held.cuh"
 #include "hopper_warp.cuh"
+#include "open_held.cuh"
 
 // What a block computes.
 struct Row {
@@ -33,7 +34,7 @@ struct Row {
 
 constexpr int MOST = 8;  // tokens of a call
 constexpr int TEAM = COLUMNS / 16, ALL = 32 * TEAM, WIDTH = COLUMNS * SPLITS;
-constexpr int RESIDENT = (ROWS > 128 ? 256 : 512) / ALL;  // blocks, by their registers
+constexpr int RESIDENT = (ROWS > 128 ? 256 : COLUMNS > 64 ? 768 : 512) / ALL;  // blocks, by their memory
 // Bytes from a token to the next: one row of a product begins 16 bytes of banks behind the one before.
 constexpr int ROW_PITCH = ROWS * 2 + 16, COLUMN_PITCH = COLUMNS * 2 + 16, SCORE_PITCH = CHUNK * 2 + 16;
 
@@ -101,8 +102,8 @@ template <int DIM, int PITCH, int NEXT> struct Tokens {
 #define GIVEN(x) const Bits *x, Offset x##_batch, Offset x##_head, Offset x##_token, Offset x##_share
 
 extern "C" __global__ void __launch_bounds__(ALL, RESIDENT)
-open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, float* own, Bits* ring_k, Bits* ring_v,
-           Offset* ages, unsigned* arrived, const void* index, Offset next_index, Offset wide_index, const void* lengths,
+open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, float* own, Bits* held, Bits* ring_k,
+           Bits* ring_v, Offset* ages, unsigned* arrived, const void* index, Offset next_index, Offset wide_index, const void* lengths,
            Offset next_length, Offset wide_lengths, Offset count, Offset slots, Offset heads, Offset tile, DECAYS,
            float scale) {
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, left = lane / 4, two = 2 * (lane % 4);
@@ -118,20 +119,20 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
     }
     const int kept = int(length);
 
-    // The state at the chunk's start, transposed: S^T (16 columns x ROWS) a warp.
-    const Offset block_place = (row.slot * heads + row.head) * ROWS * WIDTH + first_column;
-    const Offset place = block_place + two * WIDTH + 16 * warp + 2 * left;
-    walked += place;
-    float state[HELD];
-#pragma unroll
-    for (int i = 0; i < HELD; i += 4)
-#pragma unroll
-        for (int j = 0; j < 2; j++) load_two(walked + (2 * i + j) * WIDTH, state[i + j], state[i + 2 + j]);
     const Offset age = ages[row.slot];
-    const int open = int(age % CHUNK), chunk_start = int(age % tile) - open, after = open + kept;
+    // The state at the chunk's start, transposed: S^T (16 columns x ROWS) a warp.
+    const Offset matrix = row.slot * heads + row.head, block_place = matrix * ROWS * WIDTH + first_column;
+    const Word base = shared_memory(), state = base + warp * Held::BYTES, arrival = base + TEAM * Held::BYTES;
+    held += (matrix * (WIDTH / 16) + first_column / 16) * (Held::BYTES / 2);
+    if (thread == 0) {
+        init_arrival(arrival), publish(), expect(arrival, TEAM * Held::BYTES);
+        fetch_bytes(base, reinterpret_cast<const char*>(held), TEAM * Held::BYTES, arrival);
+    }
+    held += warp * (Held::BYTES / 2);
+    const int open = int(age % CHUNK), chunk_start = int(age & (tile - 1)) - open, after = open + kept;
     const bool keeps = after >= CHUNK, closes = keeps || open + tokens > CHUNK, last = chunk_start + CHUNK == int(tile);
 
-    const Word base = shared_memory(), all_k = base, all_v = all_k + CHUNK * ROW_PITCH;
+    const Word all_k = arrival + 16, all_v = all_k + CHUNK * ROW_PITCH;
     const Word all_q = all_v + CHUNK * COLUMN_PITCH, seen = all_q + MOST * ROW_PITCH;
     const Word lost_columns = seen + MOST * SCORE_PITCH, lost_all = lost_columns + COLUMNS * 4;
     OpenWeights weights(lost_all + 16, row, DECAYS_);
@@ -160,33 +161,24 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
         wait_copies();
         __syncthreads();
     };
-    Word held[STEPS][4];
-    float unit[2];
-    auto hold_state = [&](const float (&state)[HELD]) {
-        Units units;
-        units.set(state);
-        unit[0] = units.unit[0], unit[1] = units.unit[1];
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) hold(state, units.power, i, held[i]);
-    };
     fetch_chunk();
     if (closes)  // what will be wanted then
         for (int i = thread; i < ROWS * (COLUMNS / 32); i += ALL) {
             const Offset line = block_place + i / (COLUMNS / 32) * WIDTH + i % (COLUMNS / 32) * 32;
-            prefetch(own + line);
-            if (last) prefetch(start + line);
+            prefetch(own + line), prefetch((last ? start : walked) + line);
         }
-    start += place, own += place;
+    const Offset place = block_place + two * WIDTH + 16 * warp + 2 * left;
+    start += place, walked += place, own += place;
     // All blocks of the row count when they have read its age, or where the chunk is full, when they have read all of it.
     const bool all_read = kept && !keeps && thread == 0 && arrives_last(arrived + row.slot, unsigned(heads * SPLITS));
     wait_chunk();
+    wait_arrival(arrival, 0);
     if (all_read) ages[row.slot] = age + kept;
     if (kept && !keeps) {
         if (split == 0 && row.head % int(k_share) == 0) own_k.keep(all_k, open, kept);
         if (row.head % int(v_share) == 0) own_v.keep(all_v, open, kept);
         if (split == 0) weights.keep_open(open, kept);
     }
-    hold_state(state);
 
     // The chunk that is open, and if the call's tokens fill it, the next one.
 #pragma unroll 1
@@ -243,14 +235,17 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
             for (int i = 0; i < 4; i++) x[i] = 0.0f;
 #pragma unroll
             for (int i = 0; i < STEPS; i += 2) {
-                Word z[4];
+                Word y[4], z[4];
                 load_matrices(from_q + i * 32, z);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    check(held[i + j], zeros);
-                    add_small(x, held[i + j], z[2 * j], z[2 * j + 1]);
+                    Held::get(state, i + j, y);
+                    check(y, zeros);
+                    add_small(x, y, z[2 * j], z[2 * j + 1]);
                 }
             }
+            float unit[2];
+            Held::get_units(state, unit);
 #pragma unroll
             for (int i = 0; i < 4; i++) x[i] *= weights.from_state(inside(i % 2), scale) * unit[i / 2];
             const bool bad = __syncthreads_or(zeros & 0x7fff7fffu);  // all have written their scores
@@ -258,12 +253,15 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
             lost = true;  // as in hopper_lost.cuh
             for (int i = thread; i <= COLUMNS; i += ALL) store(lost_columns + i * 4, Word(0x7fffffff));
             __syncthreads();
-#pragma unroll
-            for (int i = 0; i < STEPS; i++)
+#pragma unroll 1
+            for (int i = 0; i < STEPS; i++) {
+                Word y[4];
+                Held::get(state, i, y);
 #pragma unroll
                 for (int j = 0; j < 4; j++)
-                    if (not_finite(held[i][j], 0) || not_finite(held[i][j], 1))
+                    if (not_finite(y[j], 0) || not_finite(y[j], 1))
                         store_least(lost_columns + (16 * warp + 2 * left + j % 2) * 4, 0);
+            }
             own_k.clean(all_k, rows, lost_all, true), own_v.clean(all_v, rows, lost_columns, false);
             __syncthreads();
         }
@@ -298,28 +296,35 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
 #pragma unroll
         for (int i = 0; i < CHUNK / 16; i++) load_left(i, of_v[i]);
         weighted.set(of_v, weights.pairs);
-        float next[HELD], sum[2][2][4], walk[2][2][4];  // of 16 rows, while the next ones are on their way
+        float next[HALF ? HELD : 1];  // what units are found in; in local memory, so that none wait for registers but here
+        auto round = [&](const float* rows, const Units& units, int step) {
+            Word x[4];
+            Held::round(rows, units.power, x), Held::put(x, step, state);
+            if (keeps) Held::put(x, step, held);
+        };
+        float sums[2][4], walks[2][4], coming[2][2][4];  // of 16 rows, while the next ones are on their way
         const float* from = last ? start : walked;
-        auto load_rows = [&](int i, float (&sum)[2][4], float (&walk)[2][4]) {
+        auto load_rows = [&](int step, float (&sum)[2][4], float (&walk)[2][4]) {
 #pragma unroll
             for (int block = 0; block < 2; block++)
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    const Offset at = (2 * i + 8 * block + j) * WIDTH;
+                    const Offset at = (16 * step + 8 * block + j) * WIDTH;
                     sum[block][j] = sum[block][2 + j] = 0.0f;
                     if (!begins) load_two(own + at, sum[block][j], sum[block][2 + j]);
                     load_two(from + at, walk[block][j], walk[block][2 + j]);
                 }
         };
-        load_rows(0, sum[0], walk[0]);
+        load_rows(0, coming[0], coming[1]);
+#pragma unroll 1
+        for (int i = 0; i < STEPS; i++) {
 #pragma unroll
-        for (int i = 0; i < HELD; i += 8) {
-            float(&sums)[2][4] = sum[i / 8 % 2], (&walks)[2][4] = walk[i / 8 % 2];
-            if (i + 8 < HELD) load_rows(i + 8, sum[(i / 8 + 1) % 2], walk[(i / 8 + 1) % 2]);
+            for (int j = 0; j < 8; j++) sums[j / 4][j % 4] = coming[0][j / 4][j % 4], walks[j / 4][j % 4] = coming[1][j / 4][j % 4];
+            if (i + 1 < STEPS) load_rows(i + 1, coming[0], coming[1]);
             Word z[4][4];
 #pragma unroll
             for (int step = 0; step < 4; step++)
-                load_transposed(all_k + (16 * step + lane % 16) * ROW_PITCH + i * 4 + lane / 16 * 16, z[step]);
+                load_transposed(all_k + (16 * step + lane % 16) * ROW_PITCH + i * 32 + lane / 16 * 16, z[step]);
             auto fade = [&](float (&x)[2][4]) {
 #pragma unroll
                 for (int j = 0; j < 8; j++) x[j / 4][j % 4] *= faded;
@@ -349,16 +354,26 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
             }
 #pragma unroll
             for (int j = 0; keeps && j < 4; j++) {
-                const Offset at = (2 * i + 8 * (j / 2) + j % 2) * WIDTH;
+                const Offset at = (16 * i + 8 * (j / 2) + j % 2) * WIDTH;
                 store_two(own + at, sums[j / 2][j % 2], sums[j / 2][2 + j % 2]);
                 store_two(walked + at, walks[j / 2][j % 2], walks[j / 2][2 + j % 2]);
                 if (last) store_two(start + at, walks[j / 2][j % 2], walks[j / 2][2 + j % 2]);
             }
+#if HALF
 #pragma unroll
-            for (int j = 0; j < 8; j++) next[i + j] = walks[j / 4][j % 4];
+            for (int j = 0; j < 8; j++) next[8 * i + j] = walks[j / 4][j % 4];
         }
+        Units units;
+        units.set(next);
+#pragma unroll 1
+        for (int i = 0; i < STEPS; i++) round(next + 8 * i, units, i);
+        Held::put_units(units.unit, state);
+        if (keeps) Held::put_units(units.unit, held);
+#else
+            round(walks[0], Units(), i);
+        }
+#endif
         if (open + tokens <= CHUNK) break;
-        hold_state(next);
         shift += CHUNK, rows = tokens - shift;
         __syncthreads();  // all have read the chunk
         fetch_chunk(), wait_chunk();

@@ -22,6 +22,7 @@ from leetdist.kernels.constant_decay.cuda import hopper
 CHUNK = 64  # tokens
 MOST = 8  # tokens of a call
 WARP = 16  # columns of a state that one holds, and threads of it by two
+SOURCES = {"open_steps": "open_chunk.cu", "open_held": "open_held.cu"}
 TABLES = 256, 1536  # bytes of weights: of a constant decay, and of a decay a token
 
 
@@ -176,6 +177,7 @@ def open_steps(
         return o
     assert open_.walked is not None
     assert open_.own is not None
+    assert open_.held is not None
     columns = columns_of(batch * heads, rows, dim, hopper._multiprocessors(q.device))
     decays: tuple[int, ...]
     if log_decay is None:
@@ -185,27 +187,44 @@ def open_steps(
         assert open_.total is not None
         decays = log_decay.data_ptr(), *log_decay.stride(), open_.log_decay.data_ptr(), open_.total.data_ptr()
     given = [_aligned(x) for x in (q, k, v)]
-    launch = _kernel(rows, columns, dim // columns, q.dtype, log_decay is not None, q.device)
+    launch = _kernel("open_steps", rows, columns, dim // columns, q.dtype, log_decay is not None, q.device)
     launch(
         (heads * (dim // columns), batch), 2 * columns,
         *(x for tensor in given for x in (tensor.data_ptr(), *tensor.stride()[:3], heads // tensor.shape[1])),
         o.data_ptr(), open_.start.data_ptr(), open_.walked.data_ptr(), open_.own.data_ptr(),
-        open_.k.data_ptr(), open_.v.data_ptr(), open_.tokens.data_ptr(), open_.arrived.data_ptr(),
+        open_.held.data_ptr(), open_.k.data_ptr(), open_.v.data_ptr(), open_.tokens.data_ptr(),
+        open_.arrived.data_ptr(),
         *_numbers(index), *_numbers(lengths), tokens, open_.tokens.shape[0], heads, open_.tile, *decays, float(scale),
     )  # fmt: skip
     return o
 
 
+def held(walked: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `open_steps` reads of the walk's states (B, H, Dk, Dv) until a chunk is closed: rounded to `dtype` as
+    products take them, in the order of threads, (B, H, Dk * Dv), in fp16 with a unit a column behind 16 of them."""
+    (batch, heads, rows, dim), walked = walked.shape, walked.contiguous()
+    made = walked.new_empty(batch, heads, dim * (rows + 2 * (dtype == torch.float16)), dtype=dtype)
+    columns = columns_of(batch * heads, rows, dim, hopper._multiprocessors(walked.device))
+    launch = _kernel("open_held", rows, columns, dim // columns, dtype, False, walked.device)
+    if made.numel():
+        launch((batch * heads * (dim // columns),), 2 * columns, walked.data_ptr(), made.data_ptr())
+    return made
+
+
 def columns_of(programs: int, rows: int, columns: int, multiprocessors: int) -> int:
-    """Columns of a state that a block holds; no bit depends on it. Few states are shared by more blocks."""
-    return 32 if programs * (columns // 64) < multiprocessors else 64
+    """Columns of a state that a block holds; no bit depends on it. Few states are shared by more blocks; of many, one
+    block has all columns, and reads the keys once."""
+    if programs * (columns // 64) < multiprocessors:
+        return 32
+    return 128 if rows <= 128 and columns % 128 == 0 else 64
 
 
 def shared_memory(rows: int, columns: int, token: bool) -> int:
     """Bytes that a block asks for."""
     pitch, pitch_of_columns, pitch_of_scores = (2 * x + 16 for x in (rows, columns, CHUNK))
+    state = columns * 2 * (rows + 2) + 16  # with units, and what says that it is there
     tokens = CHUNK * (pitch + pitch_of_columns) + MOST * (pitch + pitch_of_scores)
-    return 1024 + tokens + 4 * columns + 16 + TABLES[token]
+    return 1024 + state + tokens + 4 * columns + 16 + TABLES[token]
 
 
 def defines(rows: int, columns: int, splits: int, dtype: torch.dtype, token: bool) -> tuple[tuple[str, int], ...]:
@@ -217,11 +236,11 @@ def defines(rows: int, columns: int, splits: int, dtype: torch.dtype, token: boo
 
 @cache
 def _kernel(
-    rows: int, columns: int, splits: int, dtype: torch.dtype, token: bool, device: torch.device
+    name: str, rows: int, columns: int, splits: int, dtype: torch.dtype, token: bool, device: torch.device
 ) -> loader.Kernel:
     return loader.kernel(
-        "constant_decay/cuda/open_chunk.cu", "open_steps", device, defines(rows, columns, splits, dtype, token),
-        shared_memory=shared_memory(rows, columns, token), features="a",
+        f"constant_decay/cuda/{SOURCES[name]}", name, device, defines(rows, columns, splits, dtype, token),
+        shared_memory=shared_memory(rows, columns, token) if name == "open_steps" else 0, features="a",
     )  # fmt: skip
 
 

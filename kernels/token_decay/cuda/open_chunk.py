@@ -7,11 +7,11 @@ from functools import partial
 from torch import Tensor
 
 from leetdist.kernels.constant_decay.cuda import open_chunk as constant
-from leetdist.kernels.constant_decay.cuda.open_chunk import Kept, open_chunk, open_steps, steps_serve
+from leetdist.kernels.constant_decay.cuda.open_chunk import Kept, held, open_chunk, open_steps, steps_serve
 from leetdist.kernels.token_decay.cuda.hopper import tile_outputs
 from leetdist.kernels.token_decay.triton.open_chunk import counted, keep_of, left_out
 
-__all__ = ["Kept", "advance", "keep_of", "left_out", "open_chunk", "open_piece", "open_steps", "steps_serve"]
+__all__ = ["Kept", "advance", "held", "keep_of", "left_out", "open_chunk", "open_piece", "open_steps", "steps_serve"]
 
 open_piece = partial(constant.open_piece, tile_outputs=tile_outputs)
 
