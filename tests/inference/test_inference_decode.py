@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -333,3 +335,16 @@ def test_states_of_inference_mode_are_changed_anywhere() -> None:
     _, new = leetdist.linear_attention_step(*token, states, LOG_DECAY)
     leetdist.linear_attention_step(*token, states, LOG_DECAY, inplace=True)
     assert torch.equal(states, new)
+
+
+def test_an_exact_pool_of_other_kernels_is_refused() -> None:
+    """What Hopper's kernels keep beside the states, others do not move on."""
+    stream = leetdist.stream(LOG_DECAY, tile=512)
+    stream.push(*inputs(1, 3))
+    pool = leetdist.StatePool(2, like=stream.state, exact=True)
+    index = torch.tensor(pool.put(stream.state))
+    assert pool.open is not None
+    pool.open = replace(pool.open, held=torch.zeros(3, H, 1))
+    for use in (lambda: pool.steps(*inputs(1, 1), index), lambda: pool.put(stream.state)):
+        with pytest.raises(ValueError, match="the pool was made for other kernels than those that the environment"):
+            use()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -306,19 +306,6 @@ def test_what_an_exact_pool_refuses() -> None:
     other.push(*kind.tokens(3))
     with pytest.raises(ValueError, match="exact=True is for method \"block\", got a state of method 'lightning'"):
         leetdist.StatePool(2, like=other.state, exact=True)
-
-
-def test_a_pool_of_other_kernels_is_refused() -> None:
-    """What Hopper's kernels keep beside the states, others do not move on."""
-    kind = Kind(tile=512)
-    _, state = kind.prefill(kind.tokens(3), 1)
-    pool = leetdist.StatePool(2, like=state, exact=True)
-    index = torch.tensor(pool.put(state))
-    assert pool.open is not None
-    pool.open = replace(pool.open, held=torch.zeros(3, H, 1))
-    for use in (lambda: pool.steps(*kind.tokens(1), index), lambda: pool.put(state)):
-        with pytest.raises(ValueError, match="the pool was made for other kernels than those that the environment"):
-            use()
 
 
 def test_memory_of_a_slot_is_what_the_docs_say() -> None:
