@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import leetdist
 from helpers import Outcome, free_port, run_ranks, values
 from leetdist.sequence.group import resolve
+from leetdist.sequence.p2p import PointToPoint
 from leetdist.testing.equality import Case, check, standard_cases
 
 CPU = torch.device("cpu")
@@ -44,6 +45,33 @@ def in_subgroups(rank: int) -> list[str]:
     case = Case(300, 16, 16, decay="mixed", tile=32)
     found = check(case, transport, CPU, seed=mesh["dp"].get_local_rank())
     return [str(difference) for difference in found]
+
+
+class Sent:
+    """A send of NCCL's, which counts how often it is asked whether it has left."""
+
+    def __init__(self, left: bool) -> None:
+        self.left, self.asked = left, 0
+
+    def is_completed(self) -> bool:
+        self.asked += 1
+        return self.left
+
+
+def test_sends_that_have_left_are_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before the first that has not; a host that runs ahead does not ask all of them in every call."""
+    monkeypatch.setattr(PointToPoint, "_capturing", lambda self: False)
+    transport = object.__new__(PointToPoint)
+    transport.staged = False
+    works = [Sent(left) for left in (True, True, False, True, False)]
+    transport.pending = [(work, torch.empty(0), 1, "a state") for work in works]  # type: ignore[misc]
+    transport.flush()
+    assert [work for work, *_ in transport.pending] == works[2:]
+    assert [work.asked for work in works] == [1, 1, 1, 0, 0]
+    for work in works:
+        work.left = True
+    transport.flush()
+    assert transport.pending == []
 
 
 def shard_and_gather(rank: int) -> None:

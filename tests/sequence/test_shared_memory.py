@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from leetdist.sequence import mailbox as mailboxes
 from leetdist.sequence.board import Board
 from leetdist.sequence.ledger import CALLS, Ledger
 from leetdist.sequence.mailbox import Gone, Mailbox
@@ -112,6 +113,25 @@ def test_ranks_see_whether_they_come_with_the_same() -> None:
     with ThreadPoolExecutor(ranks) as pool:
         expected = [(False, True, n % 4 >= ranks)[n % 3] for n in range(letters)]
         assert list(pool.map(rank, *boxes(ranks))) == [expected] * ranks
+
+
+def test_who_is_a_little_late_is_waited_for_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sleep takes longer than most ranks are late by, and makes this one late for the next letter."""
+    (first, second), (board, other) = boxes(2)
+    looks: list[float] = []
+
+    def look(seconds: float = 0.0) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            assert second.alike(5, 60.0, other, "for it")
+
+    monkeypatch.setattr(mailboxes, "_let_others_go_on", look)
+    monkeypatch.setattr(mailboxes.time, "sleep", look)
+    for awake, slept in ((60.0, False), (0.0, True)):
+        monkeypatch.setattr(mailboxes, "AWAKE_SECONDS", awake)
+        looks.clear()
+        assert first.alike(5, 60.0, board, "for it")
+        assert [seconds > 0 for seconds in looks] == [slept] * 3
 
 
 def test_calls_that_differ_are_found_without_waiting() -> None:
