@@ -200,7 +200,12 @@ def _around(
     o, states = attended if isinstance(attended, tuple) else (attended, None)
     y = o.transpose(1, 2)
     if D is not None or z is not None:
-        y = _Outputs.apply(y, skipped, None if D is None else D.detach(), z)
+        given = y, skipped, None if D is None else D.detach(), z
+        learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in given)
+        if learns or not weighted:
+            y = _Outputs.apply(*given)
+        else:  # nobody else has o
+            y = kernel(scan.scan_outputs, y, y.shape[3])(*given, spent=True)
     return y, states
 
 

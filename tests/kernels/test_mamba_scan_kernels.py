@@ -111,7 +111,11 @@ def test_outputs_and_their_gradient(skip: int, gate: bool, width: int, dtype: to
     o, x, dy = given["dv"], given["x"] if skip else None, given["dskip"] if skip else given["x"]
     z = views(torch.randn(2, TOKENS, HEADS, width, dtype=dtype) * 20) if gate else None
     exact = [doubled(y) for y in (o, x, given["D"], z)]
-    assert relative_error(theirs.scan_outputs(o, x, given["D"], z), right.scan_outputs(*exact)) < BOUNDS[dtype]
+    y = theirs.scan_outputs(o, x, given["D"], z)
+    assert relative_error(y, right.scan_outputs(*exact)) < BOUNDS[dtype]
+    own = o.clone(memory_format=torch.contiguous_format)
+    assert theirs.scan_outputs(own, x, given["D"], z, spent=True) is own
+    assert torch.equal(own, y)
     if gate:
         found = theirs.scan_outputs_gradient(dy, o, x, given["D"], z)
         for one, other in zip(found, right.scan_outputs_gradient(dy.double(), *exact), strict=True):

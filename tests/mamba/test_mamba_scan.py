@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 import leetdist
 from helpers import run_ranks, values
+from leetdist import mamba
+from leetdist.kernels.mamba.pytorch import scan
 from leetdist.reference import relative_error
 from leetdist.sequence.grid import shard_lengths
 
@@ -240,6 +242,29 @@ def test_tensors_of_inference_mode_beside_those_that_learn() -> None:
     assert found.keys() == wanted.keys() == {"y", "states", "ddt"}
     for name, x in wanted.items():
         assert torch.equal(found[name], x), name
+
+
+def test_outputs_take_the_place_of_what_they_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is learnt: else o is wanted for the gradient of z."""
+    inputs, options, dy, dstates = case_of("skip and gate")
+    wanted = compute(ours, grown(inputs), dy, dstates, **options)["y"]
+    places: list[torch.Tensor] = []
+
+    def scan_outputs(o, *given, spent=False):
+        places.append(o)
+        return o.copy_(right(o, *given)) if spent else right(o, *given)
+
+    right, kernel = scan.scan_outputs, mamba.kernel
+    monkeypatch.setattr(mamba, "kernel", lambda step, *of: scan_outputs if step is right else kernel(step, *of))
+    for learnt, spent in (((), True), (("z",), False), (("D",), False)):
+        given = {name: x.detach().requires_grad_(name in learnt) for name, x in inputs.items()}
+        y, _ = ours(**given, **options)
+        assert torch.equal(y, wanted)
+        assert (y.data_ptr() == places[-1].data_ptr()) == spent
+        with torch.no_grad():
+            y, _ = ours(**given, **options)
+        assert torch.equal(y, wanted)
+        assert y.data_ptr() == places[-1].data_ptr()
 
 
 def test_documents_have_the_bits_of_each_alone() -> None:

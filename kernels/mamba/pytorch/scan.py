@@ -105,8 +105,9 @@ def scan_inputs_gradient(
     return Gradients(dx, ddt, dA, dbias, dD)
 
 
-def scan_outputs(o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor | None) -> Tensor:
-    """(o + D x) silu(z), rounded once; (B, N, H, P), as o, x and z are. Without D, x is None; without z, no gate."""
+def scan_outputs(o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor | None, *, spent: bool = False) -> Tensor:
+    """(o + D x) silu(z), rounded once; (B, N, H, P), as o, x and z are. Without D, x is None; without z, no gate.
+    spent: nobody reads o after this, whose memory may be that of the result."""
     y = _skipped(o, x, D)
     return (y if z is None else y * silu(z.to(y.dtype))).to(o.dtype)
 

@@ -106,9 +106,10 @@ def scan_steps(
     return own, log_decay
 
 
-def scan_outputs(o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor | None) -> Tensor:
+def scan_outputs(o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor | None, *, spent: bool = False) -> Tensor:
     """See leetdist.kernels.mamba.pytorch.scan.scan_outputs."""
-    y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
+    # A program reads what it writes, and no other does.
+    y = o if spent and o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype, device=o.device)
     _launch_outputs(None, o, x, D, z, y, None)
     return y
 
