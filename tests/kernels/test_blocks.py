@@ -88,6 +88,7 @@ def assert_right(
         (None, 80, 104, FP16, True, False, True),
         (None, 136, 72, BF16, True, False, False),
         (None, 160, 136, BF16, False, True, False),
+        (None, 184, 192, FP16, True, False, True),
         (64, 96, 72, BF16, False, False, False),
     ],
 )
@@ -98,6 +99,32 @@ def test_emulated_hopper(
     kernels = token_hopper if by_token else constant_hopper
     with emulated(multiprocessors=1):
         assert_right(kernels, most, rows, columns, dtype, reverse=reverse, by_token=by_token, wide=wide)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype", "reverse", "by_token"), [(152, 136, BF16, True, False), (192, 320, FP16, False, True)]
+)
+def test_three_warpgroups_have_the_bits_of_one(
+    rows: int, columns: int, dtype: torch.dtype, reverse: bool, by_token: bool
+) -> None:
+    """Also where a token of b and one of c are no numbers."""
+    kernels = token_hopper if by_token else constant_hopper
+    a, b, c = (torch.randn(1, 2, 150, dim).to(dtype) for dim in (rows, rows, columns))
+    b[0, 0, 100, rows - 1], c[0, 1, 20, columns - 1] = math.nan, math.inf
+    states = torch.randn(1, 2, PACKED.count, rows, columns)
+    log_decay = -torch.rand(1, 2, 150) if by_token else torch.tensor([-0.01, -0.5])
+    found = []
+    for multiprocessors in (1, 1000):
+        with emulated(multiprocessors):
+            options: dict[str, Any] = {"scale": 0.5, "state_scale": 0.7, "out_dtype": dtype, "reverse": reverse}
+            out = kernels.tile_outputs(a, b, c, states, log_decay, PACKED, **options)
+            found.append((out, kernels.tile_states(b, c, log_decay, PACKED, reverse=reverse)))
+    assert constant_hopper.parts(6, rows, columns, 1)[0].groups == 3
+    assert constant_hopper.parts(6, rows, columns, 1000)[0].groups == 1
+    for three, one in zip(*found, strict=True):
+        assert torch.equal(three.isnan(), one.isnan())
+        assert torch.equal(three.nan_to_num(), one.nan_to_num())
+    assert 0 < found[0][0].isnan().sum() < found[0][0].numel()
 
 
 @pytest.mark.parametrize(("dtype", "reverse"), [(FP32, False), (BF16, True)])

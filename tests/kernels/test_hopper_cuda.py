@@ -61,6 +61,8 @@ def test_compiles_and_fits(name, rows, columns, groups, dtype, wide, reverse, to
         ((96, 112), torch.bfloat16, False, False, False),
         ((160, 160), torch.bfloat16, False, False, False),
         ((192, 256), torch.float16, True, False, True),
+        ((192, 192), torch.bfloat16, False, False, True),
+        ((192, 184), torch.float16, True, False, False),
         ((256, 512), torch.bfloat16, False, True, False),
         ((256, 200), torch.float16, True, True, True),
     ],
@@ -72,7 +74,8 @@ def test_other_sizes_compile_and_fit(name, size, dtype, wide, onto, token, tmp_p
         held = hopper.walked_rows(size[0]), part.columns, part.groups
         made = hopper.defines(name, *held, dtype, wide, onto, token, size=size, first=part.first, onto=onto)
         said = ptxas_report(f"constant_decay/cuda/{name}.cu", "sm_90a", made, tmp_path)
-        assert 2 // part.groups * (hopper.shared_memory(name, *held, token) + OWN) <= SHARED_MEMORY
+        blocks = 2 if part.groups == 1 else 1
+        assert blocks * (hopper.shared_memory(name, *held, token) + OWN) <= SHARED_MEMORY
         spilled = re.search(r"(\d+) bytes spill stores", said)
         assert spilled, said
         assert int(spilled[1]) <= SPILLS[wide], said

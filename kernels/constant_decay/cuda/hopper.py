@@ -22,6 +22,7 @@ from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
 ROWS_STEP = 32  # 16 a product's step, in each of two halves of more than 128 rows
+MOST_ROWS_OF_THREE = 192  # of a block of three warpgroups
 BARRIERS = 1536  # bytes for them, and for what rounds the first address up to 1,024
 # Bytes of a warpgroup's tables: of a constant decay, and of a decay a token.
 TABLES = {"tile_states": (256, 4 * 256), "tile_outputs": (1280, 512 + 4 * 448)}
@@ -208,12 +209,17 @@ class Part:
 
 @lru_cache(maxsize=512)
 def parts(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple[Part, ...]:
-    """The launches of a kernel: one; but where two warpgroups share chunks, which is faster, and an odd number of them
-    would hold all columns, the last has one by itself."""
+    """The launches of a kernel: one; but where warpgroups share chunks, which is faster, and an odd number of them
+    would hold all columns, three share some, and pairs the rest. Three have registers for fewer rows: with more, or
+    where they leave multiprocessors with nothing to do, the last one is by itself."""
     whole, blocks = Part(*shares(programs, rows, columns, multiprocessors)), ceil_div(columns, 64)
     if rows <= 128 or whole.groups == 2 or blocks < 3 or programs * blocks <= multiprocessors:
         return (whole,)
-    return Part(64, 2, blocks // 2), Part(64, 1, 1, 64 * (blocks - 1))
+    if rows > MOST_ROWS_OF_THREE or programs * blocks <= 2 * multiprocessors:
+        return Part(64, 2, blocks // 2), Part(64, 1, 1, 64 * (blocks - 1))
+    if blocks % 3 == 0:
+        return (Part(64, 3, blocks // 3),)
+    return Part(64, 3, 1), Part(64, 2, (blocks - 3) // 2, 192)
 
 
 def walked_rows(rows: int) -> int:
@@ -249,7 +255,7 @@ def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool =
         tables = TABLES["tile_outputs"][token] + 4 * (columns + 4) + (2 * SLOT if token else 0)
         return (2 * (2 * ceil_div(rows, 64) + columns // 64) + 1) * BLOCK + BARRIERS + tables
     if step == "tile_states":
-        chunks_b = chunks_c = slots = 3 if rows <= 128 else 2 * groups
+        chunks_b = chunks_c = slots = 3 if rows <= 128 else 2 if groups == 1 else 4
         chunks_a = 0
     elif rows <= 128:
         chunks_a = chunks_b = chunks_c = slots = 2

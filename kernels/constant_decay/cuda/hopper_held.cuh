@@ -1,8 +1,8 @@
 // The state as an operand: rounded, in as many steps as a product sums over.
 
 constexpr int STEPS = ROWS / 16;  // of a product over the state's rows
-constexpr int HALVES = LAST_FETCHES ? 2 : 1;  // in which the state is rounded
-constexpr int HELD_STEPS = STEPS / HALVES;
+constexpr int TIMES = !LAST_FETCHES ? 1 : GROUPS > 2 ? STEPS / 2 : 2;  // at which the state is rounded
+constexpr int HELD_STEPS = STEPS / TIMES;
 
 // What a thread multiplies its two rows of a part of the state by to hold them in 16 bits, and the inverse: a state
 // grows with the sequence and can exceed fp16's range, so fp16 holds each row times a power of two.
@@ -33,9 +33,9 @@ __device__ __forceinline__ void hold(const float (&state)[HELD], const float (&p
     for (int i = 0; i < 4; i++)
         held[i] = pack(state[8 * step + 2 * i] * power[i % 2], state[8 * step + 2 * i + 1] * power[i % 2]);
 }
-// A part of it, or half of one.
-__device__ __forceinline__ void hold(const float (&state)[HELD], const float (&power)[2], int half,
+// A part of it, or what is rounded of one at a time.
+__device__ __forceinline__ void hold(const float (&state)[HELD], const float (&power)[2], int time,
                                      Word (&held)[HELD_STEPS][4]) {
 #pragma unroll
-    for (int i = 0; i < HELD_STEPS; i++) hold(state, power, half * HELD_STEPS + i, held[i]);
+    for (int i = 0; i < HELD_STEPS; i++) hold(state, power, time * HELD_STEPS + i, held[i]);
 }

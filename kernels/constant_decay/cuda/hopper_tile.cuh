@@ -9,8 +9,8 @@
 // are the same.
 //
 // With 256 rows, a part of the state fills the registers of a warpgroup, and chunks of a and b (32 KB) are read four
-// times for 256 columns. So the two warpgroups of a multiprocessor can be one block (GROUPS=2), with columns of their
-// own and the same a and b. They do not meet either: a chunk is fetched as early as there is place for it, by whichever
+// times for 256 columns. So the two warpgroups of a multiprocessor can be one block (GROUPS=2; with up to 192 rows
+// GROUPS=3), with columns of their own and the same a and b. They do not meet either: a chunk is fetched as early as there is place for it, by whichever
 // warp is the last to have read what lies there.
 //
 // A state may have fewer rows than ROWS, and fewer columns than its blocks have together: in multiples of 8. Of what is
@@ -217,4 +217,20 @@ __device__ __forceinline__ void advance(float (&state)[HELD], Weighted& x, Word 
 #pragma unroll
     for (int step = 0; step < 4; step++) add_product(state, x.low[step], by_columns(b) + along_columns(step));
     end_products();
+}
+// The same of x that is still to be weighted, first the high and then the low part: half as many registers, and done.
+__device__ __forceinline__ void advance(float (&state)[HELD], const Word (&x)[4][4], Word weights, Word b) {
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        Weighted weighted;
+        weighted.set(x, weights);
+        Word(&y)[4][4] = part ? weighted.low : weighted.high;
+        here(state), here(y);
+        begin_products();
+#pragma unroll
+        for (int step = 0; step < 4; step++) add_product(state, y[step], by_columns(b) + along_columns(step));
+        end_products();
+        wait_products<0>();
+        here(state), here(y);
+    }
 }

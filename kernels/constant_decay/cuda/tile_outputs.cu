@@ -16,7 +16,8 @@
 //
 // With 256 rows there are registers for half of the rounded state at a time: S^T a^T comes before the scores and behind
 // them, so that the second half is rounded during the scores' product, and the scores decay during the second half's.
-// Two warpgroups that share chunks take turns at the scores, which are the same for all columns.
+// Two or three warpgroups that share chunks take turns at the scores, which are the same for all columns. Of three, which
+// hold up to 192 rows, each has 168 registers.
 
 #include "hopper_tile.cuh"
 #include "hopper_lost.cuh"
@@ -26,7 +27,9 @@ constexpr int STAGE = 2 * ROWS_BYTES + COLUMNS_BYTES;
 // Chunks of a and of b in shared memory, where they are fetched one by one; of c there are two.
 constexpr int A_STAGES = GROUPS == 1 ? 1 : 2, B_STAGES = GROUPS == 1 ? 1 : 3;
 constexpr int A_SLOTS = LAST_FETCHES ? A_STAGES : 2;  // places of a
-constexpr bool TURNS = GROUPS == 2;
+constexpr bool TURNS = GROUPS > 1;
+constexpr bool FEW_REGISTERS = GROUPS > 2;  // so that operands are made as they are used
+static_assert(!FEW_REGISTERS || LAST_FETCHES);
 // Places of scores. With turns, as many as of chunks of b: who has b of step i + 3 knows that all are done with step i.
 constexpr int SEEN = TURNS ? B_STAGES : GROUPS;
 #ifndef ONTO
@@ -43,7 +46,7 @@ typedef float Out;
 typedef Bits Out;
 #endif
 
-extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, AGAIN ? 1 : ROWS + COLUMNS <= 128 ? 3 : 2 / GROUPS)
+extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, AGAIN || GROUPS > 1 ? 1 : ROWS + COLUMNS <= 128 ? 3 : 2)
 tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
              Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
              Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
@@ -202,20 +205,28 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
             end_products();
         };
-        auto start_from_state = [&](int part, int half) {
-            if (half == 0) units.set(state[part]);
-            hold(state[part], units.power, half, held);
+        auto start_from_state = [&](int part, int time) {
+            if (time == 0) units.set(state[part]);
+            hold(state[part], units.power, time, held);
             here(held);
             begin_products();
 #pragma unroll
             for (int i = 0; i < HELD_STEPS; i++)
-                product(o_i, held[i], by_rows(a_i) + along_rows(half * HELD_STEPS + i), half * HELD_STEPS + i);
+                product(o_i, held[i], by_rows(a_i) + along_rows(time * HELD_STEPS + i), time * HELD_STEPS + i);
+            end_products();
+        };
+        auto start_from_seen = [&](auto& y, int first) {
+            here(o_i), here(y);
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < int(sizeof(y) / sizeof(y[0])); i++)
+                product(o_i, y[i], by_rows(seen) + along_rows(first + i), 1);
             end_products();
         };
         float faded = tables.faded(count);
         if (LAST_FETCHES) tables.read(slot(step), count, faded);
         if (TURNS) {
-            if (step % 2 == turn) {
+            if (step % GROUPS == turn) {
                 wait_b();
                 start_scores();
                 wait_products<0>();
@@ -226,9 +237,12 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 if (lane == 0) arrive(arrival_seen(step));
             }
             start_from_state(0, 0);
-            wait_products<0>();
-            here(o_i), here(held);
-            start_from_state(0, 1);
+#pragma unroll
+            for (int time = 1; time < TIMES; time++) {
+                wait_products<0>();
+                here(o_i), here(held);
+                start_from_state(0, time);
+            }
         } else if (LAST_FETCHES) {
             start_from_state(0, 0);
             wait_b();
@@ -257,16 +271,26 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             if (part > 0) start_from_state(part, 0);
-            load_left(c_i + part * BLOCK + place_transposed(), x[part]);
+            const Word from = c_i + part * BLOCK + place_transposed();
+            if (!FEW_REGISTERS) load_left(from, x[part]);
             wait_products<0>();
             here(o_i), here(held);
             tables.fade(o_i, units.unit, count);
-            here(o_i), here(x[part]);
-            begin_products();
+            if (FEW_REGISTERS) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) product(o_i, x[part][i], by_rows(seen) + along_rows(i), 1);
-            end_products();
-            if (part < PARTS - 1) {
+                for (int i = 0; i < 4; i += 2) {
+                    Word y[2][4];
+                    load_transposed(from + i * 16 * 128, y[0]), load_transposed(from + (i + 1) * 16 * 128, y[1]);
+                    start_from_seen(y, i);
+                    wait_products<0>();
+                    here(o_i), here(y);
+                }
+                load_left(from, x[part]);
+                if (is_last(read_a + step % A_STAGES * 4)) fetch_a(step + A_STAGES);
+            } else {
+                start_from_seen(x[part], 0);
+            }
+            if (FEW_REGISTERS || part < PARTS - 1) {
                 wait_products<0>();
             } else {  // the state comes last: there are no registers for the operands of both
                 weighted[0].set(x[0], tables.pairs);
@@ -310,9 +334,13 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             advance(state[part], weighted[part], b_i);
         }
         publish();
-        wait_products<0>();
+        if (FEW_REGISTERS) {
+            advance(state[0], x[0], tables.pairs, b_i);
+        } else {
+            wait_products<0>();
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) here(state[part]), here(weighted[part]);
+            for (int part = 0; part < PARTS; part++) here(state[part]), here(weighted[part]);
+        }
         if (!AGAIN && step == tile.chunks - 1) {  // here rather than behind the loop, where ptxas would spill in it
             float zero = 0.0f;
 #pragma unroll

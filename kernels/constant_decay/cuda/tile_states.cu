@@ -19,7 +19,7 @@ constexpr int STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
 #define FROM
 #endif
 
-extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 2 / GROUPS)
+extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, GROUPS > 1 ? 1 : 2)
 tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset unread, float scale FROM) {
     Tile tile(TILE);
     if (tile.number == unread) return;
