@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import leetdist
 from leetdist.engine.plan import plan_call
 from leetdist.launch.runtime import joined
 from leetdist.sequence.group import resolve
+from leetdist.sequence.symmetric import SLOTS
 from leetdist.testing.equality import lightning_slopes
 
 IN_A_ROW = 20
@@ -36,12 +37,12 @@ IN_A_ROW = 20
 
 def timed(call: Callable[[], Any], repeat: int, *, together: bool) -> dict[str, float]:
     """Microseconds of a call, of IN_A_ROW in a row: the median row, and the least."""
-    for _ in range(5):
+    for _ in range(2 * SLOTS + 2):  # symmetric memory's slots come in turns, and each is recorded
         call()
     spans = []
     for _ in range(repeat):
         if together:
-            dist.barrier()
+            dist.barrier(device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="a rank's")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--dim", type=int, default=16)
-    parser.add_argument("--repeat", type=int, default=100)
+    parser.add_argument("--repeat", type=int, default=20, help="rows of calls")
     parser.add_argument("--transport", help="of torchrun's ranks: auto, p2p or symmetric")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
         group = resolve(dist.group.WORLD, args.transport) if together else Echo()
         assert group is not None
         device = torch.device("cuda" if cuda else "cpu")
-        rows = measure(args, group, device, repeated=cuda)
+        rows = list(measure(args, group, device, repeated=cuda))
         if not together:  # what the host does to repeat launches can be rehearsed without a GPU
             with rehearsed():
                 rows += measure(args, Echo(), device, repeated=True)
@@ -79,16 +80,12 @@ def main() -> None:
             "ranks": group.size, "transport": group.kind, **provenance(), "torch": torch.__version__,
             "tokens a rank": args.tokens, "heads": args.heads, "dim": args.dim, "rows": rows,
         }  # fmt: skip
-        if group.rank == 0 or not together:
-            for row in rows:
-                what = f"{row['what']:27} {row['who']:10} {row['launches']:12}"
-                print(f"{what} {row['median_us']:8.1f} {row['least_us']:8.1f} us")
-            if args.out is not None:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+        if args.out is not None and (group.rank == 0 or not together):
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace, group: Any, device: torch.device, *, repeated: bool) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, group: Any, device: torch.device, *, repeated: bool) -> Iterator[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = (1, args.heads, args.tokens, args.dim)
     q, k, v, do = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
@@ -123,14 +120,16 @@ def measure(args: argparse.Namespace, group: Any, device: torch.device, *, repea
         *(("forward + backward", who, lambda given=given: both(given)) for who, given in whom(group)),
         *(("forward + backward, learnt", who, lambda given=given: both(given, learnt)) for who, given in whom(group)),
     ]
-    rows = []
     for what, who, call in calls:
         with ExitStack() as stack:
             if who == "declared":
                 stack.enter_context(leetdist.sequence_parallel(group, lengths=lengths))
-            times = timed(call, args.repeat, together=group.kind != "stand-in")
-        rows.append({"what": what, "who": who, "launches": "repeated" if repeated else "not repeated", **times})
-    return rows
+            times = timed(call, args.repeat, together=group.kind != Echo.kind)
+        row = {"what": what, "who": who, "launches": "repeated" if repeated else "not repeated", **times}
+        if group.rank == 0 or group.kind == Echo.kind:
+            name = f"{what:27} {who:10} {row['launches']:12}"
+            print(f"{name} {row['median_us']:8.1f} {row['least_us']:8.1f} us", flush=True)
+        yield row
 
 
 def whom(group: Any) -> list[tuple[str, Any]]:

@@ -6,7 +6,8 @@ On the CPU (gloo) it runs with small sizes, to be tested: --device cpu --tokens 
 
 1. Equality: the shards on P ranks against one device, bit for bit, forward and backward, on every transport.
 2. Strong and weak scaling, forward and forward + backward: time of the slowest rank (median of --repeat calls, each
-   begun together), efficiency, what communication adds to the same local work, bytes, latency of a hop.
+   begun together; with --in-a-row also so many calls in a row, as a program makes them), efficiency, what communication
+   adds to the same local work, bytes, latency of a hop.
 3. Peers around the same kernels: an all-gather of states (LASP-2's scheme), a blocking serial ring (LASP's); and fla on
    one GPU, where it is installed.
 4. The cost model's prediction beside what was measured.
@@ -84,8 +85,9 @@ class Bench:
             self.report.problems.append(f"{what}: {type(error).__name__}: {error}")
             print(f"rank {self.me.rank}: {self.report.problems[-1]}", flush=True)
 
-    def seconds(self, call: Callable[[], Any], group: dist.ProcessGroup | None) -> float:
-        """Median over the calls of the slowest rank's time in `group`; of this rank's without one."""
+    def seconds(self, call: Callable[[], Any], group: dist.ProcessGroup | None, *, in_a_row: int = 1) -> float:
+        """Median over rows of so many calls, a call, of the slowest rank's time in `group`; of this rank's without
+        one."""
         times: list[Any] = []
         for number in range(self.args.warmup + self.args.repeat):
             if group is not None and self.cuda:
@@ -93,7 +95,8 @@ class Bench:
             elif group is not None:
                 dist.barrier(group)
             begin = self.now()
-            call()
+            for _ in range(in_a_row):
+                call()
             if number >= self.args.warmup:
                 times.append((begin, self.now()))
         if self.cuda:
@@ -102,7 +105,7 @@ class Bench:
         slowest = torch.tensor(spans, dtype=torch.float64, device=self.me.device)
         if group is not None:
             dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
-        return statistics.median(slowest.tolist())
+        return statistics.median(slowest.tolist()) / in_a_row
 
     def add(self, row: Row) -> None:
         """Keep a measurement, also in the file: a run that is cut short has what it got."""
@@ -116,6 +119,7 @@ class Bench:
 
 
 _clock = time.perf_counter
+GRAPH = ", CUDA graph"
 
 
 def save(bench: Bench) -> None:
@@ -219,10 +223,12 @@ def measure(
     tensors = schemes.inputs(mine, bench.args, bench.me.device)
     calls, locally = passes(bench, tensors, tile, transport), passes(bench, tensors, tile, None)
     for name in calls:
-        ways = [False, True] if kind in bench.args.graphs or (ranks == 1 and bench.args.graphs) else [False]
-        for graph in ways if what == "leetdist" else ways[-1:]:
+        ways = [("", 1), (", in a row", bench.args.in_a_row)] if bench.args.in_a_row else [("", 1)]
+        if kind in bench.args.graphs or (ranks == 1 and bench.args.graphs):
+            ways.append((GRAPH, 1))
+        for way, in_a_row in ways if what == "leetdist" else ways[-1:]:
             call, alone = calls[name], locally[name]
-            sent, label = None, f"{name}, CUDA graph" if graph else name
+            sent, label, graph = None, name + way, way == GRAPH
             if transport is not None and not graph:
                 sent = -transport.bytes_sent
                 call()
@@ -230,8 +236,8 @@ def measure(
             if graph:
                 torch.cuda.empty_cache()
                 call, alone = captured(call), captured(alone) if transport is not None else None
-            seconds = bench.seconds(call, group)
-            local = None if transport is None else bench.seconds(alone, group)
+            seconds = bench.seconds(call, group, in_a_row=in_a_row)
+            local = None if transport is None else bench.seconds(alone, group, in_a_row=in_a_row)
             del call, alone
             if transport is None:
                 single[size, label] = seconds
@@ -321,6 +327,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--in-a-row", type=int, default=0, help="measure so many calls in a row too (of few tokens)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no new measurement after so long")
     parser.add_argument("--fp32", action="store_true", help="check fp32 too, at the end")
     parser.add_argument("--lanes", type=int, nargs="*", default=[], help="measure these numbers of lanes as well")

@@ -22,6 +22,7 @@ def run(*command: str) -> str:
 
 def test_scaling(tmp_path: Path) -> None:
     sizes = "--device cpu --tokens 1024 --weak 256 --heads 2 --dim 16 --check-tokens 256 --repeat 2 --warmup 1 --fp32"
+    sizes += " --in-a-row 2"
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     out = run(*launcher, "benchmarks/scaling.py", *sizes.split(), "--dtype", "float32", "--out", str(tmp_path / "s"))
     assert "8 checks, 0 differences" in out  # --fp32
@@ -30,7 +31,8 @@ def test_scaling(tmp_path: Path) -> None:
     assert (tmp_path / "s.png").stat().st_size > 10_000
     assert report["hops"]["p2p"] > 0
     ours = {(r["scaling"], r["ranks"], r["call"]): r for r in report["rows"] if r["what"] == "leetdist"}
-    assert len(ours) == 2 * 2 * 2
+    assert len(ours) == 2 * 2 * 4
+    assert ("strong", 2, "forward + backward, in a row") in ours
     one_state = 4 * 2 * 16 * 16
     assert ours["strong", 2, "forward"]["bytes_sent"] == one_state  # of rank 0, which only sends
     assert ours["strong", 2, "forward"]["tokens"] == 1024
