@@ -71,9 +71,9 @@ def check_plain(name: str, x: Any, wanted: str = "a tensor") -> None:
 
 def for_autograd(x: Tensor) -> Tensor:
     """x, or a copy of one made in inference mode, of which autograd keeps none."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not x.is_inference():
         return x
-    return x.clone() if x.is_inference() else x
+    return x.clone() if torch.is_grad_enabled() else x
 
 
 def is_plain(x: Tensor) -> bool:

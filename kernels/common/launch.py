@@ -28,13 +28,24 @@ _thread = threading.local()
 
 
 def direct(device: torch.device) -> bool:
-    """Whether kernels can be launched here and now without binding the device first, and nobody watches launches."""
-    return (
-        device.type == "cuda"
-        and device.index == torch._C._cuda_getDevice()
-        and device.index in _thread.__dict__.get("devices", ())
-        and not triton.knobs.runtime.launch_enter_hook.calls
-    )
+    """Whether kernels can be launched here and now without going to the device first, and nobody watches launches."""
+    if (
+        device.type != "cuda"
+        or device.index != torch._C._cuda_getDevice()
+        or triton.knobs.runtime.launch_enter_hook.calls
+    ):
+        return False
+    bind(device)
+    return True
+
+
+def bind(device: torch.device) -> None:
+    """A tensor map is made in the thread's current context, and a thread (of autograd, say) that has done nothing on
+    the device yet has none: PyTorch's own kernels bind it."""
+    known = _thread.__dict__.setdefault("devices", set())
+    if device.index not in known:
+        torch.zeros(1, device=device)
+        known.add(device.index)
 
 
 def launch(
@@ -56,11 +67,8 @@ def launch(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, arguments, constants, **options)  # type: ignore[arg-type]
-    if device.type == "cuda" and device.index not in _thread.__dict__.setdefault("devices", set()):
-        # A tensor map is made in the thread's current context, and a thread (of autograd, say) that has done nothing on
-        # the device yet has none: PyTorch's own kernels bind it.
-        torch.zeros(1, device=device)
-        _thread.devices.add(device.index)
+    if device.type == "cuda":
+        bind(device)
     if not DIRECT or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler wants to know
         if recording.noting():
             recording.note(recording.TritonLaunch(None, grid, arguments))

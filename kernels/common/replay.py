@@ -123,7 +123,7 @@ class TritonStep:
 class Memory:
     """A tensor to take."""
 
-    shape: torch.Size
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
 
@@ -150,11 +150,11 @@ class Replay:
     held: list[Tensor]
 
     def __call__(self, inputs: list[Tensor], numbers: tuple[int, ...] = ()) -> tuple[Tensor | None, ...]:
-        device, taken = self.device, []
+        device, taken, take = self.device, [], _taking(self.device)
         sources = [*numbers, *[x.data_ptr() for x in inputs]]
         for action in self.actions:
             if isinstance(action, Memory):
-                x = torch.empty_strided(action.shape, action.strides, dtype=action.dtype, device=device)
+                x = take(action.shape, action.strides, action.dtype)
                 taken.append(x)
                 sources.append(x.data_ptr())
             elif isinstance(action, recording.HostStep):
@@ -164,6 +164,19 @@ class Replay:
             else:
                 action(torch._C._cuda_getCurrentRawStream(device.index), sources)
         return tuple([None if place is None else taken[place] for place in self.returned])
+
+
+def _taking(device: torch.device) -> Callable[..., Tensor]:
+    """`torch.empty_strided` on the device, which is the current one. Compiled graphs take memory by a function that
+    does not go through the dispatcher, which is a microsecond a tensor; it fills none with NaN where all shall be."""
+    if device.type == "cuda" and _empty_on_cuda is not None and not torch.are_deterministic_algorithms_enabled():
+        return _empty_on_cuda
+    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+_empty_on_cuda: Callable[..., Tensor] | None = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None
+)
 
 
 def record(
@@ -184,7 +197,7 @@ def record(
     if recorder.refused or len(sources) < len(inputs) + len(taken):  # or two share an address
         return outputs, None
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*inputs, *taken)}
-    memory = [Memory(x.shape, x.stride(), x.dtype) for x in taken]
+    memory = [Memory(tuple(x.shape), x.stride(), x.dtype) for x in taken]
     returned: list[int | None] = []
     for x in outputs:
         place = None
@@ -192,7 +205,7 @@ def record(
             place = sources.get(x.data_ptr(), 0) - len(inputs) - len(numbers)
             if place < 0 or x.numel() != taken[place].numel() or place in returned:
                 return outputs, None
-            memory[place] = Memory(x.shape, x.stride(), x.dtype)
+            memory[place] = Memory(tuple(x.shape), x.stride(), x.dtype)
         returned.append(place)
     actions: list[Action] = []
     held: list[Tensor] = []

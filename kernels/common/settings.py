@@ -40,8 +40,15 @@ class Settings(NamedTuple):
 
 def raw_settings() -> tuple[str | None, ...]:
     """What decides on kernels, as it is: a key for what is remembered, cheap enough for every call."""
-    get = os.environ.get
-    return get("LEETDIST_BACKEND"), get("LEETDIST_HOPPER")
+    return variable("LEETDIST_BACKEND"), variable("LEETDIST_HOPPER")
+
+
+def variable(name: str) -> str | None:
+    """`os.environ.get(name)`, which raises and catches two errors where there is no such variable: 0.8 us of a call."""
+    known = getattr(os.environ, "_data", None)
+    if os.name == "posix" and type(known) is dict and name.encode() not in known:
+        return None
+    return os.environ.get(name)
 
 
 def settings() -> Settings:

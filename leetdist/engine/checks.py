@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -14,6 +13,7 @@ from leetdist.arguments import as_bool, check_plain
 from leetdist.engine.hints import layout_hint, more_heads_than_tokens, warn_of_layout
 from leetdist.engine.inputs import LARGEST_TILE, canonical_options, state_dtype
 from leetdist.engine.values import bad_step, boundaries_of, decays_of
+from leetdist.kernels.common.settings import variable
 from leetdist.operators.problem import Problem
 from leetdist.sequence.grid import Layout, default_tile
 from leetdist.sequence.shard import check_cut
@@ -327,7 +327,7 @@ def check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None, q: Tenso
 
 def lanes_setting() -> str | None:
     """LEETDIST_LANES, as it is."""
-    return os.environ.get("LEETDIST_LANES")
+    return variable("LEETDIST_LANES")
 
 
 def _wanted_lanes() -> int | None:

@@ -77,8 +77,10 @@ class Call:
         """The operator's, on the grid, and the initial state, as kernels take them."""
         tensors = (self.q, self.k, self.v, self.log_decay, self.initial_state, self.cu_seqlens)
         *inputs, initial_state = canonical_tensors(*tensors, plan.highest)
-        tokens = len(plan.operator.tokens)
-        return (*(_aligned(x, plan) for x in inputs[:tokens]), *inputs[tokens:]), initial_state
+        if plan.transport is not None:
+            tokens = len(plan.operator.tokens)
+            inputs[:tokens] = [_aligned(x, plan) for x in inputs[:tokens]]
+        return tuple(inputs), initial_state
 
     def empty_decay(self) -> Tensor:
         return self.q.new_empty(0, dtype=torch.float32 if self.log_decay is None else self.log_decay.dtype)
@@ -146,7 +148,7 @@ def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         final = final.clone()
     # The number of tiles is not known when a graph is traced: it depends on the other ranks' tokens. A view of one
     # element has a size that is, and holds all the memory; the backward op takes the whole again.
-    states = states[:1] if states.numel() else states.new_zeros(1)
+    states = states.as_strided((1,), (1,)) if states.numel() else states.new_zeros(1)
     return _laid_out(o, call.q), final, states
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -216,8 +216,7 @@ def _repeated(
     more = (plan,) if needs_gate_grads is None else (plan, needs_gate_grads)
     if not plan.repeatable or trace.on():
         return cast(Any, function(*tensors, *more))
-    from leetdist.kernels.common.replay import repeated
-
+    repeated = _replay()
     if plan.transport is None:
         return repeated(function, tensors, *more)
     place = plan.transport.place()
@@ -227,6 +226,14 @@ def _repeated(
     phase = "forward pass" if needs_gate_grads is None else "backward pass"
     with plan.transport.call(phase), torch.cuda.stream(stream):
         return repeated(function, tensors, *more, where=(stream, place))
+
+
+@cache
+def _replay() -> Any:
+    """Where there is no Triton, nothing is repeated, and this cannot be imported."""
+    from leetdist.kernels.common.replay import repeated
+
+    return repeated
 
 
 class _Side:

@@ -7,7 +7,6 @@ its version, memory, shape or strides change; what a result depends on is then c
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from leetdist.kernels.common.settings import variable
 from leetdist.sequence.agreement import digest
 
 
@@ -119,8 +119,8 @@ def reads_values(log_decay: Tensor) -> bool:
 
 def _check_values() -> bool:
     """LEETDIST_CHECK_VALUES: whether values on a GPU are read, which stops its stream in every call."""
-    value = os.environ.get("LEETDIST_CHECK_VALUES", "0")
-    if value not in ("0", "1"):
+    value = variable("LEETDIST_CHECK_VALUES")
+    if value not in (None, "0", "1"):
         raise ValueError(f"LEETDIST_CHECK_VALUES must be 0 or 1, got {value!r}")
     return value == "1"
 

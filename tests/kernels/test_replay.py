@@ -64,6 +64,18 @@ def outputs(a: Tensor, b: Tensor | None, kernel: Kernel, extra: str) -> tuple[Te
     return out, None, between.flatten()
 
 
+def test_a_thread_is_bound_before_its_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it launches: passes in CUDA C++ alone were never repeated on a thread of autograd's."""
+    bound: list[torch.device] = []
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: bound.append(device))
+    here, there = torch.device("cuda", 1), torch.device("cuda", 0)
+    with ThreadPoolExecutor(1) as thread:
+        direct = [thread.submit(launch.direct, device).result() for device in (there, here, here)]
+    assert direct == [False, True, True]
+    assert bound == [here]
+
+
 @pytest.mark.real_empty
 def test_repeats_launches_with_new_addresses(kernel: Kernel) -> None:
     for _ in range(2):
