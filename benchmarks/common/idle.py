@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from leetdist.engine import plan
+from leetdist.engine import plan, repeats
 from leetdist.kernels.common import recording, replay
 from leetdist.operators.constant_decay import ConstantDecay
 from leetdist.sequence.transport import Transport
@@ -120,6 +120,7 @@ def rehearsed() -> Iterator[None]:
             (torch.cuda, "current_stream", lambda device: None),
             (torch.cuda, "stream", lambda stream: nullcontext()),
             (plan.Plan, "repeatable", True),
+            (repeats, "_on_gpu", lambda x: True),
         ):
             stack.enter_context(patch.object(owner, name, stand_in, create=True))
         for forget in (plan._plans.clear, plan._local_plan.cache_clear):  # a plan knows whether it is repeatable

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from leetdist.arguments import for_autograd
+from leetdist.engine import repeats
 from leetdist.engine.autograd import LinearAttention
-from leetdist.engine.inputs import canonical_tensors
+from leetdist.engine.inputs import canonical_options, canonical_tensors
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.passes import forward_pass
 from leetdist.engine.plan import plan_call
@@ -101,6 +102,14 @@ def run(
     operator, gates: as `plan_call`'s; weight: of each token's v, beside a decay a token
     (leetdist.operators.token_decay)."""
     q = given[0]
+    if transport is None and gates is None and weight is None and options["cu_seqlens"] is None:
+        tensors = *given, options["initial_state"]
+        if repeats.wanted(tensors, read=True) and not (
+            torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        ):
+            options = canonical_options(**options)
+            asked: Any = tuple([options[name] for name in repeats.OPTIONS])
+            return repeats.forward(tensors, asked, read=True)[:2]
     if weight is not None:
         options = options | {"weighted": True}
     captured = (

@@ -24,7 +24,7 @@ from torch import Tensor, library
 from torch._compile import _disable_dynamo
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
-from leetdist.engine import transforms
+from leetdist.engine import repeats, transforms
 from leetdist.engine.checks import describe
 from leetdist.engine.inputs import canonical_options, canonical_tensors, state_dtype
 from leetdist.engine.layout import empty_as, row_major, strides_as
@@ -67,10 +67,17 @@ class Call:
         )  # fmt: skip
         return dict(zip(OPTIONS, values, strict=True))
 
+    def repeats(self) -> bool:
+        """Whether its launches are found by its arguments."""
+        if self.group or self.cu_seqlens is not None:
+            return False
+        given = self.q, self.k, self.v, self.log_decay, self.initial_state
+        return repeats.wanted(given, read=not self.q.is_cuda)
+
     def plan(self) -> Plan:
         return plan_call(
             self.q, self.k, self.v, self.log_decay, **self.options(),
-            transport=by_name(self.group), read_values=not self.q.is_cuda, sees_grads=False,
+            transport=by_name(self.group), read_values=not self.q.is_cuda,
         )  # fmt: skip
 
     def inputs(self, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -87,6 +94,7 @@ class Call:
 
 
 ARGUMENTS = len(fields(Call))
+TENSORS, OPTION = 5, 6  # those of leetdist.engine.repeats: how many tensors, and where its options begin
 OPTIONS = tuple(field.name for field in fields(Call)[4:-1])
 SCHEMA = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Call))
 FORWARD = f"({SCHEMA}, Tensor? after=None) -> (Tensor, Tensor, Tensor)"
@@ -136,10 +144,13 @@ def _check(call: Call) -> None:
 
 def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, _ = Call.split(args)
-    plan = call.plan()
-    inputs, initial_state = call.inputs(plan)
-    o, final, states = forward_pass(inputs, initial_state, plan)
-    o = _aligned(o, plan, back=True)
+    if call.repeats():
+        o, final, states = repeats.forward(args[:TENSORS], args[OPTION : ARGUMENTS - 1], read=not call.q.is_cuda)
+    else:
+        plan = call.plan()
+        inputs, initial_state = call.inputs(plan)
+        o, final, states = forward_pass(inputs, initial_state, plan)
+        o = _aligned(o, plan, back=True)
     if states is None:  # no tile has one
         states = call.q.new_empty(0, dtype=state_dtype(call.q.dtype))
     if final is None:
@@ -162,27 +173,28 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     call, (states, do, dfinal, needs_decay_grad) = Call.split(args)
-    plan = call.plan()
-    count = call.q.shape[0] * plan.problem.heads * plan.tiles.count * call.q.shape[3] * call.v.shape[3]
-    if states.untyped_storage().nbytes() < count * states.element_size():
-        raise RuntimeError(
-            "leetdist: what the forward op saved for the backward was copied in between, and only one element came "
-            "along: hooks that move saved tensors (torch.autograd.graph.save_on_cpu) do not work on compiled calls"
+    if not needs_decay_grad and call.repeats():
+        dq, dk, dv, ddecay, dinitial = repeats.backward(
+            args[:TENSORS], states, do, dfinal, args[OPTION : ARGUMENTS - 1], read=not call.q.is_cuda
         )
-    states = states.as_strided((count,), (1,)) if count else states[:0]
-    inputs, _ = call.inputs(plan)
-    dq, dk, dv, ddecay, dinitial = backward_pass(
-        inputs, states, None if do is None else _aligned(row_major(do), plan),
-        dfinal if call.return_state else None, plan, needs_gate_grads=needs_decay_grad,
-    )  # fmt: skip
+    else:
+        plan = call.plan()
+        inputs, _ = call.inputs(plan)
+        dq, dk, dv, ddecay, dinitial = backward_pass(
+            inputs, repeats.whole_states(states, plan), None if do is None else _aligned(row_major(do), plan),
+            dfinal if call.return_state else None, plan, needs_gate_grads=needs_decay_grad,
+        )  # fmt: skip
+        dq, dk, dv = (None if x is None else _aligned(x, plan, back=True) for x in (dq, dk, dv))
+        if ddecay is not None:
+            ddecay = _decay_gradient(ddecay, call, plan)
     assert dq is not None
     assert dk is not None
     assert dv is not None
     return (
-        _laid_out(_aligned(dq, plan, back=True), call.q),
-        _laid_out(_aligned(dk, plan, back=True), call.k),
-        _laid_out(_aligned(dv, plan, back=True), call.v),
-        call.empty_decay() if ddecay is None else _decay_gradient(ddecay, call, plan),
+        _laid_out(dq, call.q),
+        _laid_out(dk, call.k),
+        _laid_out(dv, call.v),
+        call.empty_decay() if ddecay is None else ddecay,
         states.new_empty(0) if dinitial is None else dinitial,
     )
 

@@ -19,7 +19,7 @@ from leetdist.engine.filling import LaneStates, LaneTokens, in_order
 from leetdist.engine.lanes import Lane, index_of
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.plan import Plan
-from leetdist.kernels.common.recording import HostStep, note, take
+from leetdist.kernels.common.recording import HostStep, note, noting, refuse, take
 from leetdist.kernels.common.tiles import Tiles
 
 Inputs: TypeAlias = tuple[Tensor, ...]
@@ -180,8 +180,8 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
 
 
 def _kinds_of_tiles(plan: Plan, lane: Lane, *states: LaneStates) -> Iterator[tuple[Tiles, list[Tensor]]]:
-    """The tiles that have states, with the lane's, and those of sequences that are alone, with zeros. What is computed
-    of the second goes where that of the first is."""
+    """The tiles that have states, with the lane's, and those that are alone, with zeros. What is computed of the second
+    goes where that of the first is."""
     if plan.linked:
         yield plan.tiles, [x[lane] for x in states]
     if plan.alone is not None:
@@ -214,25 +214,30 @@ def _repeated(
 ) -> tuple[Tensor | None, ...]:
     """One pass; where it has been seen before, and is nothing but launches, its launches again."""
     more = (plan,) if needs_gate_grads is None else (plan, needs_gate_grads)
-    if not plan.repeatable or trace.on():
+    repeated = repeats()
+    if not plan.repeatable or trace.on() or repeated is None:
+        refuse()
         return cast(Any, function(*tensors, *more))
-    repeated = _replay()
+    if noting():  # of the whole call (leetdist.engine.repeats)
+        return cast(Any, function(*tensors, *more))
     if plan.transport is None:
-        return repeated(function, tensors, *more)
+        return cast(Any, repeated(function, tensors, *more))
     place = plan.transport.place()
     if place is None:
         return cast(Any, function(*tensors, *more))
     stream = torch.cuda.current_stream(plan.problem.device)  # which steps of the host name, and come back to
     phase = "forward pass" if needs_gate_grads is None else "backward pass"
     with plan.transport.call(phase), torch.cuda.stream(stream):
-        return repeated(function, tensors, *more, where=(stream, place))
+        return cast(Any, repeated(function, tensors, *more, where=(stream, place)))
 
 
 @cache
-def _replay() -> Any:
-    """Where there is no Triton, nothing is repeated, and this cannot be imported."""
-    from leetdist.kernels.common.replay import repeated
-
+def repeats() -> Any:
+    """What repeats launches (leetdist.kernels.common.replay); None where there is no Triton."""
+    try:
+        from leetdist.kernels.common.replay import repeated
+    except ImportError:
+        return None
     return repeated
 
 

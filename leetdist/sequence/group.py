@@ -18,6 +18,7 @@ import torch.distributed.distributed_c10d as c10d
 from leetdist.arguments import as_float, as_int
 from leetdist.sequence import copies as _copies  # noqa: F401  groups in copied and pickled modules
 from leetdist.sequence.p2p import PointToPoint
+from leetdist.sequence.site import calling_depth
 from leetdist.sequence.symmetric import connect
 from leetdist.sequence.transport import Transport
 from leetdist.sequence.virtual import by_name as virtual_by_name
@@ -175,11 +176,10 @@ def _unjoined() -> str:
     )
 
 
-def warn_where_unjoined(depth: int) -> None:
-    """A call without a group, in one of a launcher's processes: each of them would compute everything. depth: how many
-    calls from here the caller's own line is."""
+def warn_where_unjoined() -> None:
+    """A call without a group, in one of a launcher's processes: each of them would compute everything."""
     if os.environ.get("RANK", "0") == "0" and (words := _unjoined()):
-        warnings.warn(f"leetdist: nothing is sharded, group is None. {words}", stacklevel=depth)
+        warnings.warn(f"leetdist: nothing is sharded, group is None. {words}", stacklevel=calling_depth())
 
 
 def resolve(group: Group | None, transport: str | None = None) -> Transport | None:

@@ -59,7 +59,7 @@ def shard_sequence(x: Tensor, dim: int, group: Group | None, *, tile: int | None
         if tile < 1:
             raise ValueError(f"tile must be a positive number of tokens, or None, got {tile}")
     if transport is None:
-        warn_where_unjoined(3)
+        warn_where_unjoined()
         return x
     tokens = x.shape[dim]
     tile = tile or default_tile(tokens)

@@ -44,6 +44,14 @@ def calling_site() -> Site | None:
     return site
 
 
+def calling_depth() -> int:
+    """The `stacklevel` by which a warning of who calls this is one of the program's line."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", _INNER[0]).startswith(_INNER):
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
 def warn_of(sites: list[str]) -> None:
     """The ranks, in rank order, are in a call from these."""
     other = next(rank for rank, site in enumerate(sites) if site != sites[0])

@@ -1,0 +1,107 @@
+"""Calls on one device that want no derivative of what they do, and the two passes of compiled graphs. What such a call
+launches follows from how its tensors lie and from its options, so one that was made before is found by one look at
+those (leetdist.kernels.common.replay): nothing is checked, planned or laid out again.
+
+Tensors: q, k, v, log_decay, initial_state, as callers have them. Options: canonical (leetdist.engine.inputs), in the
+order of OPTIONS.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from leetdist.engine import trace
+from leetdist.engine.inputs import canonical_tensors
+from leetdist.engine.layout import row_major
+from leetdist.engine.passes import backward_pass, forward_pass, repeats
+from leetdist.engine.plan import Plan, plan_call
+from leetdist.engine.values import decays_of, reads_values
+from leetdist.kernels.common.settings import raw_settings
+
+Given: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+Options: TypeAlias = tuple[float, bool, str, int | None, str | None]
+
+OPTIONS = ("scale", "return_state", "method", "tile", "precision")
+IN_MEMORY = (Tensor, torch.nn.Parameter)
+COPIED = (
+    "leetdist: what the forward op saved for the backward was copied in between, and only one element came "
+    "along: hooks that move saved tensors (torch.autograd.graph.save_on_cpu) do not work on compiled calls"
+)
+
+
+def wanted(given: Given, *, read: bool) -> bool:
+    """Whether a call without documents is of that kind: no values decide on what it launches. read: as `describe`'s
+    read_values."""
+    q, _, _, log_decay, initial_state = given
+    for x in given[:4] if initial_state is None else given:
+        if x is None or type(x) not in IN_MEMORY or x.layout is not torch.strided or x.is_neg():
+            return False
+    assert log_decay is not None
+    if not _on_gpu(q) or trace.on() or repeats() is None:
+        return False
+    if log_decay.ndim != 1:
+        return not reads_values(log_decay)
+    decays = decays_of(log_decay, read=read)
+    return decays is None or decays.bad is None
+
+
+def forward(given: Given, options: Options, *, read: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """o, the final state where it is asked for, and the states of the tiles where they have any, in one row."""
+    return cast(Any, repeats()(_forward, given, *_key(given, options, read)))
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    plan, inputs, initial_state = _planned(*args)
+    return forward_pass(inputs, initial_state, plan)
+
+
+def backward(
+    given: Given, states: Tensor, do: Tensor | None, dfinal: Tensor | None, options: Options, *, read: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k and v, None for log_decay's, and that of initial_state. states: one element, in the memory
+    of all."""
+    size = states.untyped_storage().nbytes()
+    return cast(Any, repeats()(_backward, (*given, states, do, dfinal), size, *_key(given, options, read)))
+
+
+def _backward(*args: Any) -> tuple[Tensor | None, ...]:
+    states, do, dfinal, _, *more = args[5:]
+    plan, inputs, _ = _planned(*args[:5], *more)
+    return backward_pass(
+        inputs, whole_states(states, plan), None if do is None else row_major(do),
+        dfinal if plan.problem.return_state else None, plan, needs_gate_grads=False,
+    )  # fmt: skip
+
+
+def whole_states(states: Tensor, plan: Plan) -> Tensor:
+    """All that the forward pass kept, by its first element."""
+    problem = plan.problem
+    count = problem.batch * problem.heads * plan.tiles.count * problem.dk * problem.dv
+    if states.untyped_storage().nbytes() < count * states.element_size():
+        raise RuntimeError(COPIED)
+    return states.as_strided((count,), (1,)) if count else states[:0]
+
+
+def _key(given: Given, options: Options, read: bool) -> tuple[Any, ...]:
+    """What decides beside how tensors lie."""
+    q, k, v, log_decay, _ = given
+    assert log_decay is not None
+    return (*options, read, q.device, k.device, v.device, log_decay.device, *raw_settings())
+
+
+def _planned(*args: Any) -> tuple[Plan, tuple[Tensor, ...], Tensor | None]:
+    q, k, v, log_decay, initial_state = args[:5]
+    options = dict(zip(OPTIONS, args[5:10], strict=True))
+    plan = plan_call(
+        q, k, v, log_decay, initial_state=initial_state, cu_seqlens=None, **options, transport=None,
+        read_values=args[10],
+    )  # fmt: skip
+    *inputs, initial_state = canonical_tensors(q, k, v, log_decay, initial_state, None, plan.highest)
+    return plan, tuple(inputs), initial_state
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
