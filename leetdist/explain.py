@@ -74,6 +74,7 @@ def explain(
     not      CUDA C++ (cuda.token_scan): needs a GPU, this is a CPU
              Triton (triton.fleet): needs a GPU, this is a CPU
              CUDA C++ (cuda.grouped): needs a GPU, this is a CPU
+             CUDA C++ (cuda.high): needs a GPU, this is a CPU
              Gluon (triton.hopper): needs a GPU, this is a CPU
              Gluon wide (triton.hopper_wide): needs a GPU, this is a CPU
              Triton (triton.block): needs a GPU, this is a CPU

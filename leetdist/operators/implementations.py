@@ -99,6 +99,9 @@ CUDA_HOPPER = Implementation(
     "CUDA C++", "cuda.grouped", refusals.cuda_hopper, "NVRTC",
     costs="sm_90", features="a", recordable=True, opened="cuda.open_chunk", most_rows=refusals.most_rows,
 )  # fmt: skip
+CUDA_HOPPER_HIGH = Implementation(
+    "CUDA C++", "cuda.high", refusals.cuda_hopper_high, "NVRTC", costs="sm_90", features="a", recordable=True
+)
 GLUON_HOPPER = Implementation("Gluon", "triton.hopper", refusals.gluon_hopper, "Triton", costs="sm_90", recordable=True)
 GLUON_WIDE = Implementation(
     "Gluon wide", "triton.hopper_wide", refusals.gluon_wide, "Triton",
@@ -188,11 +191,11 @@ PYTORCH_CONV = Implementation("PyTorch", "pytorch.conv", refusals.pytorch, opera
 CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "transitions": (TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "tile_states": (
-        CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH,
+        CUDA_HOPPER, CUDA_HOPPER_HIGH, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH,
         CUDA_HOPPER_A_TOKEN, TRITON_A_TOKEN, PYTORCH_A_TOKEN,
     ),
     "tile_outputs": (
-        CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH,
+        CUDA_HOPPER, CUDA_HOPPER_HIGH, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH,
         CUDA_HOPPER_A_TOKEN, TRITON_A_TOKEN, PYTORCH_A_TOKEN,
     ),
     "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET, PYTORCH_FLEET_A_TOKEN),

@@ -79,10 +79,12 @@ def hopper(facts: Facts) -> str | None:
     return None if facts.settings.hopper else "LEETDIST_HOPPER=0"
 
 
-def hopper_16_bit(facts: Facts) -> str | None:
+def hopper_16_bit(facts: Facts, precision: str | None = None) -> str | None:
     if facts.dtype not in (torch.bfloat16, torch.float16):
         return f"computes bfloat16 and float16, got {named(facts.dtype)}"
-    if facts.precision is not None:
+    if facts.precision is None and precision is not None:
+        return f'is for precision="{precision}"'
+    if facts.precision != precision:
         return f'has no precision="{facts.precision}"'
     return long_enough(facts, SHORTEST_ON_HOPPER["narrow"])
 
@@ -105,12 +107,19 @@ def long_enough(facts: Facts, least: int) -> str | None:
     return None if facts.tile >= least else f"tiles of at least {least} tokens, got {facts.tile}"
 
 
-def cuda_hopper(facts: Facts) -> str | None:
+def cuda_hopper(facts: Facts, precision: str | None = None) -> str | None:
     nvrtc = facts.machine.nvrtc
     refused = hopper(facts) or cuda(facts)
     if refused is None and nvrtc is not None and nvrtc < OLDEST_NVRTC:
         refused = f"needs NVRTC {dotted(OLDEST_NVRTC)}, this is {dotted(nvrtc)} ({CUDA_EXTRA})"
-    return refused or hopper_16_bit(facts) or whole_vectors(facts)
+    return refused or hopper_16_bit(facts, precision) or whole_vectors(facts)
+
+
+def cuda_hopper_high(facts: Facts) -> str | None:
+    refused = cuda_hopper(facts, "high")
+    if refused is None and facts.rows > MOST_ROWS:
+        refused = f"a state of up to {MOST_ROWS} rows, got {facts.rows}"
+    return refused
 
 
 def cuda_hopper_bf16(facts: Facts) -> str | None:

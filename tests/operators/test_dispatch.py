@@ -27,6 +27,7 @@ from leetdist.operators.facts import Facts, Machine
 from leetdist.operators.implementations import (
     CANDIDATES,
     CUDA_HOPPER,
+    CUDA_HOPPER_HIGH,
     CUDA_HOPPER_LEARNT,
     GLUON_HOPPER,
     GLUON_WIDE,
@@ -60,32 +61,31 @@ def facts(machine: Machine, dtype: torch.dtype, rows: int, columns: int, tile: i
     [
         (facts(HOPPER, BF16, 128, 128), "CUDA C++ sm_90a by NVRTC 13.0", []),
         (facts(HOPPER, FP16, 256, 64), "CUDA C++ sm_90a by NVRTC 13.0", []),
-        (facts(BARE, BF16, 128, 128), "Gluon sm_90 by Triton 3.6.0", ["pip install leetdist[cuda]"]),
-        (facts(OLD, BF16, 128, 64), "Gluon sm_90 by Triton 3.6.0", ["needs NVRTC 13.0, this is 12.9"]),
-        (facts(OLD, BF16, 256, 128), "Gluon wide sm_90 by Triton 3.6.0", ["NVRTC", "head sizes of 64, 128"]),
-        (facts(HOPPER, FP32, 128, 128), "Gluon wide sm_90 by Triton 3.6.0", ["got float32", "got float32"]),
-        (facts(HOPPER, FP32, 128, 192), "Gluon wide sm_90 by Triton 3.6.0", ["float32", "float32"]),
-        (facts(HOPPER, FP32, 192, 128), "Gluon wide sm_90 by Triton 3.6.0", ["", ""]),
+        (facts(BARE, BF16, 128, 128), "Gluon sm_90 by Triton 3.6.0", ["pip install leetdist[cuda]", ""]),
+        (facts(OLD, BF16, 256, 128), "Gluon wide sm_90 by Triton 3.6.0", ["NVRTC 13.0, this is 12.9", "", "64, 128"]),
+        (facts(HOPPER, FP32, 128, 128), "Gluon wide sm_90 by Triton 3.6.0", ["got float32", "", "got float32"]),
+        (facts(HOPPER, FP32, 192, 128), "Gluon wide sm_90 by Triton 3.6.0", ["", "", ""]),
         (facts(HOPPER, FP16, 96, 160), "CUDA C++ sm_90a by NVRTC 13.0", []),
         (facts(HOPPER, BF16, 512, 24), "CUDA C++ sm_90a by NVRTC 13.0", []),
-        (facts(HOPPER, BF16, 100, 512), "Triton sm_90 by Triton 3.6.0", ["8", "of 64, 128", "8"]),
-        (facts(BARE, BF16, 96, 512), "Gluon wide sm_90 by Triton 3.6.0", ["cuda", "64, 128, got 96 and 512"]),
-        (facts(AMPERE, FP32, 700, 300), "Triton sm_80 by Triton 3.6.0", ["9.0"] * 3),
-        (facts(HOPPER, BF16, 128, 128, precision="high"), "Gluon wide sm_90 by Triton 3.6.0", ["high", "high"]),
-        (facts(HOPPER, BF16, 100, 128), "Triton sm_90 by Triton 3.6.0", ["", "", "multiple of 8 in bfloat16, got 100"]),
-        (facts(HOPPER, BF16, 128, 128, 64), "Gluon wide sm_90 by Triton 3.6.0", ["at least 128 tokens, got 64", ""]),
-        (facts(HOPPER, BF16, 128, 128, 32), "Triton sm_90 by Triton 3.6.0", ["", "", "at least 64 tokens, got 32"]),
-        (facts(AMPERE, BF16, 128, 128), "Triton sm_80 by Triton 3.6.0", ["9.0, this GPU has 8.0"] * 3),
-        (facts(replace(AMPERE, capability=(7, 5)), BF16, 64, 64), "PyTorch 2.13.0 on sm_75", ["", "", "", "8.0"]),
-        (facts(HOPPER, FP64, 64, 64), "PyTorch 2.13.0 on sm_90", ["", "float64", "float64", "float64"]),
-        (facts(NO_TRITON, BF16, 64, 64), "PyTorch 2.13.0 on sm_90", ["absent (pip install -U triton)"] * 4),
-        (facts(NO_GLUON, FP32, 64, 64), "Triton sm_90 by Triton 3.5.1", ["", "Gluon", "Gluon"]),
-        (facts(CPU, BF16, 128, 128), "PyTorch 2.13.0", ["needs a GPU"] * 4),
-        (facts(replace(HOPPER, capability=None), BF16, 64, 64), "PyTorch 2.13.0", ["", "", "", "ROCm"]),
-        (facts(HOPPER, BF16, 128, 128, settings=TORCH), "PyTorch 2.13.0 on sm_90", ["torch"] * 4),
-        (facts(HOPPER, BF16, 128, 128, settings=ASKED), "Gluon sm_90 by Triton 3.6.0", ["BACKEND"]),
-        (facts(HOPPER, BF16, 128, 128, settings=PLAIN), "Triton sm_90 by Triton 3.6.0", ["HOPPER"] * 3),
-        (facts(CPU, FP32, 16, 16, settings=INTERPRETED), "Triton interpreted by Triton 3.6.0", [""] * 3),
+        (facts(HOPPER, BF16, 100, 512), "Triton sm_90 by Triton 3.6.0", ["8", "", "of 64, 128", "8"]),
+        (facts(BARE, BF16, 96, 512), "Gluon wide sm_90 by Triton 3.6.0", ["cuda", "", "64, 128, got 96 and 512"]),
+        (facts(AMPERE, FP32, 700, 300), "Triton sm_80 by Triton 3.6.0", ["9.0"] * 4),
+        (facts(HOPPER, BF16, 128, 128, precision="high"), "CUDA C++ sm_90a by NVRTC 13.0", ["high"]),
+        (facts(HOPPER, BF16, 512, 64, precision="high"), "Gluon wide sm_90 by Triton 3.6.0", ["high", "256 rows", ""]),
+        (facts(HOPPER, BF16, 100, 128), "Triton sm_90 by Triton 3.6.0", ["", "", "", "of 8 in bfloat16, got 100"]),
+        (facts(HOPPER, BF16, 128, 128, 64), "Gluon wide sm_90 by Triton 3.6.0", ["128 tokens, got 64", "", ""]),
+        (facts(HOPPER, BF16, 128, 128, 32), "Triton sm_90 by Triton 3.6.0", ["", "", "", "at least 64 tokens, got 32"]),
+        (facts(AMPERE, BF16, 128, 128), "Triton sm_80 by Triton 3.6.0", ["9.0, this GPU has 8.0"] * 4),
+        (facts(replace(AMPERE, capability=(7, 5)), BF16, 64, 64), "PyTorch 2.13.0 on sm_75", ["", "", "", "", "8.0"]),
+        (facts(HOPPER, FP64, 64, 64), "PyTorch 2.13.0 on sm_90", ["", "", "float64", "float64", "float64"]),
+        (facts(NO_TRITON, BF16, 64, 64), "PyTorch 2.13.0 on sm_90", ["absent (pip install -U triton)"] * 5),
+        (facts(NO_GLUON, FP32, 64, 64), "Triton sm_90 by Triton 3.5.1", ["", "", "Gluon", "Gluon"]),
+        (facts(CPU, BF16, 128, 128), "PyTorch 2.13.0", ["needs a GPU"] * 5),
+        (facts(replace(HOPPER, capability=None), BF16, 64, 64), "PyTorch 2.13.0", ["", "", "", "", "ROCm"]),
+        (facts(HOPPER, BF16, 128, 128, settings=TORCH), "PyTorch 2.13.0 on sm_90", ["torch"] * 5),
+        (facts(HOPPER, BF16, 128, 128, settings=ASKED), "Gluon sm_90 by Triton 3.6.0", ["BACKEND", ""]),
+        (facts(HOPPER, BF16, 128, 128, settings=PLAIN), "Triton sm_90 by Triton 3.6.0", ["HOPPER"] * 4),
+        (facts(CPU, FP32, 16, 16, settings=INTERPRETED), "Triton interpreted by Triton 3.6.0", [""] * 4),
         (facts(HOPPER, FP16, 128, 64, operator="token_decay"), "CUDA C++ sm_90a by NVRTC 13.0", []),
     ],
     ids=str,
@@ -143,7 +143,7 @@ def test_token_scans_and_calls_that_are_repeated() -> None:
     fleet = choose(Use("fleet_outputs"), facts(BARE, BF16, 128, 128)).implementation
     assert (fleet.compiler, fleet.recordable, fleet.longest_tile) == ("Triton", False, 512)  # launches by itself
     assert not choose(Use("token_outputs"), facts(BARE, BF16, 128, 128)).implementation.recordable
-    for implementation in (CUDA_HOPPER, GLUON_HOPPER, GLUON_WIDE, TRITON):
+    for implementation in (CUDA_HOPPER, CUDA_HOPPER_HIGH, GLUON_HOPPER, GLUON_WIDE, TRITON):
         assert implementation.recordable
     assert not PYTORCH.recordable
 
@@ -225,8 +225,8 @@ def test_what_cannot_be_compiled_is_passed_over_once(forgotten: Any, monkeypatch
     assert str(kernels) == "Gluon wide sm_90 by Triton 3.6.0, Triton sm_90 by Triton 3.6.0"
     outputs = next(choice for choice in kernels.choices if choice.use == Use("tile_outputs"))
     assert outputs.implementation is GLUON_WIDE
-    assert [who for who, _ in outputs.refused] == [CUDA_HOPPER, GLUON_HOPPER]
-    assert all("cannot be compiled (RuntimeError: ptxas ended" in reason for _, reason in outputs.refused)
+    assert [who for who, _ in outputs.refused] == [CUDA_HOPPER, CUDA_HOPPER_HIGH, GLUON_HOPPER]
+    assert sum("cannot be compiled (RuntimeError: ptxas ended" in reason for _, reason in outputs.refused) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert str(kernels_for(replace(problem, scale=2.0), 4096)) == str(kernels)  # known: nothing is said twice

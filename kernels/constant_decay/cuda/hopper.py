@@ -112,9 +112,10 @@ def tile_outputs(
     out_dtype: torch.dtype,
     out: Tensor | None = None,
     onto: Tensor | None = None,
+    high: bool = False,
 ) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs. onto: as `out`, in fp32: the outputs are added to
-    it before they are rounded."""
+    it before they are rounded. high: the state and the scores are two 16-bit numbers each, of a decay a head."""
     if out is None:
         out = empty_outputs(a, c, log_decay, out_dtype)
     if not out.numel():
@@ -128,7 +129,7 @@ def tile_outputs(
     operands = *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept)
     place = bytes(MAP_BYTES) if wide else _map(target)  # wide outputs use no map
     places = place, target.data_ptr(), *target.stride()[:3]
-    if onto is None and are_zeros(states) and walks_chunks(*size):
+    if onto is None and not high and are_zeros(states) and walks_chunks(*size):
         short, tiles = tiles.up_to(CHUNK)
         if programs := a.shape[0] * heads * short.count:
             launch = _kernel(CHUNK_OUTPUTS, size, all_columns(size[1]), a.dtype, wide, reverse, token, a.device)
@@ -138,7 +139,7 @@ def tile_outputs(
                 programs, blocks,
             )  # fmt: skip
     programs = a.shape[0] * heads * tiles.count
-    for part in parts(programs, *size, processors) if programs else ():
+    for part in parts(programs, *size, processors, high) if programs else ():
         blocks = programs * part.splits
         again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
         arguments = (
@@ -147,7 +148,7 @@ def tile_outputs(
             *(() if onto is None else (onto.data_ptr(), *onto.stride()[:3])),
         )  # fmt: skip
         for name in OUTPUTS:
-            launch = _kernel(name, size, part, a.dtype, wide, reverse, token, a.device, onto is not None)
+            launch = _kernel(name, size, part, a.dtype, wide, reverse, token, a.device, onto is not None, high)
             launch((blocks,), THREADS * part.groups, *arguments)
     if target is not out:
         out.copy_(target)
@@ -167,15 +168,17 @@ def compile_for(
     share: int = 1,
     token: bool = False,
     onto: bool = False,
+    high: bool = False,
 ) -> None:
     """Compile the kernels that `step` ("tile_states" or "tile_outputs") will launch for so many tiles of all heads.
     share: how many heads share an operand, which only kernels of a decay a token (`token`) care for. onto: outputs are
-    added to others."""
+    added to others. high: as of `tile_outputs`."""
     outputs = step == "tile_outputs"
-    if outputs and not onto and walks_chunks(rows, columns):
+    high = high and outputs
+    if outputs and not onto and not high and walks_chunks(rows, columns):
         _kernel(CHUNK_OUTPUTS, (rows, columns), all_columns(columns), dtype, wide, reverse, token, device)
-    more = wide and outputs, reverse, token, device, onto and outputs
-    for part in parts(programs, rows, columns, _multiprocessors(device)):
+    more = wide and outputs, reverse, token, device, onto and outputs, high
+    for part in parts(programs, rows, columns, _multiprocessors(device), high):
         for name in OUTPUTS if outputs else (step,):
             _kernel(name, (rows, columns), part, dtype, *more)
 
@@ -186,11 +189,11 @@ def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precis
     return found if rows <= 256 else f"{found}, one block of rows after the other"
 
 
-def shares(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple[int, int, int]:
+def shares(programs: int, rows: int, columns: int, multiprocessors: int, high: bool = False) -> tuple[int, int, int]:
     """Columns that a warpgroup holds, warpgroups of a block, and blocks that share a tile's columns. None of it changes
     a bit. Where multiprocessors would have nothing to do, warpgroups hold fewer columns, or have one to themselves."""
     blocks = ceil_div(columns, 64)
-    if rows > 128:
+    if rows > 128 or high:
         groups = 1 if blocks % 2 or programs * blocks <= multiprocessors else 2
         return 64, groups, blocks // groups
     held = 64 if blocks % 2 or programs * (blocks // 2) <= multiprocessors else 128
@@ -208,14 +211,14 @@ class Part:
 
 
 @lru_cache(maxsize=512)
-def parts(programs: int, rows: int, columns: int, multiprocessors: int) -> tuple[Part, ...]:
+def parts(programs: int, rows: int, columns: int, multiprocessors: int, high: bool = False) -> tuple[Part, ...]:
     """The launches of a kernel: one; but where warpgroups share chunks, which is faster, and an odd number of them
     would hold all columns, three share some, and pairs the rest. Three have registers for fewer rows: with more, or
     where they leave multiprocessors with nothing to do, the last one is by itself."""
-    whole, blocks = Part(*shares(programs, rows, columns, multiprocessors)), ceil_div(columns, 64)
-    if rows <= 128 or whole.groups == 2 or blocks < 3 or programs * blocks <= multiprocessors:
+    whole, blocks = Part(*shares(programs, rows, columns, multiprocessors, high)), ceil_div(columns, 64)
+    if (rows <= 128 and not high) or whole.groups == 2 or blocks < 3 or programs * blocks <= multiprocessors:
         return (whole,)
-    if rows > MOST_ROWS_OF_THREE or programs * blocks <= 2 * multiprocessors:
+    if high or rows > MOST_ROWS_OF_THREE or programs * blocks <= 2 * multiprocessors:
         return Part(64, 2, blocks // 2), Part(64, 1, 1, 64 * (blocks - 1))
     if blocks % 3 == 0:
         return (Part(64, 3, blocks // 3),)
@@ -248,7 +251,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool = False) -> int:
+def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool = False, high: bool = False) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
     step = name.split()[0]
     if name == CHUNK_OUTPUTS:
@@ -257,13 +260,13 @@ def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool =
     if step == "tile_states":
         chunks_b = chunks_c = slots = 3 if rows <= 128 else 2 if groups == 1 else 4
         chunks_a = 0
-    elif rows <= 128:
+    elif rows <= 128 and not high:
         chunks_a = chunks_b = chunks_c = slots = 2
     else:
-        chunks_a, chunks_b, chunks_c = (1, 1, 2) if groups == 1 else (2, 3, 2)
+        chunks_a, chunks_b, chunks_c = (1, 1, 2) if groups == 1 else (2, 2 if high and rows > 192 else 3, 2)
         slots = chunks_a
     operands = (chunks_a + chunks_b) * 64 * ceil_div(rows, 64) + chunks_c * groups * columns
-    scores = 0 if step == "tile_states" else 1 if groups == 1 else chunks_b
+    scores = 0 if step == "tile_states" else (1 + high) * (1 if groups == 1 else chunks_b)
     each = TABLES[step][token]
     if name == AGAIN:
         each += 4 * (columns + 4)  # from which token on each column is lost
@@ -283,10 +286,11 @@ def defines(
     size: tuple[int, int] | None = None,
     first: int = 0,
     onto: bool = False,
+    high: bool = False,
 ) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with; `wide`: for outputs in fp32; `token`: for a decay a token; `size`: the state's
     rows and columns, where blocks have not as many; `first`: of their columns; `onto`: for outputs that are added to
-    others."""
+    others; `high`: as of `tile_outputs`."""
     made: tuple[tuple[str, int], ...] = (
         ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
         ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name in (AGAIN, CHUNK_OUTPUTS))),
@@ -295,7 +299,7 @@ def defines(
     made += (("STATE_ROWS", own_rows),) * (own_rows < rows)
     cut = size is not None and (first > 0 or own_columns % (groups * columns) > 0)
     made += (("STATE_COLUMNS", own_columns),) * cut + (("FIRST", first),) * (first > 0)
-    made += (("ONTO", 1),) * onto
+    made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high
     return made + (("TOKEN", 1),) * token + (("ONWARD", 1),) * (name == ONWARD)
 
 
@@ -310,11 +314,12 @@ def _kernel(
     token: bool,
     device: torch.device,
     onto: bool = False,
+    high: bool = False,
 ) -> loader.Kernel:
     """size: the state's rows and columns."""
     held = walked_rows(size[0]), part.columns, part.groups
-    made = defines(name, *held, dtype, wide, reverse, token, size=size, first=part.first, onto=onto)
-    memory = shared_memory(name, *held, token)
+    made = defines(name, *held, dtype, wide, reverse, token, size=size, first=part.first, onto=onto, high=high)
+    memory = shared_memory(name, *held, token, high)
     step = name.split()[0]
     return loader.kernel(f"constant_decay/cuda/{step}.cu", step, device, made, shared_memory=memory, features="a")
 

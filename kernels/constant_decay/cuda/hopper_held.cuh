@@ -1,8 +1,9 @@
 // The state as an operand: rounded, in as many steps as a product sums over.
 
 constexpr int STEPS = ROWS / 16;  // of a product over the state's rows
-constexpr int TIMES = !LAST_FETCHES ? 1 : GROUPS > 2 ? STEPS / 2 : 2;  // at which the state is rounded
-constexpr int HELD_STEPS = STEPS / TIMES;
+constexpr int SHARES = ROWS <= 128 ? 1 : GROUPS > 2 ? STEPS / 2 : 2;  // in which the state is rounded
+constexpr int HELD_STEPS = STEPS / SHARES;
+constexpr int TIMES = (1 + HIGH) * SHARES;  // with -DHIGH=1, then what rounding has left of each
 
 // What a thread multiplies its two rows of a part of the state by to hold them in 16 bits, and the inverse: a state
 // grows with the sequence and can exceed fp16's range, so fp16 holds each row times a power of two.
@@ -37,5 +38,12 @@ __device__ __forceinline__ void hold(const float (&state)[HELD], const float (&p
 __device__ __forceinline__ void hold(const float (&state)[HELD], const float (&power)[2], int time,
                                      Word (&held)[HELD_STEPS][4]) {
 #pragma unroll
-    for (int i = 0; i < HELD_STEPS; i++) hold(state, power, time * HELD_STEPS + i, held[i]);
+    for (int i = 0; i < HELD_STEPS; i++) {
+        const int step = time % SHARES * HELD_STEPS + i;
+        hold(state, power, step, held[i]);
+        if (time < SHARES) continue;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            held[i][j] = rest(state[8 * step + 2 * j] * power[j % 2], state[8 * step + 2 * j + 1] * power[j % 2], held[i][j]);
+    }
 }

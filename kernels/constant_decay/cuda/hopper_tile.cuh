@@ -27,7 +27,10 @@ constexpr int PARTS = COLUMNS / 64;
 constexpr int HELD = ROWS / 2;  // numbers of a part of the state that a thread holds
 constexpr int STORED_ROWS = (ROWS + 63) / 64 * 64;
 [[maybe_unused]] constexpr int ROWS_BYTES = STORED_ROWS * CHUNK * 2, COLUMNS_BYTES = COLUMNS * CHUNK * 2;
-[[maybe_unused]] constexpr bool LAST_FETCHES = ROWS > 128;  // or else the block's first thread does, when all have met
+#ifndef HIGH
+#define HIGH 0
+#endif
+[[maybe_unused]] constexpr bool LAST_FETCHES = ROWS > 128 || HIGH;  // or else the block's first thread does, when all have met
 constexpr float LOG2E = 1.4426950408889634f;
 
 #ifndef STATE_ROWS
@@ -99,11 +102,16 @@ struct Tile {
     }
 };
 
+// What rounding two numbers to x has left of them, rounded.
+__device__ __forceinline__ Word rest(float low, float high, Word x) {
+    return pack(low - unpack(x, 0), high - unpack(x, 1));
+}
+
 // The weights of tokens 2 i and 2 i + 1 as 16-bit numbers, high and then low.
 __device__ __forceinline__ void store_pair(Word pairs, int i, float x, float y) {
     const Word high = pack(x, y);
     store(pairs + i * 8, high);
-    store(pairs + i * 8 + 4, pack(x - unpack(high, 0), y - unpack(high, 1)));
+    store(pairs + i * 8 + 4, rest(x, y, high));
 }
 
 // o, transposed, times what `from` holds for each of a chunk's tokens, from `first` on. PAIRS: two are loaded at once.

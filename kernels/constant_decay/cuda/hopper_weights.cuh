@@ -62,7 +62,7 @@ struct Tables : Weights {
         store(from_state + i * 4, exp2_(g * float(REVERSE ? max(63 - i, 0) : i + 1)) * state_scale);
         Weights::set(added_scale, CHUNK);
     }
-    // scores, decayed and rounded, to shared memory
+    // scores, decayed and rounded, to shared memory; with -DHIGH=1, and what that has left of them
     __device__ __forceinline__ void decay(const float (&scores)[32], Word seen) const {
         const int lane = threadIdx.x % 32, row = thread_number() / 32 * 16;
         const Word from = decays + (63 + row + lane / 4 - 2 * (lane % 4)) * 4;
@@ -72,13 +72,16 @@ struct Tables : Weights {
         for (int i = 0; i < 18; i++) table[i / 2][i % 2] = load(from + (8 - i / 2 * 8 - i % 2) * 4);
 #pragma unroll
         for (int step = 0; step < 4; step++) {
-            Word x[4];
+            Word x[4], left[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {  // 8 rows further for odd i, 8 columns for the second two
                 const float(&d)[2] = table[1 - i % 2 + 2 * step + i / 2];
-                x[i] = pack(scores[8 * step + 2 * i] * d[0], scores[8 * step + 2 * i + 1] * d[1]);
+                const float y = scores[8 * step + 2 * i] * d[0], z = scores[8 * step + 2 * i + 1] * d[1];
+                x[i] = pack(y, z);
+                if (HIGH) left[i] = rest(y, z, x[i]);
             }
             store_matrices(to ^ step * 32, x);
+            if (HIGH) store_matrices((to ^ step * 32) + BLOCK, left);
         }
     }
     // o, transposed, times the decay from the state at the start of a chunk of `count` tokens

@@ -5,6 +5,7 @@
 // Rounded, the state is a left operand as it lies in the registers (as FlashAttention's softmax weights are); of what
 // is computed only P passes through shared memory, and the outputs on their way out. All decays are the same in every
 // chunk, and come from tables in shared memory. -DWIDE=1: outputs in fp32. -DONTO=1: added to what `onto` has in fp32.
+// -DHIGH=1: the state and P are two 16-bit numbers, high + low, each.
 //
 // A score of 0 times a NaN or an infinity of a later token is NaN. Whatever of b, c and the states is not finite is in
 // the last state too, so that blocks that find such a thing there say so in `again`. A second kernel (-DAGAIN=1) follows
@@ -25,13 +26,15 @@
 
 constexpr int STAGE = 2 * ROWS_BYTES + COLUMNS_BYTES;
 // Chunks of a and of b in shared memory, where they are fetched one by one; of c there are two.
-constexpr int A_STAGES = GROUPS == 1 ? 1 : 2, B_STAGES = GROUPS == 1 ? 1 : 3;
+constexpr int A_STAGES = GROUPS == 1 ? 1 : 2, B_STAGES = GROUPS == 1 ? 1 : HIGH && STORED_ROWS > 192 ? 2 : 3;
 constexpr int A_SLOTS = LAST_FETCHES ? A_STAGES : 2;  // places of a
 constexpr bool TURNS = GROUPS > 1;
 constexpr bool FEW_REGISTERS = GROUPS > 2;  // so that operands are made as they are used
-static_assert(!FEW_REGISTERS || LAST_FETCHES);
-// Places of scores. With turns, as many as of chunks of b: who has b of step i + 3 knows that all are done with step i.
+constexpr int STARTED = TURNS ? TIMES : LAST_FETCHES ? 2 : 1;  // of the times of S^T a^T, beside the scores
+static_assert((!FEW_REGISTERS || LAST_FETCHES) && (!HIGH || COLUMNS == 64));
+// Places of scores. With turns, as many as of chunks of b: who has the next in b's place knows that all are done with it.
 constexpr int SEEN = TURNS ? B_STAGES : GROUPS;
+constexpr int SCORES = (1 + HIGH) * BLOCK;
 #ifndef ONTO
 #define ONTO 0
 #endif
@@ -74,7 +77,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     const Word base = shared_memory(), all_b = base + A_STAGES * ROWS_BYTES;
     const Word own_c = all_b + B_STAGES * ROWS_BYTES + group * 2 * COLUMNS_BYTES;
     const Word all_seen = LAST_FETCHES ? all_b + B_STAGES * ROWS_BYTES + GROUPS * 2 * COLUMNS_BYTES : base + 2 * STAGE;
-    const Word slots = all_seen + SEEN * BLOCK, all_tables = slots + A_SLOTS * SLOT;
+    const Word slots = all_seen + SEEN * SCORES, all_tables = slots + A_SLOTS * SLOT;
     Tables tables;
     tables.place(all_tables + group * (Tables::BYTES + Lost::BYTES), tile, log_decay TOKENS_);
     const Lost lost(all_tables + group * (Tables::BYTES + Lost::BYTES) + Tables::BYTES);
@@ -161,7 +164,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     const int turn = TURNS ? __shfl_sync(0xffffffffu, group, 0) : 0;  // for ptxas, which does not see it to be uniform
     for (int step = 0; step < tile.chunks; step++) {
         const Word a_i = place_a(step), b_i = place_b(step), c_i = place_c(step);
-        const Word seen = all_seen + (TURNS ? step % SEEN : group) * BLOCK;
+        const Word seen = all_seen + (TURNS ? step % SEEN : group) * SCORES;
         const int count = tile.count(step);
         wait_arrival(arrival_a(step), step / A_SLOTS & 1);
         auto wait_b = [&] {
@@ -212,7 +215,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             begin_products();
 #pragma unroll
             for (int i = 0; i < HELD_STEPS; i++)
-                product(o_i, held[i], by_rows(a_i) + along_rows(time * HELD_STEPS + i), time * HELD_STEPS + i);
+                product(o_i, held[i], by_rows(a_i) + along_rows(time % SHARES * HELD_STEPS + i), time * HELD_STEPS + i);
             end_products();
         };
         auto start_from_seen = [&](auto& y, int first) {
@@ -221,7 +224,18 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
 #pragma unroll
             for (int i = 0; i < int(sizeof(y) / sizeof(y[0])); i++)
                 product(o_i, y[i], by_rows(seen) + along_rows(first + i), 1);
+#pragma unroll
+            for (int i = 0; HIGH && i < int(sizeof(y) / sizeof(y[0])); i++)
+                product(o_i, y[i], by_rows(seen + BLOCK) + along_rows(first + i), 1);
             end_products();
+        };
+        auto go_on_from_state = [&](int part, int first) {
+#pragma unroll
+            for (int time = first; time < TIMES; time++) {
+                wait_products<0>();
+                here(o_i), here(held);
+                start_from_state(part, time);
+            }
         };
         float faded = tables.faded(count);
         if (LAST_FETCHES) tables.read(slot(step), count, faded);
@@ -237,12 +251,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 if (lane == 0) arrive(arrival_seen(step));
             }
             start_from_state(0, 0);
-#pragma unroll
-            for (int time = 1; time < TIMES; time++) {
-                wait_products<0>();
-                here(o_i), here(held);
-                start_from_state(0, time);
-            }
+            go_on_from_state(0, 1);
         } else if (LAST_FETCHES) {
             start_from_state(0, 0);
             wait_b();
@@ -261,6 +270,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             tables.decay(scores, seen);
             publish();
         }
+        go_on_from_state(0, STARTED);
         meet();  // all have written their scores, and read the outputs of the chunk before
         if (thread == 0) wait_writes();
         fetch_c(step + 1);
@@ -270,7 +280,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         wait_c(), wait_seen();
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            if (part > 0) start_from_state(part, 0);
+            if (part > 0) start_from_state(part, 0), go_on_from_state(part, 1);
             const Word from = c_i + part * BLOCK + place_transposed();
             if (!FEW_REGISTERS) load_left(from, x[part]);
             wait_products<0>();
