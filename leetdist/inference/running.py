@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from leetdist.inference.state import NO_CHUNKS, State, no_tokens
 from leetdist.kernels.common.settings import raw_settings
+
+WITHOUT = nullcontext()  # autocast, which takes 3 us to say so
 
 
 class Running:
@@ -32,7 +35,7 @@ class Running:
             return to
 
         if state.by_token:
-            total = self._no_decays() if state.total is None else state.total
+            total = self._no_decays() if state.total is None else state.total.contiguous()
         decays = kept(state.log_decay) if state.by_token else None
         self._kept = self._opened.module.Kept(kept(state.k), kept(state.v), decays, total)
 
@@ -67,7 +70,8 @@ class Running:
             walked = (self._boundary if walked is None else walked).clone()
             own = torch.zeros_like(walked) if own is None else own.clone()
             self._states, self._own = (walked, own), True
-        with torch.autocast(q.device.type, enabled=False):
+        plain = torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else WITHOUT
+        with plain:
             o: Tensor
             o, self._kept = opened.module.open_piece(
                 q, k, v, log_decay, self._kept, self._boundary if walked is None else walked, own if full else None,

@@ -6,10 +6,11 @@ log-decays (B, H, n) those of a decay a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,15 +60,17 @@ def advance(
     hopper.onward(k, v, log_decay, walked, own, at=at, whole=tile, total=total)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen, which takes 2 us
 class Kept:
     """What a stream keeps of an open chunk: k and v, (B, heads, CHUNK, D), and of a decay a token log_decay,
-    (B, H, CHUNK), and the sum of those before the chunk in its tile, (B, H) fp64."""
+    (B, H, CHUNK), and the sum of those before the chunk in its tile, (B, H) fp64. known: how pieces are computed that
+    came before in the same stream, by their layouts; everything else is laid out alike in all of it."""
 
     k: Tensor
     v: Tensor
     log_decay: Tensor | None = None
     total: Tensor | None = None
+    known: dict[Hashable, Any] = field(default_factory=dict)
 
 
 def open_piece(
@@ -95,14 +98,23 @@ def open_piece(
     """
     from leetdist.kernels.common.replay import repeated
 
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    tokens = q.shape[2]
-    o, *rest = repeated(
+    tokens, given = q.shape[2], (q, k, v)
+    layout = (
+        q.shape, q.stride(), k.stride(), v.stride(), log_decay.stride(), log_decay.data_ptr() % 16,
+        walked.stride(), None if own is None else own.stride(),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr() | walked.data_ptr()) % 16,
+    )  # fmt: skip
+    if layout not in kept.known:
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    o, after_k, after_v, after_decay, after_total = repeated(
         _open_piece, (q, k, v, log_decay, kept.k, kept.v, kept.log_decay, kept.total, walked, own),
         tile, scale, tile_outputs, numbers=(before, before + tokens, full, at),
+        known=(kept.known, layout) if all(x is y for x, y in zip((q, k, v), given, strict=True)) else None,
     )  # fmt: skip
     assert o is not None
-    return o[:, :, before : before + tokens], Kept(*rest)  # type: ignore[arg-type]
+    assert after_k is not None
+    assert after_v is not None
+    return o.narrow(2, before, tokens), Kept(after_k, after_v, after_decay, after_total, kept.known)
 
 
 def _open_piece(
