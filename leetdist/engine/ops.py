@@ -2,8 +2,8 @@
 tensors and dispatch modes see of a call.
 
 An op knows its group by name and finds the transport when it runs; what the ranks must agree on is checked then, in the
-forward and again in the backward op. The values of a log_decay on a GPU are not read here, because that would stop the
-stream: they are taken as they are.
+forward op, and the backward op goes by the same plan (leetdist.engine.kept). The values of a log_decay on a GPU are not
+read here, because that would stop the stream: they are taken as they are.
 
 Each pass is two ops that differ in one thing. Under a group, a compiled graph may neither drop a call whose result is
 not used, as the other ranks wait for it, nor reorder the calls, which Inductor does by the memory they take, and that
@@ -27,6 +27,7 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from leetdist.engine import repeats, transforms
 from leetdist.engine.checks import describe
 from leetdist.engine.inputs import canonical_options, canonical_tensors, state_dtype
+from leetdist.engine.kept import Plans
 from leetdist.engine.layout import empty_as, row_major, strides_as
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan, plan_call
@@ -144,6 +145,7 @@ def _check(call: Call) -> None:
 
 def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, _ = Call.split(args)
+    plan = None
     if call.repeats():
         o, final, states = repeats.forward(args[:TENSORS], args[OPTION : ARGUMENTS - 1], read=not call.q.is_cuda)
     else:
@@ -160,6 +162,8 @@ def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     # The number of tiles is not known when a graph is traced: it depends on the other ranks' tokens. A view of one
     # element has a size that is, and holds all the memory; the backward op takes the whole again.
     states = states.as_strided((1,), (1,)) if states.numel() else states.new_zeros(1)
+    if plan is not None:
+        _plans.keep(states, plan)
     return _laid_out(o, call.q), final, states
 
 
@@ -178,7 +182,7 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
             args[:TENSORS], states, do, dfinal, args[OPTION : ARGUMENTS - 1], read=not call.q.is_cuda
         )
     else:
-        plan = call.plan()
+        plan = _plans.of(states) or call.plan()
         inputs, _ = call.inputs(plan)
         dq, dk, dv, ddecay, dinitial = backward_pass(
             inputs, repeats.whole_states(states, plan), None if do is None else _aligned(row_major(do), plan),
@@ -236,6 +240,7 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return empty_as(like, heads, dim, x.dtype).copy_(x)
 
 
+_plans = Plans()
 _library = library.Library("leetdist", "DEF")
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import leetdist
 from helpers import run_ranks, values
 from leetdist.engine import ops
+from leetdist.engine.kept import Plans
 from leetdist.reference import relative_error
 from leetdist.sequence.virtual import VirtualGroup
 
@@ -142,6 +143,45 @@ def test_virtual_ranks() -> None:
 
         shards = leetdist.virtual_ranks(rank, 3)
         assert torch.equal(torch.cat(shards, 2), leetdist.linear_attention(*args))
+
+
+def test_ranks_agree_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward op goes by the forward's plan: to plan again is to wait for the other ranks again."""
+    planned: list[str] = []
+    real = ops.plan_call
+
+    def plan_call(*args: object, **options: object) -> object:
+        planned.append("")
+        return real(*args, **options)
+
+    monkeypatch.setattr(ops, "plan_call", plan_call)
+    args = [x.requires_grad_() for x in inputs(128)]
+    o = leetdist.linear_attention(*args)
+    wanted = torch.autograd.grad(o, args, torch.ones_like(o))
+
+    def rank(group: VirtualGroup) -> list[Tensor]:
+        local = [leetdist.shard_sequence(x, 2, group) if x.ndim > 1 else x for x in args]
+        leaves = [x.detach().requires_grad_() for x in local]
+        more = (None, None, 1.0, False, "auto", None, None, group.name)
+        o = ops._forward_in_order(*leaves, *more)[0]
+        return list(torch.autograd.grad(o, leaves, torch.ones_like(o)))
+
+    shards = leetdist.virtual_ranks(rank, 2)
+    assert len(planned) == 2
+    for place, whole in enumerate(wanted[:3]):
+        assert torch.equal(torch.cat([x[place] for x in shards], 2), whole)
+    assert torch.equal(sum(x[3] for x in shards), wanted[3])
+
+
+def test_plans_are_kept_as_long_as_their_memory() -> None:
+    plans, plan = Plans(few=4), ops.Call(*inputs(16), None, None, 1.0, False, "auto", None, None, "").plan()
+    held = torch.empty(3)
+    plans.keep(held[:1], plan)
+    for _ in range(100):
+        plans.keep(torch.empty(1), plan)
+        assert plans.of(held) is plan
+        assert plans.of(torch.empty(1)) is None
+    assert len(plans) <= 4
 
 
 def over_ranks(rank: int, by_token: bool) -> None:
