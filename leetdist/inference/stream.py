@@ -250,12 +250,10 @@ class Stream:
         tail = (tokens - head) % tile
         if head == tokens or tail == tokens:
             return self._into_open_tile(piece)
-        outputs = []
-        for part, whole_tiles in ((head, False), (tokens - head - tail, True), (tail, False)):
-            if not part:
-                continue
-            now, piece = (tuple(x[:, :, span] for x in piece) for span in (slice(part), slice(part, None)))
-            outputs.append(self._whole_tiles(now) if whole_tiles else self._into_open_tile(now))
+        all_ways = (head, self._into_open_tile), (tokens - head - tail, self._whole_tiles), (tail, self._into_open_tile)
+        ways = [(length, way) for length, way in all_ways if length]
+        parts = zip(*(x.split_with_sizes([length for length, _ in ways], 2) for x in piece), strict=True)
+        outputs = [way(part) for (_, way), part in zip(ways, parts, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
     def _whole_tiles(self, piece: Piece) -> Tensor:
