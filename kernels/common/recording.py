@@ -48,10 +48,11 @@ class HostStep:
 
 @dataclass(frozen=True, eq=False)
 class TensorStep:
-    """The same with a tensor that the call has taken: a message that leaves from it, or comes into it."""
+    """The same with tensors that the call has taken, or parts of them: a message that leaves from one, or comes into
+    it."""
 
-    step: Callable[[Tensor], Any]
-    tensor: Tensor
+    step: Callable[..., Any]
+    tensors: tuple[Tensor, ...]
 
 
 def take(step: Callable[[], Any]) -> None:
@@ -59,9 +60,9 @@ def take(step: Callable[[], Any]) -> None:
     _take(HostStep(step), step)
 
 
-def take_with(step: Callable[[Tensor], Any], tensor: Tensor) -> None:
-    """Do a step of the host with a tensor, and note it."""
-    _take(TensorStep(step, tensor), step, tensor)
+def take_with(step: Callable[..., Any], *tensors: Tensor) -> None:
+    """Do a step of the host with tensors, and note it."""
+    _take(TensorStep(step, tensors), step, *tensors)
 
 
 def _take(event: HostStep | TensorStep, step: Callable[..., Any], *given: Tensor) -> None:

@@ -5,6 +5,8 @@ kind is recorded: which memory it takes, and each launch with its arguments, of 
 by where they come from. From then on the host takes as much memory and repeats the launches. Unlike a CUDA graph,
 nothing is copied, no memory is held, and the launches go to the current stream (into a graph too, while one captures).
 
+A launch may be given a part of a tensor (the heads of a lane), which is known by how far into the tensor it begins.
+
 A call is repeated only if launches, and steps of the host that are noted too (kernels/common/recording.py), are all
 that it does: any other operation seen while it is recorded (a copy, a sum) refuses it, and it runs as ever.
 """
@@ -78,22 +80,22 @@ class Map:
 @dataclass(eq=False)
 class CudaStep:
     """One launch of a kernel in CUDA C++, and where addresses (or numbers) and maps go among its arguments, in words of
-    64 bits."""
+    64 bits: the source of each, and bytes that are added to it."""
 
     kernel: Kernel
     grid: tuple[int, int, int]
     block: int
     arguments: Arguments
-    addresses: list[tuple[int, int]]
-    maps: list[tuple[slice, int, Map]]
+    addresses: list[tuple[int, int, int]]
+    maps: list[tuple[slice, int, int, Map]]
 
     def __call__(self, stream: int, sources: list[int]) -> None:
         arguments = self.arguments
         words = arguments.words
-        for place, source in self.addresses:
-            words[place] = sources[source]
-        for part, source, moved in self.maps:
-            words[part] = moved.at(sources[source])
+        for place, source, after in self.addresses:
+            words[place] = sources[source] + after
+        for part, source, after, moved in self.maps:
+            words[part] = moved.at(sources[source] + after)
         self.kernel.launch(self.grid, self.block, stream, arguments)
 
 
@@ -103,16 +105,16 @@ class TritonStep:
 
     compiled: Any  # lives as long as it is launched: newer Tritons unload a kernel that nobody holds
     handed: launcher.Handed
-    addresses: list[tuple[int, int]]
-    maps: list[tuple[int, int, Map]]
+    addresses: list[tuple[int, int, int]]
+    maps: list[tuple[int, int, int, Map]]
 
     def __call__(self, stream: int, sources: list[int]) -> None:
         handed = self.handed
         arguments = handed.arguments.copy()
-        for place, source in self.addresses:
-            arguments[place] = sources[source]
-        for place, source, moved in self.maps:
-            arguments[place] = moved.at(sources[source])
+        for place, source, after in self.addresses:
+            arguments[place] = sources[source] + after
+        for place, source, after, moved in self.maps:
+            arguments[place] = moved.at(sources[source] + after)
         if handed.together:
             handed.function(*handed.before, stream, *handed.after, arguments)
         else:
@@ -128,12 +130,32 @@ class Memory:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Part:
+    """Of the tensor taken at a place: its shape, strides, and the number that it begins with."""
+
+    place: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    first: int
+
+
 @dataclass(eq=False)
 class Message:
-    """A step of the host with one of the tensors taken."""
+    """A step of the host with tensors: which of those taken, parts of them, or others that do not move."""
 
-    step: Callable[[Tensor], Any]
-    place: int
+    step: Callable[..., Any]
+    given: list[int | Part | Tensor]
+
+    def __call__(self, taken: list[Tensor]) -> None:
+        tensors = []
+        for x in self.given:
+            if isinstance(x, int):
+                x = taken[x]
+            elif isinstance(x, Part):
+                x = taken[x.place].as_strided(x.shape, x.strides, x.first)
+            tensors.append(x)
+        self.step(*tensors)
 
 
 Action: TypeAlias = Memory | TritonStep | CudaStep | Message | recording.HostStep
@@ -160,7 +182,7 @@ class Replay:
             elif isinstance(action, recording.HostStep):
                 action.step()
             elif isinstance(action, Message):
-                action.step(taken[action.place])
+                action(taken)
             else:
                 action(torch._C._cuda_getCurrentRawStream(device.index), sources)
         return tuple([None if place is None else taken[place] for place in self.returned])
@@ -192,61 +214,111 @@ def record(
         number.source = source
     with Recorder() as recorder:
         outputs = function(*arguments, *marked)
-    taken = [event for event in recorder.events if isinstance(event, Tensor)]
-    sources = {x.data_ptr(): place for place, x in enumerate((*inputs, *taken), len(numbers))}
-    if recorder.refused or len(sources) < len(inputs) + len(taken):  # or two share an address
+    try:
+        return outputs, _replay(recorder, outputs, inputs, len(numbers))
+    except Unclear:
         return outputs, None
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (*inputs, *taken)}
+
+
+def _replay(recorder: Recorder, outputs: tuple[Tensor | None, ...], inputs: list[Tensor], numbers: int) -> Replay:
+    """Of what was recorded; `numbers` come before the inputs."""
+    taken = [event for event in recorder.events if isinstance(event, Tensor)]
+    sources = Sources([*inputs, *taken], first=numbers)
+    if recorder.refused or len(sources.places) < len(inputs) + len(taken):  # or two share an address
+        raise Unclear
     memory = [Memory(tuple(x.shape), x.stride(), x.dtype) for x in taken]
+
+    def number_of(x: Tensor) -> int:
+        place = sources.places.get(x.data_ptr(), 0) - len(inputs) - numbers
+        if place < 0:
+            raise Unclear
+        return place
+
+    def given(x: Tensor) -> int | Part | Tensor:
+        found = sources.of(x.data_ptr())
+        if found is None:
+            return x
+        place = found[0] - len(inputs) - numbers
+        if place < 0 or x.dtype != taken[place].dtype:
+            raise Unclear
+        if Memory(tuple(x.shape), x.stride(), x.dtype) == memory[place]:
+            return place
+        return Part(place, x.shape, x.stride(), found[1] // x.itemsize)
+
     returned: list[int | None] = []
     for x in outputs:
         place = None
         if x is not None:
-            place = sources.get(x.data_ptr(), 0) - len(inputs) - len(numbers)
-            if place < 0 or x.numel() != taken[place].numel() or place in returned:
-                return outputs, None
+            place = number_of(x)
+            if x.numel() != taken[place].numel() or place in returned:
+                raise Unclear
             memory[place] = Memory(tuple(x.shape), x.stride(), x.dtype)
         returned.append(place)
     actions: list[Action] = []
     held: list[Tensor] = []
     to_take = iter(memory)
     for event in recorder.events:
-        action: Action | None
+        action: Action
         if isinstance(event, Tensor):
             action = next(to_take)
         elif isinstance(event, recording.HostStep):
             action = event
         elif isinstance(event, recording.TensorStep):
-            x, place = event.tensor, sources.get(event.tensor.data_ptr(), 0) - len(inputs) - len(numbers)
-            if place < 0 or Memory(x.shape, x.stride(), x.dtype) != memory[place]:
-                return outputs, None
-            action = Message(event.step, place)
+            action = Message(event.step, [given(x) for x in event.tensors])
         elif isinstance(event, recording.CudaLaunch):
-            action = _cuda_step(event, sources, storages)
+            action = _cuda_step(event, sources)
         else:
-            action = _triton_step(event, sources, storages, held)
-        if action is None:
-            return outputs, None
+            action = _triton_step(event, sources, held)
         actions.append(action)
-    return outputs, Replay(inputs[0].device, actions, returned, held)
+    return Replay(inputs[0].device, actions, returned, held)
 
 
-def _cuda_step(launched: recording.CudaLaunch, sources: dict[int, int], storages: dict[int, int]) -> CudaStep | None:
+class Unclear(Exception):
+    """An address of which the call's tensors do not say where it will be in another call."""
+
+
+class Sources:
+    """The tensors that a call's addresses come from: `places` by address, counted from `first`."""
+
+    def __init__(self, tensors: list[Tensor], first: int) -> None:
+        self.places = {x.data_ptr(): place for place, x in enumerate(tensors, first)}
+        self.memory: dict[int, tuple[int, Tensor | None]] = {}  # how long it is, and whose, if it is one tensor's
+        for x in tensors:
+            storage = x.untyped_storage()
+            begin = storage.data_ptr()
+            self.memory[begin] = storage.nbytes(), None if begin in self.memory else x
+
+    def of(self, address: int) -> tuple[int, int] | None:
+        """A tensor, and how far into it the address is; None where it is in none of them."""
+        if address in self.places:
+            return self.places[address], 0
+        for begin, (size, x) in self.memory.items():
+            if begin <= address < begin + size:
+                if x is None or not 0 <= address - x.data_ptr() < _extent(x):
+                    raise Unclear
+                return self.places[x.data_ptr()], address - x.data_ptr()
+        return None
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first number of x to the end of the last."""
+    return x.itemsize * (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)))
+
+
+def _cuda_step(launched: recording.CudaLaunch, sources: Sources) -> CudaStep:
     x, y, z = (*launched.grid, 1, 1)[:3]
     arguments = Arguments(launched.arguments)
     step = CudaStep(launched.kernel, (x, y, z), launched.block, arguments, [], [])
-    for place, after, argument in zip(arguments.offsets, arguments.offsets[1:], launched.arguments, strict=False):
+    for place, end, argument in zip(arguments.offsets, arguments.offsets[1:], launched.arguments, strict=False):
         if isinstance(argument, TensorMap):
-            if argument.address not in sources:
-                return None
-            made = partial(_words, kind=argument.kind)
-            step.maps.append((slice(place, after), sources[argument.address], Map(made)))
+            found = sources.of(argument.address)
+            if found is None:
+                raise Unclear
+            step.maps.append((slice(place, end), *found, Map(partial(_words, kind=argument.kind))))
         elif isinstance(argument, recording.Number):
-            step.addresses.append((place, argument.source))
-        elif isinstance(argument, int) and argument in sources:
-            step.addresses.append((place, sources[argument]))
-        elif isinstance(argument, int) and any(begin <= argument < begin + size for begin, size in storages.items()):
-            return None  # a part of what moves
+            step.addresses.append((place, argument.source, 0))
+        elif isinstance(argument, int) and (found := sources.of(argument)) is not None:
+            step.addresses.append((place, *found))
     return step
 
 
@@ -257,35 +329,29 @@ def _words(address: int, kind: Any) -> memoryview:
     return memoryview(made).cast("q")
 
 
-def _triton_step(
-    launched: recording.TritonLaunch, sources: dict[int, int], storages: dict[int, int], held: list[Tensor]
-) -> TritonStep | None:
-    if launched.compiled is None:
-        return None
+def _triton_step(launched: recording.TritonLaunch, sources: Sources, held: list[Tensor]) -> TritonStep:
+    if launched.compiled is None or any(isinstance(x, recording.Number) for x in launched.arguments):
+        raise Unclear  # only Triton knows; and it may have compiled for the number's value
     handed = launcher.handed(launched.compiled, launched.grid, launched.arguments)
     if handed is None:
-        return None
+        raise Unclear
     step = TritonStep(launched.compiled, handed, [], [])
-    if any(isinstance(x, recording.Number) for x in launched.arguments):
-        return None  # Triton may have compiled for its value
     for number, (place, x) in enumerate(zip(handed.places, launched.arguments, strict=True)):
         base = x if isinstance(x, Tensor) else getattr(x, "base", None)
         if base is None:
             continue
-        source = sources.get(base.data_ptr())
-        if base is not x:
-            if source is None:
-                return None
-            step.maps.append((place, source, Map(partial(handed.move, x, number))))
-            handed.arguments[place] = None
-        elif source is not None:
-            step.addresses.append((place, source))
-            handed.arguments[place] = None
-        elif base.untyped_storage().data_ptr() in storages:  # a part of what moves
-            return None
-        else:  # a table, say
-            held.append(base)
+        found = sources.of(base.data_ptr())
+        if found is None:
+            if base is not x:
+                raise Unclear
+            held.append(base)  # a table, say
             handed.arguments[place] = base.data_ptr()
+            continue
+        handed.arguments[place] = None
+        if base is x:
+            step.addresses.append((place, *found))
+        else:
+            step.maps.append((place, *found, Map(partial(handed.move, x, number))))
     return step
 
 

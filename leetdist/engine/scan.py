@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from leetdist.engine import trace
+from leetdist.kernels.common.recording import take_with
 from leetdist.kernels.common.sums import sum_in_pairs
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ def scan(
     edge = tiles - 1 if reverse else 0
     early = before and lane.forgets and tiles > 0 and plan.tiles.spans[edge][1] == plan.tiles.size
     carry: AbstractContextManager[Tensor | None] = nullcontext()
-    if early:
+    if early and initial is not None:
         carry = nullcontext(states.new_zeros(batch, heads, dk, dv))
-    elif before:
+    elif before and not early:
         carry = received()
     with carry as carried:
         if carried is not None:
@@ -104,7 +105,7 @@ def scan(
             final = _rows(final, final.shape[0] - batch, last=reverse)
     if early:
         with received() as carried:
-            states[:, :, edge] = carried
+            take_with(lambda states, carried: states[:, :, edge].copy_(carried), states, carried)
     return final
 
 

@@ -41,7 +41,7 @@ DECAYS = {
 
 
 def repeated(group: Any) -> list[str]:
-    """What differs from one device, call by call; and the number of passes that were repeated."""
+    """What differs from one device, call by call."""
     found = []
     for name, decay in DECAYS.items():
         for call in range(CALLS):
@@ -79,6 +79,18 @@ def test_virtual_ranks_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
         assert leetdist.virtual_ranks(repeated, 3) == [[]] * 3
     passes = 3 * 2 * (CALLS - 2) * len(DECAYS)
     assert counted == [passes, 2 * 4 * (CALLS - 2) * len(DECAYS)]  # four messages leave, and come, a pass
+
+
+@pytest.mark.real_empty
+def test_lanes_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a part of its call's tensors, also one whose heads all forget, which puts what comes into its tile."""
+    monkeypatch.setattr(VirtualGroup, "place", lambda self: ())
+    monkeypatch.setenv("LEETDIST_LANES", "2")
+    counted = count(monkeypatch)
+    with rehearsed():
+        assert leetdist.virtual_ranks(repeated, 3) == [[]] * 3
+    passes = 2 * len(DECAYS) - 1  # one joins its lanes' gradients of a decay by a copy, and is not repeated
+    assert counted[0] == 3 * (CALLS - 2) * passes
 
 
 def over_gloo(rank: int) -> tuple[list[str], list[int]]:

@@ -106,7 +106,41 @@ def test_what_triton_alone_can_launch_is_not_repeated(kernel: Kernel) -> None:
 
 
 @pytest.mark.real_empty
-@pytest.mark.parametrize("extra", ["sum", "copy", "part"])
+def test_parts_of_tensors_are_repeated(kernel: Kernel) -> None:
+    """By how far into its tensor each begins; not of inputs that lie in one memory, which others may not do."""
+    for _ in range(3):
+        a, b = torch.randn(4, 4), torch.randn(4, 4)
+        _, _, between = replay.repeated(outputs, (a, b[2:]), kernel, "part")
+    assert between is not None
+    head = (5, 1, 1, 7, 11, False)
+    assert kernel.calls[0] == (*head, a.data_ptr(), 2, between.data_ptr() + 3 * 4, TABLE.data_ptr())
+    assert kernel.calls[1][-3] == b.data_ptr() + 2 * 4 * 4
+
+    def parts(a: Tensor, b: Tensor, kernel: Kernel) -> tuple[Tensor, ...]:
+        out = torch.empty(8)
+        launched(kernel, a[1:], b[1:], out)
+        return (out,)
+
+    for together in (True, False):
+        kernel.calls.clear()
+        for _ in range(3):
+            a, b = torch.randn(2, 4, 4) if together else (torch.randn(4, 4), torch.randn(4, 4))
+            (out,) = replay.repeated(parts, (a, b), kernel, where=together)
+        assert len(kernel.calls) == (0 if together else 2)
+    assert out is not None
+    assert kernel.calls[-1] == (*head, a.data_ptr() + 16, b.data_ptr() + 16, out.data_ptr())
+
+    def beside(a: Tensor, kernel: Kernel) -> tuple[Tensor, ...]:
+        launched(kernel, a, a.as_strided((4,), (1,), 16), out := torch.empty(8))
+        return (out,)
+
+    for _ in range(3):  # in the memory of a, and no part of it
+        replay.repeated(beside, (torch.randn(2, 4, 4)[0],), kernel)
+    assert list(replay._kinds.values())[-1] is None
+
+
+@pytest.mark.real_empty
+@pytest.mark.parametrize("extra", ["sum", "copy"])
 def test_what_is_more_than_launches_is_not_repeated(kernel: Kernel, extra: str) -> None:
     for _ in range(3):
         replay.repeated(outputs, (torch.randn(4, 4), None), kernel, extra)
@@ -163,9 +197,8 @@ def test_kernels_in_cuda_are_repeated_too(in_cuda: tuple[Any, Driver]) -> None:
         kept.append((a, out))
         assert driver.calls == [told(*pair) for pair in kept[2:]], call
     for _ in range(3):
-        replay.repeated(outputs, (a,), 1)
-    assert len(driver.calls) == 3
-    assert list(replay._kinds.values())[-1] is None
+        (out,) = replay.repeated(outputs, (a,), 1)
+    assert driver.calls[3:] == [(*told(a, out)[:-1], out.data_ptr() + 4)]
 
 
 @pytest.mark.real_empty
