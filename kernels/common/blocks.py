@@ -8,17 +8,22 @@ Blocks come in one order, and outputs are added up in fp32: each block's kernel 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial, update_wrapper
+from math import lcm
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common.memory import empty_outputs, empty_states
-from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
+from leetdist.kernels.common.tiles import Tiles, ceil_div
 
 Span = tuple[int, int]
+
+COLUMNS = 128  # of the state, that a program has, or two
+# The least to be computed at a time: programs, about one for each multiprocessor, and bytes of outputs in fp32.
+PROGRAMS, BYTES = 128, 2**26
 
 
 def blocks_of(rows: int, most: int) -> list[Span]:
@@ -67,20 +72,41 @@ def tile_outputs(
     out: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    *before, last = blocks_of(a.shape[3], most)
-    onto: Tensor | None = None
+    if out is None:
+        out = empty_outputs(a, c, log_decay, out_dtype)
+    for q, k, v, start, to, decay in some_at_a_time(a, b, c, states, out, log_decay, tiles):
+        onto: Tensor | None = None
+        for begin, end in blocks_of(a.shape[3], most):
+            place = to if end == a.shape[3] else empty_outputs(q, v, decay, torch.float32)
+            more = {} if onto is None else {"onto": onto}
+            onto = function(
+                q[..., begin:end], k[..., begin:end], v, start[..., begin:end, :], decay, tiles,
+                out_dtype=place.dtype, out=place, **more, **options,
+            )  # fmt: skip
+    return out
 
-    def one(block: Span, dtype: torch.dtype, out: Tensor) -> Tensor:
-        begin, end = block
-        more = {} if onto is None else {"onto": onto}
-        return function(
-            a[..., begin:end], b[..., begin:end], c, states[..., begin:end, :], log_decay, tiles,
-            out_dtype=dtype, out=out, **more, **options,
-        )  # fmt: skip
 
-    for block in before:
-        onto = one(block, torch.float32, empty_outputs(a, c, log_decay, torch.float32))
-    return one(last, out_dtype, empty_outputs(a, c, log_decay, out_dtype) if out is None else out)
+def some_at_a_time(
+    a: Tensor, b: Tensor, c: Tensor, states: Tensor, out: Tensor, log_decay: Tensor, tiles: Tiles
+) -> Iterator[tuple[Tensor, ...]]:
+    """The same of some sequences, or of some heads of a single one: so few that outputs in fp32, which others are added
+    to, take little memory, and as many as a GPU has work with. No bit depends on it."""
+    batch, heads = a.shape[0], heads_of(log_decay)
+    together = lcm(*(heads // x.shape[1] for x in (a, b, c)))  # heads that share something
+    dim, number = (0, batch) if batch > 1 else (1, heads // together)
+    programs = batch * heads * tiles.count * ceil_div(c.shape[3], COLUMNS)
+    size = 4 * batch * heads * a.shape[2] * c.shape[3]
+    most = ceil_div(number, max(1, min(programs // PROGRAMS, size // BYTES)))
+
+    for begin in range(0, number, most):
+        count = min(most, number - begin)
+
+        def own(x: Tensor, dim: int, begin: int = begin, count: int = count) -> Tensor:
+            return x.narrow(dim, x.shape[dim] * begin // number, x.shape[dim] * count // number)
+
+        of_all = log_decay.ndim == 1 and dim == 0
+        decay = log_decay if of_all else own(log_decay, min(dim, log_decay.ndim - 1))
+        yield *(own(x, dim) for x in (a, b, c, states, out)), decay
 
 
 def decay_gradient(

@@ -15,7 +15,7 @@ from emulated import emulated
 from test_bad_tokens import assert_seen_only_behind
 
 import leetdist
-from leetdist.kernels.common import release
+from leetdist.kernels.common import blocks, release
 from leetdist.kernels.common.blocks import blocks_of, in_blocks
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant_hopper
@@ -125,6 +125,39 @@ def test_three_warpgroups_have_the_bits_of_one(
         assert torch.equal(three.isnan(), one.isnan())
         assert torch.equal(three.nan_to_num(), one.nan_to_num())
     assert 0 < found[0][0].isnan().sum() < found[0][0].numel()
+
+
+@pytest.mark.parametrize(("batch", "of_a", "by_token"), [(1, 2, False), (1, 4, True), (3, 2, True), (2, 4, False)])
+def test_heads_and_sequences_at_a_time_change_no_bit(
+    batch: int, of_a: int, by_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And as few of them as may be are in memory in fp32."""
+    exact, seen = token_exact if by_token else constant_exact, []
+
+    def kernel(*given: Any, onto: torch.Tensor | None = None, out: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(out.shape[:2] if out.dtype == FP32 else None)
+        found = exact.tile_outputs(*(x.double() if isinstance(x, torch.Tensor) else x for x in given), **options)
+        return out.copy_(found if onto is None else found + onto)
+
+    a, b, c = (
+        torch.randn(batch, 150, own, dim).bfloat16().transpose(1, 2) for own, dim in ((of_a, 40), (8, 40), (4, 24))
+    )
+    states = torch.randn(batch, 8, PACKED.count, 40, 24)
+    log_decay = -torch.rand(batch, 8, 150) if by_token else -torch.rand(8)
+    options: dict[str, Any] = {"reverse": True, "scale": 0.5, "state_scale": 0.7, "out_dtype": BF16}
+    of_outputs = in_blocks(kernel, "tile_outputs", 16)
+    whole = of_outputs(a, b, c, states, log_decay, PACKED, **options)
+    assert seen == [(batch, 8), (batch, 8), None]
+    monkeypatch.setattr(blocks, "PROGRAMS", 1)
+    monkeypatch.setattr(blocks, "BYTES", 1)
+    seen.clear()
+    assert torch.equal(of_outputs(a, b, c, states, log_decay, PACKED, **options), whole)
+    least = (1, 8) if batch > 1 else (1, 8 // of_a)
+    assert seen == [least, least, None] * (batch if batch > 1 else of_a)
+    monkeypatch.setattr(blocks, "BYTES", 4 * 8 * 150 * 24 * batch // 2)
+    seen.clear()
+    assert torch.equal(of_outputs(a, b, c, states, log_decay, PACKED, **options), whole)
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize(("dtype", "reverse"), [(FP32, False), (BF16, True)])
