@@ -104,9 +104,8 @@ def run(
     q = given[0]
     if transport is None and gates is None and weight is None and options["cu_seqlens"] is None:
         tensors = *given, options["initial_state"]
-        if repeats.wanted(tensors, read=True) and not (
-            torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        ):
+        differentiated = torch.is_grad_enabled() and any([getattr(x, "requires_grad", False) for x in tensors])
+        if not differentiated and repeats.wanted(tensors, read=True):
             options = canonical_options(**options)
             asked: Any = tuple([options[name] for name in repeats.OPTIONS])
             return repeats.forward(tensors, asked, read=True)[:2]
