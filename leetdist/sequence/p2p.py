@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from leetdist.kernels.common import recording
 from leetdist.sequence import memory
 from leetdist.sequence.blame import ByStore, OnBoard, Verdict, judge
 from leetdist.sequence.board import Board
@@ -106,6 +107,17 @@ class PointToPoint(Transport):
         buffer = self._incoming(tensor)
         self._receive(self.group, buffer, source, what, TENSORS)
         return tensor if buffer is tensor else tensor.copy_(buffer)
+
+    def send_state(self, tensor: Tensor, to: int, what: str) -> None:
+        """By NCCL, the stream waits until it has left: NCCL's kernel takes most of a multiprocessor, and the blocks of
+        what follows would take every place that comes free before it."""
+
+        def step(tensor: Tensor) -> None:
+            self.send(tensor, to, what)
+            if not self.staged and tensor.numel():
+                (self.captured if self._capturing() else self.pending)[-1][0].wait()
+
+        recording.take_with(step, tensor)
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], what: str) -> None:
         if self.staged:
