@@ -13,7 +13,7 @@ from leetdist.engine.inputs import a_head
 from leetdist.engine.plan import plan_call
 from leetdist.kernels.common.settings import settings
 from leetdist.operators.composition import Kernels
-from leetdist.operators.dispatch import Choice
+from leetdist.operators.dispatch import Choice, Refusals
 from leetdist.operators.elementwise import choice
 from leetdist.operators.facts import machine_of
 from leetdist.operators.methods import choice_for, kernels_for
@@ -119,7 +119,7 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
         lines |= {
             "kernels": _named(kernels.used),
             "around": _named(around),
-            "not": _refused((*kernels.used, *around)),
+            "not": _refused((*kernels.used, *around), kernels.unserved),
             "launches": _launches(plan, kernels),
             "tile": f"{plan.tiles.size:,} tokens, {plan.every_tile.count:,} tiles: "
             + ("named by the caller" if problem.tile else "chosen from the length of the whole sequence"),
@@ -154,9 +154,9 @@ def _around(problem: Problem, tokens: int) -> tuple[Choice, ...]:
     return (*dict.fromkeys(weights), *beside)
 
 
-def _refused(choices: Iterable[Choice]) -> str:
-    """Who was asked before them, and why not."""
-    return "\n".join(f"{row['name']} ({row['module']}): {row['reason']}" for row in refusals(choices))
+def _refused(choices: Iterable[Choice], unserved: Refusals) -> str:
+    """Who was asked before them, and for what nobody need do, and why not."""
+    return "\n".join(f"{row['name']} ({row['module']}): {row['reason']}" for row in refusals(choices, unserved))
 
 
 def _launches(plan: Plan, kernels: Kernels) -> str:

@@ -89,13 +89,13 @@ class Tiles:
         own = Tiles(size, bounds, tuple(number for number, start in enumerate(bounds[:-1]) if start in cuts))
         return Tiles(size, self.bounds, self.chosen), own
 
-    def parted(self, linked: Collection[int]) -> tuple[Tiles, Tiles]:
+    def parted(self, linked: Collection[int], *, several: bool = False) -> tuple[Tiles, Tiles]:
         """The segments of several tiles, and those that are `linked` to what is elsewhere; and those that are one tile,
-        by itself. (Of a row that is one such segment, none and the row.)"""
+        or also those of `several`, by themselves. (Of a row that is one such segment, none and the row.)"""
         alone = {
             number
             for number, (begin, end) in enumerate(self.segments)
-            if begin < end <= begin + self.size and number not in linked
+            if begin < end and (several or end <= begin + self.size) and number not in linked
         }
         if self.regular and alone:
             return Tiles(self.size, self.bounds, ()), self
@@ -112,6 +112,11 @@ class Tiles:
             chosen = (self if own == tuple(numbers) else Tiles(self.size, self.bounds, own) for own in (short, rest))
             found = self._apart[tokens] = next(chosen), next(chosen)
         return found
+
+    @cached_property
+    def whole(self) -> Tiles:
+        """The same segments, each of them one tile."""
+        return Tiles(max((end - begin for begin, end in self.segments), default=0) or 1, self.bounds, self.chosen)
 
     @cached_property
     def _apart(self) -> dict[int, tuple[Tiles, Tiles]]:

@@ -42,10 +42,12 @@ def describe(
     ranks: int = 1,
     sharded: bool = False,
     read_values: bool = True,
+    sees_grads: bool = True,
 ) -> Problem:
     """Check one rank's arguments and describe them; ValueError names the argument, what it is and what it must be.
 
     read_values: check the values of log_decay too, which stops a GPU's stream where they are not known yet.
+    sees_grads: whether what requires grad here is what gradients will be asked for.
     """
     check_qkv(q, k, v)
     batch, q_heads, tokens, dk = q.shape
@@ -86,6 +88,7 @@ def describe(
         tokens=tokens,
         lanes=_wanted_lanes(),
         weighted=weighted,
+        sees_grads=sees_grads,
         operator="constant_decay" if log_decay is None or log_decay.ndim == 1 else "token_decay",
         **options,
     )

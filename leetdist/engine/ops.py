@@ -78,7 +78,7 @@ class Call:
     def plan(self) -> Plan:
         return plan_call(
             self.q, self.k, self.v, self.log_decay, **self.options(),
-            transport=by_name(self.group), read_values=not self.q.is_cuda,
+            transport=by_name(self.group), read_values=not self.q.is_cuda, sees_grads=False,
         )  # fmt: skip
 
     def inputs(self, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor | None]:

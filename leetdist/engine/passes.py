@@ -180,8 +180,8 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
 
 
 def _kinds_of_tiles(plan: Plan, lane: Lane, *states: LaneStates) -> Iterator[tuple[Tiles, list[Tensor]]]:
-    """The tiles that have states, with the lane's, and those that are alone, with zeros. What is computed of the second
-    goes where that of the first is."""
+    """The tiles that have states, with the lane's, and those of sequences that are alone, with zeros. What is computed
+    of the second goes where that of the first is."""
     if plan.linked:
         yield plan.tiles, [x[lane] for x in states]
     if plan.alone is not None:

@@ -44,7 +44,7 @@ class Plan:
     problem: Problem
     operator: Operator
     layout: Layout
-    # Tiles that take over a state, or hand one on; and those that do neither, a sequence each.
+    # Tiles that take over a state, or hand one on; and those of sequences that have none, mostly a tile each.
     tiles: Tiles
     alone: Tiles | None
     lanes: tuple[Lane, ...]
@@ -384,14 +384,14 @@ def _linked_and_alone(
     layout: Layout, rank: int, tile: int, problem: Problem, operator: Operator, any_initial: bool
 ) -> tuple[Tiles, Tiles | None]:
     """A sequence of one tile needs no states where none is given or returned: 5,000 packed documents in 131,072 tokens
-    had 10 GB of them."""
+    had 10 GB of them. With kernels that walk a sequence tile by tile none does."""
     tiles = layout.tiles(rank, tile)
     if any_initial or problem.return_state:
         return tiles, None
     last = tiles.num_segments - 1
     linked = {0} if layout.continues_from_left(rank) else set()
     linked |= {last} if layout.continues_to_right(rank) else set()
-    rest, alone = tiles.parted(linked)
+    rest, alone = tiles.parted(linked, several=operator.walks_rows)
     # Two kinds of tiles take two launches, of which the second writes beside what the first has written.
     if not alone.count or (rest.count and not operator.writes_into_places):
         return tiles, None

@@ -40,6 +40,9 @@ class Operator(ABC):
     early: ClassVar[tuple[str, ...]] = ()
     # Whether results can be written into given places, which lanes (leetdist.engine.lanes) need.
     writes_into_places: bool = False
+    # Whether sequences that begin and end here need no states, of however many tiles they are: outputs and gradients of
+    # `tiles` are then asked for with one state of zeros for all (leetdist.kernels.common.memory, `zero_states`).
+    walks_rows: bool = False
     # Whether a pass is nothing but launches that leetdist.kernels.common.recording sees.
     launches_alone: bool = False
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial, update_wrapper
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 from leetdist.kernels.common.blocks import STEPS, Span, in_blocks
 from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.settings import raw_settings, settings
-from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.operators.facts import Facts, machine_of
-from leetdist.operators.implementations import CANDIDATES, Implementation
+from leetdist.operators.implementations import CANDIDATES, CUDA_HOPPER, Implementation
+from leetdist.operators.refusals import LONGEST_WALKED
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
@@ -152,6 +154,28 @@ def by_two_passes(problem: Problem, tile: int) -> tuple[Choice, ...]:
     return tuple(found)
 
 
+def by_rows(problem: Problem, tile: int, steps: tuple[Choice, ...]) -> tuple[tuple[Choice, ...], Refusals]:
+    """Who computes outputs of whole sequences, and with gradients dq, dk and dv, with the bits of these steps, but no
+    states in memory. Often nobody; and then why, where tiles are as short as they must be."""
+    if tile > LONGEST_WALKED or any(choice.implementation is not CUDA_HOPPER for choice in steps):
+        return (), ()
+    documents = problem.documents or (0, problem.tokens)
+    longest = max(end - begin for begin, end in pairwise(documents))
+    shared = problem.grad_mode and _shares(problem) != (1, 1, 1)
+    stateless = not (problem.has_initial or problem.return_state or problem.needs_decay_grad or shared)
+    sequences = problem.batch * problem.heads * (len(documents) - 1), ceil_div(longest, tile)
+    whole, found = stateless and problem.sees_grads and not problem.backend, []
+    uses = [(False, False)] + [(False, True), (True, True), (True, False)] * problem.needs_grad
+    for reverse, transposed in uses:
+        facts = replace(facts_of(problem, tile, transposed=transposed), sequences=sequences, whole=whole)
+        use = Use("row_outputs", reverse, transposed, regular=problem.documents is None)
+        choice, refused = ask(use, facts)
+        if choice is None or not works(choice, problem):
+            return (), refused
+        found.append(choice)
+    return tuple(found), ()
+
+
 def who_weighs(problem: Problem, tile: int, passing: tuple[Choice, ...], *, reverse: bool) -> Choice:
     """Who multiplies v by its weights for a pass, forward or backward, which `passing` compute."""
     weighs = bool(passing) and all(choice.implementation.weighs for choice in passing)
@@ -218,11 +242,12 @@ def rehearse(choice: Choice, problem: Problem) -> None:
     q_heads, k_heads, v_heads = problem.q_heads, problem.k_heads, problem.v_heads
     compile_for = getattr(choice.implementation.loaded(), "compile_for", None)
     if compile_for is not None:
-        programs = problem.batch * heads * max(1, problem.tokens // facts.tile)
+        programs = facts.sequences[0] or problem.batch * heads * max(1, problem.tokens // facts.tile)
         share = heads // min(q_heads, k_heads, v_heads)
         if len(choice.blocks) == 1:
             options = facts.dtype, use.wide, use.reverse, programs, device
-            compile_for(use.step, facts.rows, facts.columns, *options, share=share)
+            walk = {"transposed": use.transposed, "tile": facts.tile} if use.step == "row_outputs" else {}
+            compile_for(use.step, facts.rows, facts.columns, *options, share=share, **walk)
             return
         for begin, end in choice.blocks:
             options = facts.dtype, use.wide or end < facts.rows, use.reverse, programs, device

@@ -41,6 +41,10 @@ class Facts:
     operator: str = "constant_decay"
     shares: tuple[int, int, int] = (1, 1, 1)
     weighs: bool = False  # whether the kernels of the pass can take v and its weights as they are
+    # Sequences, each head's for itself, and tiles of the longest; whether nothing but outputs, and their gradients, is
+    # wanted of each.
+    sequences: tuple[int, int] = (0, 0)
+    whole: bool = False
 
     @property
     def interpreted(self) -> bool:

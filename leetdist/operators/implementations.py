@@ -137,6 +137,9 @@ TRITON_STEP = Implementation("Triton", "triton.step", refusals.triton_decode, "T
 TRITON_STEPS = Implementation("Triton", "triton.steps", refusals.triton_decode, "Triton")
 PYTORCH_DECODE = Implementation("PyTorch", "pytorch.decode", refusals.pytorch)
 
+CUDA_HOPPER_ROWS = Implementation(
+    "CUDA C++", "cuda.rows", refusals.cuda_hopper_rows, "NVRTC", features="a", recordable=True
+)
 CUDA_HOPPER_LEARNT = Implementation(
     "CUDA C++", "cuda.by_head", refusals.cuda_hopper_gradients, "NVRTC",
     features="a", recordable=True, folder="token_decay",
@@ -186,8 +189,8 @@ PYTORCH_CONV = Implementation("PyTorch", "pytorch.conv", refusals.pytorch, opera
 
 # Steps of the two passes (constant_decay.pytorch.block says what each computes; the outputs of methods that go token by
 # token have names of their own), of decoding, and of what Mamba-2 does around them: from the fastest to the one that
-# serves all. Nobody need serve "early_gradients" and "late_gradients", which make all gradients in two passes, where
-# others make them one by one.
+# serves all. Nobody need serve "row_outputs", which those of CUDA_HOPPER's steps are without states in memory, and
+# "early_gradients" and "late_gradients", which make all gradients in two passes, where others make them one by one.
 CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "transitions": (TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "tile_states": (
@@ -198,6 +201,7 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
         CUDA_HOPPER, CUDA_HOPPER_HIGH, GLUON_HOPPER, GLUON_WIDE, TRITON, PYTORCH,
         CUDA_HOPPER_A_TOKEN, TRITON_A_TOKEN, PYTORCH_A_TOKEN,
     ),
+    "row_outputs": (CUDA_HOPPER_ROWS,),
     "fleet_outputs": (CUDA_FLEET, TRITON_FLEET, PYTORCH_FLEET, PYTORCH_FLEET_A_TOKEN),
     "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN, PYTORCH_BY_TOKEN_A_TOKEN),
     "fold": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),

@@ -8,12 +8,16 @@ import torch
 from leetdist.operators.facts import Facts, dotted
 
 LARGEST_HEAD = 256  # of those that hold whole columns, and rows, of the state
+LARGEST_WALKED = 128  # whose state, and what a tile adds to it, registers hold
 # Rows of the state that a program holds; and beside fp32 inputs, whose state is in two parts, on Hopper.
 MOST_ROWS, MOST_ROWS_OF_FP32 = 256, 128
 MOST_ROWS_DECODED = 1024  # with 16 columns, as many numbers as 4 warps hold
 MOST_TAPS = 4  # of a convolution
 # Tokens; in shorter tiles the products of the kernels for Hopper are not full.
 SHORTEST_ON_HOPPER = {"narrow": 128, "wide": 64}
+# Tokens of a tile that is one chunk of CUDA C++'s; and which sequences these kernels walk tile by tile: so many, heads
+# counted, as fill a GPU, or such as have few tiles.
+LONGEST_WALKED, MANY_WALKED, FEW_TILES = 64, 256, 8
 LONGEST_CHAIN = 4096  # tokens; what is lost from chunk to chunk (kernels/token_decay/cuda/by_head.py) adds up
 # NVRTC 12.9 ends the process (signal 11, in its ptxas) when it compiles tile_outputs.cu for 16-bit outputs.
 OLDEST_NVRTC = 13, 0
@@ -86,7 +90,7 @@ def hopper_16_bit(facts: Facts, precision: str | None = None) -> str | None:
         return f'is for precision="{precision}"'
     if facts.precision != precision:
         return f'has no precision="{facts.precision}"'
-    return long_enough(facts, SHORTEST_ON_HOPPER["narrow"])
+    return None
 
 
 def sizes(facts: Facts, sizes: set[int]) -> str | None:
@@ -112,13 +116,32 @@ def cuda_hopper(facts: Facts, precision: str | None = None) -> str | None:
     refused = hopper(facts) or cuda(facts)
     if refused is None and nvrtc is not None and nvrtc < OLDEST_NVRTC:
         refused = f"needs NVRTC {dotted(OLDEST_NVRTC)}, this is {dotted(nvrtc)} ({CUDA_EXTRA})"
-    return refused or hopper_16_bit(facts, precision) or whole_vectors(facts)
+    refused = refused or hopper_16_bit(facts, precision) or whole_vectors(facts)
+    if refused is None and (facts.operator != "constant_decay" or precision is not None):
+        refused = long_enough(facts, SHORTEST_ON_HOPPER["narrow"])
+    return refused
 
 
 def cuda_hopper_high(facts: Facts) -> str | None:
     refused = cuda_hopper(facts, "high")
     if refused is None and facts.rows > MOST_ROWS:
         refused = f"a state of up to {MOST_ROWS} rows, got {facts.rows}"
+    return refused
+
+
+def cuda_hopper_rows(facts: Facts) -> str | None:
+    """Whole sequences, without their states in memory."""
+    refused, (number, tiles) = cuda_hopper(facts), facts.sequences
+    if refused is None and not facts.whole:
+        refused = (
+            "sequences without a group, states given or returned, and, with gradients, shared heads and a learnt decay"
+        )
+    if refused is None and max(facts.rows, facts.columns) > LARGEST_WALKED:
+        refused = f"head sizes up to {LARGEST_WALKED}, got {facts.rows} and {facts.columns}"
+    if refused is None and facts.tile > LONGEST_WALKED:
+        refused = f"tiles of up to {LONGEST_WALKED} tokens, got {facts.tile}"
+    if refused is None and number < MANY_WALKED and tiles > FEW_TILES:
+        refused = f"{MANY_WALKED} sequences and heads, or up to {FEW_TILES} tiles of each, got {number} and {tiles}"
     return refused
 
 
@@ -130,7 +153,7 @@ def cuda_hopper_bf16(facts: Facts) -> str | None:
 
 
 def cuda_hopper_gradients(facts: Facts) -> str | None:
-    refused = cuda_hopper_bf16(facts) or sizes(facts, {128})
+    refused = cuda_hopper_bf16(facts) or long_enough(facts, SHORTEST_ON_HOPPER["narrow"]) or sizes(facts, {128})
     if refused is None and facts.shares != (1, 1, 1):
         refused = "heads that share nothing"
     if refused is None and facts.operator == "constant_decay" and facts.tile > LONGEST_CHAIN:
@@ -163,7 +186,8 @@ def gluon(facts: Facts) -> str | None:
 
 
 def gluon_hopper(facts: Facts) -> str | None:
-    return gluon(facts) or hopper_16_bit(facts) or sizes(facts, {64, 128})
+    refused = gluon(facts) or hopper_16_bit(facts) or long_enough(facts, SHORTEST_ON_HOPPER["narrow"])
+    return refused or sizes(facts, {64, 128})
 
 
 def gluon_wide(facts: Facts) -> str | None:

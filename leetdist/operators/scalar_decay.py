@@ -17,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from leetdist.kernels.common.memory import are_zeros
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Dtypes, Inputs, Operator, Places
 from leetdist.operators.composition import part_of_tile
@@ -38,6 +40,7 @@ class ScalarDecay(Operator):
         self.launches_alone = self.kernels.recordable
         self.scale, self.dtype = problem.scale, problem.dtype
         self.writes_into_places = self.kernels.writes_into_places
+        self.walks_rows = self.kernels.row_outputs is not None
 
     @classmethod
     def chosen(cls, problem: Problem, tokens: int) -> Hashable:
@@ -60,10 +63,7 @@ class ScalarDecay(Operator):
         return self.kernels.fold(states, initial, keep, tiles, reverse=reverse, to_end=to_end)
 
     def outputs(self, x: Inputs, states: Tensor, tiles: Tiles, *, out: Tensor | None) -> Tensor:
-        return self.kernels.tile_outputs(
-            x["q"], x["k"], x["v"], states, x["log_decay"], tiles,
-            reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=self.dtype, **_into(out), **weight(x),
-        )  # fmt: skip
+        return self._outputs(x["q"], x["k"], x["v"], states, x, tiles, self.dtype, out, **weight(x))
 
     def state_gradients(
         self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, *, to_end: bool, out: Tensor | None
@@ -81,11 +81,8 @@ class ScalarDecay(Operator):
                 scale=self.scale, out=places["q"], **weight(x),
             )  # fmt: skip
             return {"q": dq, **kept}
-        dq = self.kernels.tile_outputs(
-            do, x["v"], x["k"], states.mT, x["log_decay"], tiles,
-            reverse=False, scale=self.scale, state_scale=self.scale, out_dtype=dtypes["q"], **_into(places["q"]),
-            **self._added_up(x["q"]),
-        )  # fmt: skip
+        more = self._added_up(x["q"])
+        dq = self._outputs(do, x["v"], x["k"], states, x, tiles, dtypes["q"], places["q"], transposed=True, **more)
         return {"q": dq}
 
     def late_gradients(
@@ -108,16 +105,37 @@ class ScalarDecay(Operator):
             )  # fmt: skip
             return dict(zip(("k", "v", "log_decay"), grads, strict=True))
 
-        def reversed_outputs(name: str, a: Tensor, b: Tensor, c: Tensor, ends: Tensor) -> Tensor:
-            return self.kernels.tile_outputs(
-                a, b, c, ends, x["log_decay"], tiles,
-                reverse=True, scale=self.scale, state_scale=1.0, out_dtype=dtypes[name], **_into(places[name]),
-                **self._added_up(x[name]),
-            )  # fmt: skip
+        def reversed_outputs(name: str, a: Tensor, b: Tensor, c: Tensor, *, transposed: bool) -> Tensor:
+            more = self._added_up(x[name]) | {"reverse": True, "transposed": transposed}
+            return self._outputs(a, b, c, ends, x, tiles, dtypes[name], places[name], **more)
 
-        dk = reversed_outputs("k", x["v"], do, x["q"], ends.mT)
-        dv = reversed_outputs("v", x["k"], x["q"], do, ends)
+        dk = reversed_outputs("k", x["v"], do, x["q"], transposed=True)
+        dv = reversed_outputs("v", x["k"], x["q"], do, transposed=False)
         return {"k": dk, "v": dv}
+
+    def _outputs(
+        self,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        states: Tensor,
+        x: Inputs,
+        tiles: Tiles,
+        out_dtype: torch.dtype,
+        out: Tensor | None,
+        *,
+        reverse: bool = False,
+        transposed: bool = False,
+        **more: Any,
+    ) -> Tensor:
+        """LA(a, b, c; states), or `transposed` of them."""
+        options: dict[str, Any] = {"scale": self.scale, "state_scale": 1.0 if reverse else self.scale, **_into(out)}
+        if self.kernels.row_outputs is not None and are_zeros(states):
+            options |= {"transposed": transposed, "sum_scale": self.scale if reverse else 1.0}
+            return self.kernels.row_outputs(a, b, c, x["log_decay"], tiles, reverse=reverse, **options)
+        states = states.mT if transposed else states
+        options |= {"out_dtype": out_dtype, **more}
+        return self.kernels.tile_outputs(a, b, c, states, x["log_decay"], tiles, reverse=reverse, **options)
 
     def _added_up(self, x: Tensor) -> dict[str, Any]:
         """What kernels that can add up gradients of x over heads are told."""

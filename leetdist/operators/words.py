@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from leetdist.operators.dispatch import Choice
+from leetdist.operators.dispatch import Choice, Refusals
 
 WORDS = {
     "tile_states": "states",
     "transitions": "decays of tiles",
+    "row_outputs": "outputs of whole sequences",
     "weighted_values": "v times its weights",
     "decay_gradient": "gradient of log_decay",
     "early_gradients": "gradient of q",
@@ -41,7 +42,8 @@ def in_words(choices: Iterable[Choice]) -> list[dict[str, str]]:
     ]
 
 
-def refusals(choices: Iterable[Choice]) -> list[dict[str, str]]:
-    """Who was asked before them, and why not."""
-    rows = ((who.name, who.module, reason) for choice in choices for who, reason in choice.refused)
+def refusals(choices: Iterable[Choice], unserved: Refusals = ()) -> list[dict[str, str]]:
+    """Who was asked before them, and for what nobody need do, and why not."""
+    every = (*(one for choice in choices for one in choice.refused), *unserved)
+    rows = ((who.name, who.module, reason) for who, reason in every)
     return [{"name": name, "module": module, "reason": reason} for name, module, reason in dict.fromkeys(rows)]

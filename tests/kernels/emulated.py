@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from leetdist.kernels.common import loader, tensor_map
-from leetdist.kernels.constant_decay.cuda import grouped, hopper, open_chunk
+from leetdist.kernels.constant_decay.cuda import grouped, hopper, open_chunk, rows
 from leetdist.kernels.token_decay.cuda import shared, shared_gradients
 
 HERE = Path(__file__).parent
@@ -72,12 +72,14 @@ def _kernel(source: str, name: str, device: Any, defines: Any, *, shared_memory:
     return launch
 
 
-def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> bytes | None:
+def _encode(
+    address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], tokens: int = 64
+) -> bytes | None:
     if address % 16 or any(stride % 8 for stride, size in zip(strides[:3], shape, strict=False) if size > 1):
         return None
     strides_ = (2 * stride for stride in strides[:3])
-    made = tensor_map.TensorMap(struct.pack("=16q", address, *strides_, shape[2], shape[3], *[0] * 10))
-    made.address, made.kind = address, (dtype, shape, strides)
+    made = tensor_map.TensorMap(struct.pack("=16q", address, *strides_, shape[2], shape[3], tokens, *[0] * 9))
+    made.address, made.kind = address, (dtype, shape, strides, tokens)
     return made
 
 
@@ -97,6 +99,6 @@ def emulated(multiprocessors: int = 132) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for module in (grouped, hopper, open_chunk, shared, shared_gradients):
+    for module in (grouped, hopper, open_chunk, rows, shared, shared_gradients):
         module._kernel.cache_clear()
     open_chunk._rows.cache_clear()

@@ -70,6 +70,7 @@ inline float exp2_(float x) {
     const float y = std::exp2(x);
     return y < 1.17549435e-38f ? 0.0f : y;
 }
+inline float exp2_of(float x) { return std::exp2(x); }
 inline Bits to_bits(double x) {  // to the nearest, or the even one of two
 #if HALF
     const _Float16 y = _Float16(x);
@@ -167,7 +168,8 @@ inline void publish() {}
 // ------------------------------------------------------------------------------------------------ copies
 
 struct alignas(64) Map {
-    Long words[16];  // address, bytes from one to the next batch entry, head and token, how many tokens, and numbers of one
+    Long words[16];  // address, bytes from one to the next batch entry, head and token, how many tokens, and numbers of one,
+                     // and tokens that are copied
 };
 struct Place {
     int column, token, head, batch;
@@ -204,7 +206,7 @@ inline Word swizzled(Word chunk, int row, int column) {
     return chunk + column / 64 * BLOCK + row * 128 + ((column % 64 / 8 ^ row % 8) & 7) * 16 + column % 8 * 2;
 }
 template <class F> void each_number(const Map& map, Place place, int width, F function) {
-    for (int row = 0; row < 64; row++)
+    for (int row = 0; row < int(map.words[6]); row++)
         for (int column = 0; column < width; column++) {
             const bool inside = Long(place.token + row) < map.words[4] && Long(place.column + column) < map.words[5];
             const Long bytes = place.batch * map.words[1] + place.head * map.words[2];
@@ -216,7 +218,7 @@ template <class F> void each_number(const Map& map, Place place, int width, F fu
 template <int WIDTH> void fetch(Word to, const Map& map, Place place, Word arrival) {
     if (to % 1024) __builtin_trap();
     each_number(map, place, WIDTH, [&](int row, int column, Bits* x) { at<Bits>(swizzled(to, row, column)) = x ? *x : 0; });
-    arrived_bytes(arrival, WIDTH * 64 * 2);
+    arrived_bytes(arrival, WIDTH * int(map.words[6]) * 2);
 }
 template <int WIDTH> void fetch_ahead(const Map&, Place) {}
 inline void fetch_bytes(Word to, const char* from, int bytes, Word arrival) {

@@ -46,6 +46,13 @@ __device__ __forceinline__ float exp2_(float x) {
     return y;
 }
 
+// The same with results too small to be normal, as Triton's exp has them.
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Two numbers rounded to 16 bits.
 __device__ __forceinline__ Word pack(float low, float high) {
     Word x;

@@ -333,19 +333,19 @@ def _tiles(tiles: Tiles, log_decay: Tensor, splits: int, *operands: Tensor) -> t
     return *found, *log_decay.stride()[:2], max(heads // x.shape[1] for x in operands)
 
 
-def _operand(x: Tensor, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:
+def _operand(x: Tensor, heads: int, kept: list[Tensor], *tokens: int) -> tuple[bytes, int]:
     """The map of x, or of a copy that has one, and how many heads share one of x's. A copy joins `kept`, for its memory
     is another's as soon as nobody holds it."""
-    found = _map(x)
+    found = _map(x, *tokens)
     if found is None:
         x = x.clone(memory_format=torch.contiguous_format)
         kept.append(x)
-        found = _map(x)
+        found = _map(x, *tokens)
         assert found is not None
     return found, heads // x.shape[1]
 
 
-def _map(x: Tensor) -> TensorMap | None:
-    """x (batch, heads, tokens, dim), 16-bit, as the copy engine knows it, in blocks of 64 tokens x 64 numbers; None
-    where x is not made of multiples of 16 bytes."""
-    return tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride()))
+def _map(x: Tensor, *tokens: int) -> TensorMap | None:
+    """x (batch, heads, tokens, dim), 16-bit, as the copy engine knows it, in blocks of 64 tokens (or so many) x 64
+    numbers; None where x is not made of multiples of 16 bytes."""
+    return tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride(), *tokens))

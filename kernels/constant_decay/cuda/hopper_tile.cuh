@@ -33,6 +33,12 @@ constexpr int STORED_ROWS = (ROWS + 63) / 64 * 64;
 [[maybe_unused]] constexpr bool LAST_FETCHES = ROWS > 128 || HIGH;  // or else the block's first thread does, when all have met
 constexpr float LOG2E = 1.4426950408889634f;
 
+#ifndef FOLD  // tokens of a tile, where what is walked is not a tile, but a sequence of tiles of a chunk each
+#define FOLD 0
+#endif
+constexpr int STRIDE = FOLD ? FOLD : CHUNK;  // tokens of a chunk
+constexpr int SUMMED = STRIDE / 16;          // steps of a product over them
+
 #ifndef STATE_ROWS
 #define STATE_ROWS ROWS
 #endif
@@ -90,13 +96,13 @@ struct Tile {
 #endif
         start = int(table ? table[2 * number] : number * tile_size);
         length = int(table ? table[2 * number + 1] : min(tokens - start, tile_size));
-        all = chunks = (length + CHUNK - 1) / CHUNK;
+        all = chunks = (length + STRIDE - 1) / STRIDE;
     }
     // First token of a chunk, counted from the tile's; from the farthest chunk to the one beside the state.
     __device__ __forceinline__ int first(int step) const {
-        return (REVERSE ? chunks - 1 - step : all - chunks + step) * CHUNK;
+        return (REVERSE ? chunks - 1 - step : all - chunks + step) * STRIDE;
     }
-    __device__ __forceinline__ int count(int step) const { return min(CHUNK, length - first(step)); }
+    __device__ __forceinline__ int count(int step) const { return min(STRIDE, length - first(step)); }
     __device__ __forceinline__ Place chunk(int step, Offset share, int column = 0) const {
         return {column, start + first(step), head / int(share), batch};
     }
@@ -142,7 +148,7 @@ __device__ __forceinline__ Word place_transposed() {
 }
 __device__ __forceinline__ void load_left(Word from, Word (&x)[4][4]) {
 #pragma unroll
-    for (int step = 0; step < 4; step++) load_transposed(from + step * 16 * 128, x[step]);
+    for (int step = 0; step < SUMMED; step++) load_transposed(from + step * 16 * 128, x[step]);
 }
 
 // What load_left gives of a chunk times a number for each token, rounded; of tokens that are not there, zero_numbers first
@@ -179,21 +185,23 @@ __device__ __forceinline__ void weigh_rows(Word chunk, Word weights, int count) 
     publish();
 }
 
+// x times w + rest, as two numbers.
+__device__ __forceinline__ void weigh(Word x, Word w, Word rest, Word& high, Word& low) {
+    const Word product = times(x, w);
+    low = times_plus(x, rest, times_plus(x, w, minus(product))), high = product;
+}
+
 // A chunk's tokens times their weights, as an operand on the left.
 struct Weighted {
     Word high[4][4], low[4][4];
 
     __device__ __forceinline__ void set(const Word (&x)[4][4], Word weights) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {  // 8 tokens, two of them this thread's
+        for (int i = 0; i < 2 * SUMMED; i++) {  // 8 tokens, two of them this thread's
             Word w, rest;
             load(weights + (threadIdx.x % 4 + 4 * i) * 8, w, rest);
 #pragma unroll
-            for (int j = i % 2 * 2; j < i % 2 * 2 + 2; j++) {
-                const Word c = x[i / 2][j], product = times(c, w);
-                high[i / 2][j] = product;
-                low[i / 2][j] = times_plus(c, rest, times_plus(c, w, minus(product)));
-            }
+            for (int j = i % 2 * 2; j < i % 2 * 2 + 2; j++) weigh(x[i / 2][j], w, rest, high[i / 2][j], low[i / 2][j]);
         }
     }
 };
@@ -221,9 +229,9 @@ __device__ __forceinline__ void advance(float (&state)[HELD], Weighted& x, Word 
     here(state), here(x);
     begin_products();
 #pragma unroll
-    for (int step = 0; step < 4; step++) add_product(state, x.high[step], by_columns(b) + along_columns(step));
+    for (int step = 0; step < SUMMED; step++) add_product(state, x.high[step], by_columns(b) + along_columns(step));
 #pragma unroll
-    for (int step = 0; step < 4; step++) add_product(state, x.low[step], by_columns(b) + along_columns(step));
+    for (int step = 0; step < SUMMED; step++) add_product(state, x.low[step], by_columns(b) + along_columns(step));
     end_products();
 }
 // The same of x that is still to be weighted, first the high and then the low part: half as many registers, and done.

@@ -42,8 +42,11 @@ struct Weights {
         const float y = __fmul_rn(exp2_(g * float(max(REVERSE ? steps + 1 : steps - 1, 0))), scale);
         store_pair(pairs, thread, x, y);
     }
-    // What a chunk leaves of the state before it.
+    // What a chunk leaves of the state before it; and what a tile leaves, rounded as by the fold between tiles.
     __device__ __forceinline__ float faded(int count) const { return exp2_(g * float(count)); }
+    __device__ __forceinline__ float folded(int count) const {
+        return exp2_of(__fmul_rn(__fmul_rn(log_gamma, float(count)), LOG2E));
+    }
 };
 
 // What the outputs want besides: the decays between tokens, and from the state at the chunk's start.
@@ -60,7 +63,7 @@ struct Tables : Weights {
         store(decays + i * 4, distance < 0 ? 0.0f : exp2_(g * float(distance)) * scale);
         // Reversed, chunks of fewer tokens read it from further on.
         store(from_state + i * 4, exp2_(g * float(REVERSE ? max(63 - i, 0) : i + 1)) * state_scale);
-        Weights::set(added_scale, CHUNK);
+        Weights::set(added_scale, STRIDE);
     }
     // scores, decayed and rounded, to shared memory; with -DHIGH=1, and what that has left of them
     __device__ __forceinline__ void decay(const float (&scores)[32], Word seen) const {

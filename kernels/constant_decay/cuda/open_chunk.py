@@ -29,7 +29,7 @@ TABLES = 256, 1536  # bytes of weights: of a constant decay, and of a decay a to
 
 def open_chunk(rows: int, columns: int, dtype: torch.dtype, tile: int) -> int | None:
     """Tokens of a chunk of a state of `rows` x `columns`; None where tiles are taken as a whole."""
-    return CHUNK if rows <= 256 else None
+    return CHUNK if rows <= 256 and tile > CHUNK else None
 
 
 def steps_serve(rows: int, columns: int) -> bool:

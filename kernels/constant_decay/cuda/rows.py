@@ -1,0 +1,127 @@
+"""Outputs of whole sequences of short tiles on Hopper: tile_outputs.cu walks a sequence tile by tile, and the states
+between tiles stay in registers. The bits are those of tile states, fold and outputs one after the other; shapes are as
+in constant_decay.pytorch.block."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.common import loader
+from leetdist.kernels.common.memory import empty_outputs, heads_of, zero_states
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda.hopper import configuration
+
+__all__ = ["compile_for", "configuration", "row_outputs"]
+
+
+def row_outputs(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    transposed: bool,
+    scale: float,
+    state_scale: float,
+    sum_scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """(B, H, N, Dc) in a's dtype: `tile_outputs` of a, b, c from the states that `fold` makes of `tile_states` of b and
+    c, times `sum_scale`. Each segment of `tiles` is a sequence that begins (`reverse`: ends) with a state of zero, its
+    tiles of 16, 32 or 64 tokens. transposed: the states are those of c and b, transposed, and the last bits theirs."""
+    if out is None:
+        out = empty_outputs(a, c, log_decay, a.dtype)
+    one, several = tiles.up_to(tiles.size)
+    heads, size = heads_of(log_decay), (a.shape[3], c.shape[3])
+    if one.count:
+        zeros = zero_states((a.shape[0], heads, one.count, *size), torch.float32, a.device)
+        hopper.tile_outputs(
+            a, b, c, zeros, log_decay, one, reverse=reverse, scale=scale, state_scale=state_scale,
+            out_dtype=a.dtype, out=out,
+        )  # fmt: skip
+    rows = several.whole
+    programs = a.shape[0] * heads * rows.count
+    if not programs or not out.numel():
+        return out
+    kept: list[Tensor] = []
+    tile, target = tiles.size, out
+    if hopper._map(out, tile) is None:
+        target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
+    operands = (x for operand in (a, b, c) for x in hopper._operand(operand, heads, kept, tile))
+    places = *operands, 0, 0, 0, 0, 0, 0, hopper._map(target, tile), target.data_ptr(), *target.stride()[:3]
+    for part in hopper.parts(programs, *size, hopper._multiprocessors(c.device)):
+        blocks = programs * part.splits
+        again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
+        arguments = (
+            *places, *hopper._tiles(rows, log_decay, part.splits, a, b, c),
+            float(scale), float(state_scale), 1.0, again.data_ptr(), float(sum_scale),
+        )  # fmt: skip
+        for name in hopper.OUTPUTS:
+            launch = _kernel(name, size, part, a.dtype, reverse, transposed, tile, a.device)
+            launch((blocks,), hopper.THREADS, *arguments)
+    if target is not out:
+        out.copy_(target)
+    return out
+
+
+def compile_for(
+    step: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    wide: bool,
+    reverse: bool,
+    programs: int,
+    device: torch.device,
+    *,
+    share: int = 1,
+    transposed: bool,
+    tile: int,
+) -> None:
+    """Compile the kernels that so many sequences of all heads will launch, and those of one tile."""
+    hopper._kernel(
+        hopper.CHUNK_OUTPUTS, (rows, columns), hopper.all_columns(columns), dtype, False, reverse, False, device
+    )
+    for part in hopper.parts(programs, rows, columns, hopper._multiprocessors(device)):
+        for name in hopper.OUTPUTS:
+            _kernel(name, (rows, columns), part, dtype, reverse, transposed, tile, device)
+
+
+def defines(
+    name: str,
+    size: tuple[int, int],
+    part: hopper.Part,
+    dtype: torch.dtype,
+    reverse: bool,
+    transposed: bool,
+    tile: int,
+) -> tuple[tuple[str, int], ...]:
+    """What a kernel is compiled with."""
+    held = hopper.walked_rows(size[0]), part.columns, part.groups
+    made = hopper.defines(name, *held, dtype, False, reverse, size=size, first=part.first)
+    return *made, ("FOLD", tile), ("TRANSPOSED", int(transposed))
+
+
+@cache
+def _kernel(
+    name: str,
+    size: tuple[int, int],
+    part: hopper.Part,
+    dtype: torch.dtype,
+    reverse: bool,
+    transposed: bool,
+    tile: int,
+    device: torch.device,
+) -> loader.Kernel:
+    held = hopper.walked_rows(size[0]), part.columns, part.groups
+    return loader.kernel(
+        "constant_decay/cuda/tile_outputs.cu", "tile_outputs", device,
+        defines(name, size, part, dtype, reverse, transposed, tile),
+        shared_memory=hopper.shared_memory(name, *held), features="a",
+    )  # fmt: skip
