@@ -97,7 +97,7 @@ def _planned(*args: Any) -> tuple[Plan, tuple[Tensor, ...], Tensor | None]:
     options = dict(zip(OPTIONS, args[5:10], strict=True))
     plan = plan_call(
         q, k, v, log_decay, initial_state=initial_state, cu_seqlens=None, **options, transport=None,
-        read_values=args[10],
+        read_values=args[10], sees_grads=args[10],  # an op does neither
     )  # fmt: skip
     *inputs, initial_state = canonical_tensors(q, k, v, log_decay, initial_state, None, plan.highest)
     return plan, tuple(inputs), initial_state

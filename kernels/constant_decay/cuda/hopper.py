@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ SLOT = 272  # bytes in which a chunk's log-decays come
 AGAIN = "tile_outputs again"  # the second compilation of tile_outputs.cu, for tiles with NaNs and infinities
 OUTPUTS = ("tile_outputs", AGAIN)  # launched one behind the other
 CHUNK_OUTPUTS = "chunk_outputs"  # of tiles of one chunk that begin from zero
-CHUNK = 64  # tokens
+CHUNK, BOX = 64, 32  # tokens; of the boxes in which those are copied, as few as it takes
 ONWARD = "tile_states onward"  # the compilation of tile_states.cu that goes on from a state
 
 
@@ -126,7 +127,10 @@ def tile_outputs(
     if not wide and _map(out) is None:
         target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
     size, processors = (a.shape[3], c.shape[3]), _multiprocessors(c.device)
-    operands = *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept)
+
+    def operands(*box: int) -> tuple[Any, ...]:
+        return tuple(y for x in (a, b, c) for y in _operand(x, heads, kept, *box))
+
     place = bytes(MAP_BYTES) if wide else _map(target)  # wide outputs use no map
     places = place, target.data_ptr(), *target.stride()[:3]
     if onto is None and not high and are_zeros(states) and walks_chunks(*size):
@@ -135,7 +139,7 @@ def tile_outputs(
             launch = _kernel(CHUNK_OUTPUTS, size, all_columns(size[1]), a.dtype, wide, reverse, token, a.device)
             blocks = min(programs, walking(*size, processors))
             launch(
-                (blocks,), THREADS, *operands, *places, *_tiles(short, log_decay, 1, a, b, c), float(scale),
+                (blocks,), THREADS, *operands(BOX), *places, *_tiles(short, log_decay, 1, a, b, c), float(scale),
                 programs, blocks,
             )  # fmt: skip
     programs = a.shape[0] * heads * tiles.count
@@ -143,7 +147,7 @@ def tile_outputs(
         blocks = programs * part.splits
         again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
         arguments = (
-            *operands, address_of(states), *states.stride(), *places, *_tiles(tiles, log_decay, part.splits, a, b, c),
+            *operands(), address_of(states), *states.stride(), *places, *_tiles(tiles, log_decay, part.splits, a, b, c),
             float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
             *(() if onto is None else (onto.data_ptr(), *onto.stride()[:3])),
         )  # fmt: skip
@@ -299,7 +303,7 @@ def defines(
     made += (("STATE_ROWS", own_rows),) * (own_rows < rows)
     cut = size is not None and (first > 0 or own_columns % (groups * columns) > 0)
     made += (("STATE_COLUMNS", own_columns),) * cut + (("FIRST", first),) * (first > 0)
-    made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high
+    made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high + (("BOX", BOX),) * (name == CHUNK_OUTPUTS)
     return made + (("TOKEN", 1),) * token + (("ONWARD", 1),) * (name == ONWARD)
 
 
