@@ -286,7 +286,7 @@ inline void product(float (&x)[32], Long a, Long b, int add) {
     multiply(x, add, [&](int i, int k) { return operand(a, row + 8 * i, along(a) + k); },
              [&](int k, int column) { return operand(b, column, along(b) + k); });
 }
-inline void product(float (&x)[32], const Word (&a)[4], Long b, int add) {
+template <int n> void product(float (&x)[n], const Word (&a)[4], Long b, int add) {
     multiply(x, add, Registers(a), [&](int k, int column) { return operand(b, column, along(b) + k); });
 }
 template <bool COLUMNS_> void product(float (&x)[64], Long a, Long b, int add) {

@@ -144,10 +144,10 @@ def test_compiles_and_fits(
     (part,) = hopper.parts(4096, *size, 132)
     for name in hopper.OUTPUTS:
         made = rows.defines(name, size, part, dtype, reverse, transposed, tile)
-        said = ptxas_report("constant_decay/cuda/tile_outputs.cu", "sm_90a", made, tmp_path)
+        said = ptxas_report("constant_decay/cuda/row_outputs.cu", "sm_90a", made, tmp_path)
         assert "serialized" not in said, said
         spilled = re.search(r"(\d+) bytes spill stores", said)
         assert spilled, said
-        assert name == hopper.AGAIN or int(spilled[1]) <= 96, said
+        assert name == hopper.AGAIN or int(spilled[1]) <= 128, said
     held = hopper.walked_rows(size[0]), part.columns, part.groups
     assert 2 * (hopper.shared_memory("tile_outputs", *held) + OWN) <= SHARED_MEMORY

@@ -299,7 +299,7 @@ __device__ __forceinline__ Long along_columns(int step) { return Long(step * (16
 #define NAMES128 NAMES112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define PRODUCT(n) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." TYPE "." TYPE
 
-// One step of x (64 x 64) = a b (or +=), both by rows; a in shared memory, or in registers.
+// One step of x (64 x 64) = a b (or +=), both by rows; a in shared memory, or in registers; of x also 32 or 16 columns.
 __device__ __forceinline__ void product(float (&x)[32], Long a, Long b, int add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; " PRODUCT("64") " {" NAMES32 "}, %32, %33, p, 1, 1, 0, 0; }"
                  : LIST32(x, 0) : "l"(a), "l"(b), "r"(add));
@@ -308,6 +308,16 @@ __device__ __forceinline__ void product(float (&x)[32], const Word (&a)[4], Long
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; " PRODUCT("64")
                  " {" NAMES32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
                  : LIST32(x, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void product(float (&x)[16], const Word (&a)[4], Long b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0; " PRODUCT("32")
+                 " {" NAMES16 "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
+                 : LIST16(x, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void product(float (&x)[8], const Word (&a)[4], Long b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %13, 0; " PRODUCT("16")
+                 " {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
+                 : LIST8(x, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 // One step of x (64 x 128) = a b (or +=), a by rows; b by rows, or by columns.
 template <bool COLUMNS_> __device__ __forceinline__ void product(float (&x)[64], Long a, Long b, int add) {

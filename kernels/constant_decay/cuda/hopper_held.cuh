@@ -3,7 +3,7 @@
 constexpr int STEPS = ROWS / 16;  // of a product over the state's rows
 constexpr int SHARES = ROWS <= 128 ? 1 : GROUPS > 2 ? STEPS / 2 : 2;  // in which the state is rounded
 constexpr int HELD_STEPS = STEPS / SHARES;
-constexpr int TIMES = (1 + HIGH) * SHARES;  // with -DHIGH=1, then what rounding has left of each
+[[maybe_unused]] constexpr int TIMES = (1 + HIGH) * SHARES;  // with -DHIGH=1, then what rounding has left of each
 
 // What a thread multiplies its two rows of a part of the state by to hold them in 16 bits, and the inverse: a state
 // grows with the sequence and can exceed fp16's range, so fp16 holds each row times a power of two.

@@ -40,15 +40,15 @@ struct Lost {
             if (high) store_least(C ? columns + column * 4 + 4 : all, walked(step, row));
         }
     }
-    // NaN for the outputs of a chunk that are lost.
-    __device__ __forceinline__ void mark(float (&o)[32], int step, int part) const {
+    // NaN for the outputs of a chunk, from its token `first` on, that are lost.
+    template <int n> __device__ __forceinline__ void mark(float (&o)[n], int step, int part, int first = 0) const {
         const int lane = threadIdx.x % 32, column = 64 * part + thread_number() / 32 * 16 + lane / 4;
         int from[2];
 #pragma unroll
         for (int row = 0; row < 2; row++)
             from[row] = min(int(load_word(columns + (column + 8 * row) * 4)), int(load_word(all)));
 #pragma unroll
-        for (int j = 0; j < 32; j++)
-            if (walked(step, j / 4 * 8 + 2 * (lane % 4) + j % 2) >= from[j / 2 % 2]) o[j] = __int_as_float(0x7fffffff);
+        for (int j = 0; j < n; j++)
+            if (walked(step, first + j / 4 * 8 + 2 * (lane % 4) + j % 2) >= from[j / 2 % 2]) o[j] = __int_as_float(0x7fffffff);
     }
 };

@@ -33,12 +33,6 @@ constexpr int STORED_ROWS = (ROWS + 63) / 64 * 64;
 [[maybe_unused]] constexpr bool LAST_FETCHES = ROWS > 128 || HIGH;  // or else the block's first thread does, when all have met
 constexpr float LOG2E = 1.4426950408889634f;
 
-#ifndef FOLD  // tokens of a tile, where what is walked is not a tile, but a sequence of tiles of a chunk each
-#define FOLD 0
-#endif
-constexpr int STRIDE = FOLD ? FOLD : CHUNK;  // tokens of a chunk
-constexpr int SUMMED = STRIDE / 16;          // steps of a product over them
-
 #ifndef STATE_ROWS
 #define STATE_ROWS ROWS
 #endif
@@ -96,13 +90,13 @@ struct Tile {
 #endif
         start = int(table ? table[2 * number] : number * tile_size);
         length = int(table ? table[2 * number + 1] : min(tokens - start, tile_size));
-        all = chunks = (length + STRIDE - 1) / STRIDE;
+        all = chunks = (length + CHUNK - 1) / CHUNK;
     }
     // First token of a chunk, counted from the tile's; from the farthest chunk to the one beside the state.
     __device__ __forceinline__ int first(int step) const {
-        return (REVERSE ? chunks - 1 - step : all - chunks + step) * STRIDE;
+        return (REVERSE ? chunks - 1 - step : all - chunks + step) * CHUNK;
     }
-    __device__ __forceinline__ int count(int step) const { return min(STRIDE, length - first(step)); }
+    __device__ __forceinline__ int count(int step) const { return min(CHUNK, length - first(step)); }
     __device__ __forceinline__ Place chunk(int step, Offset share, int column = 0) const {
         return {column, start + first(step), head / int(share), batch};
     }
@@ -121,11 +115,11 @@ __device__ __forceinline__ void store_pair(Word pairs, int i, float x, float y) 
 }
 
 // o, transposed, times what `from` holds for each of a chunk's tokens, from `first` on. PAIRS: two are loaded at once.
-template <bool PAIRS> __device__ __forceinline__ void fade_outputs(float (&o)[32], const float (&unit)[2], Word from,
-                                                                  int first) {
+template <bool PAIRS, int n>
+__device__ __forceinline__ void fade_outputs(float (&o)[n], const float (&unit)[2], Word from, int first) {
     from += (2 * (threadIdx.x % 4) + first) * 4;
 #pragma unroll
-    for (int i = 0; i < 32; i += 4) {
+    for (int i = 0; i < n; i += 4) {
         float f[2];
         if (PAIRS) load(from + 2 * i * 4, f[0], f[1]);
         else f[0] = load(from + 2 * i * 4), f[1] = load(from + 2 * i * 4 + 4);
@@ -148,7 +142,7 @@ __device__ __forceinline__ Word place_transposed() {
 }
 __device__ __forceinline__ void load_left(Word from, Word (&x)[4][4]) {
 #pragma unroll
-    for (int step = 0; step < SUMMED; step++) load_transposed(from + step * 16 * 128, x[step]);
+    for (int step = 0; step < 4; step++) load_transposed(from + step * 16 * 128, x[step]);
 }
 
 // What load_left gives of a chunk times a number for each token, rounded; of tokens that are not there, zero_numbers first
@@ -191,13 +185,31 @@ __device__ __forceinline__ void weigh(Word x, Word w, Word rest, Word& high, Wor
     low = times_plus(x, rest, times_plus(x, w, minus(product))), high = product;
 }
 
-// A chunk's tokens times their weights, as an operand on the left.
-struct Weighted {
-    Word high[4][4], low[4][4];
-
-    __device__ __forceinline__ void set(const Word (&x)[4][4], Word weights) {
+// `count` tokens of WIDTH columns in shared memory times their weights: the higher part in its place.
+template <int WIDTH, int count>
+__device__ __forceinline__ void weigh_chunk(Word chunk, Word low_chunk, Word weights) {
+#pragma unroll 1
+    for (int i = thread_number(); i < WIDTH / 8 * count; i += THREADS) {  // a row's place in a block is all that counts
+        const int row = i / 8 % count, at = i / (8 * count) * BLOCK + row * 128 + i % 8 * 16;
+        Word w, rest, x[4], low[4];
+        load(weights + row / 2 * 8, w, rest);
+        w = row % 2 ? w >> 16 | (w & 0xffff0000u) : w << 16 | (w & 0xffffu);
+        rest = row % 2 ? rest >> 16 | (rest & 0xffff0000u) : rest << 16 | (rest & 0xffffu);
+        load(chunk + at, x);
 #pragma unroll
-        for (int i = 0; i < 2 * SUMMED; i++) {  // 8 tokens, two of them this thread's
+        for (int j = 0; j < 4; j++) weigh(x[j], w, rest, x[j], low[j]);
+        store(chunk + at, x), store(low_chunk + at, low);
+    }
+    publish();
+}
+
+// Tokens times their weights, as an operand on the left, for so many steps of 16.
+template <int steps> struct WeightedOf {
+    Word high[steps][4], low[steps][4];
+
+    __device__ __forceinline__ void set(const Word (&x)[steps][4], Word weights) {
+#pragma unroll
+        for (int i = 0; i < 2 * steps; i++) {  // 8 tokens, two of them this thread's
             Word w, rest;
             load(weights + (threadIdx.x % 4 + 4 * i) * 8, w, rest);
 #pragma unroll
@@ -205,7 +217,8 @@ struct Weighted {
         }
     }
 };
-__device__ __forceinline__ void here(Weighted& x) { here(x.high), here(x.low); }
+typedef WeightedOf<4> Weighted;  // a chunk's
+template <int steps> __device__ __forceinline__ void here(WeightedOf<steps>& x) { here(x.high), here(x.low); }
 
 // The first `count` rows of a chunk's outputs, to where multiples of 16 bytes are; `own`: the first column.
 template <int WIDTH>
@@ -229,9 +242,9 @@ __device__ __forceinline__ void advance(float (&state)[HELD], Weighted& x, Word 
     here(state), here(x);
     begin_products();
 #pragma unroll
-    for (int step = 0; step < SUMMED; step++) add_product(state, x.high[step], by_columns(b) + along_columns(step));
+    for (int step = 0; step < 4; step++) add_product(state, x.high[step], by_columns(b) + along_columns(step));
 #pragma unroll
-    for (int step = 0; step < SUMMED; step++) add_product(state, x.low[step], by_columns(b) + along_columns(step));
+    for (int step = 0; step < 4; step++) add_product(state, x.low[step], by_columns(b) + along_columns(step));
     end_products();
 }
 // The same of x that is still to be weighted, first the high and then the low part: half as many registers, and done.

@@ -57,13 +57,13 @@ struct Tables : Weights {
     __device__ __forceinline__ void place(Word base, const Tile&, const float*) {
         decays = base, from_state = decays + 128 * 4, pairs = from_state + 128 * 4;
     }
-    __device__ __forceinline__ void set(float scale, float state_scale, float added_scale) const {
+    __device__ __forceinline__ void set(float scale, float state_scale, float added_scale, int count = CHUNK) const {
         // scale gamma^distance at 63 + distance, where a token sees only those that are not ahead of it.
         const int i = thread_number(), distance = REVERSE ? 63 - i : i - 63;
         store(decays + i * 4, distance < 0 ? 0.0f : exp2_(g * float(distance)) * scale);
         // Reversed, chunks of fewer tokens read it from further on.
         store(from_state + i * 4, exp2_(g * float(REVERSE ? max(63 - i, 0) : i + 1)) * state_scale);
-        Weights::set(added_scale, STRIDE);
+        Weights::set(added_scale, count);
     }
     // scores, decayed and rounded, to shared memory; with -DHIGH=1, and what that has left of them
     __device__ __forceinline__ void decay(const float (&scores)[32], Word seen) const {
@@ -88,7 +88,7 @@ struct Tables : Weights {
         }
     }
     // o, transposed, times the decay from the state at the start of a chunk of `count` tokens
-    __device__ __forceinline__ void fade(float (&o)[32], const float (&unit)[2], int count) const {
+    template <int n> __device__ __forceinline__ void fade(float (&o)[n], const float (&unit)[2], int count) const {
         fade_outputs<!REVERSE>(o, unit, from_state, REVERSE ? CHUNK - count : 0);
     }
 };

@@ -1,4 +1,4 @@
-"""Outputs of whole sequences of short tiles on Hopper: tile_outputs.cu walks a sequence tile by tile, and the states
+"""Outputs of whole sequences of short tiles on Hopper: row_outputs.cu walks a sequence tile by tile, and the states
 between tiles stay in registers. The bits are those of tile states, fold and outputs one after the other; shapes are as
 in constant_decay.pytorch.block."""
 
@@ -50,20 +50,20 @@ def row_outputs(
     if not programs or not out.numel():
         return out
     kept: list[Tensor] = []
-    tile, target = tiles.size, out
-    if hopper._map(out, tile) is None:
+    target = out
+    if hopper._map(out) is None:
         target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
-    operands = (x for operand in (a, b, c) for x in hopper._operand(operand, heads, kept, tile))
-    places = *operands, 0, 0, 0, 0, 0, 0, hopper._map(target, tile), target.data_ptr(), *target.stride()[:3]
+    operands = (x for operand in (a, b, c) for x in hopper._operand(operand, heads, kept))
+    places = *operands, hopper._map(target), target.data_ptr(), *target.stride()[:3]
     for part in hopper.parts(programs, *size, hopper._multiprocessors(c.device)):
         blocks = programs * part.splits
         again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
         arguments = (
             *places, *hopper._tiles(rows, log_decay, part.splits, a, b, c),
-            float(scale), float(state_scale), 1.0, again.data_ptr(), float(sum_scale),
+            float(scale), float(state_scale), float(sum_scale), again.data_ptr(),
         )  # fmt: skip
         for name in hopper.OUTPUTS:
-            launch = _kernel(name, size, part, a.dtype, reverse, transposed, tile, a.device)
+            launch = _kernel(name, size, part, a.dtype, reverse, transposed, tiles.size, a.device)
             launch((blocks,), hopper.THREADS, *arguments)
     if target is not out:
         out.copy_(target)
@@ -105,7 +105,7 @@ def defines(
     """What a kernel is compiled with."""
     held = hopper.walked_rows(size[0]), part.columns, part.groups
     made = hopper.defines(name, *held, dtype, False, reverse, size=size, first=part.first)
-    return *made, ("FOLD", tile), ("TRANSPOSED", int(transposed))
+    return *made, ("LENGTH", tile), ("TRANSPOSED", int(transposed))
 
 
 @cache
@@ -121,7 +121,7 @@ def _kernel(
 ) -> loader.Kernel:
     held = hopper.walked_rows(size[0]), part.columns, part.groups
     return loader.kernel(
-        "constant_decay/cuda/tile_outputs.cu", "tile_outputs", device,
+        "constant_decay/cuda/row_outputs.cu", "row_outputs", device,
         defines(name, size, part, dtype, reverse, transposed, tile),
         shared_memory=hopper.shared_memory(name, *held), features="a",
     )  # fmt: skip

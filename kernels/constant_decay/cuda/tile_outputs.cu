@@ -15,8 +15,6 @@
 //
 // An address of 0 stands for states of zeros.
 //
-// -DFOLD=16|32|64: a block walks a whole sequence of tiles (hopper_fold.cuh).
-//
 // With 256 rows there are registers for half of the rounded state at a time: S^T a^T comes before the scores and behind
 // them, so that the second half is rounded during the scores' product, and the scores decay during the second half's.
 // Two or three warpgroups that share chunks take turns at the scores, which are the same for all columns. Of three, which
@@ -25,7 +23,6 @@
 #include "hopper_tile.cuh"
 #include "hopper_lost.cuh"
 #include "hopper_held.cuh"
-#include "hopper_fold.cuh"
 
 constexpr int STAGE = 2 * ROWS_BYTES + COLUMNS_BYTES;
 // Chunks of a and of b in shared memory, where they are fetched one by one; of c there are two.
@@ -56,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, AGAIN || GROUPS >
 tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
              Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
              Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
-             float added_scale, int* again ONTO_ FOLD_) {
+             float added_scale, int* again ONTO_) {
     if (AGAIN && !again[blockIdx.x]) return;
     const Tile tile(TILE);
     const int thread = thread_number(), group = group_number(), lane = thread % 32, warp = thread / 32;
@@ -107,7 +104,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     auto arrival_seen = [&](int step) { return arrivals_seen + step % SEEN * 8; };
     auto fetch_a = [&](int step) {
         if (step >= tile.chunks) return;
-        expect(arrival_a(step), (LAST_FETCHES ? ROWS_BYTES : STAGE) / CHUNK * STRIDE + tables.bytes(tile.count(step)));
+        expect(arrival_a(step), (LAST_FETCHES ? ROWS_BYTES : STAGE) + tables.bytes(tile.count(step)));
         fetch<STORED_ROWS>(place_a(step), a, tile.chunk(step, a_share), arrival_a(step));
         tables.fetch(slot(step), tile.first(step), tile.count(step), arrival_a(step));
     };
@@ -149,7 +146,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     auto write_chunk = [&](int step) {
         const Word from = place_c(step);
         if (WIDE || step < 0) return;
-        if (tile.count(step) == STRIDE) {
+        if (tile.count(step) == CHUNK) {
             if (thread == 0) write<COLUMNS>(o, tile.chunk(step, 1, tile.own), from);
             return;
         }
@@ -186,7 +183,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             lost.find<STORED_ROWS, false>(b_i, step, count, true), lost.find<COLUMNS, true>(c_i, step, count, true);
             publish();
         }
-        if (count < STRIDE) {  // both warpgroups write the same zeros to b
+        if (count < CHUNK) {  // both warpgroups write the same zeros to b
             wait_b(), wait_c();
             zero_rows<STORED_ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
             publish();
@@ -225,7 +222,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             here(o_i), here(y);
             begin_products();
 #pragma unroll
-            for (int i = 0; i < min(int(sizeof(y) / sizeof(y[0])), SUMMED); i++)
+            for (int i = 0; i < int(sizeof(y) / sizeof(y[0])); i++)
                 product(o_i, y[i], by_rows(seen) + along_rows(first + i), 1);
 #pragma unroll
             for (int i = 0; HIGH && i < int(sizeof(y) / sizeof(y[0])); i++)
@@ -303,7 +300,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             } else {
                 start_from_seen(x[part], 0);
             }
-            if (FEW_REGISTERS || FOLD || part < PARTS - 1) {
+            if (FEW_REGISTERS || part < PARTS - 1) {
                 wait_products<0>();
             } else {  // the state comes last: there are no registers for the operands of both
                 weighted[0].set(x[0], tables.pairs);
@@ -340,9 +337,6 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 }
             }
         }
-#if FOLD
-        fold_tile(state, weighted, x, a_i, b_i, tables.pairs, tables.folded(count), sum_scale);
-#else
 #pragma unroll
         for (int part = 1; part < PARTS; part++) {
             weighted[part].set(x[part], tables.pairs);
@@ -357,7 +351,6 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
 #pragma unroll
             for (int part = 0; part < PARTS; part++) here(state[part]), here(weighted[part]);
         }
-#endif
         if (!AGAIN && step == tile.chunks - 1) {  // here rather than behind the loop, where ptxas would spill in it
             float zero = 0.0f;
 #pragma unroll
