@@ -225,10 +225,15 @@ def _repeated(
     place = plan.transport.place()
     if place is None:
         return cast(Any, function(*tensors, *more))
-    stream = torch.cuda.current_stream(plan.problem.device)  # which steps of the host name, and come back to
+    # Which steps of the host name, and come back to. (torch.cuda.stream takes longer than a launch.)
+    stream = torch._C._cuda_getCurrentStream(plan.problem.device.index)
     phase = "forward pass" if needs_gate_grads is None else "backward pass"
-    with plan.transport.call(phase), torch.cuda.stream(stream):
-        return cast(Any, repeated(function, tensors, *more, where=(stream, place)))
+    with plan.transport.call(phase):
+        try:
+            return cast(Any, repeated(function, tensors, *more, where=(stream, place)))
+        except BaseException:
+            torch._C._cuda_setStream(*stream)
+            raise
 
 
 @cache

@@ -106,13 +106,14 @@ class Plan:
 
     @cached_property
     def highest(self) -> tuple[float, ...] | None:
-        """The largest log-decay of each head for which the plan is right; None where it is for all. (Half a unit over
-        the bound: exp of that is 0 too.)"""
-        if not self.forgetting:
+        """The largest log-decay of each head for which the plan is right; None where it is for all, because no lane
+        forgets and no head is mute. (Half a unit over the bound: exp of that is 0 too.)"""
+        forget = {head for lane in self.lanes if lane.forgets for head in range(lane.total)[lane.heads]}
+        if not forget and not self.mute:
             return None
         bound = forgetting_bound(self.problem.dtype) + 0.5
         return tuple(
-            bound if head in self.mute else bound / self.tiles.size if head in self.forgetting else 0.0
+            bound if head in self.mute else bound / self.tiles.size if head in forget else 0.0
             for head in range(self.problem.heads)
         )
 

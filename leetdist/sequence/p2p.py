@@ -141,6 +141,8 @@ class PointToPoint(Transport):
                 tensor.copy_(buffer)
 
     def flush(self) -> None:
+        if not self.pending and not self.captured:
+            return None
         # A graph ends only when all that it began has ended.
         if self._capturing():
             captured, self.captured = self.captured, []

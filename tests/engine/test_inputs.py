@@ -138,6 +138,23 @@ def test_decays_that_changed_unseen(way: str) -> None:
         leetdist.linear_attention(q, k, v, log_decay, tile=16)
 
 
+@pytest.mark.parametrize(
+    ("values", "highest"),
+    [([-0.01, -5.0], None), ([-4.0, -5.0], (-104.5 / 32,) * 2), ([-0.01, -200.0], (0.0, -104.5))],
+)
+def test_decays_that_a_plan_relies_on(values: list[float], highest: tuple[float, ...] | None) -> None:
+    """Those of a lane that forgets, and of mute heads; where there are none, nothing has to be compared on a GPU."""
+
+    def rank(group: Any) -> tuple[float, ...] | None:
+        x = leetdist.shard_sequence(torch.randn(1, 2, 128, 16), 2, group, tile=32)
+        leetdist.linear_attention(x, x, x, torch.tensor(values), group=group, tile=32)
+        ((_, plan),) = group.plans.values()
+        found: tuple[float, ...] | None = plan.highest
+        return found
+
+    assert leetdist.virtual_ranks(rank, 2) == [highest] * 2
+
+
 def test_boundaries_that_changed_unseen() -> None:
     given, bounds = arguments(), np.array([0, 20, 45], dtype=np.int32)
     cu_seqlens = torch.from_numpy(bounds)
