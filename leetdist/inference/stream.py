@@ -18,7 +18,7 @@ from leetdist.inference.checks import check_count, check_decay, check_options, c
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, into_open_tile, no_tokens, on_its_grid, run
-from leetdist.inference.windows import Windows
+from leetdist.inference.windows import Windows, lengths_if_alike
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
 
@@ -30,6 +30,7 @@ Piece = tuple[Tensor, ...]  # q, k, v and, of a decay a token, log_decay
 # Tiles that a piece from elsewhere is cut into for the trip to the device: of 32 bf16 heads of 128, two windows of
 # 65,536 tokens take 3.2 GB, and the copy of one (30 ms) hides its compute and all that the host does.
 WINDOW_TILES = 8
+MOST_KINDS = 64  # of pieces that a stream remembers
 
 
 def stream(
@@ -138,7 +139,7 @@ class Stream:
         self._running: Running | None = None  # what `_state` is not yet, since the last piece
         self._options = (log_decay, scale, tile, method)
         self._transport = transport
-        self._kind: Hashable = None  # of the last piece, as far as checks look at it
+        self._kinds: set[Hashable] = set()  # of pieces that were right, as far as checks look at them
 
     def __repr__(self) -> str:
         _, _, tile, method = self._options
@@ -209,14 +210,15 @@ class Stream:
         if self.device is not None and isinstance(q, Tensor) and q.device != self.device:
             raise ValueError(f"window must be None for pieces that are not on {self.device}, where they are computed")
 
-        def checked() -> Iterator[Piece]:
-            for piece in chain([first], pieces):
-                with torch.no_grad():
-                    self._check(piece)
-                yield piece
+        windows = Windows(self._check_all, self._advance, window, self._tile, self._lead)
+        yield from windows.map(chain([first], pieces))
 
-        windows = Windows(torch.no_grad()(self._advance), window, self._tile, self._lead)
-        yield from windows.map(checked())
+    def _check_all(self, pieces: list[Piece]) -> list[int]:
+        """Each continues what came before; their tokens."""
+        found = None if pieces and _reads_values(pieces[0]) else lengths_if_alike(pieces)
+        for piece in pieces if found is None else pieces[:1]:
+            self._check(piece)
+        return [piece[0].shape[2] for piece in pieces] if found is None else found
 
     def _staged(self, piece: Piece) -> torch.device | None:
         """Where pieces such as this are copied to window by window, and their outputs from; None if they are not."""
@@ -311,8 +313,8 @@ class Stream:
     def _check(self, piece: Piece, ranks: int = 1) -> None:
         """The piece continues what came before; the first one begins it."""
         kind = _kind_of(piece)
-        if kind is not None and kind == self._kind:
-            return  # as the piece before
+        if kind in self._kinds:
+            return
         given, scale, tile, method = self._options
         state = None if self._state is None else self.state
         if len(piece) not in (3, 4):
@@ -333,16 +335,24 @@ class Stream:
         check_piece(q, k, v, log_decay, scale, tile, method, ranks=ranks, after=after)
         if state is None:
             self._state = _begun(q, k, v, log_decay, scale, tile, method)
-        self._kind = kind
+        if len(self._kinds) == MOST_KINDS:
+            self._kinds.clear()
+        if kind is not None:
+            self._kinds.add(kind)
 
 
 def _kind_of(piece: Piece) -> Hashable:
     """All that checks look at of a piece; None where they look at values, or something is odd."""
     if len(piece) not in (3, 4) or any(type(x) is not Tensor or x.is_nested for x in piece):
         return None
-    if len(piece) == 4 and reads_values(piece[3]):
+    if _reads_values(piece):
         return None
     return tuple((x.shape, x.dtype, x.device, x.layout) for x in piece)
+
+
+def _reads_values(piece: Piece) -> bool:
+    """Whether checks look at the log-decays of its tokens."""
+    return len(piece) == 4 and isinstance(piece[3], Tensor) and reads_values(piece[3])
 
 
 def _begun(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, tile: int, method: str) -> State:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -17,73 +19,118 @@ class Windows:
     """Pieces on their way through `compute`, which takes them from `window` tokens on that wait.
 
     What is computed then ends with the last whole tile among them, if there is one: lead() tokens are up to the end of
-    the tile that is open, of `tile` tokens.
+    the tile that is open, of `tile` tokens. Pieces are looked at together, as far as they can be: `check` takes those
+    of a window, and returns how many tokens each has.
     """
 
-    def __init__(self, compute: Callable[..., Tensor], window: int, tile: int, lead: Callable[[], int]) -> None:
-        self.compute, self.window, self.tile, self.lead = compute, window, tile, lead
+    def __init__(
+        self,
+        check: Callable[[list[Piece]], list[int]],
+        compute: Callable[..., Tensor],
+        window: int,
+        tile: int,
+        lead: Callable[[], int],
+    ) -> None:
+        self.check, self.compute, self.window, self.tile, self.lead = check, compute, window, tile, lead
         self.waiting: list[Piece] = []  # in order; of the first, what is not computed yet
-        self.lengths: deque[int] = deque()  # of the pieces whose outputs are not given yet
-        self.outputs: deque[Tensor] = deque()  # not given yet
+        self.lengths: list[int] = []  # theirs
+        self.begun: list[Tensor] = []  # the outputs of what is computed of the first
 
     def map(self, pieces: Iterable[Piece]) -> Iterator[Tensor]:
         """The outputs of each piece in turn, as soon as they are computed."""
+        new: list[Piece] = []
+        tokens = 0
         for piece in pieces:
-            self.waiting.append(piece)
-            self.lengths.append(piece[0].shape[2])
-            tokens = sum(part[0].shape[2] for part in self.waiting)
-            if tokens < self.window:
-                continue
-            whole = tokens - (tokens - self.lead()) % self.tile
-            self._compute(whole if 0 < whole <= tokens else tokens)
-            yield from self._given()
-        if self.waiting:
-            self._compute(sum(part[0].shape[2] for part in self.waiting))
-            yield from self._given()
+            new.append(piece)
+            try:
+                tokens += piece[0].shape[2]
+            except (AttributeError, IndexError, TypeError):
+                self.check(new)  # which says what is wrong
+                raise
+            if tokens >= self.window:
+                yield from self._outputs(new)
+                new, tokens = [], sum(self.lengths)
+        if new or self.waiting:
+            yield from self._outputs(new, last=True)
 
-    def _compute(self, tokens: int) -> None:
-        parts, rest = [], tokens
-        while rest:
-            piece = self.waiting.pop(0)
-            count = piece[0].shape[2]
-            if count > rest:
-                self.waiting.insert(0, tuple(x[:, :, rest:] for x in piece))
-                piece, count = tuple(x[:, :, :rest] for x in piece), rest
-            parts.append(piece)
-            rest -= count
-        self.outputs.append(self.compute(*(joined(x) for x in zip(*parts, strict=True))))
+    @torch.no_grad()
+    def _outputs(self, new: list[Piece], last: bool = False) -> list[Tensor]:
+        """Of the pieces that are done when no more, or no more but the whole tiles, is computed."""
+        self.lengths += self.check(new)
+        self.waiting += new
+        ends = list(accumulate(self.lengths))
+        tokens = ends[-1]
+        whole = tokens if last else tokens - (tokens - self.lead()) % self.tile
+        if not 0 < whole <= tokens:
+            whole = tokens
+        done = bisect_right(ends, whole)
+        parts, lengths = self.waiting[:done], self.lengths[:done]
+        self.waiting, self.lengths = self.waiting[done:], self.lengths[done:]
+        begins = whole - sum(lengths)  # tokens of a piece that ends behind what is computed
+        if begins:
+            parts.append(tuple(x[:, :, :begins] for x in self.waiting[0]))
+            lengths.append(begins)
+            self.waiting[0] = tuple(x[:, :, begins:] for x in self.waiting[0])
+            self.lengths[0] -= begins
+        o = self.compute(*(joined(x, lengths) for x in zip(*parts, strict=True)))
+        # No views to autograd, so that each is its owner's to change.
+        outputs = list(torch.unsafe_split_with_sizes(o, lengths, 2))
+        if self.begun:
+            outputs[0] = torch.cat((*self.begun, outputs[0]), 2)
+        self.begun = [outputs.pop()] if begins else []
+        return outputs
 
-    def _given(self) -> Iterator[Tensor]:
-        there = sum(o.shape[2] for o in self.outputs)
-        while self.lengths and self.lengths[0] <= there:
-            length = self.lengths.popleft()
-            there -= length
-            parts = []
-            while length:
-                o = self.outputs.popleft()
-                if o.shape[2] > length:
-                    self.outputs.appendleft(o[:, :, length:])
-                parts.append(o[:, :, :length])
-                length -= parts[-1].shape[2]
-            yield parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+def lengths_if_alike(pieces: list[Piece]) -> list[int] | None:
+    """Tokens of each piece, where nothing else of a piece, as far as checks look at it, is not as in the first; None
+    where they have to look at each."""
+    try:
+        columns = list(zip(*pieces, strict=True))
+    except (TypeError, ValueError):
+        return None
+    found: list[int] | None = None
+    for column in columns:
+        if set(map(type, column)) != {Tensor} or len(set(map(_FACTS, column))) > 1:
+            return None
+        shapes = list(map(_SHAPE, column))
+        first = shapes[0]
+        if len(first) < 3:
+            return None
+        if shapes.count(first) == len(shapes):
+            lengths = [first[2]] * len(shapes)
+        elif all((*shape[:2], *shape[3:]) == (*first[:2], *first[3:]) for shape in shapes):
+            lengths = [shape[2] for shape in shapes]
+        else:
+            return None
+        if found not in (None, lengths):
+            return None
+        found = lengths
+    return found
 
 
-def joined(parts: tuple[Tensor, ...]) -> Tensor:
-    """Tensors (B, H, n, ...) behind each other: without a copy where they lie so in memory, as slices of one do."""
-    first, end = parts[0], parts[0].storage_offset()
-    for x in parts:
-        # Several storages may begin at one place, as those of NumPy's slices do: the first one must hold all.
-        own, memory = x.untyped_storage(), first.untyped_storage()
-        there = (own.data_ptr(), own.nbytes()) == (memory.data_ptr(), memory.nbytes()) and x.storage_offset() == end
-        if not there or x.stride() != first.stride():
-            break
-        end += x.shape[2] * x.stride(2)
-    else:
-        tokens = sum(x.shape[2] for x in parts)
-        return first.as_strided((*first.shape[:2], tokens, *first.shape[3:]), first.stride(), first.storage_offset())
+_SHAPE = attrgetter("shape")
+_FACTS = attrgetter("dtype", "device", "layout", "is_nested")
+
+
+def joined(parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """Tensors (B, H, n, ...) of so many tokens behind each other: without a copy where they lie so in memory, as slices
+    of one do."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    tokens, strides = sum(lengths), list(map(Tensor.stride, parts))
+    if strides.count(strides[0]) == len(strides):
+        step, begin = first.stride(2) * first.element_size(), first.data_ptr()
+        begins = [begin + step * place for place in accumulate(lengths[:-1], initial=0)]
+        shape, memory = (*first.shape[:2], tokens, *first.shape[3:]), first.untyped_storage()
+        extent = 1 + sum((size - 1) * by for size, by in zip(shape, first.stride(), strict=True))
+        # All of it must be in the first one's memory: NumPy's slices come with no more of it than they have themselves.
+        inside = begin + extent * first.element_size() <= memory.data_ptr() + memory.nbytes()
+        if inside and list(map(Tensor.data_ptr, parts)) == begins:
+            return first.as_strided(shape, first.stride(), first.storage_offset())
     if first.ndim == 4 and token_major(first):
         return torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
-    return torch.cat(parts, 2)
+    return torch.cat(list(parts), 2)
 
 
-__all__ = ["Windows", "joined"]
+__all__ = ["Windows", "joined", "lengths_if_alike"]

@@ -113,11 +113,11 @@ def test_pieces_that_may_wait_give_the_bits_of_one_call(data: st.DataObject) -> 
 def test_slices_of_one_tensor_are_joined_without_a_copy() -> None:
     x = torch.randn(2, 100, H, DK).transpose(1, 2)[:, 1:, 10:]
     parts = x.split(30, 2)
-    whole = joined(parts)
+    whole = joined(parts, [x.shape[2] for x in parts])
     assert whole.data_ptr() == x.data_ptr()
     assert torch.equal(whole, x)
     for others in ((parts[0], parts[2]), (parts[0], parts[1].clone()), (parts[1], parts[1])):
-        found = joined(others)
+        found = joined(others, [x.shape[2] for x in others])
         assert torch.equal(found, torch.cat(others, 2))
         assert found.stride(1) < found.stride(2)  # its layout stays
 
@@ -126,7 +126,7 @@ def test_storages_that_begin_at_one_place_are_not_one() -> None:
     """NumPy's slices come with as much memory as they have, the first with too little for what lies behind it."""
     array = torch.randn(1, 1, 64, 8).numpy()
     parts = torch.from_numpy(array[:, :, :16]), torch.from_numpy(array)[:, :, 16:]
-    assert torch.equal(joined(parts), torch.from_numpy(array))
+    assert torch.equal(joined(parts, [16, 48]), torch.from_numpy(array))
 
 
 def test_a_nested_piece_is_refused() -> None:
@@ -142,6 +142,8 @@ def test_a_caller_may_record_gradients_between_pieces() -> None:
         for o in leetdist.stream(LOG_DECAY, tile=32).map(pieces, **options):
             assert torch.is_grad_enabled()
             assert not o.requires_grad
+            if options:  # its caller's own, and no view
+                assert o.mul_(torch.ones((), requires_grad=True)).requires_grad
     assert not leetdist.stream(LOG_DECAY, tile=32).push(*tensors).requires_grad
 
 
@@ -153,6 +155,12 @@ def test_what_may_not_wait_is_refused() -> None:
     outputs = stream.map([piece, [x.half() for x in piece]], window=1000)
     with pytest.raises(ValueError, match=r"this piece must have the dtype of those before it, torch.float32, got"):
         next(outputs)
+    q, k, v = piece
+    uneven = [(q[:, :, :20], k[:, :, :19], v[:, :, :20]), (q[:, :, 20:], k[:, :, 19:], v[:, :, 20:])]
+    with pytest.raises(ValueError, match="k must have q's batch and tokens"):  # although all of them together would do
+        next(stream.map(uneven, window=1000))
+    with pytest.raises(ValueError, match=r"q must be a tensor, got NoneType"):
+        next(stream.map([piece, (None, k, v)], window=1000))
     assert stream.tokens == 0
 
     def on_a_rank(group: object) -> None:
