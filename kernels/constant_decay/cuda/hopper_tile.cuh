@@ -98,7 +98,9 @@ struct Tile {
     }
     __device__ __forceinline__ int count(int step) const { return min(CHUNK, length - first(step)); }
     __device__ __forceinline__ Place chunk(int step, Offset share, int column = 0) const {
-        return {column, start + first(step), head / int(share), batch};
+        // A division is a hundred cycles, which the last of many waits for by itself.
+        const int own_head = LAST_FETCHES && share == 1 ? head : head / int(share);
+        return {column, start + first(step), own_head, batch};
     }
 };
 

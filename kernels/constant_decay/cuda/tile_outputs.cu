@@ -29,6 +29,8 @@ constexpr int STAGE = 2 * ROWS_BYTES + COLUMNS_BYTES;
 constexpr int A_STAGES = GROUPS == 1 ? 1 : 2, B_STAGES = GROUPS == 1 ? 1 : HIGH && STORED_ROWS > 192 ? 2 : 3;
 constexpr int A_SLOTS = LAST_FETCHES ? A_STAGES : 2;  // places of a
 constexpr bool TURNS = GROUPS > 1;
+// Whether who has read a chunk of b last starts the next copy to its place while the state behind it moves on.
+constexpr bool LATER = B_STAGES > 2 && GROUPS == 2;
 constexpr bool FEW_REGISTERS = GROUPS > 2;  // so that operands are made as they are used
 constexpr int STARTED = TURNS ? TIMES : LAST_FETCHES ? 2 : 1;  // of the times of S^T a^T, beside the scores
 static_assert((!FEW_REGISTERS || LAST_FETCHES) && (!HIGH || COLUMNS == 64));
@@ -162,6 +164,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     };
 
     const int turn = TURNS ? __shfl_sync(0xffffffffu, group, 0) : 0;  // for ptxas, which does not see it to be uniform
+    bool last = false;
     for (int step = 0; step < tile.chunks; step++) {
         const Word a_i = place_a(step), b_i = place_b(step), c_i = place_c(step);
         const Word seen = all_seen + (TURNS ? step % SEEN : group) * SCORES;
@@ -307,6 +310,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 if (!LAST_FETCHES) fade(state[0], faded);
                 advance(state[0], weighted[0], b_i);
                 if (LAST_FETCHES && is_last(read_a + step % A_STAGES * 4)) fetch_a(step + A_STAGES);
+                if (LATER && last) fetch_b(step - 1 + B_STAGES);
                 wait_products<1>();
             }
             here(o_i), here(x[part]);
@@ -359,7 +363,8 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 for (int i = 0; i < HELD; i++) zero = fmaf(state[part][i], 0.0f, zero);
             if (zero != 0.0f) again[blockIdx.x] = 1;
         }
-        if (LAST_FETCHES && is_last(read_b + step % B_STAGES * 4)) fetch_b(step + B_STAGES);
+        if (LAST_FETCHES) last = is_last(read_b + step % B_STAGES * 4);
+        if (!LATER && last) fetch_b(step + B_STAGES);
     }
     meet();
     write_chunk(tile.chunks - 1);

@@ -9,6 +9,8 @@
 
 constexpr int STAGES = !LAST_FETCHES ? 3 : GROUPS == 1 ? 2 : 4;
 constexpr int STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
+// Whether who has read a chunk last starts the next copy to its place while the products of the chunk behind it run.
+constexpr bool LATER = LAST_FETCHES && STAGES > 2;
 
 #ifndef ONWARD
 #define ONWARD 0
@@ -69,6 +71,7 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
     if (places) place = places[tile.batch];
     bool numbers = !total || total[tile.program] == total[tile.program];
 #endif
+    bool last = false;
     for (int step = 0; step < tile.chunks; step++) {
         const Word b_i = base + step % STAGES * STAGE, c_i = b_i + ROWS_BYTES + group_number() * COLUMNS_BYTES;
         const int count = tile.count(step);
@@ -102,10 +105,12 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
             fade(state[part], faded);
             advance(state[part], weighted[part], b_i);
         }
+        if (LATER && last) fetch_chunk(step - 1 + STAGES);
         wait_products<0>();
 #pragma unroll
         for (int part = 0; part < PARTS; part++) here(state[part]), here(weighted[part]);
-        if (LAST_FETCHES && is_last(counters + step % STAGES * 4)) fetch_chunk(step + STAGES);
+        if (LAST_FETCHES) last = is_last(counters + step % STAGES * 4);
+        if (!LATER && last) fetch_chunk(step + STAGES);
     }
 
 #pragma unroll
