@@ -17,7 +17,7 @@ from leetdist.sequence.board import Board
 from leetdist.sequence.memory import Process
 
 PLACE = 8  # numbers a place takes: a cache line
-# Looks at a box before others may go on between them, and seconds until this rank sleeps between them.
+# Looks at a box after which others may go on, each time, and seconds until this rank sleeps between looks.
 SPINS = 200
 AWAKE_SECONDS = 2e-3
 LOOK_SECONDS = 0.1  # between looks at whether the rank is alive
@@ -82,10 +82,10 @@ class Mailbox:
             if looks == SPINS:
                 board.wait(rank, what)
             now = time.monotonic()
-            if now - begin < AWAKE_SECONDS:
-                _let_others_go_on()
-            else:
+            if now - begin > AWAKE_SECONDS:
                 time.sleep(5e-5)
+            elif looks % SPINS == 0:
+                _let_others_go_on()
             looked = looked or now
             if now - begin > seconds:
                 raise Gone(rank, f"nothing came in {seconds:.1f} s", now - begin)
