@@ -37,7 +37,7 @@ def wanted(given: Given, *, read: bool) -> bool:
     read_values."""
     q, _, _, log_decay, initial_state = given
     for x in given[:4] if initial_state is None else given:
-        if x is None or type(x) not in IN_MEMORY or x.layout is not torch.strided or x.is_neg():
+        if x is None or type(x) not in IN_MEMORY or x.layout is not torch.strided or x.is_nested or x.is_neg():
             return False
     assert log_decay is not None
     if not _on_gpu(q) or trace.on() or repeats() is None:
@@ -64,6 +64,7 @@ def backward(
     """The gradients of q, k and v, None for log_decay's, and that of initial_state. states: one element, in the memory
     of all."""
     size = states.untyped_storage().nbytes()
+    do, dfinal = (None if x is None else row_major(x) for x in (do, dfinal))
     return cast(Any, repeats()(_backward, (*given, states, do, dfinal), size, *_key(given, options, read)))
 
 
@@ -71,8 +72,8 @@ def _backward(*args: Any) -> tuple[Tensor | None, ...]:
     states, do, dfinal, _, *more = args[5:]
     plan, inputs, _ = _planned(*args[:5], *more)
     return backward_pass(
-        inputs, whole_states(states, plan), None if do is None else row_major(do),
-        dfinal if plan.problem.return_state else None, plan, needs_gate_grads=False,
+        inputs, whole_states(states, plan), do, dfinal if plan.problem.return_state else None, plan,
+        needs_gate_grads=False,
     )  # fmt: skip
 
 
@@ -87,9 +88,7 @@ def whole_states(states: Tensor, plan: Plan) -> Tensor:
 
 def _key(given: Given, options: Options, read: bool) -> tuple[Any, ...]:
     """What decides beside how tensors lie."""
-    q, k, v, log_decay, _ = given
-    assert log_decay is not None
-    return (*options, read, q.device, k.device, v.device, log_decay.device, *raw_settings())
+    return (*options, read, *[None if x is None else x.device for x in given], *raw_settings())
 
 
 def _planned(*args: Any) -> tuple[Plan, tuple[Tensor, ...], Tensor | None]:

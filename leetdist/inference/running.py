@@ -61,7 +61,7 @@ class Running:
         """The outputs of tokens that end in the tile, or with it. decays: log_decay of a decay a token."""
         like, opened, log_decay = self._like, self._opened, self._like.log_decay
         if decays:
-            log_decay = decays[0].to(log_decay.dtype)
+            log_decay = decays[0].to(log_decay.dtype).resolve_neg()  # any strides; values as they are in memory
         total = self._before + q.shape[2]
         ends = self._closed + total == like.tile
         full = total if ends else total - total % opened.chunk

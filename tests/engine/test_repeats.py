@@ -169,3 +169,33 @@ def test_what_is_more_than_launches_is_planned_each_time(monkeypatch: pytest.Mon
     for call, expected in zip(calls, wanted, strict=True):
         assert torch.equal(leetdist.linear_attention(*call, DECAY, tile=32), expected)
     assert list(replay._kinds.values()) == [None]
+
+
+def test_gradients_that_come_as_their_negatives() -> None:
+    """A view with the sign of its values in memory turned lies as any other, and is not the same call."""
+
+    def call(seed: int, turned: bool) -> list[Tensor]:
+        q, k, v, do, dfinal = inputs(seed)
+        if turned:
+            do, dfinal = torch._neg_view(-do), torch._neg_view(-dfinal)
+        given = (q, k, v, DECAY, None, None, 0.5, True, "block", 32, None, "")
+        _, _, states = ops._forward(*given)
+        return list(ops._backward(*given, states, do, dfinal, False)[:3])
+
+    wanted = [call(seed, False) for seed in range(2 * CALLS)]
+    with rehearsed():
+        for seed, expected in enumerate(wanted):
+            assert all(map(torch.equal, call(seed, seed >= CALLS), expected)), seed
+
+
+def test_what_is_wrong_is_said_as_in_a_first_call() -> None:
+    """Of tensors that differ from those before in their device alone, or have no sizes."""
+    q, k, v, _, state = inputs(0)
+    with rehearsed():
+        for _ in range(CALLS):
+            leetdist.linear_attention(q, k, v, DECAY, initial_state=state, tile=32)
+        for _ in range(CALLS):
+            with pytest.raises(ValueError, match=r"initial_state must .*meta"):
+                leetdist.linear_attention(q, k, v, DECAY, initial_state=state.to("meta"), tile=32)
+            with pytest.raises(ValueError, match="k must be a dense tensor with strides, got a nested one"):
+                leetdist.linear_attention(q, torch.nested.as_nested_tensor([k[0]]), v, DECAY, tile=32)

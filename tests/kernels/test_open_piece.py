@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +144,24 @@ def test_tokens_that_later_tokens_cannot_see_are_poisoned(driver: Driver) -> Non
         to[:, :, 16:116] = x
     stream = leetdist.stream(g, tile=TILE)
     assert torch.equal(pushed(stream, [x[:, :, 16:116] for x in around], [30, 70]), expected)
+
+
+@pytest.mark.real_empty
+@pytest.mark.parametrize("token", [False, True])
+def test_views_mean_their_values(driver: Driver, token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where pieces before, of the same strides, are computed in a way that is known."""
+    monkeypatch.setattr("leetdist.inference.stream.reads_values", lambda log_decay: False)  # as on a GPU
+    *tensors, g = draw("cpu", 1, TILE - 8, 64, 64, torch.bfloat16, token)
+    expected = one_call(*tensors, g, 0.3)
+    forms: list[Callable[[Tensor], Tensor]] = [
+        Tensor.contiguous, Tensor.contiguous, Tensor.contiguous, lambda x: torch._neg_view(-x),
+        lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    ]  # fmt: skip
+    stream, outputs = leetdist.stream(None if token else g, scale=0.3, tile=TILE), []
+    tensors += [g] * token
+    for piece, form in zip(zip(*(x.split(24, 2) for x in tensors), strict=True), forms, strict=True):
+        outputs.append(stream.push(*map(form, piece)))
+    assert torch.equal(torch.cat(outputs, 2), expected)
 
 
 @pytest.mark.parametrize("token", [False, True])

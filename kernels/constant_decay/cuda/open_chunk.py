@@ -102,7 +102,7 @@ def open_piece(
     layout = (
         q.shape, q.stride(), k.stride(), v.stride(), log_decay.stride(), log_decay.data_ptr() % 16,
         walked.stride(), None if own is None else own.stride(),
-        (q.data_ptr() | k.data_ptr() | v.data_ptr() | walked.data_ptr()) % 16,
+        (q.data_ptr() | k.data_ptr() | v.data_ptr() | walked.data_ptr()) % 16, q.is_neg() or k.is_neg() or v.is_neg(),
     )  # fmt: skip
     if layout not in kept.known:
         q, k, v = _aligned(q), _aligned(k), _aligned(v)
@@ -263,8 +263,9 @@ def _rows(token: bool, device: torch.device) -> loader.Kernel:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x (batch, heads, tokens, dim), or a copy, whose rows are whole vectors of 16 bytes."""
-    wrong = x.data_ptr() % 16 or any(step % 8 for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
+    """x (batch, heads, tokens, dim), or a copy, whose rows are whole vectors of 16 bytes, of its values in memory."""
+    wrong = x.data_ptr() % 16 or x.is_neg() or (x.stride(3) != 1 and x.shape[3] > 1)
+    wrong = wrong or any(step % 8 for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
     return x.clone(memory_format=torch.contiguous_format) if wrong else x
 
 
