@@ -98,7 +98,7 @@ class Mailbox:
 
 
 def _let_others_go_on() -> None:
-    """This process's threads, and other processes. Not time.sleep(0): from Python 3.11 on that takes Linux as long as
-    its timers may be late, 60 us and more, and a rank that comes late makes the others sleep as well."""
+    """This process's threads, and other processes. Not time.sleep(0): that may take as long as the kernel's timers
+    are late, tens of us, and a rank that comes late makes the others sleep as well."""
     select.select((), (), (), 0)  # which lets go of Python's lock
     os.sched_yield()
