@@ -129,8 +129,15 @@ def joined(parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         if inside and list(map(Tensor.data_ptr, parts)) == begins:
             return first.as_strided(shape, first.stride(), first.storage_offset())
     if first.ndim == 4 and token_major(first):
-        return torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
-    return torch.cat(list(parts), 2)
+        return torch.cat(_dense([x.transpose(1, 2) for x in parts]), 1).transpose(1, 2)
+    return torch.cat(_dense(list(parts)), 2)
+
+
+def _dense(parts: list[Tensor]) -> list[Tensor]:
+    """The same, without slices at either end among dense tensors: one such slice, and all are copied number by number
+    (43 us a piece of 1,000 tokens of 32 heads of 128 where it is 13)."""
+    dense = list(map(Tensor.is_contiguous, parts))
+    return [x.contiguous() for x in parts] if len(parts) - 2 <= sum(dense) < len(parts) else parts
 
 
 __all__ = ["Windows", "joined", "lengths_if_alike"]

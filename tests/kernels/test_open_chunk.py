@@ -237,14 +237,14 @@ def test_left_out_is_what_tiles_leave_out():
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("token", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "columns", "dtype"), [(64, 32, BF16), (128, 128, BF16), (128, 128, FP16), (128, 32, BF16), (256, 64, FP16)]
+    ("rows", "columns", "dtype"), [(64, 32, BF16), (128, 64, BF16), (128, 64, FP16), (128, 32, BF16), (256, 64, FP16)]
 )
 def test_compiles_and_fits(rows, columns, dtype, token, tmp_path):
     said = ptxas_report(
         "constant_decay/cuda/open_chunk.cu", "sm_90a", open_chunk.defines(rows, columns, 1, dtype, token), tmp_path
     )
     # Blocks of 32 columns are for calls that have not as many as there are multiprocessors.
-    blocks = 1 if columns == 32 else (256 if rows > 128 else 768 if columns > 64 else 512) // (2 * columns)
+    blocks = 1 if columns == 32 else (256 if rows > 128 else 512) // (2 * columns)
     assert blocks * (open_chunk.shared_memory(rows, columns, token) + OWN) <= SHARED_MEMORY
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said

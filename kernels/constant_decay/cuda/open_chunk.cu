@@ -10,7 +10,7 @@
 // that loads are of 8 bytes. Nothing of a row is written before it is known to be kept, and nothing that another block
 // may still read: the last block of a row to be done writes its age, and what comes behind a chunk's end.
 //
-// Compile with -DROWS=64|128|256 -DCOLUMNS=32|64|128 -DSPLITS (blocks that share the columns of a state) -DHALF=0|1
+// Compile with -DROWS=64|128|256 -DCOLUMNS=32|64 -DSPLITS (blocks that share the columns of a state) -DHALF=0|1
 // -DGROUPS=1 -DREVERSE=0, and -DTOKEN=1 for a decay a token.
 
 #pragma nv_diag_suppress 177  // of the headers' constants, some are for walks of whole tiles
@@ -34,7 +34,7 @@ struct Row {
 
 constexpr int MOST = 8;  // tokens of a call
 constexpr int TEAM = COLUMNS / 16, ALL = 32 * TEAM, WIDTH = COLUMNS * SPLITS;
-constexpr int RESIDENT = (ROWS > 128 ? 256 : COLUMNS > 64 ? 768 : 512) / ALL;  // blocks, by their memory
+constexpr int RESIDENT = (ROWS > 128 ? 256 : 512) / ALL;  // blocks, by their memory
 // Bytes from a token to the next: one row of a product begins 16 bytes of banks behind the one before.
 constexpr int ROW_PITCH = ROWS * 2 + 16, COLUMN_PITCH = COLUMNS * 2 + 16, SCORE_PITCH = CHUNK * 2 + 16;
 

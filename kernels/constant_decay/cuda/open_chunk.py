@@ -224,11 +224,8 @@ def held(walked: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def columns_of(programs: int, rows: int, columns: int, multiprocessors: int) -> int:
-    """Columns of a state that a block holds; no bit depends on it. Few states are shared by more blocks; of many, one
-    block has all columns, and reads the keys once."""
-    if programs * (columns // 64) < multiprocessors:
-        return 32
-    return 128 if rows <= 128 and columns % 128 == 0 else 64
+    """Columns of a state that a block holds; no bit depends on it. Few states are shared by more blocks."""
+    return 32 if programs * (columns // 64) < multiprocessors else 64
 
 
 def shared_memory(rows: int, columns: int, token: bool) -> int:
