@@ -250,7 +250,9 @@ __device__ __forceinline__ void advance(float (&state)[HELD], Weighted& x, Word 
     end_products();
 }
 // The same of x that is still to be weighted, first the high and then the low part: half as many registers, and done.
-__device__ __forceinline__ void advance(float (&state)[HELD], const Word (&x)[4][4], Word weights, Word b) {
+// meanwhile: called while each is under way.
+template <class F>
+__device__ __forceinline__ void advance(float (&state)[HELD], const Word (&x)[4][4], Word weights, Word b, F meanwhile) {
 #pragma unroll
     for (int part = 0; part < 2; part++) {
         Weighted weighted;
@@ -261,6 +263,7 @@ __device__ __forceinline__ void advance(float (&state)[HELD], const Word (&x)[4]
 #pragma unroll
         for (int step = 0; step < 4; step++) add_product(state, y[step], by_columns(b) + along_columns(step));
         end_products();
+        meanwhile(part);
         wait_products<0>();
         here(state), here(y);
     }

@@ -30,7 +30,7 @@ constexpr int A_STAGES = GROUPS == 1 ? 1 : 2, B_STAGES = GROUPS == 1 ? 1 : HIGH 
 constexpr int A_SLOTS = LAST_FETCHES ? A_STAGES : 2;  // places of a
 constexpr bool TURNS = GROUPS > 1;
 // Whether who has read a chunk of b last starts the next copy to its place while the state behind it moves on.
-constexpr bool LATER = B_STAGES > 2 && GROUPS == 2;
+constexpr bool LATER = B_STAGES > 2;
 constexpr bool FEW_REGISTERS = GROUPS > 2;  // so that operands are made as they are used
 constexpr int STARTED = TURNS ? TIMES : LAST_FETCHES ? 2 : 1;  // of the times of S^T a^T, beside the scores
 static_assert((!FEW_REGISTERS || LAST_FETCHES) && (!HIGH || COLUMNS == 64));
@@ -240,6 +240,12 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 start_from_state(part, time);
             }
         };
+        auto fetch_next_a = [&] {
+            if (LAST_FETCHES && is_last(read_a + step % A_STAGES * 4)) fetch_a(step + A_STAGES);
+        };
+        auto fetch_next_b = [&] {
+            if (LATER && last) fetch_b(step - 1 + B_STAGES);
+        };
         float faded = tables.faded(count);
         if (LAST_FETCHES) tables.read(slot(step), count, faded);
         if (TURNS) {
@@ -299,7 +305,6 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                     here(o_i), here(y);
                 }
                 load_left(from, x[part]);
-                if (is_last(read_a + step % A_STAGES * 4)) fetch_a(step + A_STAGES);
             } else {
                 start_from_seen(x[part], 0);
             }
@@ -309,8 +314,8 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 weighted[0].set(x[0], tables.pairs);
                 if (!LAST_FETCHES) fade(state[0], faded);
                 advance(state[0], weighted[0], b_i);
-                if (LAST_FETCHES && is_last(read_a + step % A_STAGES * 4)) fetch_a(step + A_STAGES);
-                if (LATER && last) fetch_b(step - 1 + B_STAGES);
+                fetch_next_a();
+                fetch_next_b();
                 wait_products<1>();
             }
             here(o_i), here(x[part]);
@@ -349,7 +354,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         }
         publish();
         if (FEW_REGISTERS) {
-            advance(state[0], x[0], tables.pairs, b_i);
+            advance(state[0], x[0], tables.pairs, b_i, [&](int part) { part ? fetch_next_b() : fetch_next_a(); });
         } else {
             wait_products<0>();
 #pragma unroll
