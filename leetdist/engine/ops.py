@@ -68,12 +68,12 @@ class Call:
         )  # fmt: skip
         return dict(zip(OPTIONS, values, strict=True))
 
-    def repeats(self) -> bool:
-        """Whether its launches are found by its arguments."""
+    def repeats(self, *, again: bool = False) -> bool:
+        """Whether its launches are found by its arguments. again: those of the backward pass."""
         if self.group or self.cu_seqlens is not None:
             return False
         given = self.q, self.k, self.v, self.log_decay, self.initial_state
-        return repeats.wanted(given, read=not self.q.is_cuda)
+        return repeats.possible(given) if again else repeats.wanted(given, read=not self.q.is_cuda)
 
     def plan(self) -> Plan:
         return plan_call(
@@ -177,12 +177,13 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     call, (states, do, dfinal, needs_decay_grad) = Call.split(args)
-    if not needs_decay_grad and call.repeats():
+    plan = _plans.of(states)
+    if plan is None and not needs_decay_grad and call.repeats(again=True):
         dq, dk, dv, ddecay, dinitial = repeats.backward(
             args[:TENSORS], states, do, dfinal, args[OPTION : ARGUMENTS - 1], read=not call.q.is_cuda
         )
     else:
-        plan = _plans.of(states) or call.plan()
+        plan = plan or call.plan()
         inputs, _ = call.inputs(plan)
         dq, dk, dv, ddecay, dinitial = backward_pass(
             inputs, repeats.whole_states(states, plan), None if do is None else _aligned(row_major(do), plan),

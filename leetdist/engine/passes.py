@@ -90,6 +90,7 @@ def backward_pass(
     """
     if needs_gate_grads:  # which the plan of a compiled call does not know
         plan = plan.learning
+    do, dfinal = (None if x is None else row_major(x) for x in (do, dfinal))  # repeated passes look at memory alone
     *grads, dinitial = _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
     operator, tokens = plan.operator, len(plan.operator.tokens)
     if needs_gate_grads and operator.heads:  # here is what each tile adds; the sums are no launches of ours

@@ -35,17 +35,22 @@ COPIED = (
 def wanted(given: Given, *, read: bool) -> bool:
     """Whether a call without documents is of that kind: no values decide on what it launches. read: as `describe`'s
     read_values."""
-    q, _, _, log_decay, initial_state = given
-    for x in given[:4] if initial_state is None else given:
-        if x is None or type(x) not in IN_MEMORY or x.layout is not torch.strided or x.is_nested or x.is_neg():
-            return False
-    assert log_decay is not None
-    if not _on_gpu(q) or trace.on() or repeats() is None:
+    if not possible(given):
         return False
+    log_decay = given[3]
+    assert log_decay is not None
     if log_decay.ndim != 1:
         return not reads_values(log_decay)
     decays = decays_of(log_decay, read=read)
     return decays is None or decays.bad is None
+
+
+def possible(given: Given) -> bool:
+    """The same where the values of log_decay have been looked at, or nobody does."""
+    for x in given[:4] if given[4] is None else given:
+        if x is None or type(x) not in IN_MEMORY or x.layout is not torch.strided or x.is_nested or x.is_neg():
+            return False
+    return _on_gpu(given[0]) and not trace.on() and repeats() is not None
 
 
 def forward(given: Given, options: Options, *, read: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

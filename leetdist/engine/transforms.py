@@ -193,10 +193,15 @@ def _only_numbers(args: tuple[Any, ...]) -> bool:
     it. Then the dispatcher need not be asked again, nor autograd, which takes longer than the launches of a call."""
     if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or followed():
         return False
-    return all(type(x) in _IN_MEMORY and not x.is_meta for x in args if isinstance(x, Tensor))
+    for x in args:
+        kind = type(x)
+        if kind not in _PLAIN and issubclass(kind, Tensor) and (kind not in _IN_MEMORY or x.is_meta):
+            return False
+    return True
 
 
 _IN_MEMORY = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((type(None), float, bool, str, int))
 
 
 def register(

@@ -90,6 +90,20 @@ def test_compiled_graphs(repeated: list[str], backend: str) -> None:
     compare(call, repeated, ["_forward", "_backward"])
 
 
+def test_negated_gradients_of_eager_calls() -> None:
+    """They lie as others do, and their memory says the opposite."""
+
+    def call(x: list[Tensor], do: Tensor) -> Any:
+        leaves = [y.requires_grad_() for y in x[:3]]
+        return torch.autograd.grad(leetdist.linear_attention(*leaves, DECAY, tile=32, method="block"), leaves, do)
+
+    with rehearsed():
+        for seed in range(CALLS):
+            x = inputs(seed)
+            for found, wanted in zip(call(x, torch._neg_view(x[3])), call(x, -x[3]), strict=True):
+                assert torch.equal(found, wanted)
+
+
 def test_learnt_decays_have_sums_to_make(repeated: list[str]) -> None:
     """Their backward op is planned, and its launches alone are repeated."""
     given = DECAY.clone().requires_grad_()
