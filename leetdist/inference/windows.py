@@ -119,7 +119,7 @@ def joined(parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
     if len(parts) == 1:
         return first
     tokens, strides = sum(lengths), list(map(Tensor.stride, parts))
-    if strides.count(strides[0]) == len(strides):
+    if strides.count(strides[0]) == len(strides) and not any(map(Tensor.is_neg, parts)):
         step, begin = first.stride(2) * first.element_size(), first.data_ptr()
         begins = [begin + step * place for place in accumulate(lengths[:-1], initial=0)]
         shape, memory = (*first.shape[:2], tokens, *first.shape[3:]), first.untyped_storage()

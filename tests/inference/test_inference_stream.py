@@ -116,7 +116,8 @@ def test_slices_of_one_tensor_are_joined_without_a_copy() -> None:
     whole = joined(parts, [x.shape[2] for x in parts])
     assert whole.data_ptr() == x.data_ptr()
     assert torch.equal(whole, x)
-    for others in ((parts[0], parts[2]), (parts[0], parts[1].clone()), (parts[1], parts[1])):
+    negative = torch._neg_view(parts[1])  # the same memory, and other numbers
+    for others in ((parts[0], parts[2]), (parts[0], parts[1].clone()), (parts[1], parts[1]), (parts[0], negative)):
         found = joined(others, [x.shape[2] for x in others])
         assert torch.equal(found, torch.cat(others, 2))
         assert found.stride(1) < found.stride(2)  # its layout stays
