@@ -29,7 +29,7 @@ from oracle import assert_matches_oracle
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 BOUNDS = {BF16: 3e-3, FP16: 6e-4, FP32: 1e-6}
-PACKED = Tiles(128, (0, 65, 65, 150))
+PACKED, LONG = Tiles(128, (0, 65, 65, 150)), Tiles(768, (0, 700))
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
@@ -102,28 +102,34 @@ def test_emulated_hopper(
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "dtype", "reverse", "by_token"), [(152, 136, BF16, True, False), (192, 320, FP16, False, True)]
+    ("rows", "columns", "dtype", "reverse", "by_token", "groups", "tiles"),
+    [
+        (152, 136, BF16, True, False, 3, LONG),
+        (192, 320, FP16, False, True, 3, PACKED),
+        (256, 128, BF16, False, False, 2, LONG),
+    ],
 )
-def test_three_warpgroups_have_the_bits_of_one(
-    rows: int, columns: int, dtype: torch.dtype, reverse: bool, by_token: bool
+def test_warpgroups_that_share_chunks_have_the_bits_of_one(
+    rows: int, columns: int, dtype: torch.dtype, reverse: bool, by_token: bool, groups: int, tiles: Tiles
 ) -> None:
-    """Also where a token of b and one of c are no numbers."""
-    kernels = token_hopper if by_token else constant_hopper
-    a, b, c = (torch.randn(1, 2, 150, dim).to(dtype) for dim in (rows, rows, columns))
+    """Also where a token of b and one of c are no numbers, and where each place is copied to again and again."""
+    kernels, tokens = token_hopper if by_token else constant_hopper, tiles.num_tokens
+    a, b, c = (torch.randn(1, 2, tokens, dim).to(dtype) for dim in (rows, rows, columns))
     b[0, 0, 100, rows - 1], c[0, 1, 20, columns - 1] = math.nan, math.inf
-    states = torch.randn(1, 2, PACKED.count, rows, columns)
-    log_decay = -torch.rand(1, 2, 150) if by_token else torch.tensor([-0.01, -0.5])
+    states = torch.randn(1, 2, tiles.count, rows, columns)
+    log_decay = -torch.rand(1, 2, tokens) if by_token else torch.tensor([-0.01, -0.05])
     found = []
-    for multiprocessors in (1, 1000):
+    for multiprocessors in (0, 1000):
         with emulated(multiprocessors):
             options: dict[str, Any] = {"scale": 0.5, "state_scale": 0.7, "out_dtype": dtype, "reverse": reverse}
-            out = kernels.tile_outputs(a, b, c, states, log_decay, PACKED, **options)
-            found.append((out, kernels.tile_states(b, c, log_decay, PACKED, reverse=reverse)))
-    assert constant_hopper.parts(6, rows, columns, 1)[0].groups == 3
-    assert constant_hopper.parts(6, rows, columns, 1000)[0].groups == 1
-    for three, one in zip(*found, strict=True):
-        assert torch.equal(three.isnan(), one.isnan())
-        assert torch.equal(three.nan_to_num(), one.nan_to_num())
+            out = kernels.tile_outputs(a, b, c, states, log_decay, tiles, **options)
+            found.append((out, kernels.tile_states(b, c, log_decay, tiles, reverse=reverse)))
+    programs = 2 * tiles.count
+    assert constant_hopper.parts(programs, rows, columns, 0)[0].groups == groups
+    assert constant_hopper.parts(programs, rows, columns, 1000)[0].groups == 1
+    for some, one in zip(*found, strict=True):
+        assert torch.equal(some.isnan(), one.isnan())
+        assert torch.equal(some.nan_to_num(), one.nan_to_num())
     assert 0 < found[0][0].isnan().sum() < found[0][0].numel()
 
 
