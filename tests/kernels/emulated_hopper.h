@@ -42,6 +42,8 @@ template <int number> void wait_here() {
     const int block = emulator.block();
     emulator.barrier(handed_over[block][number], hand_over_generation[block][number], 2 * THREADS);
 }
+template <int registers> void get_registers() {}
+template <int registers> void keep_registers() {}
 inline void __syncwarp() {
     const int warp = emulator.current / 32;
     emulator.barrier(emulator.warp_arrived[warp], emulator.warp_generation[warp], 32);

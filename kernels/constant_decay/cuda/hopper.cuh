@@ -32,6 +32,13 @@ template <int number> __device__ __forceinline__ void say_here() {
 template <int number> __device__ __forceinline__ void wait_here() {
     asm volatile("bar.sync %0, %1;" ::"n"(1 + GROUPS + number), "n"(GROUPS * THREADS) : "memory");
 }
+// Each thread of a warpgroup gets so many registers, or keeps so many, of those that the block has.
+template <int registers> __device__ __forceinline__ void get_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers> __device__ __forceinline__ void keep_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
 // The threads of a warpgroup wait for each other.
 __device__ __forceinline__ void meet() {
     if (GROUPS == 1) __syncthreads();

@@ -19,7 +19,8 @@ from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
-SIZE, GROUPS = 128, 2  # of a head, and warpgroups that share it
+SIZE, GROUPS = 128, 2  # of a head, and warpgroups that share it, beside that which fetches
+AHEAD = 2  # chunks from the next one to the one that comes into the second cache; 0: none does
 NAMES = ("gradients", "gradients again")  # the second for tiles with NaNs and infinities, as hopper.AGAIN
 
 configuration = hopper.configuration
@@ -130,7 +131,7 @@ def _launch(
     arguments += [of_tokens.data_ptr(), across.data_ptr(), *hopper._tiles(tiles, log_decay, 1, *operands)]
     for name in NAMES:
         launch = _kernel(name, reverse, begin.device)
-        launch((lost.numel(),), GROUPS * hopper.THREADS, *arguments, *scales, lost.data_ptr())
+        launch((lost.numel(),), (GROUPS + 1) * hopper.THREADS, *arguments, *scales, lost.data_ptr())
 
 
 def _place(like: Tensor, other: Tensor, log_decay: Tensor, out: Tensor | None) -> Tensor:
@@ -156,7 +157,7 @@ def shared_memory(name: str, reverse: bool) -> int:
 def defines(name: str, reverse: bool) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with."""
     again = hopper.AGAIN if name == NAMES[1] else name
-    return hopper.defines(again, SIZE, 64, GROUPS, torch.bfloat16, False, reverse, True)
+    return *hopper.defines(again, SIZE, 64, GROUPS, torch.bfloat16, False, reverse, True), ("AHEAD", AHEAD)
 
 
 @cache

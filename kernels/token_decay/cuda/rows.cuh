@@ -71,6 +71,11 @@ template <bool BY_COLUMNS> __device__ __forceinline__ void from_state(float (&x)
 template <bool> __device__ __forceinline__ void from_state(float (&x)[32], Word a, Word state, int group, int step, int add) {
     product(x, by_rows(a) + along_rows(step), by_rows(state + group * BLOCK) + along_rows(step, 2), add);
 }
+// The same with a in registers, of 64 columns.
+template <int n> __device__ __forceinline__ void from_state(float (&x)[n], const Word (&a)[4], Word state, int group, int step,
+                                                            int add) {
+    if constexpr (n == 32) product(x, a, by_rows(state + group * BLOCK) + along_rows(step, 2), add);
+}
 // A thread's numbers, for the thread of the same number in the other warpgroup.
 __device__ __forceinline__ void store_thread(Word to, const float (&x)[32]) {
     to += thread_number() * 8;
@@ -128,7 +133,7 @@ struct LostRows {
     __device__ __forceinline__ Word all(int output) const { return columns(output) + ROWS * 4; }
     __device__ __forceinline__ void start(float (&state)[HELD], int group) const {
         for (int i = threadIdx.x; i < GROUPS * BYTES / 4; i += GROUPS * THREADS) store(base + i * 4, Word(0x7fffffff));
-        __syncthreads();
+        wait_here<1>();
         const int row = 64 * group + thread_number() / 32 * 16 + threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
 #pragma unroll
         for (int i = 0; i < HELD; i++)
