@@ -25,11 +25,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def a_head(log_decay: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """Decays of (H, 1, 1), in which other libraries keep theirs, as (H,); any other as it is."""
-    if not isinstance(log_decay, Tensor) or (not log_decay.is_nested and log_decay.ndim != 3):
+    if not isinstance(log_decay, Tensor) or log_decay.is_nested or log_decay.ndim != 3:
         return log_decay  # as most are
-    if not all(isinstance(x, Tensor) and not x.is_nested for x in (log_decay, q, k, v)):
+    if not all(isinstance(x, Tensor) and not x.is_nested for x in (q, k, v)):
         return log_decay  # of which some have no sizes
-    if log_decay.ndim == 3 and log_decay.shape[1:] == (1, 1) and q.ndim == k.ndim == v.ndim == 4:
+    if log_decay.shape[1:] == (1, 1) and q.ndim == k.ndim == v.ndim == 4:
         heads = max(x.shape[1] for x in (q, k, v))
         if log_decay.shape[0] == heads and log_decay.shape != (q.shape[0], heads, q.shape[2]):
             return log_decay.flatten()

@@ -215,7 +215,7 @@ def _repeated(
 ) -> tuple[Tensor | None, ...]:
     """One pass; where it has been seen before, and is nothing but launches, its launches again."""
     more = (plan,) if needs_gate_grads is None else (plan, needs_gate_grads)
-    repeated = repeats()
+    repeated = repeater()
     if not plan.repeatable or trace.on() or repeated is None:
         refuse()
         return cast(Any, function(*tensors, *more))
@@ -238,7 +238,7 @@ def _repeated(
 
 
 @cache
-def repeats() -> Any:
+def repeater() -> Any:
     """What repeats launches (leetdist.kernels.common.replay); None where there is no Triton."""
     try:
         from leetdist.kernels.common.replay import repeated

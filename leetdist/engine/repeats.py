@@ -16,7 +16,7 @@ from torch import Tensor
 from leetdist.engine import trace
 from leetdist.engine.inputs import canonical_tensors
 from leetdist.engine.layout import row_major
-from leetdist.engine.passes import backward_pass, forward_pass, repeats
+from leetdist.engine.passes import backward_pass, forward_pass, repeater
 from leetdist.engine.plan import Plan, plan_call
 from leetdist.engine.values import decays_of, reads_values
 from leetdist.kernels.common.settings import raw_settings
@@ -50,12 +50,12 @@ def possible(given: Given) -> bool:
     for x in given[:4] if given[4] is None else given:
         if x is None or type(x) not in IN_MEMORY or x.layout is not torch.strided or x.is_nested or x.is_neg():
             return False
-    return _on_gpu(given[0]) and not trace.on() and repeats() is not None
+    return _on_gpu(given[0]) and not trace.on() and repeater() is not None
 
 
 def forward(given: Given, options: Options, *, read: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """o, the final state where it is asked for, and the states of the tiles where they have any, in one row."""
-    return cast(Any, repeats()(_forward, given, *_key(given, options, read)))
+    return cast(Any, repeater()(_forward, given, *_key(given, options, read)))
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -70,7 +70,7 @@ def backward(
     of all."""
     size = states.untyped_storage().nbytes()
     do, dfinal = (None if x is None else row_major(x) for x in (do, dfinal))
-    return cast(Any, repeats()(_backward, (*given, states, do, dfinal), size, *_key(given, options, read)))
+    return cast(Any, repeater()(_backward, (*given, states, do, dfinal), size, *_key(given, options, read)))
 
 
 def _backward(*args: Any) -> tuple[Tensor | None, ...]:

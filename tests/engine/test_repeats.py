@@ -155,7 +155,7 @@ def test_kinds_are_told_apart(repeated: list[str], monkeypatch: pytest.MonkeyPat
 def test_which_calls_are_not_of_that_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _, _ = inputs(0)
     monkeypatch.setattr(repeats, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(repeats, "repeats", lambda: len)
+    monkeypatch.setattr(repeats, "repeater", lambda: len)
 
     def wanted(*given: Any) -> bool:
         return repeats.wanted((*given, None), read=True)

@@ -29,21 +29,19 @@ struct Units {
 };
 
 // 16 rows of a part of the state as an operand on the left.
-__device__ __forceinline__ void hold(const float (&state)[HELD], const float (&power)[2], int step, Word (&held)[4]) {
+__device__ __forceinline__ void hold(const float* rows, const float (&power)[2], Word (&held)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        held[i] = pack(state[8 * step + 2 * i] * power[i % 2], state[8 * step + 2 * i + 1] * power[i % 2]);
+    for (int i = 0; i < 4; i++) held[i] = pack(rows[2 * i] * power[i % 2], rows[2 * i + 1] * power[i % 2]);
 }
 // A part of it, or what is rounded of one at a time.
 __device__ __forceinline__ void hold(const float (&state)[HELD], const float (&power)[2], int time,
                                      Word (&held)[HELD_STEPS][4]) {
 #pragma unroll
     for (int i = 0; i < HELD_STEPS; i++) {
-        const int step = time % SHARES * HELD_STEPS + i;
-        hold(state, power, step, held[i]);
+        const float* rows = state + 8 * (time % SHARES * HELD_STEPS + i);
+        hold(rows, power, held[i]);
         if (time < SHARES) continue;
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            held[i][j] = rest(state[8 * step + 2 * j] * power[j % 2], state[8 * step + 2 * j + 1] * power[j % 2], held[i][j]);
+        for (int j = 0; j < 4; j++) held[i][j] = rest(rows[2 * j] * power[j % 2], rows[2 * j + 1] * power[j % 2], held[i][j]);
     }
 }

@@ -48,7 +48,9 @@ struct Lost {
         for (int row = 0; row < 2; row++)
             from[row] = min(int(load_word(columns + (column + 8 * row) * 4)), int(load_word(all)));
 #pragma unroll
-        for (int j = 0; j < n; j++)
-            if (walked(step, first + j / 4 * 8 + 2 * (lane % 4) + j % 2) >= from[j / 2 % 2]) o[j] = __int_as_float(0x7fffffff);
+        for (int j = 0; j < n; j++) {
+            const int token = first + j / 4 * 8 + 2 * (lane % 4) + j % 2;
+            if (walked(step, token) >= from[j / 2 % 2]) o[j] = __int_as_float(0x7fffffff);
+        }
     }
 };

@@ -9,9 +9,9 @@
 // are the same.
 //
 // With 256 rows, a part of the state fills the registers of a warpgroup, and chunks of a and b (32 KB) are read four
-// times for 256 columns. So the two warpgroups of a multiprocessor can be one block (GROUPS=2; with up to 192 rows
-// GROUPS=3), with columns of their own and the same a and b. They do not meet either: a chunk is fetched as early as there is place for it, by whichever
-// warp is the last to have read what lies there.
+// times for 256 columns. So the two warpgroups of a multiprocessor can be one block (GROUPS=2; with up to 192 rows three,
+// GROUPS=3), with columns of their own and the same a and b. They do not meet either: a chunk is fetched as early as
+// there is place for it, by whichever warp is the last to have read what lies there.
 //
 // A state may have fewer rows than ROWS, and fewer columns than its blocks have together: in multiples of 8. Of what is
 // not there the copy engine makes zeros in shared memory, and it writes none of it. Products sum over ROWS, and the
@@ -30,7 +30,8 @@ constexpr int STORED_ROWS = (ROWS + 63) / 64 * 64;
 #ifndef HIGH
 #define HIGH 0
 #endif
-[[maybe_unused]] constexpr bool LAST_FETCHES = ROWS > 128 || HIGH;  // or else the block's first thread does, when all have met
+// By the last warp that has read a place; or else by the block's first thread, when all have met.
+[[maybe_unused]] constexpr bool LAST_FETCHES = ROWS > 128 || HIGH;
 constexpr float LOG2E = 1.4426950408889634f;
 
 #ifndef STATE_ROWS

@@ -2,9 +2,9 @@
 //
 // tile_outputs.cu walks a tile in chunks of 64 tokens. A token's outputs are a row of its products, and no row depends on
 // another, so here are the same sums of the new tokens' rows alone, from the state at the open chunk's start (`held`, the
-// rounded form of `walked`) and the chunk's tokens (the ring, and those of the call). Where a chunk is full, the walk goes on, the tile's own sum
-// (`own`) as tile_states.cu adds it up, and at the tile's end the fold. Bits rest on this: what a tensor core makes of 16
-// products and a sum is the same in wgmma and in mma.sync, whichever operand is on the left.
+// rounded form of `walked`) and the chunk's tokens (the ring, and those of the call). Where a chunk is full, the walk goes
+// on, the tile's own sum (`own`) as tile_states.cu adds it up, and at the tile's end the fold. Bits rest on this: what a
+// tensor core makes of 16 products and a sum is the same in wgmma and in mma.sync, whichever operand is on the left.
 //
 // A block holds COLUMNS of one head's state, each warp 16 of them: column 2 i is row i of a product, 2 i + 1 row 8 + i, so
 // that loads are of 8 bytes. Nothing of a row is written before it is known to be kept, and nothing that another block
@@ -103,9 +103,9 @@ template <int DIM, int PITCH, int NEXT> struct Tokens {
 
 extern "C" __global__ void __launch_bounds__(ALL, RESIDENT)
 open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, float* own, Bits* held, Bits* ring_k,
-           Bits* ring_v, Offset* ages, unsigned* arrived, const void* index, Offset next_index, Offset wide_index, const void* lengths,
-           Offset next_length, Offset wide_lengths, Offset count, Offset slots, Offset heads, Offset tile, DECAYS,
-           float scale) {
+           Bits* ring_v, Offset* ages, unsigned* arrived, const void* index, Offset next_index, Offset wide_index,
+           const void* lengths, Offset next_length, Offset wide_lengths, Offset count, Offset slots, Offset heads,
+           Offset tile, DECAYS, float scale) {
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, left = lane / 4, two = 2 * (lane % 4);
     const int split = blockIdx.x % SPLITS;
     const int tokens = int(count), first_column = split * COLUMNS;
@@ -299,7 +299,7 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
         float next[HALF ? HELD : 1];  // what units are found in; in local memory, so that none wait for registers but here
         auto round = [&](const float* rows, const Units& units, int step) {
             Word x[4];
-            Held::round(rows, units.power, x), Held::put(x, step, state);
+            hold(rows, units.power, x), Held::put(x, step, state);
             if (keeps) Held::put(x, step, held);
         };
         float sums[2][4], walks[2][4], coming[2][2][4];  // of 16 rows, while the next ones are on their way
@@ -319,7 +319,10 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
 #pragma unroll 1
         for (int i = 0; i < STEPS; i++) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) sums[j / 4][j % 4] = coming[0][j / 4][j % 4], walks[j / 4][j % 4] = coming[1][j / 4][j % 4];
+            for (int j = 0; j < 8; j++) {
+                sums[j / 4][j % 4] = coming[0][j / 4][j % 4];
+                walks[j / 4][j % 4] = coming[1][j / 4][j % 4];
+            }
             if (i + 1 < STEPS) load_rows(i + 1, coming[0], coming[1]);
             Word z[4][4];
 #pragma unroll

@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(2 * COLUMNS) open_held(const float*
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         Word x[4];
-        Held::round(state + 8 * i, units.power, x);
+        hold(state + 8 * i, units.power, x);
         Held::put(x, i, held);
     }
     Held::put_units(units.unit, held);

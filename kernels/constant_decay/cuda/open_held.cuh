@@ -1,6 +1,6 @@
-// The walk's state at the open chunk's start as products take it (hopper_held.cuh): what a step reads of it until the chunk
-// is closed, half as many bytes. In memory, and in a block's own, it lies as threads want it: of a warp's 16 columns, step by
-// step, a vector of 16 bytes a thread, and in fp16 each column's unit behind them.
+// The walk's state at the open chunk's start as products take it (hopper_held.cuh): what a step reads of it until the
+// chunk is closed, half as many bytes. In memory, and in a block's own, it lies as threads want it: of a warp's 16
+// columns, step by step, a vector of 16 bytes a thread, and in fp16 each column's unit behind them.
 
 struct Held {
     static constexpr int UNITS = STEPS * 32 * 16, BYTES = UNITS + (HALF ? 64 : 0);  // of a warp
@@ -14,11 +14,7 @@ struct Held {
         unit[0] = unit[1] = 1.0f;
         if (HALF) load(from + place_of_units(), unit[0], unit[1]);
     }
-    // The same from fp32, to either memory.
-    static __device__ __forceinline__ void round(const float* rows, const float (&power)[2], Word (&x)[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) x[i] = pack(rows[2 * i] * power[i % 2], rows[2 * i + 1] * power[i % 2]);
-    }
+    // The same to either memory.
     static __device__ __forceinline__ void put(const Word (&x)[4], int step, Word to) { store(to + vector(step), x); }
     static __device__ __forceinline__ void put(const Word (&x)[4], int step, Bits* to) {
         write_words(to + vector(step) / 2, x);
