@@ -11,31 +11,28 @@ from leetdist.kernels.common import loader
 from leetdist.kernels.common.memo import Memo
 
 MAP_BYTES = 128
-Kind = tuple[Any, ...]  # dtype, shape and strides of a tensor, and tokens of a block where they are not 64
 
 
 class TensorMap(bytes):
     """How the copy engine knows a tensor; `address` and `kind` are what it was made from."""
 
     address: int
-    kind: Kind
+    kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]
 
 
-_maps: Memo[tuple[int, Kind], TensorMap | None] = Memo(1024)
+_maps: Memo[tuple[int, Any], TensorMap | None] = Memo(1024)
 
 
-def tensor_map(address: int, kind: Kind) -> TensorMap | None:
+def tensor_map(address: int, kind: tuple[torch.dtype, torch.Size, tuple[int, ...]]) -> TensorMap | None:
     """The map of a 16-bit tensor (batch, heads, tokens, dim), by its address, dtype, shape and strides, in blocks of
-    64 tokens, or as many as are named behind them, x 64 numbers; None where it is not made of multiples of 16 bytes."""
+    64 tokens x 64 numbers; None where it is not made of multiples of 16 bytes."""
     key = address, kind
     if key not in _maps:
         _maps[key] = _encode(address, *kind)
     return _maps[key]
 
 
-def _encode(
-    address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], tokens: int = 64
-) -> TensorMap | None:
+def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> TensorMap | None:
     from cuda.bindings import driver
 
     # The stride of what there is one of means nothing, but must be allowed.
@@ -51,7 +48,7 @@ def _encode(
         address,
         [driver.cuuint64_t(size) for size in reversed(shape)],
         [driver.cuuint64_t(distance) for distance in reversed(distances)],
-        [driver.cuuint32_t(size) for size in (64, tokens, 1, 1)],
+        [driver.cuuint32_t(size) for size in (64, 64, 1, 1)],
         [driver.cuuint32_t(1)] * 4,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -60,5 +57,5 @@ def _encode(
     )
     loader.check(result)
     found = TensorMap(ctypes.string_at(int(made.getPtr()), MAP_BYTES))
-    found.address, found.kind = address, (dtype, shape, strides, tokens)
+    found.address, found.kind = address, (dtype, shape, strides)
     return found

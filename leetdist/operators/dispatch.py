@@ -161,6 +161,8 @@ def by_rows(problem: Problem, tile: int, steps: tuple[Choice, ...]) -> tuple[tup
         return (), ()
     documents = problem.documents or (0, problem.tokens)
     longest = max(end - begin for begin, end in pairwise(documents))
+    if longest <= tile:  # which need no states anyway
+        return (), ()
     shared = problem.grad_mode and _shares(problem) != (1, 1, 1)
     stateless = not (problem.has_initial or problem.return_state or problem.needs_decay_grad or shared)
     sequences = problem.batch * problem.heads * (len(documents) - 1), ceil_div(longest, tile)

@@ -170,8 +170,7 @@ inline void publish() {}
 // ------------------------------------------------------------------------------------------------ copies
 
 struct alignas(64) Map {
-    Long words[16];  // address, bytes from one to the next batch entry, head and token, how many tokens, and numbers of one,
-                     // and tokens that are copied
+    Long words[16];  // address, bytes from one to the next batch entry, head and token, how many tokens, and numbers of one
 };
 struct Place {
     int column, token, head, batch;
@@ -208,7 +207,7 @@ inline Word swizzled(Word chunk, int row, int column) {
     return chunk + column / 64 * BLOCK + row * 128 + ((column % 64 / 8 ^ row % 8) & 7) * 16 + column % 8 * 2;
 }
 template <class F> void each_number(const Map& map, Place place, int width, F function) {
-    for (int row = 0; row < int(map.words[6]); row++)
+    for (int row = 0; row < 64; row++)
         for (int column = 0; column < width; column++) {
             const bool inside = Long(place.token + row) < map.words[4] && Long(place.column + column) < map.words[5];
             const Long bytes = place.batch * map.words[1] + place.head * map.words[2];
@@ -220,7 +219,7 @@ template <class F> void each_number(const Map& map, Place place, int width, F fu
 template <int WIDTH> void fetch(Word to, const Map& map, Place place, Word arrival) {
     if (to % 1024) __builtin_trap();
     each_number(map, place, WIDTH, [&](int row, int column, Bits* x) { at<Bits>(swizzled(to, row, column)) = x ? *x : 0; });
-    arrived_bytes(arrival, WIDTH * int(map.words[6]) * 2);
+    arrived_bytes(arrival, WIDTH * 64 * 2);
 }
 template <int WIDTH> void fetch_ahead(const Map&, Place) {}
 inline void fetch_bytes(Word to, const char* from, int bytes, Word arrival) {

@@ -4,8 +4,8 @@
 //
 // with the bits that tile_outputs.cu has, whose other products are of zeros there. Nothing is kept from tile to tile, so a
 // block walks many, one after the other, and fetches the next one's chunk meanwhile: packed documents of a few tokens are
-// as many tiles. It has all columns of a head: there is no state to hold. Of a short tile no more is fetched than boxes of
-// -DBOX tokens hold, and no more multiplied than 16 tokens' steps.
+// as many tiles. It has all columns of a head: there is no state to hold. Sums over a tile's tokens take
+// as many steps of 16 as it has.
 //
 // What is not finite in b or c shows in the outputs: a masked score of 0 times it is NaN. Then the block makes this tile's
 // outputs again, as tile_outputs.cu's second kernel does (hopper_lost.cuh; compile with -DAGAIN=1, for that).
@@ -15,7 +15,6 @@
 
 constexpr int STAGE = 2 * ROWS_BYTES + COLUMNS_BYTES, STEPS = ROWS / 16;
 constexpr int BLOCKS = ROWS + COLUMNS <= 128 ? 3 : ROWS + COLUMNS <= 256 ? 2 : 1;  // of a multiprocessor
-constexpr int BOX_STAGE = STAGE / CHUNK * BOX, BOX_BYTES = BOX * 128;  // of a block's rows
 static_assert(GROUPS == 1 && AGAIN, "one warpgroup, which walks a tile again itself");
 #if WIDE
 typedef float Out;
@@ -46,19 +45,10 @@ chunk_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o,
         const Word to = base + program % 2 * STAGE, arrival = arrivals + program % 2 * 8;
         Tables tables;
         tables.start(tile, log_decay TOKENS_);
-        const int boxes = (tile.length + BOX - 1) / BOX;
-        expect(arrival, boxes * BOX_STAGE + tables.bytes(tile.length));
-        for (int box = 0; box < boxes; box++) {
-            auto place = [&](Offset share) {
-                Place found = tile.chunk(0, share);
-                found.token += box * BOX;
-                return found;
-            };
-            const Word from = to + box * BOX_BYTES;
-            fetch<STORED_ROWS>(from, a, place(a_share), arrival);
-            fetch<STORED_ROWS>(from + ROWS_BYTES, b, place(b_share), arrival);
-            fetch<COLUMNS>(from + 2 * ROWS_BYTES, c, place(c_share), arrival);
-        }
+        expect(arrival, STAGE + tables.bytes(tile.length));
+        fetch<STORED_ROWS>(to, a, tile.chunk(0, a_share), arrival);
+        fetch<STORED_ROWS>(to + ROWS_BYTES, b, tile.chunk(0, b_share), arrival);
+        fetch<COLUMNS>(to + 2 * ROWS_BYTES, c, tile.chunk(0, c_share), arrival);
         tables.fetch(slots + program % 2 * SLOT, 0, tile.length, arrival);
     };
     if (thread == 0) {

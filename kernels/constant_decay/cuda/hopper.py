@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ SLOT = 272  # bytes in which a chunk's log-decays come
 AGAIN = "tile_outputs again"  # the second compilation of tile_outputs.cu, for tiles with NaNs and infinities
 OUTPUTS = ("tile_outputs", AGAIN)  # launched one behind the other
 CHUNK_OUTPUTS = "chunk_outputs"  # of tiles of one chunk that begin from zero
-CHUNK, BOX = 64, 32  # tokens; of the boxes in which those are copied, as few as it takes
+CHUNK = 64  # tokens
 ONWARD = "tile_states onward"  # the compilation of tile_states.cu that goes on from a state
 
 
@@ -127,10 +126,7 @@ def tile_outputs(
     if not wide and _map(out) is None:
         target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
     size, processors = (a.shape[3], c.shape[3]), _multiprocessors(c.device)
-
-    def operands(*box: int) -> tuple[Any, ...]:
-        return tuple(y for x in (a, b, c) for y in _operand(x, heads, kept, *box))
-
+    operands = *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept)
     place = bytes(MAP_BYTES) if wide else _map(target)  # wide outputs use no map
     places = place, target.data_ptr(), *target.stride()[:3]
     if onto is None and not high and are_zeros(states) and walks_chunks(*size):
@@ -139,7 +135,7 @@ def tile_outputs(
             launch = _kernel(CHUNK_OUTPUTS, size, all_columns(size[1]), a.dtype, wide, reverse, token, a.device)
             blocks = min(programs, walking(*size, processors))
             launch(
-                (blocks,), THREADS, *operands(BOX), *places, *_tiles(short, log_decay, 1, a, b, c), float(scale),
+                (blocks,), THREADS, *operands, *places, *_tiles(short, log_decay, 1, a, b, c), float(scale),
                 programs, blocks,
             )  # fmt: skip
     programs = a.shape[0] * heads * tiles.count
@@ -147,7 +143,7 @@ def tile_outputs(
         blocks = programs * part.splits
         again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
         arguments = (
-            *operands(), address_of(states), *states.stride(), *places, *_tiles(tiles, log_decay, part.splits, a, b, c),
+            *operands, address_of(states), *states.stride(), *places, *_tiles(tiles, log_decay, part.splits, a, b, c),
             float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
             *(() if onto is None else (onto.data_ptr(), *onto.stride()[:3])),
         )  # fmt: skip
@@ -303,7 +299,7 @@ def defines(
     made += (("STATE_ROWS", own_rows),) * (own_rows < rows)
     cut = size is not None and (first > 0 or own_columns % (groups * columns) > 0)
     made += (("STATE_COLUMNS", own_columns),) * cut + (("FIRST", first),) * (first > 0)
-    made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high + (("BOX", BOX),) * (name == CHUNK_OUTPUTS)
+    made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high
     return made + (("TOKEN", 1),) * token + (("ONWARD", 1),) * (name == ONWARD)
 
 
@@ -337,19 +333,19 @@ def _tiles(tiles: Tiles, log_decay: Tensor, splits: int, *operands: Tensor) -> t
     return *found, *log_decay.stride()[:2], max(heads // x.shape[1] for x in operands)
 
 
-def _operand(x: Tensor, heads: int, kept: list[Tensor], *tokens: int) -> tuple[bytes, int]:
+def _operand(x: Tensor, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:
     """The map of x, or of a copy that has one, and how many heads share one of x's. A copy joins `kept`, for its memory
     is another's as soon as nobody holds it."""
-    found = _map(x, *tokens)
+    found = _map(x)
     if found is None:
         x = x.clone(memory_format=torch.contiguous_format)
         kept.append(x)
-        found = _map(x, *tokens)
+        found = _map(x)
         assert found is not None
     return found, heads // x.shape[1]
 
 
-def _map(x: Tensor, *tokens: int) -> TensorMap | None:
-    """x (batch, heads, tokens, dim), 16-bit, as the copy engine knows it, in blocks of 64 tokens (or so many) x 64
-    numbers; None where x is not made of multiples of 16 bytes."""
-    return tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride(), *tokens))
+def _map(x: Tensor) -> TensorMap | None:
+    """x (batch, heads, tokens, dim), 16-bit, as the copy engine knows it, in blocks of 64 tokens x 64 numbers; None
+    where x is not made of multiples of 16 bytes."""
+    return tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride()))
