@@ -29,7 +29,7 @@ ON_A_GPU = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capabil
 HEADS, TILE, CHUNK = 2, 128, open_chunk.CHUNK
 BY_TOKEN = "leetdist.kernels.token_decay.cuda.open_chunk"  # which wants Triton
 # Bytes a thread may keep in local memory: where a chunk is closed, one time of 64.
-SPILLS = 420
+SPILLS = 100
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, ON_A_GPU])])

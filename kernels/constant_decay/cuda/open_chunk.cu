@@ -108,6 +108,8 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
            Offset tile, DECAYS, float scale) {
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, left = lane / 4, two = 2 * (lane % 4);
     const int split = blockIdx.x % SPLITS;
+    const Word base = shared_memory(), state = base + warp * Held::BYTES, arrival = base + TEAM * Held::BYTES;
+    if (thread == 0) init_arrival(arrival), publish(), expect(arrival, TEAM * Held::BYTES);  // before its slot is known
     const int tokens = int(count), first_column = split * COLUMNS;
     Row row = {int(blockIdx.x / SPLITS), int(heads), int(blockIdx.y), 0};
     row.slot = index ? number_at(index, row.batch * next_index, wide_index) : row.batch;
@@ -122,12 +124,8 @@ open_steps(GIVEN(q), GIVEN(k), GIVEN(v), Bits* o, float* start, float* walked, f
     const Offset age = ages[row.slot];
     // The state at the chunk's start, transposed: S^T (16 columns x ROWS) a warp.
     const Offset matrix = row.slot * heads + row.head, block_place = matrix * ROWS * WIDTH + first_column;
-    const Word base = shared_memory(), state = base + warp * Held::BYTES, arrival = base + TEAM * Held::BYTES;
     held += (matrix * (WIDTH / 16) + first_column / 16) * (Held::BYTES / 2);
-    if (thread == 0) {
-        init_arrival(arrival), publish(), expect(arrival, TEAM * Held::BYTES);
-        fetch_bytes(base, reinterpret_cast<const char*>(held), TEAM * Held::BYTES, arrival);
-    }
+    if (thread == 0) fetch_bytes(base, reinterpret_cast<const char*>(held), TEAM * Held::BYTES, arrival);
     held += warp * (Held::BYTES / 2);
     const int open = int(age % CHUNK), chunk_start = int(age & (tile - 1)) - open, after = open + kept;
     const bool keeps = after >= CHUNK, closes = keeps || open + tokens > CHUNK, last = chunk_start + CHUNK == int(tile);
