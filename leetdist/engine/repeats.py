@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from leetdist.arguments import IN_MEMORY
 from leetdist.engine import trace
 from leetdist.engine.inputs import canonical_tensors
 from leetdist.engine.layout import row_major
@@ -25,7 +26,6 @@ Given: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 Options: TypeAlias = tuple[float, bool, str, int | None, str | None]
 
 OPTIONS = ("scale", "return_state", "method", "tile", "precision")
-IN_MEMORY = (Tensor, torch.nn.Parameter)
 COPIED = (
     "leetdist: what the forward op saved for the backward was copied in between, and only one element came "
     "along: hooks that move saved tensors (torch.autograd.graph.save_on_cpu) do not work on compiled calls"

@@ -14,6 +14,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from leetdist.arguments import IN_MEMORY
 from leetdist.engine.autograd import ONCE
 
 # Of an op's arguments, as leetdist.engine.ops.Call has them: tensors first, then options.
@@ -195,12 +196,11 @@ def _only_numbers(args: tuple[Any, ...]) -> bool:
         return False
     for x in args:
         kind = type(x)
-        if kind not in _PLAIN and issubclass(kind, Tensor) and (kind not in _IN_MEMORY or x.is_meta):
+        if kind not in _PLAIN and issubclass(kind, Tensor) and (kind not in IN_MEMORY or x.is_meta):
             return False
     return True
 
 
-_IN_MEMORY = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN = frozenset((type(None), float, bool, str, int))
 
 

@@ -14,7 +14,7 @@ from leetdist.engine.ops import define
 from leetdist.inference.checks import check_steps
 from leetdist.inference.state import NO_CHUNKS, State, on_its_grid, with_open
 from leetdist.kernels.common.open_tiles import OpenTiles
-from leetdist.operators.opened import MOST_TOKENS, open_steps, opened_by
+from leetdist.operators.opened import MOST_TOKENS, OTHER_KERNELS, open_steps, opened_by
 from leetdist.sequence.group import check_alone
 
 
@@ -77,7 +77,7 @@ def rows_of(state: State, open_: OpenTiles) -> dict[str, Tensor]:
     if open_.held is not None:
         held = state.opened.held(rows["walked"])
         if held is None:
-            raise ValueError("the pool was made for other kernels than those that the environment asks for now")
+            raise ValueError(OTHER_KERNELS)
         rows["held"] = held
     if state.by_token:
         heads = state.boundary.shape[:2]

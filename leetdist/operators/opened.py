@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
 
 MOST_TOKENS = 8  # of one decoding call, so that they reach into two chunks at most
+OTHER_KERNELS = "the pool was made for other kernels than those that the environment asks for now"
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +155,7 @@ def open_steps(
     read on the host of a GPU. A row whose slot or length does not exist changes nothing and gets NaN.
     """
     if open_.walked is not None and opened.has_held(q.shape[3], v.shape[3]) != (open_.held is not None):
-        raise ValueError("the pool was made for other kernels than those that the environment asks for now")
+        raise ValueError(OTHER_KERNELS)
     own = getattr(opened.module, "open_steps", None)
     if own is not None and open_.walked is not None and opened.module.steps_serve(q.shape[3], v.shape[3]):
         o: Tensor = own(q, k, v, open_, log_decay, scale=scale, index=index, lengths=lengths)
