@@ -4,8 +4,8 @@
 //
 // with the bits that tile_outputs.cu has, whose other products are of zeros there. Nothing is kept from tile to tile, so a
 // block walks many, one after the other, and fetches the next one's chunk meanwhile: packed documents of a few tokens are
-// as many tiles. It has all columns of a head: there is no state to hold. Sums over a tile's tokens take
-// as many steps of 16 as it has.
+// as many tiles. It has all columns of a head: there is no state to hold. Sums over a tile's tokens take as many steps of
+// 16 as it has.
 //
 // What is not finite in b or c shows in the outputs: a masked score of 0 times it is NaN. Then the block makes this tile's
 // outputs again, as tile_outputs.cu's second kernel does (hopper_lost.cuh; compile with -DAGAIN=1, for that).

@@ -42,6 +42,7 @@ __device__ __forceinline__ void hold(const float (&state)[HELD], const float (&p
         hold(rows, power, held[i]);
         if (time < SHARES) continue;
 #pragma unroll
-        for (int j = 0; j < 4; j++) held[i][j] = rest(rows[2 * j] * power[j % 2], rows[2 * j + 1] * power[j % 2], held[i][j]);
+        for (int j = 0; j < 4; j++)
+            held[i][j] = rest(rows[2 * j] * power[j % 2], rows[2 * j + 1] * power[j % 2], held[i][j]);
     }
 }
