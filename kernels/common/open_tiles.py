@@ -37,7 +37,6 @@ class OpenTiles:
     start: Tensor
     walked: Tensor | None
     own: Tensor | None
-    held: Tensor | None
     k: Tensor
     v: Tensor
     log_decay: Tensor
@@ -45,6 +44,7 @@ class OpenTiles:
     total: Tensor | None
     tokens: Tensor
     arrived: Tensor
+    held: Tensor | None = None  # so that pools pickled before there was any are what they were
 
     @property
     def by_token(self) -> bool:

@@ -107,13 +107,13 @@ def empty(slots: int, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> Open
     state = slots, heads, rows, columns
     start, walked, own = (torch.zeros(state, device=device) for _ in range(3))
     return OpenTiles(
-        TILE, CHUNK, start, walked, own, open_chunk.held(walked, k.dtype),
+        TILE, CHUNK, start, walked, own,
         torch.full((slots, k.shape[1], CHUNK, rows), math.nan, dtype=k.dtype, device=device),
         torch.full((slots, heads, CHUNK, columns), math.nan, dtype=k.dtype, device=device),
         torch.full((slots, heads, CHUNK), math.nan, device=device) if token else g, keep,
         torch.zeros(slots, heads, dtype=torch.float64, device=device) if token else None,
         torch.zeros(slots, dtype=torch.int64, device=device),
-        torch.zeros(slots, dtype=torch.int32, device=device),
+        torch.zeros(slots, dtype=torch.int32, device=device), open_chunk.held(walked, k.dtype),
     )  # fmt: skip
 
 

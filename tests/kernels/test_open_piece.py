@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -162,6 +164,52 @@ def test_views_mean_their_values(driver: Driver, token: bool, monkeypatch: pytes
     for piece, form in zip(zip(*(x.split(24, 2) for x in tensors), strict=True), forms, strict=True):
         outputs.append(stream.push(*map(form, piece)))
     assert torch.equal(torch.cat(outputs, 2), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slots_in_two_forms_are_copied_whole(driver: Driver, dtype: torch.dtype) -> None:
+    """By forks, copies and pickles of the pool, and states that leave it and come back, in any order of sequences."""
+    *tensors, g = draw("cpu", 1, 240, 64, 64, dtype, False)
+    expected = one_call(*tensors, g, 0.3)
+    prompt = leetdist.stream(g, scale=0.3, tile=TILE)
+    pushed(prompt, [x[:, :, :60] for x in tensors], [60])
+    pool = leetdist.StatePool(4, like=prompt.state, exact=True)
+    assert pool.open is not None
+    assert pool.open.held is not None
+    ages = dict.fromkeys(pool.put(prompt.state), 60)
+    pushed(prompt, [x[:, :, 60:126] for x in tensors], [66])
+    ages |= dict.fromkeys(pool.put(prompt.state), 126)
+
+    def again(slot: int) -> None:
+        state = pool.take(slot)
+        pool.release([slot])
+        assert pool.put(state) == [slot]
+
+    changes: list[Callable[[int], Any]] = [
+        again, lambda slot: copy.deepcopy(pool), lambda slot: pickle.loads(pickle.dumps(pool)),
+        lambda slot: ages.update(dict.fromkeys(pool.fork(slot, 1), ages[slot])), again,
+    ]  # fmt: skip
+    for turn, change in enumerate(changes):
+        made = change(turn % 2)
+        pool = pool if made is None else made
+        slots, count = list(ages), 8 - turn % 2
+        given = [torch.cat([x[:, :, ages[slot] :][:, :, :count] for slot in slots]) for x in tensors]
+        o = pool.steps(*given, torch.tensor(slots))
+        for row, slot in enumerate(slots):
+            assert torch.equal(o[row], expected[0, :, ages[slot] :][:, :count]), (turn, slot)
+            ages[slot] += count
+
+
+def test_pools_pickled_by_earlier_versions(driver: Driver) -> None:
+    """Without what kernels now read: they say so."""
+    *tensors, g = draw("cpu", 1, 8, 64, 64, torch.bfloat16, False)
+    prompt = leetdist.stream(g, tile=TILE)
+    pushed(prompt, tensors, [8])
+    pool = leetdist.StatePool(1, like=prompt.state, exact=True)
+    slots = torch.tensor(pool.put(prompt.state))
+    vars(pool.open).pop("held")
+    with pytest.raises(ValueError, match="the pool was made for other kernels"):
+        pickle.loads(pickle.dumps(pool)).steps(*tensors, slots)
 
 
 @pytest.mark.parametrize("token", [False, True])
