@@ -72,7 +72,7 @@ inline float exp2_(float x) {
     const float y = std::exp2(x);
     return y < 1.17549435e-38f ? 0.0f : y;
 }
-inline float exp2_of(float x) { return std::exp2(x); }
+inline float exp2_subnormal(float x) { return std::exp2(x); }
 inline Bits to_bits(double x) {  // to the nearest, or the even one of two
 #if HALF
     const _Float16 y = _Float16(x);

@@ -54,7 +54,7 @@ __device__ __forceinline__ float exp2_(float x) {
 }
 
 // The same with results too small to be normal, as Triton's exp has them.
-__device__ __forceinline__ float exp2_of(float x) {
+__device__ __forceinline__ float exp2_subnormal(float x) {
     float y;
     asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;

@@ -45,7 +45,7 @@ struct Weights {
     // What a chunk leaves of the state before it; and what a tile leaves, rounded as by the fold between tiles.
     __device__ __forceinline__ float faded(int count) const { return exp2_(g * float(count)); }
     __device__ __forceinline__ float folded(int count) const {
-        return exp2_of(__fmul_rn(__fmul_rn(log_gamma, float(count)), LOG2E));
+        return exp2_subnormal(__fmul_rn(__fmul_rn(log_gamma, float(count)), LOG2E));
     }
 };
 

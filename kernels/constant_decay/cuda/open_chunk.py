@@ -22,7 +22,6 @@ from leetdist.kernels.constant_decay.cuda import hopper
 
 CHUNK = 64  # tokens
 MOST = 8  # tokens of a call
-WARP = 16  # columns of a state that one holds, and threads of it by two
 SOURCES = {"open_steps": "open_chunk.cu", "open_held": "open_held.cu"}
 TABLES = 256, 1536  # bytes of weights: of a constant decay, and of a decay a token
 

@@ -96,13 +96,13 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
     else __syncthreads();
     if (threadIdx.x == 0) fetch_chunk(0);
     auto arrived = [&](int step) { wait_arrival(arrivals + step % 2 * 8, step / 2 & 1); };
-    auto weigh_chunk = [&](int step, int own) {  // one of the warpgroup's two heads; v is b, or reversed a
+    auto weigh_head = [&](int step, int own) {  // one of the warpgroup's two heads; v is b, or reversed a
         if (step >= tile.chunks) return;
         const int h = OWN * group + own;
         arrived(step);
         weigh_rows(REVERSE ? place_a(step, h) : place_b(step, h), tables(h).weights(slot(step, h)), tile.count(step));
     };
-    for (int own = 0; WEIGHTED && own < OWN; own++) weigh_chunk(0, own);
+    for (int own = 0; WEIGHTED && own < OWN; own++) weigh_head(0, own);
 
     for (int step = 0; step < tile.chunks; step++) {
         const Word c_i = place_c(step) + group * COLUMNS_BYTES;
@@ -214,7 +214,7 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
             weighted.set(x, tables(h).pairs);
             fade(state[h][0], load(all_faded + h * 4));
             advance(state[h][0], weighted, place_b(step, h));
-            if (WEIGHTED && h >= HEADS - OWN) weigh_chunk(step + 1, h - (HEADS - OWN));  // meanwhile
+            if (WEIGHTED && h >= HEADS - OWN) weigh_head(step + 1, h - (HEADS - OWN));  // meanwhile
             wait_products<0>();
             here(state[h][0]), here(weighted);
         }
