@@ -52,34 +52,40 @@ def added(each: Tensor, together: int, dtype: torch.dtype) -> Tensor:
 
 
 CASES = [  # heads, shared, wanted, how many are added up, dtype, reverse, tiles
-    (4, 1, 1, 4, BF16, True, Tiles(256, (0, 140, 150))),
-    (2, 1, 1, 2, FP16, False, Tiles(128, (0, 70))),
-]
-ON_A_GPU_TOO = [
-    (heads, shared, wanted, together, dtype, reverse, tiles)
-    for heads, shared, wanted, together in ((8, 2, 2, 4), (32, 1, 1, 4), (12, 2, 6, 2), (8, 2, 4, 2))
-    for dtype in (BF16, FP16)
-    for reverse in (False, True)
-    for tiles in (Tiles(512, (0, 1300)), Tiles(256, (0, 256, 300, 300, 301, 905)))
+    ("cpu", 4, 1, 1, 4, BF16, True, Tiles(256, (0, 140, 150))),
+    ("cpu", 2, 1, 1, 2, FP16, False, Tiles(128, (0, 70))),
+    *(
+        pytest.param("cuda", *heads, dtype, reverse, tiles, marks=[pytest.mark.gpu, ON_A_GPU])
+        for heads in ((8, 2, 2, 4), (32, 1, 1, 4), (12, 2, 6, 2), (8, 2, 4, 2))
+        for dtype in (BF16, FP16)
+        for reverse in (False, True)
+        for tiles in (Tiles(512, (0, 1300)), Tiles(256, (0, 256, 300, 300, 301, 905)))
+    ),
 ]
 
 
-def test_they_are_the_sums_of_single_heads(device):
+# One by one, for each compiles kernels of its own: a minute and more together, the first time.
+@pytest.mark.parametrize(("device", "heads", "shared", "wanted", "together", "dtype", "reverse", "tiles"), CASES)
+def test_they_are_the_sums_of_single_heads(device, heads, shared, wanted, together, dtype, reverse, tiles):
     """Whatever they are beside, and whatever is not finite in one of them."""
-    for heads, shared, wanted, together, dtype, reverse, tiles in CASES + ON_A_GPU_TOO * (device == "cuda"):
-        a, b, c, states, g = draw(device, tiles, heads, shared, dtype)
-        options: dict[str, Any] = {"reverse": reverse, "scale": 0.5, "state_scale": 0.7, "out_dtype": FP32}
-        assert grouped.added_up(a, c, g, wanted, FP32) == together
-        for bad in (False, True):
-            if bad:
-                b[0, -1, 10, 5], c[0, 0, 65, 5] = math.inf, math.nan
-            found = grouped.tile_outputs(a, b, c, states, g, tiles, heads=wanted, **options)
-            each = hopper.tile_outputs(a, b, c, states, g, tiles, **options)
-            assert found.dtype == (dtype if together == heads // wanted == 4 else FP32)
-            expected = added(each, together, found.dtype)
-            assert torch.equal(found.nan_to_num(77.0), expected.nan_to_num(77.0)), (heads, dtype, reverse, tiles, bad)
-            assert found.isfinite().all() == (not bad)
-        assert torch.equal(sum_shared(found, wanted, dtype).isnan(), sum_shared(each, wanted, dtype).isnan())
+    with emulated() if device == "cpu" else nullcontext():
+        check_sums(device, heads, shared, wanted, together, dtype, reverse, tiles)
+
+
+def check_sums(device, heads, shared, wanted, together, dtype, reverse, tiles):
+    a, b, c, states, g = draw(device, tiles, heads, shared, dtype)
+    options: dict[str, Any] = {"reverse": reverse, "scale": 0.5, "state_scale": 0.7, "out_dtype": FP32}
+    assert grouped.added_up(a, c, g, wanted, FP32) == together
+    for bad in (False, True):
+        if bad:
+            b[0, -1, 10, 5], c[0, 0, 65, 5] = math.inf, math.nan
+        found = grouped.tile_outputs(a, b, c, states, g, tiles, heads=wanted, **options)
+        each = hopper.tile_outputs(a, b, c, states, g, tiles, **options)
+        assert found.dtype == (dtype if together == heads // wanted == 4 else FP32)
+        expected = added(each, together, found.dtype)
+        assert torch.equal(found.nan_to_num(77.0), expected.nan_to_num(77.0)), (tiles, bad)
+        assert found.isfinite().all() == (not bad)
+    assert torch.equal(sum_shared(found, wanted, dtype).isnan(), sum_shared(each, wanted, dtype).isnan())
 
 
 def test_two_kinds_of_tiles_have_one_place(device):
