@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -41,9 +42,34 @@ class CudaLaunch:
 
 @dataclass(frozen=True, eq=False)
 class HostStep:
-    """Something that the host does between launches, and does again where they are repeated."""
+    """Something that the host does between launches, and does again where they are repeated. aside: it gives no stream
+    anything, so it may as well come after the launches."""
 
     step: Callable[[], Any]
+    aside: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class OnStream(HostStep):
+    """What follows is launched on this stream."""
+
+    stream: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mark(HostStep):
+    """An event behind what a stream has been given so far."""
+
+    stream: Any = None
+    event: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Wait(HostStep):
+    """A stream waits for an event."""
+
+    stream: Any = None
+    event: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +81,19 @@ class TensorStep:
     tensors: tuple[Tensor, ...]
 
 
-def take(step: Callable[[], Any]) -> None:
-    """Do a step of the host, and note it."""
-    _take(HostStep(step), step)
+def take(step: Callable[[], Any] | HostStep, *, aside: bool = False) -> None:
+    """Do a step of the host, and note it. aside: see HostStep."""
+    event = step if isinstance(step, HostStep) else HostStep(step, aside)
+    _take(event, event.step)
+
+
+def mark(stream: Any, event: Any) -> None:
+    """Streams are torch.cuda.Stream, events torch.cuda.Event."""
+    take(Mark(partial(event.record, stream), stream=stream, event=event))
+
+
+def wait(stream: Any, event: Any) -> None:
+    take(Wait(partial(stream.wait_event, event), stream=stream, event=event))
 
 
 def take_with(step: Callable[..., Any], *tensors: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 Between two calls with the same shapes, only addresses change, and numbers that a call names. So the second call of a
 kind is recorded: which memory it takes, and each launch with its arguments, of which those that are addresses are known
-by where they come from. From then on the host takes as much memory and repeats the launches. Unlike a CUDA graph,
-nothing is copied, no memory is held, and the launches go to the current stream (into a graph too, while one captures).
+by where they come from. From then on the host takes as much memory and repeats the launches: nothing is copied, no
+memory is held, and they go to the current stream (into a graph too, while one captures). Where addresses come again,
+the host launches a graph of them instead (kernels/common/graphs.py).
 
 A launch may be given a part of a tensor (the heads of a lane), which is known by how far into the tensor it begins.
 
@@ -14,18 +15,17 @@ that it does: any other operation seen while it is recorded (a copy, a sum) refu
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leetdist.kernels.common import launch, launcher, recording
-from leetdist.kernels.common.loader import Arguments, Kernel
+from leetdist.kernels.common import launch, recording
+from leetdist.kernels.common.graphs import Graphs, in_graphs
+from leetdist.kernels.common.launches import CudaStep, Sources, TritonStep, Unclear, cuda_step, extent, triton_step
 from leetdist.kernels.common.memo import Memo
-from leetdist.kernels.common.tensor_map import TensorMap, tensor_map
 
 EMPTY = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
@@ -33,6 +33,7 @@ EMPTY = frozenset(
 # Says when memory may be taken by others: what a repeated call takes is used on the stream that it was taken on, or by
 # streams that this one waits for, or it is refused.
 UNSEEN = frozenset((torch.ops.aten.record_stream,))
+ALIGNED = 512  # bytes: PyTorch's allocator on a GPU
 
 
 class Recorder(TorchDispatchMode):
@@ -63,64 +64,6 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*error)
 
 
-@dataclass(eq=False)
-class Map:
-    """The tensor map of one argument, for each address that it has had."""
-
-    make: Callable[[int], Any]
-    known: Memo[int, Any] = field(default_factory=lambda: Memo(256))  # allocators hand out the same few again
-
-    def at(self, address: int) -> Any:
-        found = self.known.get(address)
-        if found is None:
-            found = self.known[address] = self.make(address)
-        return found
-
-
-@dataclass(eq=False)
-class CudaStep:
-    """One launch of a kernel in CUDA C++, and where addresses (or numbers) and maps go among its arguments, in words of
-    64 bits: the source of each, and bytes that are added to it."""
-
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    block: int
-    arguments: Arguments
-    addresses: list[tuple[int, int, int]]
-    maps: list[tuple[slice, int, int, Map]]
-
-    def __call__(self, stream: int, sources: list[int]) -> None:
-        arguments = self.arguments
-        words = arguments.words
-        for place, source, after in self.addresses:
-            words[place] = sources[source] + after
-        for part, source, after, moved in self.maps:
-            words[part] = moved.at(sources[source] + after)
-        self.kernel.launch(self.grid, self.block, stream, arguments)
-
-
-@dataclass(eq=False)
-class TritonStep:
-    """One launch, as Triton hands it to the driver, and where addresses and maps go among the kernel's arguments."""
-
-    compiled: Any  # lives as long as it is launched: newer Tritons unload a kernel that nobody holds
-    handed: launcher.Handed
-    addresses: list[tuple[int, int, int]]
-    maps: list[tuple[int, int, int, Map]]
-
-    def __call__(self, stream: int, sources: list[int]) -> None:
-        handed = self.handed
-        arguments = handed.arguments.copy()
-        for place, source, after in self.addresses:
-            arguments[place] = sources[source] + after
-        for place, source, after, moved in self.maps:
-            arguments[place] = moved.at(sources[source] + after)
-        if handed.together:
-            handed.function(*handed.before, stream, *handed.after, arguments)
-        else:
-            handed.function(*handed.before, stream, *handed.after, *arguments)
-
-
 @dataclass
 class Memory:
     """A tensor to take."""
@@ -147,45 +90,84 @@ class Message:
     step: Callable[..., Any]
     given: list[int | Part | Tensor]
 
-    def __call__(self, taken: list[Tensor]) -> None:
-        tensors = []
-        for x in self.given:
-            if isinstance(x, int):
-                x = taken[x]
-            elif isinstance(x, Part):
-                x = taken[x.place].as_strided(x.shape, x.strides, x.first)
-            tensors.append(x)
-        self.step(*tensors)
+    def __call__(self, taken: list[Tensor | None]) -> None:
+        self.step(*[self._tensor(x, taken) for x in self.given])
+
+    @staticmethod
+    def _tensor(x: int | Part | Tensor, taken: list[Tensor | None]) -> Tensor:
+        if isinstance(x, Tensor):
+            return x
+        found = taken[x if isinstance(x, int) else x.place]
+        assert found is not None
+        return found if isinstance(x, int) else found.as_strided(x.shape, x.strides, x.first)
+
+    def places(self) -> set[int]:
+        return {x if isinstance(x, int) else x.place for x in self.given if not isinstance(x, Tensor)}
 
 
-Action: TypeAlias = Memory | TritonStep | CudaStep | Message | recording.HostStep
+Action: TypeAlias = TritonStep | CudaStep | Message | recording.HostStep
+
+
+@dataclass(eq=False)
+class Workspace:
+    """Memory that nobody but launches sees, taken at once: bytes in all, and of each tensor the place among those of
+    the call and where it begins."""
+
+    size: int
+    begins: list[tuple[int, int]]
 
 
 @dataclass(eq=False)
 class Replay:
-    """What a call does, in order, and which of the tensors that it takes are returned. `held`: tensors whose addresses
-    are among the fixed arguments."""
+    """The memory that a call takes, what it does, in order, and which of the tensors it returns. `held`: tensors whose
+    addresses are among the fixed arguments.
+
+    All memory is taken first, on the current stream. A stream beside it may use it too: it begins after, and this one
+    waits for its end.
+    """
 
     device: torch.device
+    memory: list[Memory | None]  # None: in the workspace
+    workspace: Workspace
     actions: list[Action]
     returned: list[int | None]
     held: list[Tensor]
+    numbers: int
+
+    def __post_init__(self) -> None:
+        self.parts: list[Action | Graphs] = in_graphs(self.device, self.actions, self.numbers)
 
     def __call__(self, inputs: list[Tensor], numbers: tuple[int, ...] = ()) -> tuple[Tensor | None, ...]:
-        device, taken, take = self.device, [], _taking(self.device)
+        take = _taking(self.device)
+        taken = [None if x is None else take(x.shape, x.strides, x.dtype) for x in self.memory]
         sources = [*numbers, *[x.data_ptr() for x in inputs]]
-        for action in self.actions:
-            if isinstance(action, Memory):
-                x = take(action.shape, action.strides, action.dtype)
-                taken.append(x)
-                sources.append(x.data_ptr())
-            elif isinstance(action, recording.HostStep):
-                action.step()
-            elif isinstance(action, Message):
-                action(taken)
-            else:
-                action(torch._C._cuda_getCurrentRawStream(device.index), sources)
+        first = len(sources)
+        sources += [0 if x is None else x.data_ptr() for x in taken]
+        if self.workspace.size:
+            space = take((self.workspace.size,), (1,), torch.uint8)
+            begin = space.data_ptr()
+            for place, offset in self.workspace.begins:
+                sources[first + place] = begin + offset
+        addresses, stream = tuple(sources), torch._C._cuda_getCurrentRawStream(self.device.index)
+        for part in self.parts:
+            if not isinstance(part, Graphs):
+                stream = self._act(part, addresses, taken, stream)
+            elif not part.launch(addresses, stream):
+                for step in part.steps:
+                    stream = self._act(step, addresses, taken, stream)
         return tuple([None if place is None else taken[place] for place in self.returned])
+
+    def _act(self, action: Action, addresses: tuple[int, ...], taken: list[Tensor | None], stream: int) -> int:
+        """Launch, or take a step of the host. Returns the stream that is the current one after it."""
+        if isinstance(action, recording.HostStep):
+            action.step()
+            if isinstance(action, recording.OnStream):
+                return torch._C._cuda_getCurrentRawStream(self.device.index)
+        elif isinstance(action, Message):
+            action(taken)
+        else:
+            action(stream, addresses)
+        return stream
 
 
 def _taking(device: torch.device) -> Callable[..., Tensor]:
@@ -256,103 +238,33 @@ def _replay(recorder: Recorder, outputs: tuple[Tensor | None, ...], inputs: list
         returned.append(place)
     actions: list[Action] = []
     held: list[Tensor] = []
-    to_take = iter(memory)
     for event in recorder.events:
-        action: Action
         if isinstance(event, Tensor):
-            action = next(to_take)
-        elif isinstance(event, recording.HostStep):
+            continue
+        action: Action
+        if isinstance(event, recording.HostStep):
             action = event
         elif isinstance(event, recording.TensorStep):
             action = Message(event.step, [given(x) for x in event.tensors])
         elif isinstance(event, recording.CudaLaunch):
-            action = _cuda_step(event, sources)
+            action = cuda_step(event, sources)
         else:
-            action = _triton_step(event, sources, held)
+            action = triton_step(event, sources, held)
         actions.append(action)
-    return Replay(inputs[0].device, actions, returned, held)
+    messages = [action for action in actions if isinstance(action, Message)]
+    seen = {place for place in returned if place is not None}.union(*[message.places() for message in messages])
+    own: list[Memory | None] = [x if place in seen else None for place, x in enumerate(memory)]
+    unseen = {place: x for place, x in enumerate(taken) if place not in seen}
+    return Replay(inputs[0].device, own, _workspace(unseen), actions, returned, held, numbers)
 
 
-class Unclear(Exception):
-    """An address of which the call's tensors do not say where it will be in another call."""
-
-
-class Sources:
-    """The tensors that a call's addresses come from: `places` by address, counted from `first`."""
-
-    def __init__(self, tensors: list[Tensor], first: int) -> None:
-        self.places = {x.data_ptr(): place for place, x in enumerate(tensors, first)}
-        self.memory: dict[int, tuple[int, Tensor | None]] = {}  # how long it is, and whose, if it is one tensor's
-        for x in tensors:
-            storage = x.untyped_storage()
-            begin = storage.data_ptr()
-            self.memory[begin] = storage.nbytes(), None if begin in self.memory else x
-
-    def of(self, address: int) -> tuple[int, int] | None:
-        """A tensor, and how far into it the address is; None where it is in none of them."""
-        if address in self.places:
-            return self.places[address], 0
-        for begin, (size, x) in self.memory.items():
-            if begin <= address < begin + size:
-                if x is None or not 0 <= address - x.data_ptr() < _extent(x):
-                    raise Unclear
-                return self.places[x.data_ptr()], address - x.data_ptr()
-        return None
-
-
-def _extent(x: Tensor) -> int:
-    """Bytes from the first number of x to the end of the last."""
-    return x.itemsize * (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)))
-
-
-def _cuda_step(launched: recording.CudaLaunch, sources: Sources) -> CudaStep:
-    x, y, z = (*launched.grid, 1, 1)[:3]
-    arguments = Arguments(launched.arguments)
-    step = CudaStep(launched.kernel, (x, y, z), launched.block, arguments, [], [])
-    for place, end, argument in zip(arguments.offsets, arguments.offsets[1:], launched.arguments, strict=False):
-        if isinstance(argument, TensorMap):
-            found = sources.of(argument.address)
-            if found is None:
-                raise Unclear
-            step.maps.append((slice(place, end), *found, Map(partial(_words, kind=argument.kind))))
-        elif isinstance(argument, recording.Number):
-            step.addresses.append((place, argument.source, 0))
-        elif isinstance(argument, int) and (found := sources.of(argument)) is not None:
-            step.addresses.append((place, *found))
-    return step
-
-
-def _words(address: int, kind: Any) -> memoryview:
-    """A tensor's map, as words of 64 bits."""
-    made = tensor_map(address, kind)
-    assert made is not None  # the first had one, and addresses are a multiple of 16 for both or for neither
-    return memoryview(made).cast("q")
-
-
-def _triton_step(launched: recording.TritonLaunch, sources: Sources, held: list[Tensor]) -> TritonStep:
-    if launched.compiled is None or any(isinstance(x, recording.Number) for x in launched.arguments):
-        raise Unclear  # only Triton knows; and it may have compiled for the number's value
-    handed = launcher.handed(launched.compiled, launched.grid, launched.arguments)
-    if handed is None:
-        raise Unclear
-    step = TritonStep(launched.compiled, handed, [], [])
-    for number, (place, x) in enumerate(zip(handed.places, launched.arguments, strict=True)):
-        base = x if isinstance(x, Tensor) else getattr(x, "base", None)
-        if base is None:
-            continue
-        found = sources.of(base.data_ptr())
-        if found is None:
-            if base is not x:
-                raise Unclear
-            held.append(base)  # a table, say
-            handed.arguments[place] = base.data_ptr()
-            continue
-        handed.arguments[place] = None
-        if base is x:
-            step.addresses.append((place, *found))
-        else:
-            step.maps.append((place, *found, Map(partial(handed.move, x, number))))
-    return step
+def _workspace(tensors: dict[int, Tensor]) -> Workspace:
+    """For these, by place, each as aligned as if it were taken by itself."""
+    size, begins = 0, []
+    for place, x in tensors.items():
+        begins.append((place, size))
+        size += -(-extent(x) // ALIGNED) * ALIGNED
+    return Workspace(size, begins)
 
 
 # Kinds of calls seen: once, wherever it was, and then with how to repeat them, or None for those that cannot be.

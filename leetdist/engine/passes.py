@@ -19,7 +19,8 @@ from leetdist.engine.filling import LaneStates, LaneTokens, in_order
 from leetdist.engine.lanes import Lane, index_of
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.plan import Plan
-from leetdist.kernels.common.recording import HostStep, note, noting, refuse, take
+from leetdist.kernels.common import recording
+from leetdist.kernels.common.recording import noting, refuse
 from leetdist.kernels.common.tiles import Tiles
 
 Inputs: TypeAlias = tuple[Tensor, ...]
@@ -91,13 +92,7 @@ def backward_pass(
     if needs_gate_grads:  # which the plan of a compiled call does not know
         plan = plan.learning
     do, dfinal = (None if x is None else row_major(x) for x in (do, dfinal))  # repeated passes look at memory alone
-    *grads, dinitial = _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
-    operator, tokens = plan.operator, len(plan.operator.tokens)
-    if needs_gate_grads and operator.heads:  # here is what each tile adds; the sums are no launches of ours
-        with _together(inputs[0], plan, "exchange", beside=False):
-            for place, name in enumerate(operator.heads, tokens):
-                grads[place] = scan.head_gradient_to_first(cast(Tensor, grads[place]), inputs[place], name, plan)
-    return *grads, dinitial
+    return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
 
 
 def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
@@ -170,9 +165,11 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
                 for lane in plan.lanes
             }
             for place, name in enumerate(operator.heads):
-                head_grads[place] = in_order(
+                added = in_order(
                     {lane: _of_every_tile([x[name] for x in share], plan) for lane, share in shares.items()}, plan
                 )
+                like = inputs[len(operator.tokens) + place]
+                head_grads[place] = scan.head_gradient_to_first(added, like, name, plan)
         dinitial_whole = None
         if plan.any_initial:
             dinitial_whole = scan.states_to_first(in_order(dinitial, plan), plan.state_shape, plan)
@@ -281,7 +278,7 @@ class _Side:
         with self._beside():
             for lane in plan.lanes:
                 if self.stream is not None:
-                    take(partial(self.stream.wait_event, self.begin[lane]))
+                    recording.wait(self.stream, self.begin[lane])
                 own = None if initial is None else initial[:, lane.heads].contiguous()
                 keep = plan.operator.transitions(of_lane[lane], plan.tiles)
                 end = scan.scan(states[lane], own, keep, plan, lane, reverse=reverse)
@@ -299,21 +296,25 @@ class _Side:
         if self.stream is None or self.main is None:
             yield
             return
-        note(HostStep(partial(torch.cuda.set_stream, self.stream)))
+        _note_stream(self.stream)
         with torch.cuda.stream(self.stream):
             yield
-        note(HostStep(partial(torch.cuda.set_stream, self.main)))
+        _note_stream(self.main)
 
     def join(self, lane: Lane, rank: int, like: Tensor) -> None:
         if lane in self.end and self.main is not None:
             with trace.span("wait", rank, lane, like):
-                take(partial(self.main.wait_event, self.end[lane]))
+                recording.wait(self.main, self.end[lane])
+
+
+def _note_stream(stream: torch.cuda.Stream) -> None:
+    recording.note(recording.OnStream(partial(torch.cuda.set_stream, stream), stream=stream))
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
     """An event behind what the stream has been given so far."""
     event = torch.cuda.Event()
-    take(partial(event.record, stream))
+    recording.mark(stream, event)
     return event
 
 
@@ -337,4 +338,4 @@ def _together(x: Tensor, plan: Plan, phase: str, *, beside: bool) -> Iterator[_S
         else:
             with plan.transport.call(phase):
                 yield _Side(stream)
-                take(plan.transport.flush)
+                recording.take(plan.transport.flush, aside=True)

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from leetdist.engine import trace
+from leetdist.kernels.common import sums
 from leetdist.kernels.common.recording import take_with
-from leetdist.kernels.common.sums import sum_in_pairs
 
 if TYPE_CHECKING:
     from leetdist.engine.lanes import Lane
@@ -188,21 +188,21 @@ def head_gradient_to_first(shares: Tensor, like: Tensor, name: str, plan: Plan) 
     first rank, 0 elsewhere.
 
     The shares of all ranks are folded in tile order, then over the batch; so the sum over ranks, in any order, is the
-    single device's gradient bit for bit.
+    single device's gradient bit for bit. Ranks hand them on as they do states, each behind its own, which takes no more
+    of a host than the scans do.
     """
-    transport, what = plan.transport, f"the gradient of {name}"
-    if transport is not None:
-        if plan.rank != 0:
-            transport.send(shares, 0, what)
-            return torch.zeros_like(like)
-        parts = [shares]
-        for rank in transport.others():
-            count = plan.layout.tiles(rank, plan.tiles.size).count
-            there = shares.new_empty(*shares.shape[:2], count, *shares.shape[3:])
-            parts.append(transport.receive(there, rank, what))
-        shares = torch.cat(parts, 2)
-    ordered = shares.transpose(0, 1).flatten(1, 2).double()
-    if ordered.is_cuda:  # whose cumsum has no fixed order
-        return sum_in_pairs(ordered.flatten(2) if ordered.ndim > 2 else ordered[..., None]).view_as(like).to(like.dtype)
-    # cumsum, because a sum's order may depend on the number of threads, which launchers set.
-    return ordered.cumsum(1)[:, -1].to(like.dtype)
+    transport, rank, what = plan.transport, plan.rank, f"the gradient of {name}"
+    if transport is None:
+        return sums.sum_of_tiles((shares,), like)
+    count = sum(plan.layout.tiles(after, plan.tiles.size).count for after in range(rank + 1, transport.size))
+    shape = torch.Size((*shares.shape[:2], count, *shares.shape[3:]))
+    with ExitStack() as stack:
+        parts: tuple[Tensor, ...] = (shares,)
+        if shape.numel():
+            parts += (stack.enter_context(transport.receive_state(shape, shares, rank + 1, what)),)
+        if rank == 0:
+            return sums.sum_of_tiles(parts, like)
+        whole = sums.tiles_joined(parts)
+        if whole.numel():
+            transport.send_state(whole, rank - 1, what)
+    return sums.sum_of_tiles((), like)

@@ -87,8 +87,9 @@ class Inboxes:
             _unregister_process_group(self.group.group_name)
         self.boxes, self.kept = {}, []
 
-    def serves(self, tensor: Tensor, rank: int) -> bool:
-        return tensor.is_cuda and rank in self.local
+    def serves(self, like: Tensor, size: int, rank: int) -> bool:
+        """Whether a message of so many bytes has room in a slot: the shares of a gradient's tiles may have none."""
+        return like.is_cuda and rank in self.local and size <= 4 * self.slot_words
 
     def reserve(self, size: int, device: torch.device) -> None:
         """Slots of `size` bytes at least; all ranks of the node call this together, with the same size."""
@@ -125,7 +126,7 @@ class Inboxes:
             slots[other] = (slot + 1) % SLOTS
             self.transport.bytes_sent += size
 
-        recording.take(step)
+        recording.take(step, aside=True)
         return slot
 
     def put(self, tensor: Tensor, to: int) -> None:
@@ -210,13 +211,14 @@ class Symmetric(Transport):
             self.inboxes.reserve(size, device)
 
     def send_state(self, tensor: Tensor, to: int, what: str) -> None:
-        if self.inboxes is None or not self.inboxes.serves(tensor, to):
+        if self.inboxes is None or not self.inboxes.serves(tensor, tensor.nbytes, to):
             return super().send_state(tensor, to, what)
         self.inboxes.put(tensor, to)
 
     @contextmanager
     def receive_state(self, shape: tuple[int, ...], like: Tensor, source: int, what: str) -> Iterator[Tensor]:
-        if self.inboxes is None or not self.inboxes.serves(like, source):
+        size = torch.Size(shape).numel() * like.itemsize
+        if self.inboxes is None or not self.inboxes.serves(like, size, source):
             received = super().receive_state(shape, like, source, what)
         else:
             received = self.inboxes.taken(shape, like.dtype, source)

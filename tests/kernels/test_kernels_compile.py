@@ -14,7 +14,7 @@ if not hasattr(triton, "compile") or triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from leetdist.kernels.common import release  # noqa: E402
+from leetdist.kernels.common import head_sums, release  # noqa: E402
 from leetdist.kernels.common.settings import OF_TRITON  # noqa: E402
 from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, open_chunk, step  # noqa: E402
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of  # noqa: E402
@@ -28,17 +28,18 @@ TILE = 1024
 
 def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dtype, **constants):
     """Compile a kernel: `*_dtype` arguments are pointers to inputs, counts and strides are 64-bit."""
-    doubles = kernel in (decay._decay_gradient, by_head._of_tiles)
+    doubles = kernel in (decay._decay_gradient, by_head._of_tiles, head_sums._joined)
     out = NAMES[dtype] if kernel is block._tile_outputs else "*fp64" if doubles else "*fp32"
     pointers = {"out": out, "table": "*i64"}
     pointers |= {"states": "*fp32", "state_grads": "*fp32", "initial": "*fp32", "final": "*fp32", "log_decay": "*fp32"}
     pointers |= {"onto": "*fp32", "state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
+    pointers |= {"own": "*fp64", "theirs": "*fp64", "shares": "*fp64", "total": "*fp64"}
     pointers |= {"read": "*fp32", "written": "*fp32", "across": "*fp32", "only": "*i32"}
     pointers |= {"x": "*fp32", "early_lost": "*i32", "late_lost": "*i32", "lost": "*i32", "weight": "*fp32"}
     pointers |= {
         "kept": NAMES[torch.float16 if dtype == torch.float32 else dtype],
         "units": "*fp32",
-        "sums": "*fp32",
+        "sums": "*fp64" if kernel is head_sums._add_up else "*fp32",
         "keep": "*fp32",
     }
     signature, values = {}, {}
@@ -149,6 +150,13 @@ def test_sums_compile(architecture: int) -> None:
     constants = {"REGULAR": False, "ROWS": 16, "ANCHOR_": 64}
     for others in (("sums", "only"), ("keep", "only"), ("keep",)):
         compiled(sums._sums, architecture, 4, 1, torch.float32, **constants, **dict.fromkeys(others))
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_gradients_of_heads_compile(architecture: int) -> None:
+    for kernel in (head_sums._joined, head_sums._add_up):
+        compiled(kernel, architecture, 4, 1, torch.float32, BLOCK_=head_sums.BLOCK)
+    compiled(decay._sum_blocks, architecture, 4, 1, torch.float32, BLOCKS=4, PART_=decay.PART)
 
 
 def test_what_hopper_leaves_of_a_gradient_compiles() -> None:

@@ -18,6 +18,7 @@ from leetdist.reference import relative_error
 
 replay = pytest.importorskip("leetdist.kernels.common.replay")
 launch = replay.launch
+launches = pytest.importorskip("leetdist.kernels.common.launches")
 
 TABLE = torch.arange(4)
 
@@ -41,7 +42,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(launch, "direct", lambda device: True)
-    monkeypatch.setattr(replay.launcher, "handed", Kernel.handed)
+    monkeypatch.setattr(launches.launcher, "handed", Kernel.handed)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(replay, "_once", {})
     monkeypatch.setattr(replay, "_kinds", {})
@@ -173,11 +174,11 @@ def in_cuda(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Drive
     driver = Driver()
     launched = loader.Kernel(torch.device("cuda", 0), 3, 64, None, driver)
     made = lambda address, kind: address.to_bytes(8, sys.byteorder) * 16  # noqa: E731
-    monkeypatch.setattr(replay, "tensor_map", made)
+    monkeypatch.setattr(launches, "tensor_map", made)
 
     def outputs(a: Tensor, part: int) -> tuple[Tensor, ...]:
         out = torch.empty(8)
-        first = replay.TensorMap(bytes(128))
+        first = launches.TensorMap(bytes(128))
         first.address, first.kind = out.data_ptr(), ("kind",)
         arguments = (a.data_ptr(), first, -5, 0.5, out.data_ptr() + 4 if part else TABLE.data_ptr())
         recording.note(recording.CudaLaunch(launched, (6,), 128, arguments))

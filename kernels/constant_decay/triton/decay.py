@@ -16,6 +16,8 @@ from leetdist.kernels.constant_decay.triton.configs import Config, block_config,
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _decay_of, _powers, _span, _table
 from leetdist.kernels.constant_decay.triton.parts import load_chunk, to_state
 
+PART = 256  # tiles that a program of `_sum_blocks` has
+
 
 def decay_gradient(
     q: Tensor,
@@ -53,9 +55,19 @@ def decay_gradient(
             },
             num_warps=4 if padded(rows) < 64 else 8, num_stages=1,
         )  # fmt: skip
-    total = out[..., 0]
-    for block in range(1, blocks):  # in one fixed order, which torch.sum does not promise
-        total = total + out[..., block]
+    return _over_blocks(out)
+
+
+def _over_blocks(shares: Tensor) -> Tensor:
+    """The sum over the last dimension, in one fixed order, which torch.sum does not promise; by a launch, which is
+    repeated with the others."""
+    blocks = shares.shape[-1]
+    if blocks == 1:
+        return shares[..., 0]
+    total = torch.empty(shares.shape[:-1], dtype=shares.dtype, device=shares.device)
+    if total.numel():
+        grid = (ceil_div(total.numel(), PART),)
+        launch(_sum_blocks, grid, (shares, total, total.numel()), {"BLOCKS": blocks, "PART_": PART}, num_warps=4)
     return total
 
 
@@ -68,6 +80,15 @@ def _multiplies_doubles(device: torch.device) -> bool:
 def slope_columns(config: Config) -> int:
     """Columns that one program of decay_gradient carries: it holds two states, so half of one."""
     return max(16, config.columns // 2)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_blocks(shares, total, count, BLOCKS: tl.constexpr, PART_: tl.constexpr):
+    i = tl.program_id(0) * PART_ + tl.arange(0, PART_)
+    found = tl.load(shares + i * BLOCKS, mask=i < count)
+    for block in tl.static_range(1, BLOCKS):
+        found += tl.load(shares + i * BLOCKS + block, mask=i < count)
+    tl.store(total + i, found, mask=i < count)
 
 
 @triton.jit
