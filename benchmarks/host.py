@@ -116,12 +116,17 @@ def measure(args: argparse.Namespace, group: Any, device: torch.device, *, repea
         o = operator(*leaves, decay, given=given)
         return torch.autograd.grad(o, [*leaves, decay] if decay.requires_grad else leaves, do)
 
+    def in_one_thread(given: Any) -> Any:
+        with torch.autograd.set_multithreading_enabled(False):  # on a CPU there is but one
+            return both(given)
+
     calls: list[tuple[str, str, Callable[[], Any]]] = [
         ("plan, the first time", "group", lambda: planned(forget=True)),
         ("plan", "group", planned),
         ("plan", "declared", planned),
         *(("forward", who, lambda given=given: forward(given)) for who, given in whom(group)),
         *(("forward + backward", who, lambda given=given: both(given)) for who, given in whom(group)),
+        *(("the same, in one thread", who, lambda given=given: in_one_thread(given)) for who, given in whom(group)),
         *(("forward + backward, learnt", who, lambda given=given: both(given, learnt)) for who, given in whom(group)),
     ]
     if args.compiled:

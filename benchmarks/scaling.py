@@ -119,7 +119,7 @@ class Bench:
 
 
 _clock = time.perf_counter
-GRAPH = ", CUDA graph"
+GRAPH, IN_A_ROW, ONE_THREAD = ", CUDA graph", ", in a row", ", in the calling thread"
 
 
 def save(bench: Bench) -> None:
@@ -223,12 +223,18 @@ def measure(
     tensors = schemes.inputs(mine, bench.args, bench.me.device)
     calls, locally = passes(bench, tensors, tile, transport), passes(bench, tensors, tile, None)
     for name in calls:
-        ways = [("", 1), (", in a row", bench.args.in_a_row)] if bench.args.in_a_row else [("", 1)]
+        ways = [("", 1)]
+        if bench.args.in_a_row:
+            ways.append((IN_A_ROW, bench.args.in_a_row))
+            if "backward" in name:
+                ways.append((IN_A_ROW + ONE_THREAD, bench.args.in_a_row))
         if kind in bench.args.graphs or (ranks == 1 and bench.args.graphs):
             ways.append((GRAPH, 1))
         for way, in_a_row in ways if what == "leetdist" else ways[-1:]:
             call, alone = calls[name], locally[name]
             sent, label, graph = None, name + way, way == GRAPH
+            if ONE_THREAD in way:
+                call, alone = in_one_thread(call), in_one_thread(alone)
             if transport is not None and not graph:
                 sent = -transport.bytes_sent
                 call()
@@ -264,6 +270,16 @@ def passes(bench: Bench, tensors: list[Tensor], tile: int, transport: Any) -> di
         return torch.autograd.grad(o, leaves, do)
 
     return {"forward": forward, "forward + backward": both}
+
+
+def in_one_thread(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call without PyTorch's change of threads for a backward pass, which a training step has once, not a layer."""
+
+    def called() -> Any:
+        with torch.autograd.set_multithreading_enabled(False):
+            return call()
+
+    return called
 
 
 def captured(call: Callable[[], Any], mode: str = "thread_local") -> Callable[[], None]:
@@ -327,7 +343,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=10)
-    parser.add_argument("--in-a-row", type=int, default=0, help="measure so many calls in a row too (of few tokens)")
+    parser.add_argument("--in-a-row", type=int, default=0, help="so many calls in a row too (of few tokens)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no new measurement after so long")
     parser.add_argument("--fp32", action="store_true", help="check fp32 too, at the end")
     parser.add_argument("--lanes", type=int, nargs="*", default=[], help="measure these numbers of lanes as well")

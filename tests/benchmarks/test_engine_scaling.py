@@ -31,8 +31,8 @@ def test_scaling(tmp_path: Path) -> None:
     assert (tmp_path / "s.png").stat().st_size > 10_000
     assert report["hops"]["p2p"] > 0
     ours = {(r["scaling"], r["ranks"], r["call"]): r for r in report["rows"] if r["what"] == "leetdist"}
-    assert len(ours) == 2 * 2 * 4
-    assert ("strong", 2, "forward + backward, in a row") in ours
+    assert len(ours) == 2 * 2 * 5
+    assert ("strong", 2, "forward + backward, in a row, in the calling thread") in ours
     one_state = 4 * 2 * 16 * 16
     assert ours["strong", 2, "forward"]["bytes_sent"] == one_state  # of rank 0, which only sends
     assert ours["strong", 2, "forward"]["tokens"] == 1024
