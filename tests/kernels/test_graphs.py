@@ -223,3 +223,33 @@ def test_calls_in_a_loop_are_graphs(driver: Driver, monkeypatch: pytest.MonkeyPa
                 x.mul_(2.0 if number % 2 == 0 else 0.5)
             assert all(map(torch.equal, both(), wanted[number % 2])), number
     assert (driver.captured, driver.launched) == (2, 2 * (8 - 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.real_empty
+def test_graphs_on_a_gpu() -> None:
+    """Equal bits in a loop, also where all graphs are let go of while they run, and where the caller captures."""
+    decay = torch.tensor([-0.01, -0.5], device="cuda")
+    inputs = [torch.randn(1, 2, 1500, 128, device="cuda").bfloat16() for _ in range(4)]
+
+    def both() -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        o = leetdist.linear_attention(*leaves, decay, scale=0.1, method="block")
+        return [o.detach(), *torch.autograd.grad(o, leaves, inputs[3])]
+
+    replay._kinds.clear()
+    replay._once.clear()
+    graphs._known.clear()
+    wanted, most = both(), 0
+    for number in range(24):
+        assert all(map(torch.equal, both(), wanted)), number
+        most = max(most, len(graphs._known))
+        if number == 12:
+            both()
+            graphs._known.clear()
+    assert most >= 2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    graph.replay()
+    assert all(map(torch.equal, captured, wanted))
