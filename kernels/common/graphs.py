@@ -22,8 +22,8 @@ from leetdist.kernels.common.loader import check
 from leetdist.kernels.common.memo import Memo
 
 LEAST = 2  # launches: one is as quick by itself
-MOST = 2048  # graphs: a model has as many as layers, passes and places of messages
-PATIENCE = 16 * MOST  # calls that find no room before all is made anew: a graph takes as long as many launches
+MOST = 1024  # graphs, of some 70 KiB each: a model has as many as layers, passes and places of messages
+PATIENCE = 16 * MOST  # calls that find no room before all is made anew: making one takes as long as a few calls
 
 Key: TypeAlias = "tuple[Graphs, tuple[int, ...]]"
 Steps: TypeAlias = "Sequence[Any]"  # launches, called with a stream and the addresses, and steps between streams
