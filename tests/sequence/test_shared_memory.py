@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from leetdist.sequence.board import Board
 from leetdist.sequence.ledger import CALLS, Ledger
 from leetdist.sequence.mailbox import Gone, Mailbox
 from leetdist.sequence.memory import Process, attach, create
-from leetdist.sequence.symmetric import SLOTS, Box, Home, Renumbered, _obstacle
+from leetdist.sequence.symmetric import SLOTS, Box, Home, Inboxes, Renumbered, _obstacle
 
 
 def test_where_symmetric_memory_can_be() -> None:
@@ -46,6 +47,15 @@ def test_symmetric_boxes() -> None:
     message = box.message(1, 2, (4, 8), torch.float64)
     assert message.shape == (4, 8)
     assert message.data_ptr() == box.slots[1][2].data_ptr()
+
+
+def test_what_has_no_room_in_a_slot_goes_by_other_ways() -> None:
+    inboxes = object.__new__(Inboxes)
+    inboxes.local, inboxes.slot_words = {0: 0, 1: 1}, 64
+    on_gpu, on_cpu = SimpleNamespace(is_cuda=True), torch.zeros(1)
+    served = [inboxes.serves(on_gpu, size, rank) for size, rank in ((256, 1), (257, 1), (8, 2))]
+    assert served == [True, False, False]
+    assert not inboxes.serves(on_cpu, 8, 1)
 
 
 def test_exchanges_are_counted_by_group() -> None:
