@@ -26,6 +26,7 @@ inline float __fmul_rn(float x, float y) { return x * y; }
 
 inline int thread_number() { return threadIdx.x % THREADS; }
 inline int group_number() { return threadIdx.x / THREADS; }
+inline int thread_anew() { return threadIdx.x; }
 inline int group_arrived[2 * Emulator::BLOCKS];
 inline unsigned group_generation[2 * Emulator::BLOCKS];
 inline void meet() {

@@ -24,6 +24,12 @@ constexpr int BLOCK = 64 * 64 * 2;  // bytes
 // A thread's number in its warpgroup, and the warpgroup's in its block.
 __device__ __forceinline__ int thread_number() { return GROUPS == 1 ? threadIdx.x : threadIdx.x % THREADS; }
 __device__ __forceinline__ int group_number() { return GROUPS == 1 ? 0 : threadIdx.x / THREADS; }
+// A thread's number in its block, read anew: for what is done once a chunk it is no register more in between.
+__device__ __forceinline__ int thread_anew() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
 // All threads of a block take part in hand-over `number`: those of one warpgroup say that they are here, those of the other
 // wait until all are.
 template <int number> __device__ __forceinline__ void say_here() {

@@ -69,6 +69,9 @@ __device__ __forceinline__ bool has_column(int column) { return !STATE_COLUMNS |
 #define TOKENS_
 #endif
 
+// Of an operand that so many heads share. A division is a hundred cycles, for which others may wait.
+__device__ __forceinline__ int head_of(int head, Offset share) { return share == 1 ? head : head / int(share); }
+
 // The tile of a block, and the chunks of it that are walked. `column`: the block's first; `own`: the warpgroup's.
 struct Tile {
     int program, column, own, number, head, batch, start, length, all, chunks;
@@ -99,8 +102,9 @@ struct Tile {
     }
     __device__ __forceinline__ int count(int step) const { return min(CHUNK, length - first(step)); }
     __device__ __forceinline__ Place chunk(int step, Offset share, int column = 0) const {
-        // A division is a hundred cycles, which the last of many waits for by itself.
-        const int own_head = LAST_FETCHES && share == 1 ? head : head / int(share);
+        return chunk_of(step, LAST_FETCHES ? head_of(head, share) : head / int(share), column);
+    }
+    __device__ __forceinline__ Place chunk_of(int step, int own_head, int column = 0) const {
         return {column, start + first(step), own_head, batch};
     }
 };

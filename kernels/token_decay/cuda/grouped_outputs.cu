@@ -14,11 +14,10 @@
 #include "../../constant_decay/cuda/hopper_held.cuh"
 
 constexpr int OWN = 2, HEADS = OWN * GROUPS;  // heads whose scores a warpgroup makes, and of the block
-constexpr int FETCHES = WEIGHTED ? 1 : HEADS;  // at a time: for more, weighted, there are no registers
 constexpr int STAGE = HEADS * 2 * ROWS_BYTES + GROUPS * COLUMNS_BYTES;
 constexpr int MAIL = COLUMNS * CHUNK / 2 * 4;  // bytes that a warpgroup is sent of a chunk
 constexpr int MINE = 32 / CLUSTER;             // numbers of a chunk that a thread adds up
-static_assert(PARTS == 1 && GROUPS == 2 && !HALF && ROWS == 64 && COLUMNS == 64);
+static_assert(PARTS == 1 && GROUPS == 2 && !HALF && ROWS == 64 && COLUMNS == 64 && HEADS == WARPS);
 #if WIDE
 typedef float Out;
 #else
@@ -65,22 +64,20 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
         moved.move(h * Tables::BYTES, h * decay_head);
         return moved;
     };
-    auto fetch_chunk = [&](int step) {
-        if (step >= tile.chunks) return;
+    // Each warp asks for a share (paired_outputs.cu): a head of a with its log-decays, or of b, and the first two a block of c.
+    const int own_h = __shfl_sync(0xffffffffu, warp, 0);
+    const int head_ab = (first_head + own_h) / int(group ? b_share : a_share), head_c = first_head / int(c_share);
+    auto fetch_share = [&](int step) {
+        if (step >= tile.chunks || lane != 0) return;
         const Word arrival = arrivals + step % 2 * 8;
-        const int first = tile.first(step), count = tile.count(step);
-        int bytes = STAGE;
-#pragma unroll FETCHES
-        for (int h = 0; h < HEADS; h++) bytes += tables(h).bytes(count);
-        expect(arrival, bytes);
-#pragma unroll FETCHES
-        for (int h = 0; h < HEADS; h++) {
-            tile.head = first_head + h;
-            fetch<ROWS>(place_a(step, h), a, tile.chunk(step, a_share), arrival);
-            fetch<ROWS>(place_b(step, h), b, tile.chunk(step, b_share), arrival);
-            tables(h).fetch(slot(step, h), first, count, arrival);
-        }
-        fetch<GROUPS * COLUMNS>(place_c(step), c, tile.chunk(step, c_share, tile.column), arrival);
+        const int count = tile.count(step);
+        const bool of_c = group && own_h < GROUPS;
+        expect(arrival, ROWS_BYTES + (group ? of_c ? COLUMNS_BYTES : 0 : tables(own_h).bytes(count)));
+        fetch<ROWS>(place_a(step, HEADS * group + own_h), group ? b : a, tile.chunk_of(step, head_ab), arrival);
+        if (!group) tables(own_h).fetch(slot(step, own_h), tile.first(step), count, arrival);
+        if (!of_c) return;
+        const Place place = tile.chunk_of(step, head_c, tile.column + own_h * COLUMNS);
+        fetch<COLUMNS>(place_c(step) + own_h * COLUMNS_BYTES, c, place, arrival);
     };
     const Lost lost(all_lost + group * Lost::BYTES);
     if (AGAIN) {
@@ -89,12 +86,12 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
     }
     if (threadIdx.x == 0) {
         if (!AGAIN) again[blockIdx.x] = 0;
-        for (int i = 0; i < 2 + 2 * GROUPS; i++) init_arrival(arrivals + i * 8);
+        for (int i = 0; i < 2 + 2 * GROUPS; i++) init_arrival(arrivals + i * 8, i < 2 ? GROUPS * WARPS : 1);
     }
     publish();
     if (CLUSTER > 1) meet_cluster();
     else __syncthreads();
-    if (threadIdx.x == 0) fetch_chunk(0);
+    fetch_share(0);
     auto arrived = [&](int step) { wait_arrival(arrivals + step % 2 * 8, step / 2 & 1); };
     auto weigh_head = [&](int step, int own) {  // one of the warpgroup's two heads; v is b, or reversed a
         if (step >= tile.chunks) return;
@@ -124,7 +121,7 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
         }
         __syncthreads();  // all are done with the chunk before
         wait_products<0>();  // for ptxas, which does not see that none is under way
-        if (threadIdx.x == 0) fetch_chunk(step + 1);
+        fetch_share(step + 1);
         if (CLUSTER > 1 && thread == 0) expect(arrival_mail(step), MAIL);
 
         float o[32], more[32];

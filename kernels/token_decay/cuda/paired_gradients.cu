@@ -9,6 +9,9 @@
 // with i >= t > j: with a matrix of ones and zeros on the right, as high + low again, and then over rows. None of it is a
 // difference of sums.
 //
+// Each warp asks for a share of the next chunk (paired_outputs.cu): of what its warpgroup reads, and, if the other warpgroup
+// is there too, a block of 64 columns of a or b.
+//
 // Late, a and b are k and q, c is do, d is v; early q, k, v, do. What is not finite is as in tile_outputs.cu for dv; the
 // second kernel (-DAGAIN=1) leaves nothing else.
 
@@ -19,8 +22,9 @@
 
 constexpr bool LATE = REVERSE;
 constexpr int HEADS = 2, ALL = HEADS * GROUPS;
-constexpr int STAGE = 2 * ROWS_BYTES + 2 * ALL * COLUMNS_BYTES;
-static_assert(PARTS == 1 && GROUPS == 2 && !HALF && !LAST_FETCHES && (LATE || !AGAIN) && !(WEIGHTED && AGAIN));
+constexpr int STAGE = 2 * ROWS_BYTES + 2 * ALL * COLUMNS_BYTES, BLOCKS = ROWS / 64;
+static_assert(PARTS == 1 && GROUPS == 2 && 2 * HEADS == WARPS && !HALF);
+static_assert(!LAST_FETCHES && (LATE || !AGAIN) && !(WEIGHTED && AGAIN));
 
 // of_tokens: (B, H, N), A or B; pairs: the same, early; across: (B, H, tiles), late, from `starts`, the early pass's states;
 // lost: (B, H, tiles), whether there is something that is not finite. Of states and starts, an address of 0: zeros.
@@ -72,44 +76,40 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
         return moved;
     };
     auto weights = [&](int step, int h) { return tables(h).weights(slot(step, own(h))); };
-    auto fetch_first = [&](int step) {  // by the last that has read what lies there: all but what outputs leave from
-        if (step >= tile.chunks) return;
-        const int first = tile.first(step), count = tile.count(step);
-        int bytes = STAGE;
-        const int block_head = first_head - HEADS * group;
-        for (int head = 0; head < ALL; head++) {
-            Tables moved = first_tables;
-            moved.move(0, (head - HEADS * group) * decay_head);
-            bytes += moved.bytes(count);
-            moved.fetch(slot(step, head), first, count, arrival(step));
-        }
-        expect(arrival(step), bytes);
-        tile.head = block_head;
-        fetch<ROWS>(place_a(step), a, tile.chunk(step, a_share), arrival(step));
-        fetch<ROWS>(place_b(step), b, tile.chunk(step, b_share), arrival(step));
-        for (int head = 0; head < ALL; head++) {
-            tile.head = block_head + head;
-            fetch<COLUMNS>(place_d(step, head - HEADS * group), d, tile.chunk(step, d_share), arrival(step));
-        }
+    // A warp's share of what is asked for: d of one of its warpgroup's heads or its log-decays; and, by the second of two
+    // warps, a block of a or b, whose head is looked up.
+    auto head_ab = [&](int share) { return read + 16 + share * 4; };
+    auto fetch_share = [&](int step) {  // but c, whose place outputs leave from
+        const int share = thread_anew() % THREADS / 32, h = share % HEADS;
+        if (step >= tile.chunks || thread_anew() % 32) return;
+        const int count = tile.count(step);
+        expect(arrival(step), share < HEADS ? 2 * COLUMNS_BYTES : tables(h).bytes(count));
+        const Place place_of_d = tile.chunk_of(step, head_of(first_head + h, d_share));
+        if (share < HEADS) fetch<COLUMNS>(place_d(step, h), d, place_of_d, arrival(step));
+        else tables(h).fetch(slot(step, own(h)), tile.first(step), count, arrival(step));
+        if (share >= 2 * BLOCKS || !is_last_of(GROUPS, read + share * 4)) return;
+        expect(arrival(step), BLOCK);
+        const Place place = tile.chunk_of(step, load_word(head_ab(share)), share % BLOCKS * 64);
+        if (share < BLOCKS) fetch<64>(place_a(step) + share * BLOCK, a, place, arrival(step));
+        else fetch<64>(place_a(step) + share * BLOCK, b, place, arrival(step));
     };
-    auto fetch_c = [&](int step) {  // by a warpgroup's first thread
-        if (step >= tile.chunks) return;
-        for (int h = 0; h < HEADS; h++) {
-            tile.head = first_head + h;
-            fetch<COLUMNS>(place_c(step, h), c, tile.chunk(step, c_share), arrival(step));
-        }
+    auto fetch_c = [&](int step) {
+        const int h = thread_anew() % THREADS / 32;
+        if (step >= tile.chunks || thread_anew() % 32 || h >= HEADS) return;
+        fetch<COLUMNS>(place_c(step, h), c, tile.chunk_of(step, head_of(first_head + h, c_share)), arrival(step));
     };
     if (AGAIN)
         for (int h = 0; h < HEADS; h++) Lost(all_lost + own(h) * Lost::BYTES).start(state[h]);
+    if (lane == 0) store(head_ab(warp), Word(head_of(first_head, warp >= BLOCKS ? b_share : a_share)));
     if (threadIdx.x == 0) {
         if (!AGAIN) again[blockIdx.x] = 0;
-        for (int i = 0; i < 2; i++) init_arrival(arrivals + i * 8), store(read + i * 4, Word(0));
+        for (int i = 0; i < 2; i++) init_arrival(arrivals + i * 8, GROUPS * WARPS + 2 * BLOCKS);
+        for (int i = 0; i < 2 * BLOCKS; i++) store(read + i * 4, Word(0));
     }
     if (!LATE) triangle(seen);
     publish();
     __syncthreads();
-    if (threadIdx.x == 0) fetch_first(0), fetch_first(1);
-    if (thread == 0) fetch_c(0);
+    fetch_share(0), fetch_c(0);
 
     // Outputs of a chunk, whose place in shared memory was that of its c; and what its warps have summed.
     auto write_chunk = [&](int step) {
@@ -126,9 +126,8 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
         }
         for (int h = 0; LATE && h < HEADS; h++) {
             const Word from = place_c(step, h);
-            tile.head = first_head + h;
             if (count == CHUNK) {
-                if (thread == 0) write<COLUMNS>(o, tile.chunk(step, 1), from);
+                if (thread == 32 * h) write<COLUMNS>(o, tile.chunk_of(step, first_head + h), from);
                 continue;
             }
             for (int i = thread; i < COLUMNS / 8 * count; i += THREADS) {
@@ -168,6 +167,7 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
         }
         meet();  // all have summed and written what they make of the chunk before
         wait_products<0>();  // for ptxas, which does not see that none is under way
+        fetch_share(step + 1);
         write_chunk(step - 1);
 
         float scores[32], o_i[32], faded[HEADS];
@@ -195,7 +195,7 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
             publish();
         }
         meet();  // all have written the first head's scores, and their tables, and read what was summed before
-        if (thread == 0) wait_writes(), fetch_c(step + 1);
+        wait_writes(), fetch_c(step + 1);
 
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
@@ -283,11 +283,10 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
             here(state[h][0]), here(weighted);
             if (LATE && h < HEADS - 1) meet();  // all have written the next head's
         }
-        if (is_last(read + step % 2 * 4)) fetch_first(step + 2);
     }
     __syncthreads();
     write_chunk(tile.chunks - 1);
-    if (thread == 0) wait_writes();
+    wait_writes();
     if (AGAIN) return;
     if (threadIdx.x < ALL) store(slots + threadIdx.x * 4, Word(0));
     __syncthreads();

@@ -7,13 +7,17 @@
 // large as one of 128. There is place for one head's scores: the second head's wait in registers, rounded, while the
 // first head's are read. Products and their order are those of a head by itself, so the bits are too. `again`, and a
 // tile's number, count pairs. What is not finite is as in tile_outputs.cu.
+//
+// Each warp asks for a share of the next chunk, a block of 64 columns of a or b, and c of a head or its log-decays: where
+// one thread asked for all, the others stood at the next barrier. Which head of a and b that is, is known from the start.
 
 #include "../../constant_decay/cuda/hopper_tile.cuh"
 #include "../../constant_decay/cuda/hopper_lost.cuh"
 #include "../../constant_decay/cuda/hopper_held.cuh"
 
 constexpr int HEADS = 2;
-constexpr int STAGE = 2 * ROWS_BYTES + HEADS * COLUMNS_BYTES;
+constexpr int STAGE = 2 * ROWS_BYTES + HEADS * COLUMNS_BYTES, BLOCKS = ROWS / 64;
+static_assert(2 * HEADS == WARPS);
 
 extern "C" __global__ void __launch_bounds__(THREADS, AGAIN ? 1 : 2)
 paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
@@ -50,34 +54,35 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
         own.move(h * Tables::BYTES, h * decay_head);
         return own;
     };
-    auto fetch_ab = [&](int step) {
-        if (step >= tile.chunks) return;
-        const Word arrival = arrivals + step % 2 * 8;
-        const int first = tile.first(step), count = tile.count(step);
-        expect(arrival, STAGE + tables(0).bytes(count) + tables(1).bytes(count));
-        tile.head = first_head;
-        fetch<ROWS>(place_a(step), a, tile.chunk(step, a_share), arrival);
-        fetch<ROWS>(place_b(step), b, tile.chunk(step, b_share), arrival);
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) tables(h).fetch(slot(step, h), first, count, arrival);
+    // A warp's share of what is asked for: a block of a or b, whose head is looked up, and c of a head or its log-decays.
+    auto head_ab = [&](int share) { return arrivals + 16 + share * 4; };
+    auto fetch_share = [&](int step) {  // but c, whose place outputs leave from
+        const int share = thread_anew() / 32, own = share % HEADS;
+        if (step >= tile.chunks || thread_anew() % 32) return;
+        const Word arrival = arrivals + step % 2 * 8, to = place_a(step) + share * BLOCK;
+        const int count = tile.count(step), bytes = share < 2 * BLOCKS ? BLOCK : 0;
+        expect(arrival, bytes + (share < HEADS ? COLUMNS_BYTES : tables(own).bytes(count)));
+        const Place place = tile.chunk_of(step, load_word(head_ab(share)), share % BLOCKS * 64);
+        if (share < BLOCKS) fetch<64>(to, a, place, arrival);
+        else if (share < 2 * BLOCKS) fetch<64>(to, b, place, arrival);
+        if (share >= HEADS) tables(own).fetch(slot(step, own), tile.first(step), count, arrival);
     };
     auto fetch_c = [&](int step) {
-        if (step >= tile.chunks) return;
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            tile.head = first_head + h;
-            fetch<COLUMNS>(place_c(step, h), c, tile.chunk(step, c_share), arrivals + step % 2 * 8);
-        }
+        const int own = thread_anew() / 32;
+        if (step >= tile.chunks || thread_anew() % 32 || own >= HEADS) return;
+        const Place place = tile.chunk_of(step, head_of(first_head + own, c_share));
+        fetch<COLUMNS>(place_c(step, own), c, place, arrivals + step % 2 * 8);
     };
     if (AGAIN)
         for (int h = 0; h < HEADS; h++) Lost(all_lost + h * Lost::BYTES).start(state[h]);
+    if (lane == 0) store(head_ab(warp), Word(head_of(first_head, warp >= BLOCKS ? b_share : a_share)));
     if (thread == 0) {
         if (!AGAIN) again[blockIdx.x] = 0;
-        for (int i = 0; i < 2; i++) init_arrival(arrivals + i * 8);
+        for (int i = 0; i < 2; i++) init_arrival(arrivals + i * 8, WARPS);
     }
     publish();
     __syncthreads();
-    if (thread == 0) fetch_ab(0), fetch_c(0);
+    fetch_share(0), fetch_c(0);
 
     // Outputs of a chunk, whose place in shared memory was that of its c.
     auto write_chunk = [&](int step) {
@@ -86,9 +91,8 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
             const Word from = place_c(step, h);
-            tile.head = first_head + h;
             if (count == CHUNK) {
-                if (thread == 0) write<COLUMNS>(o, tile.chunk(step, 1), from);
+                if (thread == 32 * h) write<COLUMNS>(o, tile.chunk_of(step, first_head + h), from);
                 continue;
             }
             for (int i = thread; i < COLUMNS / 8 * count; i += THREADS) {
@@ -132,7 +136,7 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
         }
         meet();  // all have written the outputs of the chunk before, and read its scores
         wait_products<0>();  // for ptxas, which does not see that none is under way
-        if (thread == 0) fetch_ab(step + 1);
+        fetch_share(step + 1);
         write_chunk(step - 1);
 
         float scores[32], o_i[32], faded[HEADS];
@@ -165,7 +169,7 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
         start_from_state(0);
         publish();
         meet();  // all have written the first head's scores, and their tables, and read the outputs of the chunk before
-        if (thread == 0) wait_writes(), fetch_c(step + 1);
+        wait_writes(), fetch_c(step + 1);
 
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
@@ -220,5 +224,5 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
     }
     meet();
     write_chunk(tile.chunks - 1);
-    if (thread == 0) wait_writes();
+    wait_writes();
 }
