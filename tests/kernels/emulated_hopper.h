@@ -199,9 +199,9 @@ inline void wait_arrival(Word arrival, int parity) {
     while ((arrival_at(arrival).flips & 1) == parity) emulator.yield();
 }
 inline bool is_last_of(Word many, Word counter) { return at<Word>(counter)++ % many == many - 1; }
-inline bool is_last(Word counter) {
+inline bool is_last(Word counter, Word many = WARPS * GROUPS) {
     __syncwarp();
-    return thread_number() % 32 == 0 && is_last_of(WARPS * GROUPS, counter);
+    return thread_number() % 32 == 0 && is_last_of(many, counter);
 }
 // Where a number of a block lies, which begins where 1,024 bytes do.
 inline Word swizzled(Word chunk, int row, int column) {

@@ -206,8 +206,8 @@ __device__ __forceinline__ bool is_last_of(Word many, Word counter) {
     asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(counter) : "memory");
     return before % many == many - 1;
 }
-__device__ __forceinline__ bool is_last(Word counter) {
-    return thread_number() % 32 == 0 && is_last_of(WARPS * GROUPS, counter);
+__device__ __forceinline__ bool is_last(Word counter, Word many = WARPS * GROUPS) {
+    return thread_number() % 32 == 0 && is_last_of(many, counter);
 }
 
 // Start to copy a chunk of WIDTH columns: its blocks side by side.
