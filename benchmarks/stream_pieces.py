@@ -2,7 +2,8 @@
 
 Microseconds a piece: of one call over all tokens (its share), of `stream.push` piece by piece, and of `stream.map` with
 a window, where pieces are slices of one tensor or lie apart. `host` is until Python has handed all to the GPU; a CPU
-computes meanwhile. Outputs are compared with those of the one call, with torch.equal.
+computes meanwhile. `graph` is each way captured in a CUDA graph and replayed: the GPU's part, without the host. Outputs
+are compared with those of the one call, with torch.equal.
 """
 
 from __future__ import annotations
@@ -41,6 +42,24 @@ def timed(run: Callable[[], object], rounds: int, pieces: int) -> dict[str, floa
     return {"host": round(statistics.median(hosts), 2), "all": round(statistics.median(totals), 2)}
 
 
+def captured(way: Callable[[], list[Tensor]], expected: Tensor, rounds: int, pieces: int) -> tuple[float, bool]:
+    """Of a CUDA graph of `way`, whose kernels other runs have made: microseconds a piece, and whether what it writes is
+    what is expected."""
+    graph, (begin, end) = torch.cuda.CUDAGraph(), (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.graph(graph):
+        outputs = way()
+    for o in outputs:
+        o.zero_()
+    times = []
+    for _ in range(rounds + 2):
+        begin.record()
+        graph.replay()
+        end.record()
+        waited()
+        times.append(1e3 * begin.elapsed_time(end) / pieces)
+    return round(statistics.median(times[2:]), 2), torch.equal(torch.cat(outputs, 2), expected)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2**20)
@@ -60,8 +79,8 @@ def main() -> None:
     slices: Pieces = list(zip(*(x.split(options.piece, 2) for x in (q, k, v)), strict=True))
     apart: Pieces = [tuple(x.clone() for x in piece) for piece in slices]
 
-    def one_call() -> Tensor:
-        return leetdist.linear_attention(q, k, v, log_decay, method="block", tile=options.tile)
+    def one_call() -> list[Tensor]:
+        return [leetdist.linear_attention(q, k, v, log_decay, method="block", tile=options.tile)]
 
     def pushed() -> list[Tensor]:
         stream = leetdist.stream(log_decay, tile=options.tile)
@@ -71,22 +90,31 @@ def main() -> None:
         return list(leetdist.stream(log_decay, tile=options.tile).map(pieces, window=options.window))
 
     ways: dict[str, Callable[[], list[Tensor]]] = {
+        "one call": one_call,
         "push": pushed,
         "map, slices": lambda: mapped(slices),
         "map, apart": lambda: mapped(apart),
     }
     with torch.no_grad():
-        expected = one_call()
-        same = {name: torch.equal(torch.cat(way(), 2), expected) for name, way in ways.items()}
-        found = {"one call": timed(one_call, options.rounds, len(slices))}
-        found |= {name: timed(way, options.rounds, len(slices)) for name, way in ways.items()}
+        (expected,) = one_call()
+        same, found = {}, {}
+        for name, way in ways.items():
+            same[name] = torch.equal(torch.cat(way(), 2), expected)
+            found[name] = timed(way, options.rounds, len(slices))
+            if device == "cuda":
+                found[name]["graph"], again = captured(way, expected, options.rounds, len(slices))
+                same[name] = same[name] and again
+    measures = [measure for measure in ("all", "graph") if measure in found["one call"]]
     names = ("tokens", "piece", "heads", "dim", "tile", "window", "dtype", "rounds")
     result = {
         "command": "python benchmarks/stream_pieces.py " + " ".join(f"--{x} {getattr(options, x)}" for x in names),
         "machine": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "microseconds a piece": found,
-        "times one call": {name: round(x["all"] / found["one call"]["all"], 3) for name, x in found.items()},
+        "times one call": {
+            name: {measure: round(x[measure] / found["one call"][measure], 3) for measure in measures}
+            for name, x in found.items()
+        },
         "bits of one call": same,
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
