@@ -18,7 +18,7 @@ from leetdist.inference.checks import check_count, check_decay, check_options, c
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, into_open_tile, no_tokens, on_its_grid, run
-from leetdist.inference.windows import Windows, lengths_if_alike
+from leetdist.inference.windows import Windows, as_one, copied, lengths_if_alike, whole_tiles_apart
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
 
@@ -183,9 +183,9 @@ class Stream:
         """The outputs of each piece in turn. A piece may be overwritten once the next one is asked for.
 
         window: tokens that may wait, for short pieces of a long sequence that need not have their outputs at once: from
-        so many on they are computed together, in one call up to the end of a tile. Each piece must stay as it is until
-        its outputs are given; pieces that lie one behind the other in memory, as slices of one tensor do, are not
-        copied. `state` and `tokens` are of what is computed. Of pieces in host memory and under a group there is none.
+        so many on they are computed in one call, up to the end of a tile. Each piece must stay as it is until its
+        outputs are given. Slices of one tensor are not copied, and on Hopper nor are up to 128 pieces of the same
+        strides (a decay a head). `state` and `tokens` are of what is computed. Not for host memory, nor under a group.
         """
         pieces = iter(pieces)
         if window is not None:
@@ -210,7 +210,7 @@ class Stream:
         if self.device is not None and isinstance(q, Tensor) and q.device != self.device:
             raise ValueError(f"window must be None for pieces that are not on {self.device}, where they are computed")
 
-        windows = Windows(self._check_all, self._advance, window, self._tile, self._lead)
+        windows = Windows(self._check_all, self._advance_all, window, self._tile, self._lead)
         yield from windows.map(chain([first], pieces))
 
     def _check_all(self, pieces: list[Piece]) -> list[int]:
@@ -257,6 +257,16 @@ class Stream:
         parts = zip(*(x.split_with_sizes([length for length, _ in ways], 2) for x in piece), strict=True)
         outputs = [way(part) for (_, way), part in zip(ways, parts, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+    def _advance_all(self, pieces: list[Piece], lengths: list[int]) -> Tensor:
+        """Of pieces of so many tokens, which are checked, as of one."""
+        columns = list(zip(*pieces, strict=True))
+        whole = [as_one(x, lengths) for x in columns]
+        apart = not self._open and any(x is None for x in whole)
+        if apart and (found := whole_tiles_apart(self.state, columns, lengths)) is not None:
+            self._now(found[1])
+            return found[0]
+        return self._advance(*(copied(x) if y is None else y for x, y in zip(columns, whole, strict=True)))
 
     def _whole_tiles(self, piece: Piece) -> Tensor:
         state = self.state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from operator import attrgetter
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from leetdist.inference.staging import token_major
+from leetdist.inference.state import State
 
 Piece = tuple[Tensor, ...]  # q, k, v and, of a decay a token, log_decay
 
 
 class Windows:
-    """Pieces on their way through `compute`, which takes them from `window` tokens on that wait.
+    """Pieces on their way through `compute`, which takes them, and their tokens, from `window` tokens on that wait.
 
     What is computed then ends with the last whole tile among them, if there is one: lead() tokens are up to the end of
     the tile that is open, of `tile` tokens. Pieces are looked at together, as far as they can be: `check` takes those
@@ -26,7 +28,7 @@ class Windows:
     def __init__(
         self,
         check: Callable[[list[Piece]], list[int]],
-        compute: Callable[..., Tensor],
+        compute: Callable[[list[Piece], list[int]], Tensor],
         window: int,
         tile: int,
         lead: Callable[[], int],
@@ -72,7 +74,7 @@ class Windows:
             lengths.append(begins)
             self.waiting[0] = tuple(x[:, :, begins:] for x in self.waiting[0])
             self.lengths[0] -= begins
-        o = self.compute(*(joined(x, lengths) for x in zip(*parts, strict=True)))
+        o = self.compute(parts, lengths)
         # No views to autograd, so that each is its owner's to change.
         outputs = list(torch.unsafe_split_with_sizes(o, lengths, 2))
         if self.begun:
@@ -112,9 +114,30 @@ _SHAPE = attrgetter("shape")
 _FACTS = attrgetter("dtype", "device", "layout", "is_nested")
 
 
-def joined(parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-    """Tensors (B, H, n, ...) of so many tokens behind each other: without a copy where they lie so in memory, as slices
-    of one do."""
+def whole_tiles_apart(
+    state: State, columns: Sequence[Sequence[Tensor]], lengths: Sequence[int]
+) -> tuple[Tensor, State] | None:
+    """The outputs of pieces that are whole tiles together, read wherever each of them lies, and the state after them;
+    None where pieces or kernels are others. columns: q, k and v of the pieces."""
+    tokens = sum(lengths)
+    if len(columns) != 3 or state.method != "block" or tokens % state.tile:
+        return None
+    found = state.opened.whole_tiles(columns, lengths, state.boundary, state.log_decay, state.scale)
+    if found is None:
+        return None
+    o, boundary = found
+    return o, replace(state, boundary=boundary, tokens=state.tokens + tokens)
+
+
+def copied(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (B, H, n, ...) behind each other."""
+    if parts[0].ndim == 4 and token_major(parts[0]):
+        return torch.cat(_dense([x.transpose(1, 2) for x in parts]), 1).transpose(1, 2)
+    return torch.cat(_dense(list(parts)), 2)
+
+
+def as_one(parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor | None:
+    """Tensors (B, H, n, ...) of so many tokens that lie behind each other in memory, as slices of one do; else None."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -128,9 +151,7 @@ def joined(parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         inside = begin + extent * first.element_size() <= memory.data_ptr() + memory.nbytes()
         if inside and list(map(Tensor.data_ptr, parts)) == begins:
             return first.as_strided(shape, first.stride(), first.storage_offset())
-    if first.ndim == 4 and token_major(first):
-        return torch.cat(_dense([x.transpose(1, 2) for x in parts]), 1).transpose(1, 2)
-    return torch.cat(_dense(list(parts)), 2)
+    return None
 
 
 def _dense(parts: list[Tensor]) -> list[Tensor]:
@@ -140,4 +161,4 @@ def _dense(parts: list[Tensor]) -> list[Tensor]:
     return [x.contiguous() for x in parts] if len(parts) - 2 <= sum(dense) < len(parts) else parts
 
 
-__all__ = ["Windows", "joined", "lengths_if_alike"]
+__all__ = ["Windows", "as_one", "copied", "lengths_if_alike", "whole_tiles_apart"]

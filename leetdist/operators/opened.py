@@ -8,6 +8,7 @@ composed of those kernels; a module may have an `open_steps` of its own, that is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,24 @@ class Opened:
             reverse=False, scale=scale, state_scale=scale, out_dtype=self.dtype,
         )  # fmt: skip
         return o
+
+    def whole_tiles(
+        self,
+        columns: Sequence[Sequence[Tensor]],
+        lengths: Sequence[int],
+        start: Tensor,
+        log_decay: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor] | None:
+        """o of whole tiles, of which q, k and v are in pieces of so many tokens, from the state before them, and the
+        state after them; None where the module does not read them where they lie."""
+        way = getattr(self.module, "whole_tiles", None)
+        if way is None:
+            return None
+        found: tuple[Tensor, Tensor] | None = way(
+            columns, lengths, start, log_decay, self._tiles(sum(lengths)), fold=self.kernels.fold, scale=scale
+        )
+        return found
 
     def advance(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 import leetdist
 from leetdist.engine.checks import METHODS, ONE_DEVICE
 from leetdist.inference.state import State
-from leetdist.inference.windows import joined
+from leetdist.inference.windows import as_one, copied
 from leetdist.sequence.grid import default_tile
 
 H, DK, DV = 4, 16, 24
@@ -113,12 +113,14 @@ def test_pieces_that_may_wait_give_the_bits_of_one_call(data: st.DataObject) -> 
 def test_slices_of_one_tensor_are_joined_without_a_copy() -> None:
     x = torch.randn(2, 100, H, DK).transpose(1, 2)[:, 1:, 10:]
     parts = x.split(30, 2)
-    whole = joined(parts, [x.shape[2] for x in parts])
+    whole = as_one(parts, [x.shape[2] for x in parts])
+    assert whole is not None
     assert whole.data_ptr() == x.data_ptr()
     assert torch.equal(whole, x)
     negative = torch._neg_view(parts[1])  # the same memory, and other numbers
     for others in ((parts[0], parts[2]), (parts[0], parts[1].clone()), (parts[1], parts[1]), (parts[0], negative)):
-        found = joined(others, [x.shape[2] for x in others])
+        assert as_one(others, [x.shape[2] for x in others]) is None
+        found = copied(others)
         assert torch.equal(found, torch.cat(others, 2))
         assert found.stride(1) < found.stride(2)  # its layout stays
 
@@ -127,7 +129,8 @@ def test_storages_that_begin_at_one_place_are_not_one() -> None:
     """NumPy's slices come with as much memory as they have, the first with too little for what lies behind it."""
     array = torch.randn(1, 1, 64, 8).numpy()
     parts = torch.from_numpy(array[:, :, :16]), torch.from_numpy(array)[:, :, 16:]
-    assert torch.equal(joined(parts, [16, 48]), torch.from_numpy(array))
+    assert as_one(parts, [16, 48]) is None
+    assert torch.equal(copied(parts), torch.from_numpy(array))
 
 
 def test_a_nested_piece_is_refused() -> None:

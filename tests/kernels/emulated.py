@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from leetdist.kernels.common import loader, tensor_map
-from leetdist.kernels.constant_decay.cuda import grouped, hopper, open_chunk, rows
+from leetdist.kernels.constant_decay.cuda import grouped, hopper, open_chunk, pieces, rows
 from leetdist.kernels.token_decay.cuda import shared, shared_gradients
 
 HERE = Path(__file__).parent
@@ -81,6 +81,13 @@ def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[
     return made
 
 
+def near() -> None:
+    """Tensors that are made from here on lie in one heap, near enough to each other for one map of all pieces."""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("needs glibc")
+    ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+
+
 @contextmanager
 def emulated(multiprocessors: int = 132) -> Iterator[None]:
     """`hopper`'s functions run on CPU tensors."""
@@ -97,6 +104,6 @@ def emulated(multiprocessors: int = 132) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for module in (grouped, hopper, open_chunk, rows, shared, shared_gradients):
+    for module in (grouped, hopper, open_chunk, pieces, rows, shared, shared_gradients):
         module._kernel.cache_clear()
     open_chunk._rows.cache_clear()

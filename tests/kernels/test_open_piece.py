@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import emulated, library_of
+from emulated import emulated, library_of, near
 from test_open_chunk import ON_A_GPU, TILE, draw, keeps, one_call
 from torch import Tensor
 
@@ -30,9 +30,13 @@ replay = pytest.importorskip("leetdist.kernels.common.replay")
 
 
 def fold(states: Tensor, initial: Tensor, g: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:
-    """The state after one tile: as a fused product and sum. g: decays, or of a decay a token what is kept."""
-    keep = (g if g.ndim == 3 else keeps(g, tiles))[..., 0, None, None]
-    return (initial.double() * keep.double() + states[:, :, 0].double()).float()
+    """The state after the tiles, and those at their starts in place: as fused products and sums. g: decays, or of a
+    decay a token what is kept."""
+    keep = (g if g.ndim == 3 else keeps(g, tiles)).double()
+    for tile in range(tiles.count):
+        after = (initial.double() * keep[..., tile, None, None] + states[:, :, tile].double()).float()
+        states[:, :, tile], initial = initial, after
+    return initial
 
 
 class Driver:
@@ -99,6 +103,31 @@ def test_pieces_of_one_length_repeat_their_launches(driver: Driver, token: bool)
     assert torch.equal(again, expected[:, :, 140:200])
     assert any(kept is not None for kept in replay._kinds.values())
     assert None not in replay._kinds.values()
+
+
+@pytest.mark.parametrize(("batch", "token_major", "lengths"), [(1, False, 100), (2, True, 150)])
+def test_pieces_that_lie_apart_are_read_where_they_lie(
+    driver: Driver, batch: int, token_major: bool, lengths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole tiles of them, with the bits of one call; what is left of the last ones is laid out as ever."""
+    near()
+    *tensors, g = draw("cpu", batch, 2 * TILE + 50, 64, 64, torch.bfloat16, False)
+    expected = one_call(*tensors, g, 0.3)
+    apart = [tuple(x.clone() for x in piece) for piece in zip(*(x.split(lengths, 2) for x in tensors), strict=True)]
+    if token_major:
+        apart = [tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in piece) for piece in apart]
+    seen, in_place = [], open_chunk.in_place
+
+    def watched(columns: Any, lengths: list[int]) -> Any:
+        seen.append(sum(lengths))
+        return in_place(columns, lengths)
+
+    monkeypatch.setattr(open_chunk, "in_place", watched)
+    stream = leetdist.stream(g, scale=0.3, tile=TILE)
+    outputs = list(stream.map(apart, window=2 * TILE))
+    assert torch.equal(torch.cat(outputs, 2), expected)
+    assert seen == [2 * TILE]
+    assert stream.tokens == 2 * TILE + 50
 
 
 @pytest.mark.real_empty

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import address_of, are_zeros, empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tensor_map import MAP_BYTES, TensorMap, tensor_map
 from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.constant_decay.cuda.pieces import InPieces
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
 THREADS = 128  # of a warpgroup
@@ -33,10 +35,12 @@ CHUNK_OUTPUTS = "chunk_outputs"  # of tiles of one chunk that begin from zero
 CHUNK = 64  # tokens
 ONWARD = "tile_states onward"  # the compilation of tile_states.cu that goes on from a state
 
+Operand: TypeAlias = "Tensor | InPieces"
+
 
 def tile_states(
-    b: Tensor,
-    c: Tensor,
+    b: Operand,
+    c: Operand,
     log_decay: Tensor,
     tiles: Tiles,
     *,
@@ -45,20 +49,23 @@ def tile_states(
     to_end: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_states."""
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_states. InPieces, with `out`, are k and v."""
     if out is None:
+        assert isinstance(b, Tensor)
+        assert isinstance(c, Tensor)
         out = empty_states(b, c, log_decay, tiles)
     if not out.numel():
         return out
     heads, token = heads_of(log_decay), log_decay.ndim == 3
     programs = b.shape[0] * heads * tiles.count
     size, kept = (b.shape[3], c.shape[3]), []  # type: ignore[var-annotated]
-    operands = *_operand(b, heads, kept), *_operand(c, heads, kept)
+    operands, pieces = (*_operand(b, heads, kept), *_operand(c, heads, kept)), _pieces(b)
     for part in parts(programs, *size, _multiprocessors(c.device)):
-        launch = _kernel("tile_states", size, part, b.dtype, False, reverse, token, b.device)
+        launch = _kernel("tile_states", size, part, b.dtype, False, reverse, token, b.device, pieces=bool(pieces))
         launch(
             (programs * part.splits,), THREADS * part.groups, *operands, out.data_ptr(), out.stride(2),
             *_tiles(tiles, log_decay, part.splits, b, c), tiles.unread(reverse, to_end), float(scale),
+            *pieces,
         )  # fmt: skip
     return out
 
@@ -99,9 +106,9 @@ def onward(
 
 
 def tile_outputs(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
+    a: Operand,
+    b: Operand,
+    c: Operand,
     states: Tensor,
     log_decay: Tensor,
     tiles: Tiles,
@@ -115,8 +122,11 @@ def tile_outputs(
     high: bool = False,
 ) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs. onto: as `out`, in fp32: the outputs are added to
-    it before they are rounded. high: the state and the scores are two 16-bit numbers each, of a decay a head."""
+    it before they are rounded. high: the state and the scores are two 16-bit numbers each, of a decay a head. InPieces,
+    with `out`, are q, k and v."""
     if out is None:
+        assert isinstance(a, Tensor)
+        assert isinstance(c, Tensor)
         out = empty_outputs(a, c, log_decay, out_dtype)
     if not out.numel():
         return out
@@ -126,7 +136,7 @@ def tile_outputs(
     if not wide and _map(out) is None:
         target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
     size, processors = (a.shape[3], c.shape[3]), _multiprocessors(c.device)
-    operands = *_operand(a, heads, kept), *_operand(b, heads, kept), *_operand(c, heads, kept)
+    operands, pieces = tuple(x for own in (a, b, c) for x in _operand(own, heads, kept)), _pieces(a)
     place = bytes(MAP_BYTES) if wide else _map(target)  # wide outputs use no map
     places = place, target.data_ptr(), *target.stride()[:3]
     if onto is None and not high and are_zeros(states) and walks_chunks(*size):
@@ -146,9 +156,12 @@ def tile_outputs(
             *operands, address_of(states), *states.stride(), *places, *_tiles(tiles, log_decay, part.splits, a, b, c),
             float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
             *(() if onto is None else (onto.data_ptr(), *onto.stride()[:3])),
+            *pieces,
         )  # fmt: skip
         for name in OUTPUTS:
-            launch = _kernel(name, size, part, a.dtype, wide, reverse, token, a.device, onto is not None, high)
+            launch = _kernel(
+                name, size, part, a.dtype, wide, reverse, token, a.device, onto is not None, high, bool(pieces)
+            )
             launch((blocks,), THREADS * part.groups, *arguments)
     if target is not out:
         out.copy_(target)
@@ -287,10 +300,11 @@ def defines(
     first: int = 0,
     onto: bool = False,
     high: bool = False,
+    pieces: bool = False,
 ) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with; `wide`: for outputs in fp32; `token`: for a decay a token; `size`: the state's
     rows and columns, where blocks have not as many; `first`: of their columns; `onto`: for outputs that are added to
-    others; `high`: as of `tile_outputs`."""
+    others; `high`: as of `tile_outputs`; `pieces`: for InPieces."""
     made: tuple[tuple[str, int], ...] = (
         ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
         ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name in (AGAIN, CHUNK_OUTPUTS))),
@@ -299,7 +313,7 @@ def defines(
     made += (("STATE_ROWS", own_rows),) * (own_rows < rows)
     cut = size is not None and (first > 0 or own_columns % (groups * columns) > 0)
     made += (("STATE_COLUMNS", own_columns),) * cut + (("FIRST", first),) * (first > 0)
-    made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high
+    made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high + (("PIECES", 1),) * pieces
     return made + (("TOKEN", 1),) * token + (("ONWARD", 1),) * (name == ONWARD)
 
 
@@ -315,16 +329,19 @@ def _kernel(
     device: torch.device,
     onto: bool = False,
     high: bool = False,
+    pieces: bool = False,
 ) -> loader.Kernel:
     """size: the state's rows and columns."""
     held = walked_rows(size[0]), part.columns, part.groups
-    made = defines(name, *held, dtype, wide, reverse, token, size=size, first=part.first, onto=onto, high=high)
+    made = defines(
+        name, *held, dtype, wide, reverse, token, size=size, first=part.first, onto=onto, high=high, pieces=pieces
+    )  # fmt: skip
     memory = shared_memory(name, *held, token, high)
     step = name.split()[0]
     return loader.kernel(f"constant_decay/cuda/{step}.cu", step, device, made, shared_memory=memory, features="a")
 
 
-def _tiles(tiles: Tiles, log_decay: Tensor, splits: int, *operands: Tensor) -> tuple[int, ...]:
+def _tiles(tiles: Tiles, log_decay: Tensor, splits: int, *operands: Operand) -> tuple[int, ...]:
     """Where the tiles are, and the decays; of a decay a token also how many heads share an operand at most."""
     heads, table = heads_of(log_decay), 0 if tiles.regular else tiles.table(log_decay.device).data_ptr()
     found = log_decay.data_ptr(), table, heads, tiles.count, tiles.size, tiles.num_tokens, splits
@@ -333,9 +350,16 @@ def _tiles(tiles: Tiles, log_decay: Tensor, splits: int, *operands: Tensor) -> t
     return *found, *log_decay.stride()[:2], max(heads // x.shape[1] for x in operands)
 
 
-def _operand(x: Tensor, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:
+def _pieces(x: Operand) -> tuple[int, ...]:
+    """What a kernel is told of chunks in pieces."""
+    return (x.chunks.data_ptr(),) if isinstance(x, InPieces) else ()
+
+
+def _operand(x: Operand, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:
     """The map of x, or of a copy that has one, and how many heads share one of x's. A copy joins `kept`, for its memory
     is another's as soon as nobody holds it."""
+    if isinstance(x, InPieces):
+        return x.map, heads // x.shape[1]
     found = _map(x)
     if found is None:
         x = x.clone(memory_format=torch.contiguous_format)

@@ -19,7 +19,7 @@
 //
 // Compile with -DROWS=32|64|...|256 -DCOLUMNS=64|128 (of a warpgroup; 64 with more than 128 rows) -DREVERSE=0|1, where
 // the state is smaller -DSTATE_ROWS and -DSTATE_COLUMNS (of all blocks), where another launch has the columns before it
-// -DFIRST, and what hopper.cuh wants.
+// -DFIRST, for operands in pieces -DPIECES=1, and what hopper.cuh wants.
 
 #include "hopper.cuh"
 
@@ -108,6 +108,21 @@ struct Tile {
         return {column, start + first(step), own_head, batch};
     }
 };
+
+#ifndef PIECES
+#define PIECES 0
+#endif
+#if PIECES  // q, k and v lie in pieces (pieces.cu): of each chunk of the row its token there, and where each of them is
+#define PIECES_ , const int *pieces
+__device__ __forceinline__ Place in_piece(Place at, const int* chunk, int operand) {
+    return {at.column, chunk[0], at.head, chunk[1 + operand]};
+}
+#define IN_PIECE(at, operand) \
+    in_piece(at, pieces + 4 * (at.batch * ((tokens + CHUNK - 1) / CHUNK) + at.token / CHUNK), operand)
+#else
+#define PIECES_
+#define IN_PIECE(at, operand) at
+#endif
 
 // What rounding two numbers to x has left of them, rounded.
 __device__ __forceinline__ Word rest(float low, float high, Word x) {

@@ -6,7 +6,7 @@ log-decays (B, H, n) those of a decay a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -19,6 +19,7 @@ from leetdist.kernels.common import loader
 from leetdist.kernels.common.open_tiles import OpenTiles
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda.pieces import in_place
 
 CHUNK = 64  # tokens
 MOST = 8  # tokens of a call
@@ -165,6 +166,38 @@ def _open_piece(
     if own is not None:
         hopper.onward(laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full)
     return o, after_k, after_v, after_decay, after_total
+
+
+def whole_tiles(
+    columns: Sequence[Sequence[Tensor]],
+    lengths: Sequence[int],
+    start: Tensor,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    fold: Callable[..., Tensor | None],
+    scale: float,
+) -> tuple[Tensor, Tensor] | None:
+    """o of the tiles, (B, H, N, Dv), from the state before them, and the state after them. columns: q, k and v in
+    pieces of so many tokens, which are read where they lie; None where they cannot be."""
+    laid = in_place(columns, lengths)
+    if laid is None:
+        return None
+    (q, k, v), like = laid, columns[0][0]
+    (batch, heads, *_), tokens = start.shape, tiles.num_tokens
+    states = start.new_empty(batch, heads, tiles.count, *start.shape[2:])
+    hopper.tile_states(k, v, log_decay, tiles, reverse=False, out=states)
+    after = fold(states, start, log_decay, tiles, reverse=False)
+    assert after is not None
+    if like.stride(1) < like.stride(2):
+        o = like.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
+    else:
+        o = like.new_empty(batch, heads, tokens, v.shape[3])
+    hopper.tile_outputs(
+        q, k, v, states, log_decay, tiles,
+        reverse=False, scale=scale, state_scale=scale, out_dtype=o.dtype, out=o,
+    )  # fmt: skip
+    return o, after
 
 
 def open_steps(

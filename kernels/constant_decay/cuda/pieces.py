@@ -1,0 +1,116 @@
+"""Pieces of a row that lie apart, read where they are: of each of q, k and v one map of the copy engine, which has all
+of its pieces in it, and a table that says where in it each chunk is (pieces.cu)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+from leetdist.kernels.common import loader
+from leetdist.kernels.common.tensor_map import TensorMap, tensor_map
+from leetdist.kernels.common.tiles import ceil_div
+
+CHUNK = 64  # tokens
+MOST = 128  # pieces, whose addresses are arguments of a launch
+FARTHEST = 2**31 - CHUNK  # coordinate of a map
+UNIT = 512  # bytes that a map counts in, where allocators begin; or a part of them
+
+
+@dataclass(frozen=True, eq=False)
+class InPieces:
+    """q, k or v (batch, heads, tokens, dim) in pieces, of which `map` is the map. chunks: (batch, chunks, 4) int32, of
+    each chunk its token in a piece, and where on the map's first axis the pieces of q, k and v are. held: memory that
+    they are in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    map: TensorMap
+    chunks: Tensor
+    held: Tensor
+
+
+def in_place(columns: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> tuple[InPieces, ...] | None:
+    """q, k and v of pieces of so many tokens, of which nothing but the chunks that lie in several is copied; None where
+    the copy engine does not know such pieces."""
+    slots = max(lengths, default=0) // CHUNK
+    if not slots or len(lengths) > MOST:
+        return None
+    laid = [_Operand.of(column, slots * CHUNK) for column in columns]
+    operands = [x for x in laid if x is not None]
+    if len(operands) < len(laid):
+        return None
+    first, tokens = columns[0][0], sum(lengths)
+    batch = first.shape[0]
+    chunks = torch.empty(batch, ceil_div(tokens, CHUNK), 4, dtype=torch.int32, device=first.device)
+    begins = list(accumulate(lengths, initial=0))
+    given = struct.pack(
+        f"={MOST + 2}i{3 * MOST}q", *begins, *[0] * (MOST + 2 - len(begins)),
+        *chain.from_iterable((*x.addresses, *[0] * (MOST - len(lengths))) for x in operands),
+    )  # fmt: skip
+    launch = _kernel(first.device)
+    launch(
+        (len(lengths) + 1, batch * sum(column[0].shape[1] for column in columns)), 256,
+        given, len(lengths), tokens, slots, chunks.data_ptr(), *chain.from_iterable(x.arguments for x in operands),
+    )  # fmt: skip
+    return tuple(
+        InPieces((*x.shape[:2], tokens, x.shape[3]), x.dtype, first.device, x.map, chunks, x.beside) for x in operands
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Operand:
+    """One of q, k and v: its pieces' addresses, and what the kernel is told of it."""
+
+    addresses: list[int]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    map: TensorMap
+    beside: Tensor
+    arguments: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Tensor], room: int) -> _Operand | None:
+        """room: tokens that one tensor of the pieces' strides holds of chunks in several."""
+        first, strides = max(pieces, key=lambda x: x.shape[2]), set(map(Tensor.stride, pieces))
+        shape, number = first.shape, first.element_size()
+        (*steps, one) = first.stride()
+        if len(strides) > 1 or any(map(Tensor.is_neg, pieces)) or one != 1 or shape[3] % 8:
+            return None
+        extent = 1 + sum((size - 1) * step for size, step in zip(shape, first.stride(), strict=True))
+        if extent > 2 * first.numel():  # slices of longer tensors: chunks beside them would take as much memory
+            return None
+        apart = ceil_div(number * extent, UNIT) * UNIT
+        beside = first.new_empty(ceil_div(len(pieces) * CHUNK, room) * apart // number)
+        addresses = list(map(Tensor.data_ptr, pieces))
+        base = min(*addresses, beside.data_ptr())
+        reach = max(*addresses, beside.data_ptr() + beside.nbytes) - base + (shape[0] - 1) * steps[0] * number
+        every = UNIT | apart | (steps[0] * number if shape[0] > 1 else 0) | (beside.data_ptr() - base)
+        for address in addresses:
+            every |= address - base
+        unit = every & -every
+        if unit % 16 or reach // unit > FARTHEST:
+            return None
+        everywhere = torch.Size((FARTHEST, *shape[1:]))
+        found = tensor_map(base, (first.dtype, everywhere, (unit // number, *steps[1:], 1)))
+        if found is None:
+            return None
+        arguments = (
+            *steps, shape[1], shape[3], base, unit // number, beside.data_ptr(), apart // number
+        )  # fmt: skip
+        return cls(addresses, tuple(shape), first.dtype, found, beside, arguments)
+
+
+@cache
+def _kernel(device: torch.device) -> loader.Kernel:
+    made = ("HALF", 0), ("GROUPS", 1), ("MOST", MOST)  # numbers are copied as bits
+    return loader.kernel("constant_decay/cuda/pieces.cu", "pieces", device, made, shared_memory=0, features="a")
+
+
+__all__ = ["InPieces", "in_place"]

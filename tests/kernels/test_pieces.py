@@ -1,0 +1,106 @@
+"""Pieces of a row read where they lie, by the kernels for Hopper: emulated on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import emulated, near
+from test_open_chunk import ON_A_GPU, TILE, draw
+from torch import Tensor
+
+from helpers import NVCC, ptxas_report
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.cuda import hopper, pieces
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, ON_A_GPU])])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "emulated":
+        near()
+    with emulated() if request.param == "emulated" else nullcontext():
+        yield "cuda" if request.param == "cuda" else "cpu"
+
+
+def apart(x: Tensor, lengths: list[int], room: int, token_major: bool) -> list[Tensor]:
+    """Each piece in memory of its own, among NaNs, with the strides of one of `room` tokens."""
+    pieces = []
+    for part in x.split(lengths, 2):
+        batch, heads, tokens, dim = part.shape
+        shape = (batch, room, heads, dim) if token_major else (batch, heads, room, dim)
+        memory = torch.full(shape, torch.nan, dtype=x.dtype, device=x.device)
+        place = (memory.transpose(1, 2) if token_major else memory)[:, :, :tokens]
+        pieces.append(place.copy_(part))
+    return pieces
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype", "batch", "token_major"),
+    [(64, 64, BF16, 2, False), (64, 128, FP16, 1, True), (128, 128, BF16, 2, True), (256, 64, BF16, 1, False)],
+)
+def test_bits_are_those_of_one_tensor(
+    device: str, rows: int, columns: int, dtype: torch.dtype, batch: int, token_major: bool
+) -> None:
+    """Of any lengths: chunks of many pieces, pieces of many chunks, ends on the grid of chunks."""
+    *tensors, g = draw(device, batch, 3 * TILE, rows, columns, dtype, False)
+    lengths = [64, 70, 5, 3, 1, 87, 26]
+    random.shuffle(lengths)
+    lengths.append(3 * TILE - sum(lengths))
+    parts = [apart(x, lengths, 144, token_major) for x in tensors]  # which live as long as they are read
+    laid = pieces.in_place(parts, lengths)
+    assert laid is not None
+    tiles, results = Tiles(TILE, (0, 3 * TILE)), []
+    for q, k, v in (tensors, laid):
+        states = torch.full((batch, 2, 3, rows, columns), torch.nan, device=device)
+        hopper.tile_states(k, v, g, tiles, reverse=False, out=states)
+        o = torch.full_like(tensors[2], torch.nan)
+        options = {"scale": 0.3, "state_scale": 0.3, "out_dtype": dtype, "out": o}
+        hopper.tile_outputs(q, k, v, states, g, tiles, reverse=False, **options)
+        results.append((states, o))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_pieces_that_no_map_knows(device: str) -> None:
+    """Are left to those who copy them: of other strides, of odd places, slices of long tensors, or too many."""
+    *tensors, _ = draw(device, 1, 2 * TILE, 64, 64, BF16, False)
+    lengths = [100, 156]
+    parts = [apart(x, lengths, 160, False) for x in tensors]
+    assert pieces.in_place(parts, lengths) is not None
+    for wrong in (
+        [x.contiguous() for x in parts[0]],
+        [torch._neg_view(x) for x in parts[0]],
+        [x.new_empty(x.numel() + 1)[1:].view(x.shape) for x in parts[0]],
+        [x.repeat_interleave(2, 3)[..., ::2] for x in parts[0]],
+        [x.new_empty(1, 2, 1000, 64)[:, :, : x.shape[2]] for x in parts[0]],
+    ):
+        assert pieces.in_place([wrong, *parts[1:]], lengths) is None
+    short = [16] * (pieces.MOST + 1)
+    assert pieces.in_place([[x[:, :, :16] for _ in short] for x in tensors], short) is None
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("rows", "columns", "groups", "dtype"), [(128, 128, 1, BF16), (128, 128, 1, FP16), (256, 64, 2, BF16)]
+)
+@pytest.mark.parametrize("name", ["tile_states", "tile_outputs"])
+def test_compiles_and_fits(name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    made = hopper.defines(name, rows, columns, groups, dtype, False, False, pieces=True)
+    said = ptxas_report(f"constant_decay/cuda/{name}.cu", "sm_90a", made, tmp_path)
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    assert spilled, said
+    assert int(spilled[1]) <= 32, said
+    assert "serialized" not in said, said
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_the_table_compiles(tmp_path: Path) -> None:
+    made = ("HALF", 0), ("GROUPS", 1), ("MOST", pieces.MOST)
+    assert "0 bytes spill stores" in ptxas_report("constant_decay/cuda/pieces.cu", "sm_90a", made, tmp_path)
