@@ -61,9 +61,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """`stream` on CPU tensors computes with the kernels for Hopper, whose launches are recorded and repeated."""
     kernels: Any = SimpleNamespace(tile_outputs=hopper.tile_outputs, tile_states=hopper.tile_states, fold=fold)
 
-    def known(problem: Any, *_: Any) -> opened.Opened:
+    def known(problem: Any, tile: int, *_: Any) -> opened.Opened:
         token = problem.operator == "token_decay"
-        return opened.Opened(kernels, by_token if token else open_chunk, TILE, open_chunk.CHUNK, problem.dtype)
+        return opened.Opened(kernels, by_token if token else open_chunk, tile, open_chunk.CHUNK, problem.dtype)
 
     driver = Driver()
     with ExitStack() as stack:
@@ -103,6 +103,23 @@ def test_pieces_of_one_length_repeat_their_launches(driver: Driver, token: bool)
     assert torch.equal(again, expected[:, :, 140:200])
     assert any(kept is not None for kept in replay._kinds.values())
     assert None not in replay._kinds.values()
+
+
+@pytest.mark.parametrize("token", [False, True])
+@pytest.mark.parametrize(("rows", "multiprocessors"), [(64, 5), (128, 7), (256, 4)])
+def test_outputs_of_a_long_piece_are_walked_in_parts(
+    driver: Driver, token: bool, rows: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several chunks, each from the state that the states' walk passed there; the last part may be empty."""
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: multiprocessors)
+    *tensors, g = draw("cpu", 1, 500, rows, 64, torch.bfloat16, token)
+    kernels: Any = hopper if not token else by_token
+    expected = kernels.tile_outputs(
+        *tensors, torch.zeros(1, 2, 1, rows, 64), g, Tiles(512, (0, 500)),
+        reverse=False, scale=0.3, state_scale=0.3, out_dtype=torch.bfloat16,
+    )  # fmt: skip
+    stream = leetdist.stream(None if token else g, scale=0.3, tile=512)
+    assert torch.equal(pushed(stream, tensors + [g] * token, [30, 160, 160, 150]), expected)
 
 
 @pytest.mark.parametrize(("batch", "token_major", "lengths"), [(1, False, 100), (2, True, 150)])

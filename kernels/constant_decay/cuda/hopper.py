@@ -34,6 +34,7 @@ OUTPUTS = ("tile_outputs", AGAIN)  # launched one behind the other
 CHUNK_OUTPUTS = "chunk_outputs"  # of tiles of one chunk that begin from zero
 CHUNK = 64  # tokens
 ONWARD = "tile_states onward"  # the compilation of tile_states.cu that goes on from a state
+PASSING = f"{ONWARD}, passing"  # which tells others of it on its way
 
 Operand: TypeAlias = "Tensor | InPieces"
 
@@ -81,13 +82,16 @@ def onward(
     whole: int,
     total: Tensor | None = None,
     tokens: int | None = None,
+    passed: Tensor | None = None,
+    every: int = 1,
 ) -> None:
     """`tile_states` of one tile, forward, not from zero but from two states (B, H, Db, Dc), in place: that which the
     outputs start from, and the tile's own sum. Of `tokens` of the tile (all there are here), from number `at` on, a
     multiple of CHUNK (a number, or (B,) int64).
 
     whole: the tile's length: what its own sum leaves out is forgotten where it ends. total: (B, H) fp64, the sum of the
-    log-decays before, one a token; NaN says that one is no decay.
+    log-decays before, one a token; NaN says that one is no decay. passed: (B, H, any, Dc, Db), for what `walked` is
+    before `every` chunks, transposed.
     """
     heads, token = heads_of(log_decay), log_decay.ndim == 3
     programs = b.shape[0] * heads
@@ -95,13 +99,15 @@ def onward(
     kept: list[Tensor] = []
     places, place = (0, at) if isinstance(at, int) else (at.contiguous(), 0)
     tokens, size = b.shape[2] if tokens is None else tokens, (b.shape[3], c.shape[3])
-    launch = _kernel(ONWARD, size, part, b.dtype, False, False, token, b.device)
+    name = ONWARD if passed is None else PASSING
+    launch = _kernel(name, size, part, b.dtype, False, False, token, b.device)
     launch(
         (programs * part.splits, 2), THREADS * part.groups,
         *_operand(b, heads, kept), *_operand(c, heads, kept), walked.data_ptr(), size[0] * size[1],
         *_tiles(Tiles(tokens, (0, tokens)), log_decay, part.splits, b, c), -1, 1.0, own.data_ptr(),
         places if isinstance(places, int) else places.data_ptr(), place, whole,
         0 if total is None else total.data_ptr(),
+        *(() if passed is None else (passed.data_ptr(), every, passed.shape[2])),
     )  # fmt: skip
 
 
@@ -314,7 +320,12 @@ def defines(
     cut = size is not None and (first > 0 or own_columns % (groups * columns) > 0)
     made += (("STATE_COLUMNS", own_columns),) * cut + (("FIRST", first),) * (first > 0)
     made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high + (("PIECES", 1),) * pieces
-    return made + (("TOKEN", 1),) * token + (("ONWARD", 1),) * (name == ONWARD)
+    return (
+        made
+        + (("TOKEN", 1),) * token
+        + (("ONWARD", 1),) * (name in (ONWARD, PASSING))
+        + (("PASSES", 1),) * (name == PASSING)
+    )
 
 
 @cache

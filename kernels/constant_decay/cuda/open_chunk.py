@@ -117,6 +117,18 @@ def open_piece(
     return o.narrow(2, before, tokens), Kept(after_k, after_v, after_decay, after_total, kept.known)
 
 
+@dataclass(frozen=True)
+class _Parts(Tiles):
+    """As many tiles of a row, however many tokens it has, of which the last may then be empty: repeated launches have
+    as many blocks."""
+
+    count_: int = 1
+
+    @property
+    def count(self) -> int:
+        return self.count_
+
+
 def _open_piece(
     q: Tensor,
     k: Tensor,
@@ -159,12 +171,22 @@ def _open_piece(
         blocks, log_decay = blocks + batch * heads, gate
     launch = _rows(kept_decay is not None, q.device)
     launch((blocks, ceil_div(CHUNK + tokens, CHUNK)), 256, *chain(*operands), tokens, before, full, *decays)
-    o = tile_outputs(
-        laid_q, laid_k, laid_v, walked[:, :, None], log_decay, Tiles(tile, (0, all_)),
-        reverse=False, scale=scale, state_scale=scale, out_dtype=q.dtype,
-    )  # fmt: skip
-    if own is not None:
-        hopper.onward(laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full)
+    options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": q.dtype}
+    heads = walked.shape[1]
+    chunks, marks = ceil_div(CHUNK - 1 + tokens, CHUNK), hopper._multiprocessors(q.device) // (batch * heads)
+    if own is None or min(chunks, marks) < 2:
+        o = tile_outputs(laid_q, laid_k, laid_v, walked[:, :, None], log_decay, Tiles(tile, (0, all_)), **options)
+        if own is not None:
+            hopper.onward(laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full)
+        return o, after_k, after_v, after_decay, after_total
+    # The walk is a chain, and faster than that of the outputs, which so has as many parts as there are multiprocessors.
+    every = ceil_div(chunks, marks)
+    parts = _Parts(every * CHUNK, (0, all_), count_=ceil_div(chunks, every))
+    passed = walked.new_empty(batch, heads, parts.count, walked.shape[3], walked.shape[2])
+    hopper.onward(
+        laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full, passed=passed, every=every
+    )
+    o = tile_outputs(laid_q, laid_k, laid_v, passed.transpose(3, 4), log_decay, parts, **options)
     return o, after_k, after_v, after_decay, after_total
 
 

@@ -3,7 +3,8 @@
 // -DONWARD=1: not from zero, but from what a walk had made of the same tile's tokens before `place`, a multiple of CHUNK
 // (places: one a batch entry). Blocks of y = 0 move on `out`, the state that outputs start from, and those of y = 1 `own`,
 // the tile's own sum, which leaves out what is forgotten at the end of a tile of `whole` tokens. total: what the decays
-// before sum up to, NaN if they did not.
+// before sum up to, NaN if they did not. passed: with -DPASSES=1, what `out` is before every so many chunks, `marks` times;
+// transposed, as addresses of numbers that lie so are known without registers.
 
 #include "hopper_tile.cuh"
 
@@ -15,8 +16,16 @@ constexpr bool LATER = LAST_FETCHES && STAGES > 2;
 #ifndef ONWARD
 #define ONWARD 0
 #endif
+#ifndef PASSES
+#define PASSES 0
+#endif
+#if PASSES
+#define PASSED , float *passed, Offset every, Offset marks
+#else
+#define PASSED
+#endif
 #if ONWARD
-#define FROM , float *own, const Offset *places, Offset place, Offset whole, const double *total
+#define FROM , float *own, const Offset *places, Offset place, Offset whole, const double *total PASSED
 #else
 #define FROM
 #endif
@@ -72,6 +81,19 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
     if (places) place = places[tile.batch];
     bool numbers = !total || total[tile.program] == total[tile.program];
 #endif
+    auto pass = [&](int step) {
+#if PASSES
+        const int mark = unsigned(step) / unsigned(every);
+        if (blockIdx.y || mark >= marks || mark * every != step) return;
+        float* to = passed + (tile.program * marks + mark) * out_tile + 2 * (lane % 4);
+        to += (tile.own + 16 * warp + lane / 4) * STATE_ROWS;
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+#pragma unroll
+            for (int i = 0; i < HELD; i++)
+                if (is_there(part, i)) to[8 * (i / 4) + i % 2 + (64 * part + i / 2 % 2 * 8) * STATE_ROWS] = state[part][i];
+#endif
+    };
     bool last = false;
     for (int step = 0; step < tile.chunks; step++) {
         const Word b_i = base + step % STAGES * STAGE, c_i = b_i + ROWS_BYTES + group_number() * COLUMNS_BYTES;
@@ -86,6 +108,7 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
             meet();
         }
         wait_products<0>();  // for ptxas, which does not see that none is under way
+        pass(step);
         float faded = weights.faded(count);
         weights.read(slots + step % STAGES * SLOT, count, faded);
 #if ONWARD
@@ -114,6 +137,7 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
         if (!LATER && last) fetch_chunk(step + STAGES);
     }
 
+    pass(tile.chunks);
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
