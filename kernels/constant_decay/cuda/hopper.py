@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import address_of, are_zeros, empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tensor_map import MAP_BYTES, TensorMap, tensor_map
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.kernels.constant_decay.cuda.pieces import InPieces
+from leetdist.kernels.constant_decay.cuda.pieces import Operand, fetched
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
 THREADS = 128  # of a warpgroup
@@ -36,8 +35,6 @@ CHUNK = 64  # tokens
 ONWARD = "tile_states onward"  # the compilation of tile_states.cu that goes on from a state
 PASSING = f"{ONWARD}, passing"  # which tells others of it on its way
 
-Operand: TypeAlias = "Tensor | InPieces"
-
 
 def tile_states(
     b: Operand,
@@ -50,7 +47,7 @@ def tile_states(
     to_end: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_states. InPieces, with `out`, are k and v."""
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_states. What is no tensor, with `out`, is k and v."""
     if out is None:
         assert isinstance(b, Tensor)
         assert isinstance(c, Tensor)
@@ -60,9 +57,9 @@ def tile_states(
     heads, token = heads_of(log_decay), log_decay.ndim == 3
     programs = b.shape[0] * heads * tiles.count
     size, kept = (b.shape[3], c.shape[3]), []  # type: ignore[var-annotated]
-    operands, pieces = (*_operand(b, heads, kept), *_operand(c, heads, kept)), _pieces(b)
+    operands, (way, pieces) = (*_operand(b, heads, kept), *_operand(c, heads, kept)), fetched(b, c)
     for part in parts(programs, *size, _multiprocessors(c.device)):
-        launch = _kernel("tile_states", size, part, b.dtype, False, reverse, token, b.device, pieces=bool(pieces))
+        launch = _kernel("tile_states", size, part, b.dtype, False, reverse, token, b.device, pieces=way)
         launch(
             (programs * part.splits,), THREADS * part.groups, *operands, out.data_ptr(), out.stride(2),
             *_tiles(tiles, log_decay, part.splits, b, c), tiles.unread(reverse, to_end), float(scale),
@@ -72,8 +69,8 @@ def tile_states(
 
 
 def onward(
-    b: Tensor,
-    c: Tensor,
+    b: Operand,
+    c: Operand,
     log_decay: Tensor,
     walked: Tensor,
     own: Tensor,
@@ -99,15 +96,15 @@ def onward(
     kept: list[Tensor] = []
     places, place = (0, at) if isinstance(at, int) else (at.contiguous(), 0)
     tokens, size = b.shape[2] if tokens is None else tokens, (b.shape[3], c.shape[3])
-    name = ONWARD if passed is None else PASSING
-    launch = _kernel(name, size, part, b.dtype, False, False, token, b.device)
+    name, (way, pieces) = ONWARD if passed is None else PASSING, fetched(b, c)
+    launch = _kernel(name, size, part, b.dtype, False, False, token, b.device, pieces=way)
     launch(
         (programs * part.splits, 2), THREADS * part.groups,
         *_operand(b, heads, kept), *_operand(c, heads, kept), walked.data_ptr(), size[0] * size[1],
         *_tiles(Tiles(tokens, (0, tokens)), log_decay, part.splits, b, c), -1, 1.0, own.data_ptr(),
         places if isinstance(places, int) else places.data_ptr(), place, whole,
         0 if total is None else total.data_ptr(),
-        *(() if passed is None else (passed.data_ptr(), every, passed.shape[2])),
+        *(() if passed is None else (passed.data_ptr(), every, passed.shape[2])), *pieces,
     )  # fmt: skip
 
 
@@ -128,8 +125,8 @@ def tile_outputs(
     high: bool = False,
 ) -> Tensor:
     """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs. onto: as `out`, in fp32: the outputs are added to
-    it before they are rounded. high: the state and the scores are two 16-bit numbers each, of a decay a head. InPieces,
-    with `out`, are q, k and v."""
+    it before they are rounded. high: the state and the scores are two 16-bit numbers each, of a decay a head. What is
+    no tensor, with `out`, is q, k and v."""
     if out is None:
         assert isinstance(a, Tensor)
         assert isinstance(c, Tensor)
@@ -142,7 +139,7 @@ def tile_outputs(
     if not wide and _map(out) is None:
         target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
     size, processors = (a.shape[3], c.shape[3]), _multiprocessors(c.device)
-    operands, pieces = tuple(x for own in (a, b, c) for x in _operand(own, heads, kept)), _pieces(a)
+    operands, (way, pieces) = tuple(x for own in (a, b, c) for x in _operand(own, heads, kept)), fetched(a, b, c)
     place = bytes(MAP_BYTES) if wide else _map(target)  # wide outputs use no map
     places = place, target.data_ptr(), *target.stride()[:3]
     if onto is None and not high and are_zeros(states) and walks_chunks(*size):
@@ -165,9 +162,7 @@ def tile_outputs(
             *pieces,
         )  # fmt: skip
         for name in OUTPUTS:
-            launch = _kernel(
-                name, size, part, a.dtype, wide, reverse, token, a.device, onto is not None, high, bool(pieces)
-            )
+            launch = _kernel(name, size, part, a.dtype, wide, reverse, token, a.device, onto is not None, high, way)
             launch((blocks,), THREADS * part.groups, *arguments)
     if target is not out:
         out.copy_(target)
@@ -306,11 +301,11 @@ def defines(
     first: int = 0,
     onto: bool = False,
     high: bool = False,
-    pieces: bool = False,
+    pieces: int = 0,
 ) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with; `wide`: for outputs in fp32; `token`: for a decay a token; `size`: the state's
     rows and columns, where blocks have not as many; `first`: of their columns; `onto`: for outputs that are added to
-    others; `high`: as of `tile_outputs`; `pieces`: for InPieces."""
+    others; `high`: as of `tile_outputs`; `pieces`: how operands are `fetched`."""
     made: tuple[tuple[str, int], ...] = (
         ("ROWS", rows), ("COLUMNS", columns), ("GROUPS", groups), ("HALF", int(dtype == torch.float16)),
         ("WIDE", int(wide)), ("REVERSE", int(reverse)), ("AGAIN", int(name in (AGAIN, CHUNK_OUTPUTS))),
@@ -319,7 +314,7 @@ def defines(
     made += (("STATE_ROWS", own_rows),) * (own_rows < rows)
     cut = size is not None and (first > 0 or own_columns % (groups * columns) > 0)
     made += (("STATE_COLUMNS", own_columns),) * cut + (("FIRST", first),) * (first > 0)
-    made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high + (("PIECES", 1),) * pieces
+    made += (("ONTO", 1),) * onto + (("HIGH", 1),) * high + (("PIECES", pieces),) * (pieces > 0)
     return (
         made
         + (("TOKEN", 1),) * token
@@ -340,7 +335,7 @@ def _kernel(
     device: torch.device,
     onto: bool = False,
     high: bool = False,
-    pieces: bool = False,
+    pieces: int = 0,
 ) -> loader.Kernel:
     """size: the state's rows and columns."""
     held = walked_rows(size[0]), part.columns, part.groups
@@ -361,15 +356,10 @@ def _tiles(tiles: Tiles, log_decay: Tensor, splits: int, *operands: Operand) -> 
     return *found, *log_decay.stride()[:2], max(heads // x.shape[1] for x in operands)
 
 
-def _pieces(x: Operand) -> tuple[int, ...]:
-    """What a kernel is told of chunks in pieces."""
-    return (x.chunks.data_ptr(),) if isinstance(x, InPieces) else ()
-
-
 def _operand(x: Operand, heads: int, kept: list[Tensor]) -> tuple[bytes, int]:
     """The map of x, or of a copy that has one, and how many heads share one of x's. A copy joins `kept`, for its memory
     is another's as soon as nobody holds it."""
-    if isinstance(x, InPieces):
+    if not isinstance(x, Tensor):
         return x.map, heads // x.shape[1]
     found = _map(x)
     if found is None:

@@ -19,7 +19,7 @@
 //
 // Compile with -DROWS=32|64|...|256 -DCOLUMNS=64|128 (of a warpgroup; 64 with more than 128 rows) -DREVERSE=0|1, where
 // the state is smaller -DSTATE_ROWS and -DSTATE_COLUMNS (of all blocks), where another launch has the columns before it
-// -DFIRST, for operands in pieces -DPIECES=1, and what hopper.cuh wants.
+// -DFIRST, for operands in pieces -DPIECES=1|2, and what hopper.cuh wants.
 
 #include "hopper.cuh"
 
@@ -112,15 +112,25 @@ struct Tile {
 #ifndef PIECES
 #define PIECES 0
 #endif
-#if PIECES  // q, k and v lie in pieces (pieces.cu): of each chunk of the row its token there, and where each of them is
+// Where an operand's chunk is fetched from: FROM_MAP(x, at), and there IN_PIECE(at, operand).
+#if PIECES == 1  // q, k and v in many pieces (pieces.cu): of each chunk its token in one, and where each of the three is
 #define PIECES_ , const int *pieces
+#define FIRST_CHUNK(x)
+#define FROM_MAP(x, at) x
 __device__ __forceinline__ Place in_piece(Place at, const int* chunk, int operand) {
     return {at.column, chunk[0], at.head, chunk[1 + operand]};
 }
 #define IN_PIECE(at, operand) \
     in_piece(at, pieces + 4 * (at.batch * ((tokens + CHUNK - 1) / CHUNK) + at.token / CHUNK), operand)
+#elif PIECES == 2  // in two: the first chunk, `before` tokens of which are another's, and all behind it
+#define PIECES_ , Offset before
+#define FIRST_CHUNK(x) , const __grid_constant__ Map x##_first
+#define FROM_MAP(x, at) (at.token ? x : x##_first)
+#define IN_PIECE(at, operand) Place{at.column, at.token ? at.token - int(before) : 0, at.head, at.batch}
 #else
 #define PIECES_
+#define FIRST_CHUNK(x)
+#define FROM_MAP(x, at) x
 #define IN_PIECE(at, operand) at
 #endif
 

@@ -19,7 +19,7 @@ from leetdist.kernels.common import loader
 from leetdist.kernels.common.open_tiles import OpenTiles
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.cuda import hopper
-from leetdist.kernels.constant_decay.cuda.pieces import in_place
+from leetdist.kernels.constant_decay.cuda.pieces import Behind, in_place
 
 CHUNK = 64  # tokens
 MOST = 8  # tokens of a call
@@ -148,14 +148,14 @@ def _open_piece(
     full: int,
     at: int,
 ) -> tuple[Tensor | None, ...]:
-    """o as it is laid out, behind rows for the `before` tokens of the open chunk that mean nothing; what is kept."""
+    """o behind rows for the `before` tokens of the open chunk that mean nothing; what is kept."""
     batch, tokens, given = q.shape[0], q.shape[2], (q, k, v)
-    laid = laid_q, laid_k, laid_v = tuple(x.new_empty(batch, x.shape[1], CHUNK + tokens, x.shape[3]) for x in given)
+    firsts = tuple(x.new_empty(batch, x.shape[1], CHUNK, x.shape[3]) for x in given)
     after_k, after_v = torch.empty_like(kept_k), torch.empty_like(kept_v)
     ends = (0, 0), (kept_k.data_ptr(), after_k.data_ptr()), (kept_v.data_ptr(), after_v.data_ptr())
     operands = (
-        (x.data_ptr(), *x.stride()[:3], x.shape[1], x.shape[3], block.data_ptr(), *end)
-        for x, block, end in zip(given, laid, ends, strict=True)
+        (x.data_ptr(), *x.stride()[:3], x.shape[1], x.shape[3], first.data_ptr(), *end)
+        for x, first, end in zip(given, firsts, ends, strict=True)
     )
     blocks, decays = batch * (q.shape[1] + k.shape[1] + v.shape[1]), ()  # type: tuple[int, tuple[int, ...]]
     after_decay = after_total = None
@@ -171,11 +171,13 @@ def _open_piece(
         blocks, log_decay = blocks + batch * heads, gate
     launch = _rows(kept_decay is not None, q.device)
     launch((blocks, ceil_div(CHUNK + tokens, CHUNK)), 256, *chain(*operands), tokens, before, full, *decays)
-    options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": q.dtype}
+    laid_q, laid_k, laid_v = (Behind(first, x, before) for x, first in zip(given, firsts, strict=True))
     heads = walked.shape[1]
+    o = q.new_empty(batch, heads, CHUNK + tokens, v.shape[3])
+    options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": q.dtype, "out": o}
     chunks, marks = ceil_div(CHUNK - 1 + tokens, CHUNK), hopper._multiprocessors(q.device) // (batch * heads)
     if own is None or min(chunks, marks) < 2:
-        o = tile_outputs(laid_q, laid_k, laid_v, walked[:, :, None], log_decay, Tiles(tile, (0, all_)), **options)
+        tile_outputs(laid_q, laid_k, laid_v, walked[:, :, None], log_decay, Tiles(tile, (0, all_)), **options)
         if own is not None:
             hopper.onward(laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full)
         return o, after_k, after_v, after_decay, after_total
@@ -186,7 +188,7 @@ def _open_piece(
     hopper.onward(
         laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full, passed=passed, every=every
     )
-    o = tile_outputs(laid_q, laid_k, laid_v, passed.transpose(3, 4), log_decay, parts, **options)
+    tile_outputs(laid_q, laid_k, laid_v, passed.transpose(3, 4), log_decay, parts, **options)
     return o, after_k, after_v, after_decay, after_total
 
 

@@ -1,8 +1,7 @@
-// A piece of a stream behind the tokens of its open chunk, each of q, k and v as one block of memory (open_chunk.py's
-// open_piece), and of k and v what the next open chunk keeps, from token `full` on.
+// The open chunk of a stream with what a piece adds to it (open_chunk.py's open_piece), of each of q, k and v; and of k and
+// v what the next open chunk keeps, from token `full` on.
 //
-// A block copies up to CHUNK tokens of one head, 16 bytes at a time. Laid out: (batch, heads, CHUNK + tokens, size); kept:
-// (batch, heads, CHUNK, size). Of q nobody reads the rows of earlier tokens. Compile with -DHALF=0 -DGROUPS=1, and with
+// A block looks at CHUNK tokens of one head, and copies 16 bytes at a time. Laid out and kept: (batch, heads, CHUNK, size). Of q nobody reads the rows of earlier tokens. Compile with -DHALF=0 -DGROUPS=1, and with
 // -DTOKEN=1 for a decay a token: then log-decays come along, and what they sum up to in the tile, up to token `full`.
 
 #include "hopper.cuh"
@@ -33,9 +32,9 @@ open_rows(OPERAND(q), OPERAND(k), OPERAND(v), Offset tokens, Offset before, Offs
         x += batch * x_batch + head * x_head;
         for (int i = threadIdx.x; i < CHUNK * vectors; i += ALL) {
             const Offset row = blockIdx.y * Offset(CHUNK) + i / vectors, column = i % vectors * VECTOR;
-            if (row >= before + tokens || (row < before && !earlier)) continue;
+            if (row >= before + tokens || (row < before && !earlier) || (row >= CHUNK && !(later && row >= full))) continue;
             const Bits* from = row < before ? earlier + (place * CHUNK + row) * size : x + (row - before) * x_token;
-            copy_vector(laid + (place * (CHUNK + tokens) + row) * size + column, from + column);
+            if (row < CHUNK) copy_vector(laid + (place * CHUNK + row) * size + column, from + column);
             if (later && row >= full) copy_vector(later + (place * CHUNK + row - full) * size + column, from + column);
         }
     };

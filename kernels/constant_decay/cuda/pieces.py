@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, chain
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +35,49 @@ class InPieces:
     map: TensorMap
     chunks: Tensor
     held: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """q, k or v (batch, heads, tokens, dim) in two tensors: the first chunk, of which `before` tokens are another's,
+    and those behind them."""
+
+    first: Tensor
+    rest: Tensor
+    before: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.rest.shape[:2], CHUNK + self.rest.shape[2], self.rest.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rest.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.rest.device
+
+    @property
+    def map(self) -> TensorMap:
+        return _map(self.rest)
+
+
+Operand: TypeAlias = Tensor | InPieces | Behind
+
+
+def fetched(*operands: Operand) -> tuple[int, tuple[int | TensorMap, ...]]:
+    """How operands such as these are fetched (-DPIECES of hopper_tile.cuh), and what a kernel is told of it."""
+    if isinstance(operands[0], InPieces):
+        return 1, (operands[0].chunks.data_ptr(),)
+    behind = [x for x in operands if isinstance(x, Behind)]
+    return (2, (behind[0].before, *(_map(x.first) for x in behind))) if behind else (0, ())
+
+
+def _map(x: Tensor) -> TensorMap:
+    found = tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride()))
+    assert found is not None
+    return found
 
 
 def in_place(columns: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> tuple[InPieces, ...] | None:
@@ -113,4 +157,4 @@ def _kernel(device: torch.device) -> loader.Kernel:
     return loader.kernel("constant_decay/cuda/pieces.cu", "pieces", device, made, shared_memory=0, features="a")
 
 
-__all__ = ["InPieces", "in_place"]
+__all__ = ["Behind", "InPieces", "Operand", "fetched", "in_place"]

@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, AGAIN || GROUPS >
 tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
              Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Out* out,
              Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
-             float added_scale, int* again ONTO_ PIECES_) {
+             float added_scale, int* again ONTO_ PIECES_ FIRST_CHUNK(a) FIRST_CHUNK(b) FIRST_CHUNK(c)) {
     if (AGAIN && !again[blockIdx.x]) return;
     const Tile tile(TILE);
     const int thread = thread_number(), group = group_number(), lane = thread % 32, warp = thread / 32;
@@ -108,20 +108,20 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         if (step >= tile.chunks) return;
         expect(arrival_a(step), (LAST_FETCHES ? ROWS_BYTES : STAGE) + tables.bytes(tile.count(step)));
         const Place at = tile.chunk(step, a_share);
-        fetch<STORED_ROWS>(place_a(step), a, IN_PIECE(at, 0), arrival_a(step));
+        fetch<STORED_ROWS>(place_a(step), FROM_MAP(a, at), IN_PIECE(at, 0), arrival_a(step));
         tables.fetch(slot(step), tile.first(step), tile.count(step), arrival_a(step));
     };
     auto fetch_b = [&](int step) {
         if (step >= tile.chunks) return;
         if (LAST_FETCHES) expect(arrival_b(step), ROWS_BYTES);
         const Place at = tile.chunk(step, b_share);
-        fetch<STORED_ROWS>(place_b(step), b, IN_PIECE(at, 1), arrival_b(step));
+        fetch<STORED_ROWS>(place_b(step), FROM_MAP(b, at), IN_PIECE(at, 1), arrival_b(step));
     };
     auto fetch_c = [&](int step) {
         if (step >= tile.chunks || thread > 0) return;
         if (LAST_FETCHES) expect(arrival_c(step), COLUMNS_BYTES);
         const Place at = tile.chunk(step, c_share, tile.own);
-        fetch<COLUMNS>(place_c(step), c, IN_PIECE(at, 2), arrival_c(step));
+        fetch<COLUMNS>(place_c(step), FROM_MAP(c, at), IN_PIECE(at, 2), arrival_c(step));
     };
     if (AGAIN) lost.start(state);
     if (threadIdx.x == 0) {

@@ -31,7 +31,8 @@ constexpr bool LATER = LAST_FETCHES && STAGES > 2;
 #endif
 
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, GROUPS > 1 ? 1 : 2)
-tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset unread, float scale FROM PIECES_) {
+tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset unread, float scale FROM PIECES_ FIRST_CHUNK(b)
+            FIRST_CHUNK(c)) {
     Tile tile(TILE);
     if (tile.number == unread) return;
 #if ONWARD
@@ -49,8 +50,8 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
         const Word to = base + step % STAGES * STAGE, arrival = arrivals + step % STAGES * 8;
         expect(arrival, STAGE + weights.bytes(tile.count(step)));
         const Place of_b = tile.chunk(step, b_share), of_c = tile.chunk(step, c_share, tile.column);
-        fetch<STORED_ROWS>(to, b, IN_PIECE(of_b, 1), arrival);
-        fetch<GROUPS * COLUMNS>(to + ROWS_BYTES, c, IN_PIECE(of_c, 2), arrival);
+        fetch<STORED_ROWS>(to, FROM_MAP(b, of_b), IN_PIECE(of_b, 1), arrival);
+        fetch<GROUPS * COLUMNS>(to + ROWS_BYTES, FROM_MAP(c, of_c), IN_PIECE(of_c, 2), arrival);
         weights.fetch(slots + step % STAGES * SLOT, tile.first(step), tile.count(step), arrival);
     };
     if (threadIdx.x == 0)
