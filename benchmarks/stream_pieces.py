@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--tile", type=int, default=8192)
-    parser.add_argument("--window", type=int, default=65_536, help="tokens that wait for each other")
+    parser.add_argument("--window", type=int, default=131_072, help="tokens that wait for each other")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)

@@ -184,7 +184,7 @@ class Stream:
 
         window: tokens that may wait, for short pieces of a long sequence that need not have their outputs at once: from
         so many on they are computed in one call, up to the end of a tile. Each piece must stay as it is until its
-        outputs are given. Slices of one tensor are not copied, and on Hopper nor are up to 128 pieces of the same
+        outputs are given. Slices of one tensor are not copied, and on Hopper nor are up to 232 pieces of the same
         strides (a decay a head). `state` and `tokens` are of what is computed. Not for host memory, nor under a group.
         """
         pieces = iter(pieces)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulated import emulated, near
+from test_hopper_cuda import OWN, SHARED_MEMORY
 from test_open_chunk import ON_A_GPU, TILE, draw
 from torch import Tensor
 
@@ -90,9 +91,13 @@ def test_pieces_that_no_map_knows(device: str) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "groups", "dtype"), [(128, 128, 1, BF16), (128, 128, 1, FP16), (256, 64, 2, BF16)]
 )
-@pytest.mark.parametrize("name", ["tile_states", "tile_outputs"])
-def test_compiles_and_fits(name: str, rows: int, columns: int, groups: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    made = hopper.defines(name, rows, columns, groups, dtype, False, False, pieces=True)
+@pytest.mark.parametrize(("name", "way"), [("tile_states", 1), ("tile_outputs", 1), ("tile_outputs", 2)])
+def test_compiles_and_fits(
+    name: str, way: int, rows: int, columns: int, groups: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    made = hopper.defines(name, rows, columns, groups, dtype, False, False, pieces=way)
+    memory = hopper.shared_memory(name, rows, columns, groups, pieces=way)
+    assert 2 // groups * (memory + OWN) <= SHARED_MEMORY
     said = ptxas_report(f"constant_decay/cuda/{name}.cu", "sm_90a", made, tmp_path)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said

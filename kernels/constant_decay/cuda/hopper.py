@@ -17,7 +17,7 @@ from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import address_of, are_zeros, empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tensor_map import MAP_BYTES, TensorMap, tensor_map
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.kernels.constant_decay.cuda.pieces import Operand, fetched
+from leetdist.kernels.constant_decay.cuda.pieces import KEPT, Operand, fetched
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
 THREADS = 128  # of a warpgroup
@@ -265,7 +265,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool = False, high: bool = False) -> int:
+def shared_memory(
+    name: str, rows: int, columns: int, groups: int, token: bool = False, high: bool = False, pieces: int = 0
+) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
     step = name.split()[0]
     if name == CHUNK_OUTPUTS:
@@ -284,7 +286,13 @@ def shared_memory(name: str, rows: int, columns: int, groups: int, token: bool =
     each = TABLES[step][token]
     if name == AGAIN:
         each += 4 * (columns + 4)  # from which token on each column is lost
-    return (operands // 64 + scores) * BLOCK + BARRIERS + groups * each + (slots * SLOT if token else 0)
+    return (
+        (operands // 64 + scores) * BLOCK
+        + BARRIERS
+        + groups * each
+        + (slots * SLOT if token else 0)
+        + (pieces == 1) * KEPT
+    )
 
 
 def defines(
@@ -342,7 +350,7 @@ def _kernel(
     made = defines(
         name, *held, dtype, wide, reverse, token, size=size, first=part.first, onto=onto, high=high, pieces=pieces
     )  # fmt: skip
-    memory = shared_memory(name, *held, token, high)
+    memory = shared_memory(name, *held, token, high, pieces)
     step = name.split()[0]
     return loader.kernel(f"constant_decay/cuda/{step}.cu", step, device, made, shared_memory=memory, features="a")
 

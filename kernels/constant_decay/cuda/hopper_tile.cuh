@@ -112,23 +112,32 @@ struct Tile {
 #ifndef PIECES
 #define PIECES 0
 #endif
-// Where an operand's chunk is fetched from: FROM_MAP(x, at), and there IN_PIECE(at, operand).
+// Where an operand's chunk is fetched from: FROM_MAP(x, at), and there IN_PIECE(at, operand). KEEP_PIECES(end): behind all
+// else in shared memory, what is to be known of a tile's chunks.
 #if PIECES == 1  // q, k and v in many pieces (pieces.cu): of each chunk its token in one, and where each of the three is
 #define PIECES_ , const int *pieces
 #define FIRST_CHUNK(x)
 #define FROM_MAP(x, at) x
-__device__ __forceinline__ Place in_piece(Place at, const int* chunk, int operand) {
-    return {at.column, chunk[0], at.head, chunk[1 + operand]};
+__device__ __forceinline__ Word kept_pieces(Word end, const Tile& tile, const int* pieces, Offset tokens) {
+    end = (end + 15) & ~15u;
+    pieces += 4 * (tile.batch * ((tokens + CHUNK - 1) / CHUNK) + tile.start / CHUNK);
+    for (int i = threadIdx.x; i < 4 * tile.all; i += GROUPS * THREADS) store(end + 4 * i, Word(pieces[i]));
+    return end;
 }
-#define IN_PIECE(at, operand) \
-    in_piece(at, pieces + 4 * (at.batch * ((tokens + CHUNK - 1) / CHUNK) + at.token / CHUNK), operand)
+__device__ __forceinline__ Place in_piece(Place at, Word chunk, int operand) {
+    return {at.column, int(load_word(chunk)), at.head, int(load_word(chunk + 4 + 4 * operand))};
+}
+#define KEEP_PIECES(end) const Word own_pieces = kept_pieces(end, tile, pieces, tokens)
+#define IN_PIECE(at, operand) in_piece(at, own_pieces + (at.token - tile.start) / CHUNK * 16, operand)
 #elif PIECES == 2  // in two: the first chunk, `before` tokens of which are another's, and all behind it
 #define PIECES_ , Offset before
+#define KEEP_PIECES(end)
 #define FIRST_CHUNK(x) , const __grid_constant__ Map x##_first
 #define FROM_MAP(x, at) (at.token ? x : x##_first)
 #define IN_PIECE(at, operand) Place{at.column, at.token ? at.token - int(before) : 0, at.head, at.batch}
 #else
 #define PIECES_
+#define KEEP_PIECES(end)
 #define FIRST_CHUNK(x)
 #define FROM_MAP(x, at) x
 #define IN_PIECE(at, operand) at

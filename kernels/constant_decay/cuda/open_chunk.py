@@ -19,7 +19,7 @@ from leetdist.kernels.common import loader
 from leetdist.kernels.common.open_tiles import OpenTiles
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.cuda import hopper
-from leetdist.kernels.constant_decay.cuda.pieces import Behind, in_place
+from leetdist.kernels.constant_decay.cuda.pieces import KEPT, Behind, in_place
 
 CHUNK = 64  # tokens
 MOST = 8  # tokens of a call
@@ -204,7 +204,7 @@ def whole_tiles(
 ) -> tuple[Tensor, Tensor] | None:
     """o of the tiles, (B, H, N, Dv), from the state before them, and the state after them. columns: q, k and v in
     pieces of so many tokens, which are read where they lie; None where they cannot be."""
-    laid = in_place(columns, lengths)
+    laid = in_place(columns, lengths) if tiles.size // CHUNK * 16 <= KEPT else None
     if laid is None:
         return None
     (q, k, v), like = laid, columns[0][0]

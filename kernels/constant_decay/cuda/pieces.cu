@@ -12,14 +12,14 @@ constexpr int VECTOR = 8, ALL = 2 * THREADS;
 
 struct Pieces {
     int begins[MOST + 2];  // and where the last one ends
-    const Bits* at[3][MOST];
+    int at[3][MOST];       // in the map's units
 };
 
 #define OPERAND(x)                                                                                             \
-    Offset x##_batch, Offset x##_head, Offset x##_token, Offset x##_heads, Offset x##_size, const Bits *x##_base, \
-        Offset x##_unit, Bits *x##_beside, Offset x##_apart
-#define COPY(x, n) copy(n, x##_batch, x##_head, x##_token, x##_size, x##_beside, x##_apart)
-#define UNITS(x, n) units(n, x##_batch, x##_base, x##_unit, x##_beside, x##_apart)
+    Offset x##_batch, Offset x##_head, Offset x##_token, Offset x##_heads, Offset x##_size, Bits *x##_base, \
+        Offset x##_unit, Offset x##_beside, Offset x##_apart
+#define COPY(x, n) copy(n, x##_batch, x##_head, x##_token, x##_size, x##_base, x##_unit, x##_beside, x##_apart)
+#define UNITS(x, n) units(n, x##_batch, x##_unit, x##_beside, x##_apart)
 
 extern "C" __global__ void __launch_bounds__(ALL)
 pieces(const __grid_constant__ Pieces pieces, Offset count, Offset tokens, Offset slots, int* chunks, OPERAND(q),
@@ -37,12 +37,12 @@ pieces(const __grid_constant__ Pieces pieces, Offset count, Offset tokens, Offse
                 else high = middle;
             }
             const bool several = pieces.begins[low + 1] < end;
-            auto units = [&](int operand, Offset x_batch, const Bits* base, Offset unit, const Bits* beside, Offset apart) {
-                const Bits* at = several ? beside + low / slots * apart : pieces.at[operand][low];
-                return int((at - base + batch * x_batch) / unit);
+            const int row = low / int(slots);
+            auto units = [&](int operand, Offset x_batch, Offset unit, Offset beside, Offset apart) {
+                return int(several ? beside + row * apart : pieces.at[operand][low]) + int(batch * x_batch / unit);
             };
             int* to = chunks + 4 * (batch * last + chunk);
-            to[0] = int(several ? low % slots * CHUNK : begin - pieces.begins[low]);
+            to[0] = int(several ? (low - row * slots) * CHUNK : begin - pieces.begins[low]);
             to[1] = UNITS(q, 0), to[2] = UNITS(k, 1), to[3] = UNITS(v, 2);
         }
         return;
@@ -50,15 +50,17 @@ pieces(const __grid_constant__ Pieces pieces, Offset count, Offset tokens, Offse
     const Offset chunk = pieces.begins[piece + 1] / CHUNK * CHUNK, end = min(chunk + CHUNK, tokens);
     if (pieces.begins[piece] > chunk || pieces.begins[piece + 1] == chunk || pieces.begins[piece + 1] >= end) return;
     Offset head = blockIdx.y % all;
-    auto copy = [&](int operand, Offset x_batch, Offset x_head, Offset x_token, Offset size, Bits* beside, Offset apart) {
-        const Offset first = batch * x_batch + head * x_head, vectors = size / VECTOR;
-        beside += piece / slots * apart + first + piece % slots * CHUNK * x_token;
+    auto copy = [&](int operand, Offset x_batch, Offset x_head, Offset x_token, Offset size, Bits* base,
+                    Offset unit, Offset beside, Offset apart) {
+        const int vectors = int(size) / VECTOR, all_vectors = int(end - chunk) * vectors;
+        base += batch * x_batch + head * x_head;
+        Bits* to = base + (beside + piece / int(slots) * apart) * unit + piece % int(slots) * CHUNK * x_token;
         int from = piece;
-        for (Offset i = threadIdx.x; i < (end - chunk) * vectors; i += ALL) {
-            const Offset row = i / vectors, column = i % vectors * VECTOR;
+        for (int i = threadIdx.x; i < all_vectors; i += ALL) {
+            const int row = i / vectors, column = i % vectors * VECTOR;
             while (pieces.begins[from + 1] <= chunk + row) from++;
-            copy_vector(beside + row * x_token + column,
-                        pieces.at[operand][from] + first + (chunk + row - pieces.begins[from]) * x_token + column);
+            const Bits* piece_ = base + pieces.at[operand][from] * unit;
+            copy_vector(to + row * x_token + column, piece_ + (chunk + row - pieces.begins[from]) * x_token + column);
         }
     };
     if (head < q_heads) return COPY(q, 0);

@@ -18,7 +18,8 @@ from leetdist.kernels.common.tensor_map import TensorMap, tensor_map
 from leetdist.kernels.common.tiles import ceil_div
 
 CHUNK = 64  # tokens
-MOST = 128  # pieces, whose addresses are arguments of a launch
+MOST = 232  # pieces, whose places are arguments of a launch: of 4,096 bytes
+KEPT = 2048  # bytes that a block has for the table's rows of its tile
 FARTHEST = 2**31 - CHUNK  # coordinate of a map
 UNIT = 512  # bytes that a map counts in, where allocators begin; or a part of them
 
@@ -95,8 +96,8 @@ def in_place(columns: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> tup
     chunks = torch.empty(batch, ceil_div(tokens, CHUNK), 4, dtype=torch.int32, device=first.device)
     begins = list(accumulate(lengths, initial=0))
     given = struct.pack(
-        f"={MOST + 2}i{3 * MOST}q", *begins, *[0] * (MOST + 2 - len(begins)),
-        *chain.from_iterable((*x.addresses, *[0] * (MOST - len(lengths))) for x in operands),
+        f"={MOST + 2 + 3 * MOST}i", *begins, *[0] * (MOST + 2 - len(begins)),
+        *chain.from_iterable((*x.at, *[0] * (MOST - len(lengths))) for x in operands),
     )  # fmt: skip
     launch = _kernel(first.device)
     launch(
@@ -110,9 +111,9 @@ def in_place(columns: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> tup
 
 @dataclass(frozen=True, eq=False)
 class _Operand:
-    """One of q, k and v: its pieces' addresses, and what the kernel is told of it."""
+    """One of q, k and v: where its pieces are, in the map's units, and what else the kernel is told of it."""
 
-    addresses: list[int]
+    at: list[int]
     shape: tuple[int, ...]
     dtype: torch.dtype
     map: TensorMap
@@ -146,9 +147,11 @@ class _Operand:
         if found is None:
             return None
         arguments = (
-            *steps, shape[1], shape[3], base, unit // number, beside.data_ptr(), apart // number
+            *steps, shape[1], shape[3], base, unit // number, (beside.data_ptr() - base) // unit, apart // unit
         )  # fmt: skip
-        return cls(addresses, tuple(shape), first.dtype, found, beside, arguments)
+        return cls(
+            [(address - base) // unit for address in addresses], tuple(shape), first.dtype, found, beside, arguments
+        )
 
 
 @cache
@@ -157,4 +160,4 @@ def _kernel(device: torch.device) -> loader.Kernel:
     return loader.kernel("constant_decay/cuda/pieces.cu", "pieces", device, made, shared_memory=0, features="a")
 
 
-__all__ = ["Behind", "InPieces", "Operand", "fetched", "in_place"]
+__all__ = ["KEPT", "Behind", "InPieces", "Operand", "fetched", "in_place"]

@@ -98,6 +98,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     const Word arrivals_b = arrivals + A_STAGES * 8, arrivals_c = arrivals_b + B_STAGES * 8;
     const Word arrivals_seen = arrivals_c + GROUPS * 2 * 8;
     const Word read_a = arrivals_seen + SEEN * 8, read_b = read_a + A_STAGES * 4;
+    KEEP_PIECES(read_b + B_STAGES * 4);
     auto arrival_a = [&](int step) { return arrivals + step % A_SLOTS * 8; };
     auto arrival_b = [&](int step) { return LAST_FETCHES ? arrivals_b + step % B_STAGES * 8 : arrival_a(step); };
     auto arrival_c = [&](int step) {

@@ -45,6 +45,7 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
     const Word base = shared_memory(), slots = base + STAGES * STAGE, all_weights = slots + STAGES * SLOT;
     weights.place(all_weights + group_number() * Weights::BYTES, tile, log_decay TOKENS_);
     const Word arrivals = all_weights + GROUPS * Weights::BYTES, counters = arrivals + STAGES * 8;
+    KEEP_PIECES(counters + STAGES * 4);
     auto fetch_chunk = [&](int step) {
         if (step >= tile.chunks) return;
         const Word to = base + step % STAGES * STAGE, arrival = arrivals + step % STAGES * 8;
