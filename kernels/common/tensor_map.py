@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,19 +34,35 @@ def tensor_map(address: int, kind: tuple[torch.dtype, torch.Size, tuple[int, ...
 
 
 def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> TensorMap | None:
+    described = None if address % 16 else _described(dtype, shape, strides)
+    if described is None:
+        return None
     from cuda.bindings import driver
 
+    loader.bind()
+    kind, rank, *more = described
+    result, made = driver.cuTensorMapEncodeTiled(kind, rank, address, *more)
+    loader.check(result)
+    found = TensorMap(ctypes.string_at(int(made.getPtr()), MAP_BYTES))
+    found.address, found.kind = address, (dtype, shape, strides)
+    return found
+
+
+@lru_cache(maxsize=512)
+def _described(dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> tuple[Any, ...] | None:
+    """What the driver is told beside the address: for other addresses, as pieces of a stream have, it is not made
+    again, which is most of the time that a map takes."""
     # The stride of what there is one of means nothing, but must be allowed.
     distances = [2 * stride if size > 1 else 16 for size, stride in zip(shape[:3], strides, strict=False)]
-    if address % 16 or any(distance <= 0 or distance % 16 for distance in distances):
+    if any(distance <= 0 or distance % 16 for distance in distances):
         return None
-    loader.bind()
+    from cuda.bindings import driver
+
     kinds = driver.CUtensorMapDataType
     kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    result, made = driver.cuTensorMapEncodeTiled(
+    return (
         kind,
         4,
-        address,
         [driver.cuuint64_t(size) for size in reversed(shape)],
         [driver.cuuint64_t(distance) for distance in reversed(distances)],
         [driver.cuuint32_t(size) for size in (64, 64, 1, 1)],
@@ -55,7 +72,3 @@ def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    loader.check(result)
-    found = TensorMap(ctypes.string_at(int(made.getPtr()), MAP_BYTES))
-    found.address, found.kind = address, (dtype, shape, strides)
-    return found
