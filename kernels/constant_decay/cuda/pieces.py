@@ -35,7 +35,7 @@ class InPieces:
     device: torch.device
     map: TensorMap
     chunks: Tensor
-    held: Tensor
+    held: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def in_place(columns: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> tup
         given, len(lengths), tokens, slots, chunks.data_ptr(), *chain.from_iterable(x.arguments for x in operands),
     )  # fmt: skip
     return tuple(
-        InPieces((*x.shape[:2], tokens, x.shape[3]), x.dtype, first.device, x.map, chunks, x.beside) for x in operands
+        InPieces((*x.shape[:2], tokens, x.shape[3]), x.dtype, first.device, x.map, chunks, x.held) for x in operands
     )
 
 
@@ -117,22 +117,27 @@ class _Operand:
     shape: tuple[int, ...]
     dtype: torch.dtype
     map: TensorMap
-    beside: Tensor
+    held: tuple[Tensor, ...]
     arguments: tuple[int, ...]
 
     @classmethod
     def of(cls, pieces: Sequence[Tensor], room: int) -> _Operand | None:
         """room: tokens that one tensor of the pieces' strides holds of chunks in several."""
-        first, strides = max(pieces, key=lambda x: x.shape[2]), set(map(Tensor.stride, pieces))
+        first = max(pieces, key=lambda x: x.shape[2])
         shape, number = first.shape, first.element_size()
         (*steps, one) = first.stride()
-        if len(strides) > 1 or any(map(Tensor.is_neg, pieces)) or one != 1 or shape[3] % 8:
+        if first.is_neg() or one != 1 or shape[3] % 8:
+            return None
+        # A stream's last piece is short, and few others: they are laid as the longest one is.
+        others = [x.is_neg() or x.stride() != first.stride() for x in pieces]
+        if sum(others) > 1 + len(pieces) // 16:
             return None
         extent = 1 + sum((size - 1) * step for size, step in zip(shape, first.stride(), strict=True))
         if extent > 2 * first.numel():  # slices of longer tensors: chunks beside them would take as much memory
             return None
         apart = ceil_div(number * extent, UNIT) * UNIT
         beside = first.new_empty(ceil_div(len(pieces) * CHUNK, room) * apart // number)
+        pieces = [_laid_as(first, x) if other else x for x, other in zip(pieces, others, strict=True)]
         addresses = list(map(Tensor.data_ptr, pieces))
         base = min(*addresses, beside.data_ptr())
         reach = max(*addresses, beside.data_ptr() + beside.nbytes) - base + (shape[0] - 1) * steps[0] * number
@@ -150,8 +155,14 @@ class _Operand:
             *steps, shape[1], shape[3], base, unit // number, (beside.data_ptr() - base) // unit, apart // unit
         )  # fmt: skip
         return cls(
-            [(address - base) // unit for address in addresses], tuple(shape), first.dtype, found, beside, arguments
-        )
+            [(address - base) // unit for address in addresses], tuple(shape), first.dtype, found,
+            (beside, *pieces), arguments,
+        )  # fmt: skip
+
+
+def _laid_as(like: Tensor, x: Tensor) -> Tensor:
+    """A copy of x with the strides of a tensor of more tokens."""
+    return like.new_empty_strided(like.shape, like.stride())[:, :, : x.shape[2]].copy_(x)
 
 
 @cache
