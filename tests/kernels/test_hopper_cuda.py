@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,29 @@ def test_a_source_holds_what_it_includes():
     text = loader.text("constant_decay/cuda/tile_outputs.cu")
     assert "#include" not in text
     assert text.count("wgmma.fence") == 1
+
+
+def test_maps_of_one_layout_share_what_the_driver_is_told(monkeypatch):
+    driver = pytest.importorskip("cuda.bindings.driver")
+    told = []
+    memory = torch.zeros(tensor_map.MAP_BYTES, dtype=torch.uint8)
+
+    def encode(*given):
+        told.append(given)
+        return 0, SimpleNamespace(getPtr=memory.data_ptr)
+
+    monkeypatch.setattr(driver, "cuTensorMapEncodeTiled", encode)
+    monkeypatch.setattr(loader, "bind", lambda: None)
+    monkeypatch.setattr(tensor_map, "_maps", {})
+    kind = torch.bfloat16, torch.Size((1, 2, 100, 64)), (5, 6400, 64, 1)
+    first, second = tensor_map.tensor_map(512, kind), tensor_map.tensor_map(1024, kind)
+    assert first == second == bytes(tensor_map.MAP_BYTES)
+    assert (first.address, second.address, second.kind) == (512, 1024, kind)
+    assert [given[2] for given in told] == [512, 1024]
+    assert all(x is y for place, (x, y) in enumerate(zip(*told, strict=True)) if place != 2)
+    assert [[int(x) for x in numbers] for numbers in told[0][3:5]] == [[64, 100, 2, 1], [128, 12800, 16]]
+    assert tensor_map.tensor_map(520, kind) is None
+    assert tensor_map.tensor_map(512, (*kind[:2], (12800, 6400, 60, 1))) is None
 
 
 def test_copies_of_what_the_copy_engine_cannot_read_live_until_the_launch(monkeypatch):

@@ -106,20 +106,26 @@ def test_pieces_of_one_length_repeat_their_launches(driver: Driver, token: bool)
 
 
 @pytest.mark.parametrize("token", [False, True])
-@pytest.mark.parametrize(("rows", "multiprocessors"), [(64, 5), (128, 7), (256, 4)])
+@pytest.mark.parametrize(("rows", "multiprocessors", "bad"), [(64, 5, False), (128, 7, True), (256, 4, False)])
 def test_outputs_of_a_long_piece_are_walked_in_parts(
-    driver: Driver, token: bool, rows: int, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+    driver: Driver, token: bool, rows: int, multiprocessors: int, bad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of several chunks, each from the state that the states' walk passed there; the last part may be empty."""
+    """Of several chunks, each from the state that the states' walk passed there; the last part may be empty. What is no
+    number is seen by later tokens alone, of its column or, of k, of all."""
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: multiprocessors)
     *tensors, g = draw("cpu", 1, 500, rows, 64, torch.bfloat16, token)
+    if bad:
+        tensors[2][:, 1, 40, 7], tensors[1][:, :, 310, 3] = math.nan, math.inf
     kernels: Any = hopper if not token else by_token
     expected = kernels.tile_outputs(
         *tensors, torch.zeros(1, 2, 1, rows, 64), g, Tiles(512, (0, 500)),
         reverse=False, scale=0.3, state_scale=0.3, out_dtype=torch.bfloat16,
     )  # fmt: skip
     stream = leetdist.stream(None if token else g, scale=0.3, tile=512)
-    assert torch.equal(pushed(stream, tensors + [g] * token, [30, 160, 160, 150]), expected)
+    found = pushed(stream, tensors + [g] * token, [30, 160, 160, 150])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert bool(expected.isnan().any()) == bad
+    assert expected.isfinite().any(-1)[:, :, :300].all()
 
 
 @pytest.mark.parametrize(("batch", "token_major", "lengths"), [(1, False, 100), (2, True, 150)])
