@@ -25,7 +25,7 @@ from leetdist.kernels.common.settings import raw_settings, settings
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.operators.facts import Facts, machine_of
 from leetdist.operators.implementations import CANDIDATES, CUDA_HOPPER, Implementation
-from leetdist.operators.refusals import LONGEST_WALKED
+from leetdist.operators.refusals import ONE_CHUNK
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
@@ -156,8 +156,8 @@ def by_two_passes(problem: Problem, tile: int) -> tuple[Choice, ...]:
 
 def by_rows(problem: Problem, tile: int, steps: tuple[Choice, ...]) -> tuple[tuple[Choice, ...], Refusals]:
     """Who computes outputs of whole sequences, and with gradients dq, dk and dv, with the bits of these steps, but no
-    states in memory. Often nobody; and then why, where tiles are as short as they must be."""
-    if tile > LONGEST_WALKED or any(choice.implementation is not CUDA_HOPPER for choice in steps):
+    states in memory. Often nobody; and then why, where tiles are so short that states are most of what is moved."""
+    if any(choice.implementation is not CUDA_HOPPER for choice in steps):
         return (), ()
     documents = problem.documents or (0, problem.tokens)
     longest = max(end - begin for begin, end in pairwise(documents))
@@ -165,15 +165,19 @@ def by_rows(problem: Problem, tile: int, steps: tuple[Choice, ...]) -> tuple[tup
         return (), ()
     shared = problem.grad_mode and _shares(problem) != (1, 1, 1)
     stateless = not (problem.has_initial or problem.return_state or problem.needs_decay_grad or shared)
-    sequences = problem.batch * problem.heads * (len(documents) - 1), ceil_div(longest, tile)
+    # A few long documents among short ones leave most of a GPU with nothing to do.
+    sequences = problem.batch * problem.heads * (documents[-1] // longest), ceil_div(longest, tile)
     whole, found = stateless and problem.sees_grads and not problem.backend, []
     uses = [(False, False)] + [(False, True), (True, True), (True, False)] * problem.needs_grad
     for reverse, transposed in uses:
-        facts = replace(facts_of(problem, tile, transposed=transposed), sequences=sequences, whole=whole)
+        facts = replace(
+            facts_of(problem, tile, transposed=transposed),
+            sequences=sequences, whole=whole, both_passes=problem.needs_grad,
+        )  # fmt: skip
         use = Use("row_outputs", reverse, transposed, regular=problem.documents is None)
         choice, refused = ask(use, facts)
         if choice is None or not works(choice, problem):
-            return (), refused
+            return (), refused if tile <= ONE_CHUNK else ()
         found.append(choice)
     return tuple(found), ()
 

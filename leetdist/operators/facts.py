@@ -41,10 +41,11 @@ class Facts:
     operator: str = "constant_decay"
     shares: tuple[int, int, int] = (1, 1, 1)
     weighs: bool = False  # whether the kernels of the pass can take v and its weights as they are
-    # Sequences, each head's for itself, and tiles of the longest; whether nothing but outputs, and their gradients, is
-    # wanted of each.
+    # Sequences, each head's for itself, as many as there would be of the longest, and its tiles; whether nothing but
+    # outputs, and their gradients, is wanted of each.
     sequences: tuple[int, int] = (0, 0)
     whole: bool = False
+    both_passes: bool = False  # whether gradients are wanted too
 
     @property
     def interpreted(self) -> bool:

@@ -3,8 +3,11 @@ wanted; None where it does."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from leetdist.kernels.common.tiles import ceil_div
 from leetdist.operators.facts import Facts, dotted
 
 LARGEST_HEAD = 256  # of those that hold whole columns, and rows, of the state
@@ -15,9 +18,13 @@ MOST_ROWS_DECODED = 1024  # with 16 columns, as many numbers as 4 warps hold
 MOST_TAPS = 4  # of a convolution
 # Tokens; in shorter tiles the products of the kernels for Hopper are not full.
 SHORTEST_ON_HOPPER = {"narrow": 128, "wide": 64}
-# Tokens of a tile that is one chunk of CUDA C++'s; and which sequences these kernels walk tile by tile: so many, heads
-# counted, as fill a GPU, or such as have few tiles.
-LONGEST_WALKED, MANY_WALKED, FEW_TILES = 64, 256, 8
+# Tokens of a chunk of CUDA C++'s; and which sequences these kernels walk tile by tile, where a tile lies in a chunk: so
+# many, heads counted, as fill a GPU, or such as have few tiles.
+ONE_CHUNK, MANY_WALKED, FEW_TILES = 64, 256, 8
+# Of longer tiles: blocks, of 64 columns, that walk at a time (two on each of 132 multiprocessors). And, forward and
+# with backward, how long walks that fill a GPU take, and the steps, without states and for each time that these are as
+# large as q: in times of reading or writing one of q, k, v and o (benchmarks/notes/README.md).
+BLOCKS_WALKING, WALKS_AND_STEPS = 264, ((6.1, 5.3, 1.1), (28.5, 20.0, 3.3))
 LONGEST_CHAIN = 4096  # tokens; what is lost from chunk to chunk (kernels/token_decay/cuda/by_head.py) adds up
 # NVRTC 12.9 ends the process (signal 11, in its ptxas) when it compiles tile_outputs.cu for 16-bit outputs.
 OLDEST_NVRTC = 13, 0
@@ -138,11 +145,21 @@ def cuda_hopper_rows(facts: Facts) -> str | None:
         )
     if refused is None and max(facts.rows, facts.columns) > LARGEST_WALKED:
         refused = f"head sizes up to {LARGEST_WALKED}, got {facts.rows} and {facts.columns}"
-    if refused is None and facts.tile > LONGEST_WALKED:
-        refused = f"tiles of up to {LONGEST_WALKED} tokens, got {facts.tile}"
-    if refused is None and number < MANY_WALKED and tiles > FEW_TILES:
+    if refused is None and facts.tile & (facts.tile - 1):
+        refused = f"tiles of a power of two tokens, got {facts.tile}"
+    if refused is None and facts.tile <= ONE_CHUNK and number < MANY_WALKED and tiles > FEW_TILES:
         refused = f"{MANY_WALKED} sequences and heads, or up to {FEW_TILES} tiles of each, got {number} and {tiles}"
+    if refused is None and facts.tile > ONE_CHUNK and not _walks_are_faster(facts):
+        refused = f"so many sequences and heads, in tiles so short, that it is faster, got {number} and {facts.tile}"
     return refused
+
+
+def _walks_are_faster(facts: Facts) -> bool:
+    """Than the steps, until the last walk ends, in tiles of several chunks."""
+    walk, steps, each = WALKS_AND_STEPS[facts.both_passes]
+    waves = facts.sequences[0] * ceil_div(facts.columns, 64) / BLOCKS_WALKING
+    states = 16 * facts.rows * facts.columns / (facts.rows + facts.columns) / facts.tile
+    return waves > 0 and walk * math.ceil(waves) / waves <= steps + each * states
 
 
 def cuda_hopper_bf16(facts: Facts) -> str | None:

@@ -116,7 +116,9 @@ def test_nothing_is_kept_between_the_passes(walked):
     assert {x.numel() for x in saved} <= {given[0].numel(), 2}
 
 
-@pytest.mark.parametrize("case", ["state", "initial", "learnt", "shared", "long", "tile", "group", "compiled"])
+@pytest.mark.parametrize(
+    "case", ["state", "initial", "learnt", "shared", "long", "tile", "unlike", "group", "compiled"]
+)
 def test_who_needs_states_has_them(walked, case):
     given, log_decay, options = drawn(1, 2, 2, 2), -torch.rand(2), {"tile": TILE, "method": "block"}
     if case == "state":
@@ -139,7 +141,15 @@ def test_who_needs_states_has_them(walked, case):
         leetdist.linear_attention(*(torch.randn(128, 2, 16 * 9, 8) for _ in given), log_decay, tile=16, method="block")
         assert walked.pop() == (False, False)
     elif case == "tile":
+        given = [torch.randn(1, 2, 130, 128) for _ in given]
         leetdist.linear_attention(*given, log_decay, tile=128, method="block")
+        assert not walked
+        leetdist.linear_attention(*(x.expand(132, -1, -1, -1) for x in given), log_decay, tile=128, method="block")
+        assert walked.pop() == (False, False)
+    elif case == "unlike":  # a long document among short ones, which would be walked by few
+        documents = torch.tensor([*range(0, 4096, 32), 5000])
+        given = [torch.randn(1, 2, 5000, 8) for _ in given]
+        leetdist.linear_attention(*given, log_decay, cu_seqlens=documents, **options)
     elif case == "group":
         given = [x[:, :, :96] for x in given]
         leetdist.virtual_ranks(lambda group: leetdist.linear_attention(*given, log_decay, group=group, **options), 2)
@@ -163,14 +173,19 @@ def test_on_hopper() -> None:
         return Facts(machine, Settings(None, True, False), torch.bfloat16, rows, columns, tile, **more)
 
     use, whole = Use("row_outputs"), {"whole": True, "sequences": (32, 8)}
-    for tile in (16, 32, 64):
-        choice, _ = dispatch.ask(use, facts(tile, 128, 96, **whole))
+    walked = [(tile, whole) for tile in (16, 32, 64)]
+    many = {"whole": True, "sequences": (1056, 4)}
+    walked += [(256, many), (1024, many), (256, many | {"both_passes": True})]
+    for tile, more in walked:
+        choice, _ = dispatch.ask(use, facts(tile, 128, 128, **more))
         assert choice is not None
         assert choice.implementation is CUDA_HOPPER_ROWS
     for given, reason in (
-        (facts(128, 128, 128, **whole), "tiles of up to 64 tokens, got 128"),
+        (facts(128, 128, 128, **whole), "that it is faster, got 32 and 128"),
+        (facts(2048, 128, 128, **many), "that it is faster, got 1056 and 2048"),
+        (facts(1024, 128, 128, **many, both_passes=True), "that it is faster, got 1056 and 1024"),
         (facts(64, 64, 64, sequences=(32, 8)), "without a group"),
-        (facts(64, 64, 64, whole=True, sequences=(32, 9)), "up to 8 tiles of each, got 32 and 9"),
+        (facts(64, 64, 64, whole=True, sequences=(32, 9)), "got 32 and 9"),
         (facts(64, 64, 256, **whole), "up to 128, got 64 and 256"),
         (facts(64, 64, 100, **whole), "multiple of 8"),
     ):

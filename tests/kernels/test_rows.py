@@ -82,6 +82,10 @@ CASES = [
     (16, (48, 80), FP16, True, True, (0, 40, 56, 99)),
     (16, (64, 200), BF16, False, False, (0, 67)),
     (64, (128, 128), FP16, False, True, (0, 130)),
+    (128, (64, 64), BF16, False, False, (0, 400)),
+    (128, (64, 128), FP16, True, False, (0, 3, 140, 140, 533)),
+    (128, (128, 64), BF16, True, True, (0, 300)),
+    (256, (48, 80), BF16, False, True, (0, 768)),
 ]
 
 
@@ -127,6 +131,22 @@ def test_what_is_not_finite_reaches_as_far(device: str, reverse: bool, transpose
         assert not found[0, 0, list(seen)].isfinite().all(-1).any()
 
 
+@pytest.mark.parametrize(("reverse", "transposed"), [(False, True), (True, False)])
+def test_what_is_not_finite_and_forgotten_ends_with_its_tile(device: str, reverse: bool, transposed: bool) -> None:
+    """As with states in memory: of a tile, a head that decays leaves out the chunks far from where its state goes."""
+    tiles = Tiles(256, (0, 600))
+    x = drawn(device, 600, (64, 64), BF16)
+    x[3] = torch.tensor([-2.0, -0.01], device=device)
+    options: dict[str, Any] = {"reverse": reverse, "transposed": transposed, "scale": 0.3, "state_scale": 0.3}
+    for operand, token, bad in ((1, 300, math.inf), (2, 300, math.nan), (2, 460, math.nan), (1, 20, math.nan)):
+        y = [z.clone() for z in x]
+        y[operand][0, 0, token, 3] = bad
+        found = rows.row_outputs(*y, tiles, **options)
+        others = by_steps(y, tiles, **options, sum_scale=1.0)
+        torch.testing.assert_close(found, others, rtol=0, atol=0, equal_nan=True)
+        assert not found.isfinite().all()
+
+
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize(
     ("size", "tile", "dtype", "reverse", "transposed"),
@@ -136,12 +156,15 @@ def test_what_is_not_finite_reaches_as_far(device: str, reverse: bool, transpose
         ((128, 128), 64, FP16, True, False),
         ((64, 64), 16, FP16, False, True),
         ((96, 112), 32, BF16, False, True),
+        ((128, 128), 256, BF16, False, False),
+        ((128, 128), 256, BF16, True, True),
+        ((128, 128), 2048, FP16, True, False),
     ],
 )
 def test_compiles_and_fits(
     size: tuple[int, int], tile: int, dtype: torch.dtype, reverse: bool, transposed: bool, tmp_path: Path
 ) -> None:
-    (part,) = hopper.parts(4096, *size, 132)
+    (part,) = rows.parts(4096, *size, tile, 132)
     for name in hopper.OUTPUTS:
         made = rows.defines(name, size, part, dtype, reverse, transposed, tile)
         said = ptxas_report("constant_decay/cuda/row_outputs.cu", "sm_90a", made, tmp_path)
@@ -150,4 +173,4 @@ def test_compiles_and_fits(
         assert spilled, said
         assert name == hopper.AGAIN or int(spilled[1]) <= 128, said
     held = hopper.walked_rows(size[0]), part.columns, part.groups
-    assert 2 * (hopper.shared_memory("tile_outputs", *held) + OWN) <= SHARED_MEMORY
+    assert 2 * (rows.shared_memory("tile_outputs", *held, transposed, tile) + OWN) <= SHARED_MEMORY

@@ -26,6 +26,10 @@ struct Lost {
                     state[part][i] = 0.0f;
                 }
     }
+    // What another has noted, and nothing else.
+    __device__ __forceinline__ void take(const Lost& other) const {
+        for (int i = thread_number(); i <= COLUMNS; i += THREADS) store(columns + i * 4, load_word(other.columns + i * 4));
+    }
     // Note what is not finite in the first `count` rows of a chunk of b, or of c, and then, with `zero`, put 0 there.
     template <int WIDTH, bool C> __device__ __forceinline__ void find(Word chunk, int step, int count, bool zero) const {
 #pragma unroll 1

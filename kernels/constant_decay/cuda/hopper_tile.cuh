@@ -226,9 +226,9 @@ __device__ __forceinline__ void weigh(Word x, Word w, Word rest, Word& high, Wor
     low = times_plus(x, rest, times_plus(x, w, minus(product))), high = product;
 }
 
-// `count` tokens of WIDTH columns in shared memory times their weights: the higher part in its place.
+// `count` tokens of WIDTH columns in shared memory times their weights, as two chunks.
 template <int WIDTH, int count>
-__device__ __forceinline__ void weigh_chunk(Word chunk, Word low_chunk, Word weights) {
+__device__ __forceinline__ void weigh_chunk(Word chunk, Word high_chunk, Word low_chunk, Word weights) {
 #pragma unroll 1
     for (int i = thread_number(); i < WIDTH / 8 * count; i += THREADS) {  // a row's place in a block is all that counts
         const int row = i / 8 % count, at = i / (8 * count) * BLOCK + row * 128 + i % 8 * 16;
@@ -239,7 +239,7 @@ __device__ __forceinline__ void weigh_chunk(Word chunk, Word low_chunk, Word wei
         load(chunk + at, x);
 #pragma unroll
         for (int j = 0; j < 4; j++) weigh(x[j], w, rest, x[j], low[j]);
-        store(chunk + at, x), store(low_chunk + at, low);
+        store(high_chunk + at, x), store(low_chunk + at, low);
     }
     publish();
 }

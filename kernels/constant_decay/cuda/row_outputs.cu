@@ -1,4 +1,4 @@
-// tile_outputs.cu's outputs of whole sequences that begin from zero, in tiles of -DLENGTH=16|32|64 tokens:
+// tile_outputs.cu's outputs of whole sequences that begin from zero, in tiles of -DLENGTH=16|32|64 tokens, or longer ones:
 //
 //     P = (a b^T) * decay      o^T = gamma^i (S^T a^T) + c^T P^T      S^T = gamma^LENGTH S^T + (c w)^T b, summed by itself
 //
@@ -6,6 +6,10 @@
 // tokens hold one, two or four tiles, of which each sees scores of its own. What a tile adds is summed from zero, with the
 // bits of tile_states.cu (whose `scale` is sum_scale), and folded with those of the fold. -DTRANSPOSED=1: with the bits of
 // states that are c's and b's, transposed: the weights are b's, whose higher part comes in its place, the lower in a's.
+//
+// -DLONG=1 -DLENGTH=64: tiles of several chunks, of which a block has 64 columns. The state that outputs read goes on from
+// chunk to chunk, as in tile_outputs.cu; beside it what the tile adds is summed, of the chunks that tile_states.cu reads.
+// The state at the tile's start, to which the fold adds that, waits in `starts`, where each thread reads what it wrote.
 //
 // What is not finite is as in tile_outputs.cu: a second kernel (-DAGAIN=1) walks again where `again` says so.
 
@@ -16,20 +20,26 @@
 constexpr int STAGE = 2 * ROWS_BYTES + COLUMNS_BYTES;
 constexpr int SUMMED = LENGTH / 16;                  // steps of a product over a tile's tokens
 constexpr int UNROLLED = HALF ? CHUNK / LENGTH : 1;  // tiles of a chunk: so ptxas spills least
-static_assert(GROUPS == 1 && !LAST_FETCHES && !WIDE && CHUNK % LENGTH == 0);
+#ifndef LONG
+#define LONG 0
+#endif
+static_assert(GROUPS == 1 && !LAST_FETCHES && !WIDE && CHUNK % LENGTH == 0 && (!LONG || (LENGTH == CHUNK && PARTS == 1)));
 
-extern "C" __global__ void __launch_bounds__(THREADS, AGAIN ? 1 : ROWS + COLUMNS <= 128 ? 3 : 2)
+extern "C" __global__ void __launch_bounds__(THREADS, AGAIN ? 1 : ROWS + COLUMNS <= 128 && !LONG ? 3 : 2)
 row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, Bits* out, Offset out_batch,
-            Offset out_head, Offset out_token, TILES, float scale, float state_scale, float sum_scale, int* again) {
+            Offset out_head, Offset out_token, TILES, float scale, float state_scale, float sum_scale, float added_scale,
+            Offset tile_chunks, float* starts, int* again) {
     if (AGAIN && !again[blockIdx.x]) return;
     const Tile tile(TILE);
     const int thread = thread_number();
-    float state[PARTS][HELD] = {};
-    const Word base = shared_memory(), seen = base + 2 * STAGE, own = seen + BLOCK;
-    const Word arrivals = own + Tables::BYTES + Lost::BYTES;
-    const Lost lost(own + Tables::BYTES);
+    float state[PARTS][HELD] = {}, added[HELD] = {};
+    const Word base = shared_memory(), seen = base + 2 * STAGE, low_b = seen + BLOCK;
+    const Word own = low_b + (LONG && TRANSPOSED ? ROWS_BYTES : 0);
+    const Word unscaled = own + Tables::BYTES + (1 + LONG) * Lost::BYTES, arrivals = unscaled + LONG * Weights::BYTES;
+    const Lost lost(own + Tables::BYTES), kept(own + Tables::BYTES + Lost::BYTES);  // in this tile; in those behind it
     Tables tables;
-    tables.place(own, tile, log_decay TOKENS_);
+    Weights weights;  // of what a tile adds
+    tables.place(own, tile, log_decay TOKENS_), weights.place(unscaled, tile, log_decay TOKENS_);
     auto place = [&](int step) { return base + step % 2 * STAGE; };
     auto arrival = [&](int step) { return arrivals + step % 2 * 8; };
     auto fetch_a_and_b = [&](int step) {
@@ -43,6 +53,7 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
         fetch<COLUMNS>(place(step) + 2 * ROWS_BYTES, c, tile.chunk(step, c_share, tile.own), arrival(step));
     };
     if (AGAIN) lost.start(state);
+    if (AGAIN && LONG) kept.start(state);
     if (thread == 0) {
         if (!AGAIN) again[blockIdx.x] = 0;
         init_arrival(arrivals), init_arrival(arrivals + 8);
@@ -50,8 +61,11 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
     publish();
     __syncthreads();
     if (thread == 0) fetch_a_and_b(0), fetch_c(0);
-    tables.start(tile, log_decay TOKENS_);
-    tables.set(scale, state_scale, 1.0f, LENGTH);
+    tables.start(tile, log_decay TOKENS_), weights.start(tile, log_decay TOKENS_);
+    tables.set(scale, state_scale, LONG ? added_scale : 1.0f, LENGTH);
+    if (LONG) weights.set(1.0f, CHUNK);
+    const int tile_tokens = int(tile_chunks) * CHUNK, reached = LONG ? weights.reached(tile_tokens, int(tile_chunks)) : 0;
+    starts += Offset(blockIdx.x) * HELD * THREADS + thread;
 
     out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.own;
     auto write_chunk = [&](int step) {  // from where its c was
@@ -66,8 +80,16 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
     for (int step = 0; step < tile.chunks; step++) {
         const Word a_i = place(step), b_i = a_i + ROWS_BYTES, c_i = b_i + ROWS_BYTES;
         const int count = tile.count(step);
+        // Of the tile: its first token, and its chunks that are left, this one counted. Whether another tile follows, and
+        // whether this chunk adds to its state.
+        const int tile_first = LONG ? tile.first(step) & -tile_tokens : 0;  // which is a power of two
+        const int before = (tile.first(step) - tile_first) / CHUNK;
+        const int left = REVERSE ? before + 1 : int(tile_chunks) - before;
+        const bool more = LONG && (REVERSE ? tile_first > 0 : tile_first + tile_tokens < tile.length);
+        const bool adds = more && left <= reached;
         wait_arrival(arrival(step), step / 2 & 1);
         if (AGAIN) {
+            if (adds) kept.find<STORED_ROWS, false>(b_i, step, count, 0), kept.find<COLUMNS, true>(c_i, step, count, 0);
             for (int zero = 0; zero < 2; zero++) {
                 lost.find<STORED_ROWS, false>(b_i, step, count, zero), lost.find<COLUMNS, true>(c_i, step, count, zero);
                 meet();
@@ -86,6 +108,16 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
         float scores[32], o_i[PARTS][LENGTH / 2];
         Word held[STEPS][4], x[PARTS][SUMMED][4];
         Units units;
+        WeightedOf<SUMMED> weighted;  // of tiles of several chunks
+        auto start = [&](float (&to)[HELD], Word (&high)[SUMMED][4], Word b_high, Word (&low)[SUMMED][4], Word b_low) {
+            here(to), here(high), here(low);
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < SUMMED; i++) add_product(to, high[i], by_columns(b_high) + along_columns(i));
+#pragma unroll
+            for (int i = 0; i < SUMMED; i++) add_product(to, low[i], by_columns(b_low) + along_columns(i));
+            end_products();
+        };
         auto start_from_state = [&](int part, int first) {
             units.set(state[part]);
             hold(state[part], units.power, 0, held);
@@ -100,7 +132,8 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
 #pragma unroll
         for (int i = 0; i < STEPS; i++) product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
         end_products();
-        wait_products<0>();
+        if (LONG) start_from_state(0, 0);
+        wait_products<LONG>();
         here(scores);
         tables.decay(scores, seen);
         publish();
@@ -113,7 +146,7 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
             const int length = max(min(LENGTH, count - first), 0);  // of the last chunk's, some have no tokens
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
-                start_from_state(part, first);
+                if (!LONG) start_from_state(part, first);
                 const Word own_c = c_i + part * BLOCK + first * 128 + place_transposed();
 #pragma unroll
                 for (int i = 0; i < SUMMED; i++) load_transposed(own_c + i * 16 * 128, x[part][i]);
@@ -126,7 +159,12 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
                 for (int i = 0; i < SUMMED; i++)
                     product(o_i[part], x[part][i], by_rows(seen + first * 128) + along_rows(first / 16 + i), 1);
                 end_products();
-                wait_products<0>();
+                if (LONG) {
+                    weighted.set(x[0], tables.pairs);
+                    fade(state[0], tables.faded(count));
+                    start(state[0], weighted.high, b_i, weighted.low, b_i);
+                }
+                wait_products<LONG>();
                 here(o_i[part]), here(x[part]);
                 if (AGAIN) lost.mark(o_i[part], step, part, first);
 #pragma unroll
@@ -137,9 +175,10 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
                     store_transposed(own_c + i / 8 * 16 * 128, y);
                 }
             }
+            if (LONG) break;
             if (TRANSPOSED) {
                 meet();  // all have read a, and b
-                weigh_chunk<STORED_ROWS, LENGTH>(b_i + first * 128, a_i + first * 128, tables.pairs);
+                weigh_chunk<STORED_ROWS, LENGTH>(b_i + first * 128, b_i + first * 128, a_i + first * 128, tables.pairs);
                 meet();
             }
             const float folded = tables.folded(length);
@@ -151,13 +190,7 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
                 Word(&low)[SUMMED][4] = TRANSPOSED ? x[part] : weighted.low;
                 const Word b_high = b_i + first * 128, b_low = TRANSPOSED ? a_i + first * 128 : b_high;
                 float sum[HELD] = {};
-                here(sum), here(high), here(low);
-                begin_products();
-#pragma unroll
-                for (int i = 0; i < SUMMED; i++) add_product(sum, high[i], by_columns(b_high) + along_columns(i));
-#pragma unroll
-                for (int i = 0; i < SUMMED; i++) add_product(sum, low[i], by_columns(b_low) + along_columns(i));
-                end_products();
+                start(sum, high, b_high, low, b_low);
                 publish();
                 wait_products<0>();
                 here(sum), here(high), here(low);
@@ -165,13 +198,45 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
                 for (int i = 0; i < HELD; i++) state[part][i] = fmaf(state[part][i], folded, sum_scale * sum[i]);
             }
         }
-        if (!AGAIN && step == tile.chunks - 1) {  // here rather than behind the loop, where ptxas would spill in it
+        if (LONG) {
+            // What the tile adds has the weights of the state's products where these are not scaled.
+            if ((REVERSE && !TRANSPOSED) || !adds) wait_products<0>(), here(state[0]), here(weighted);
+            if (adds) {
+                if (TRANSPOSED) {
+                    meet();  // all have read a
+                    weigh_chunk<STORED_ROWS, CHUNK>(b_i, a_i, low_b, weights.pairs);
+                    meet();
+                } else if (REVERSE) {
+                    weighted.set(x[0], weights.pairs);
+                }
+                fade(added, weights.faded(count));
+                if (TRANSPOSED) start(added, x[0], a_i, x[0], low_b);
+                else start(added, weighted.high, b_i, weighted.low, b_i);
+                wait_products<0>();
+                here(added), here(state[0]), here(weighted), here(x[0]);
+            }
+            publish();
+        }
+        // Here rather than behind the loop, where ptxas would spill in it.
+        if (!AGAIN && (step == tile.chunks - 1 || (LONG && left == 1))) {
             float zero = 0.0f;
 #pragma unroll
             for (int part = 0; part < PARTS; part++)
 #pragma unroll
                 for (int i = 0; i < HELD; i++) zero = fmaf(state[part][i], 0.0f, zero);
             if (zero != 0.0f) again[blockIdx.x] = 1;
+        }
+        if (more && left == 1) {
+            const bool from_zero = REVERSE ? tile_first + tile_tokens >= tile.length : tile_first == 0;
+            const float folded = weights.folded(min(tile_tokens, tile.length - tile_first));
+#pragma unroll
+            for (int i = 0; i < HELD; i++) {
+                state[0][i] = fmaf(from_zero ? 0.0f : starts[i * THREADS], folded, sum_scale * added[i]);
+                added[i] = 0.0f;
+            }
+            if (AGAIN) kept.start(state, false), meet(), lost.take(kept), meet();
+#pragma unroll
+            for (int i = 0; i < HELD; i++) starts[i * THREADS] = state[0][i];
         }
     }
     meet();

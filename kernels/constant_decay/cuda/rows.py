@@ -11,9 +11,10 @@ from torch import Tensor
 
 from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import empty_outputs, heads_of, zero_states
-from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.cuda import hopper
-from leetdist.kernels.constant_decay.cuda.hopper import configuration
+from leetdist.kernels.constant_decay.cuda.hopper import Part, configuration
+from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 
 __all__ = ["compile_for", "configuration", "row_outputs"]
 
@@ -34,7 +35,8 @@ def row_outputs(
 ) -> Tensor:
     """(B, H, N, Dc) in a's dtype: `tile_outputs` of a, b, c from the states that `fold` makes of `tile_states` of b and
     c, times `sum_scale`. Each segment of `tiles` is a sequence that begins (`reverse`: ends) with a state of zero, its
-    tiles of 16, 32 or 64 tokens. transposed: the states are those of c and b, transposed, and the last bits theirs."""
+    tiles of 16, 32, 64 or another power of two. transposed: the states are those of c and b, transposed, and the last
+    bits theirs."""
     if out is None:
         out = empty_outputs(a, c, log_decay, a.dtype)
     one, several = tiles.up_to(tiles.size)
@@ -55,12 +57,15 @@ def row_outputs(
         target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
     operands = (x for operand in (a, b, c) for x in hopper._operand(operand, heads, kept))
     places = *operands, hopper._map(target), target.data_ptr(), *target.stride()[:3]
-    for part in hopper.parts(programs, *size, hopper._multiprocessors(c.device)):
-        blocks = programs * part.splits
+    for part in parts(programs, *size, tiles.size, hopper._multiprocessors(c.device)):
+        blocks, long = programs * part.splits, tiles.size > hopper.CHUNK
         again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
+        held = hopper.walked_rows(size[0]) * part.columns
+        starts = torch.empty(blocks, held, dtype=torch.float32, device=a.device) if long else None
         arguments = (
             *places, *hopper._tiles(rows, log_decay, part.splits, a, b, c),
-            float(scale), float(state_scale), float(sum_scale), again.data_ptr(),
+            float(scale), float(state_scale), float(sum_scale), scale_of_added(float(scale), float(state_scale)),
+            tiles.size // hopper.CHUNK, 0 if starts is None else starts.data_ptr(), again.data_ptr(),
         )  # fmt: skip
         for name in hopper.OUTPUTS:
             launch = _kernel(name, size, part, a.dtype, reverse, transposed, tiles.size, a.device)
@@ -68,6 +73,14 @@ def row_outputs(
     if target is not out:
         out.copy_(target)
     return out
+
+
+def parts(programs: int, rows: int, columns: int, tile: int, multiprocessors: int) -> tuple[Part, ...]:
+    """The launches: those of outputs with states, but in tiles of several chunks what they add takes the registers of
+    64 columns."""
+    if tile > hopper.CHUNK:
+        return (Part(64, 1, ceil_div(columns, 64)),)
+    return hopper.parts(programs, rows, columns, multiprocessors)
 
 
 def compile_for(
@@ -88,15 +101,24 @@ def compile_for(
     hopper._kernel(
         hopper.CHUNK_OUTPUTS, (rows, columns), hopper.all_columns(columns), dtype, False, reverse, False, device
     )
-    for part in hopper.parts(programs, rows, columns, hopper._multiprocessors(device)):
+    for part in parts(programs, rows, columns, tile, hopper._multiprocessors(device)):
         for name in hopper.OUTPUTS:
             _kernel(name, (rows, columns), part, dtype, reverse, transposed, tile, device)
+
+
+def shared_memory(name: str, rows: int, columns: int, groups: int, transposed: bool, tile: int) -> int:
+    """Bytes that a block asks for."""
+    found = hopper.shared_memory(name, rows, columns, groups)
+    if tile > hopper.CHUNK:  # a second table of weights, and of what is lost; b's weighted lower part
+        found += hopper.TABLES["tile_states"][0] + 4 * (columns + 4) * (name == hopper.AGAIN)
+        found += ceil_div(rows, 64) * hopper.BLOCK * transposed
+    return found
 
 
 def defines(
     name: str,
     size: tuple[int, int],
-    part: hopper.Part,
+    part: Part,
     dtype: torch.dtype,
     reverse: bool,
     transposed: bool,
@@ -105,14 +127,15 @@ def defines(
     """What a kernel is compiled with."""
     held = hopper.walked_rows(size[0]), part.columns, part.groups
     made = hopper.defines(name, *held, dtype, False, reverse, size=size, first=part.first)
-    return *made, ("LENGTH", tile), ("TRANSPOSED", int(transposed))
+    long = (("LONG", 1),) * (tile > hopper.CHUNK)
+    return *made, ("LENGTH", min(tile, hopper.CHUNK)), ("TRANSPOSED", int(transposed)), *long
 
 
 @cache
 def _kernel(
     name: str,
     size: tuple[int, int],
-    part: hopper.Part,
+    part: Part,
     dtype: torch.dtype,
     reverse: bool,
     transposed: bool,
@@ -123,5 +146,5 @@ def _kernel(
     return loader.kernel(
         "constant_decay/cuda/row_outputs.cu", "row_outputs", device,
         defines(name, size, part, dtype, reverse, transposed, tile),
-        shared_memory=hopper.shared_memory(name, *held), features="a",
+        shared_memory=shared_memory(name, *held, transposed, tile), features="a",
     )  # fmt: skip
