@@ -73,7 +73,7 @@ def _kernel(source: str, name: str, device: Any, defines: Any, *, shared_memory:
 
 
 def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> bytes | None:
-    if address % 16 or any(stride % 8 for stride, size in zip(strides[:3], shape, strict=False) if size > 1):
+    if address % 16 or any(x % 8 or x < 1 for x, size in zip(strides[:3], shape, strict=False) if size > 1):
         return None
     strides_ = (2 * stride for stride in strides[:3])
     made = tensor_map.TensorMap(struct.pack("=16q", address, *strides_, shape[2], shape[3], *[0] * 10))

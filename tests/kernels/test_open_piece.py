@@ -218,6 +218,14 @@ def test_views_mean_their_values(driver: Driver, token: bool, monkeypatch: pytes
     assert torch.equal(torch.cat(outputs, 2), expected)
 
 
+def test_one_piece_for_all_of_a_batch(driver: Driver) -> None:
+    """Expanded, which no map of the copy engine knows."""
+    *tensors, g = draw("cpu", 1, 100, 64, 64, torch.bfloat16, False)
+    expected = one_call(*tensors, g, 0.3).expand(2, -1, -1, -1)
+    stream = leetdist.stream(g, scale=0.3, tile=TILE)
+    assert torch.equal(pushed(stream, [x.expand(2, -1, -1, -1) for x in tensors], [30, 70]), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_slots_in_two_forms_are_copied_whole(driver: Driver, dtype: torch.dtype) -> None:
     """By forks, copies and pickles of the pool, and states that leave it and come back, in any order of sequences."""

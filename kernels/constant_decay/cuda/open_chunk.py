@@ -171,24 +171,25 @@ def _open_piece(
         blocks, log_decay = blocks + batch * heads, gate
     launch = _rows(kept_decay is not None, q.device)
     launch((blocks, ceil_div(CHUNK + tokens, CHUNK)), 256, *chain(*operands), tokens, before, full, *decays)
-    laid_q, laid_k, laid_v = (Behind(first, x, before) for x, first in zip(given, firsts, strict=True))
+    behind_q, behind_k, behind_v = (Behind(first, x, before) for x, first in zip(given, firsts, strict=True))
     heads = walked.shape[1]
     o = q.new_empty(batch, heads, CHUNK + tokens, v.shape[3])
     options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": q.dtype, "out": o}
     chunks, marks = ceil_div(CHUNK - 1 + tokens, CHUNK), hopper._multiprocessors(q.device) // (batch * heads)
     if own is None or min(chunks, marks) < 2:
-        tile_outputs(laid_q, laid_k, laid_v, walked[:, :, None], log_decay, Tiles(tile, (0, all_)), **options)
+        tile_outputs(behind_q, behind_k, behind_v, walked[:, :, None], log_decay, Tiles(tile, (0, all_)), **options)
         if own is not None:
-            hopper.onward(laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full)
+            hopper.onward(behind_k, behind_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full)
         return o, after_k, after_v, after_decay, after_total
     # The walk is a chain, and faster than that of the outputs, which so has as many parts as there are multiprocessors.
     every = ceil_div(chunks, marks)
     parts = _Parts(every * CHUNK, (0, all_), count_=ceil_div(chunks, every))
     passed = walked.new_empty(batch, heads, parts.count, walked.shape[3], walked.shape[2])
     hopper.onward(
-        laid_k, laid_v, log_decay, walked, own, at=at, whole=tile, total=total, tokens=full, passed=passed, every=every
-    )
-    tile_outputs(laid_q, laid_k, laid_v, passed.transpose(3, 4), log_decay, parts, **options)
+        behind_k, behind_v, log_decay, walked, own,
+        at=at, whole=tile, total=total, tokens=full, passed=passed, every=every,
+    )  # fmt: skip
+    tile_outputs(behind_q, behind_k, behind_v, passed.transpose(3, 4), log_decay, parts, **options)
     return o, after_k, after_v, after_decay, after_total
 
 
@@ -316,9 +317,10 @@ def _rows(token: bool, device: torch.device) -> loader.Kernel:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x (batch, heads, tokens, dim), or a copy, whose rows are whole vectors of 16 bytes, of its values in memory."""
+    """x (batch, heads, tokens, dim), or a copy, whose rows are whole vectors of 16 bytes, each somewhere else, of its
+    values in memory."""
     wrong = x.data_ptr() % 16 or x.is_neg() or (x.stride(3) != 1 and x.shape[3] > 1)
-    wrong = wrong or any(step % 8 for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
+    wrong = wrong or any(step % 8 or step < 1 for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
     return x.clone(memory_format=torch.contiguous_format) if wrong else x
 
 

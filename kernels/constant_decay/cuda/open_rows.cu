@@ -1,8 +1,10 @@
 // The open chunk of a stream with what a piece adds to it (open_chunk.py's open_piece), of each of q, k and v; and of k and
 // v what the next open chunk keeps, from token `full` on.
 //
-// A block looks at CHUNK tokens of one head, and copies 16 bytes at a time. Laid out and kept: (batch, heads, CHUNK, size). Of q nobody reads the rows of earlier tokens. Compile with -DHALF=0 -DGROUPS=1, and with
-// -DTOKEN=1 for a decay a token: then log-decays come along, and what they sum up to in the tile, up to token `full`.
+// A block looks at CHUNK tokens of one head, and copies 16 bytes at a time. Laid out and kept: (batch, heads, CHUNK, size).
+// Of q nobody reads the rows of earlier tokens. Compile with -DHALF=0 -DGROUPS=1, and with -DTOKEN=1 for a decay a token:
+// then the log-decays of all tokens are laid out, (batch, heads, CHUNK + tokens), and what they sum up to in the tile, up to
+// token `full`.
 
 #include "hopper.cuh"
 #include "hopper_warp.cuh"
