@@ -114,6 +114,8 @@ class Descriptor:
 class Shared:
     """Shared memory."""
 
+    layout = None
+
     def __init__(self, x: Tensor) -> None:
         self.x = x
 

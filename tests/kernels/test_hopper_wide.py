@@ -29,6 +29,7 @@ from leetdist.kernels.constant_decay.triton import hopper_wide as wide  # noqa: 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHARED_MEMORY = 227 * 1024
 POINTERS = {"states": "*fp32", "log_decay": "*fp32", "onto": "*fp32", "table": "*i64", "again": "*i32"}
+STRIDES = ("_batch", "_head", "_token", "_tile", "_row")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -68,7 +69,7 @@ def compiled(
             out = f"*{name}" if kernel is wide.tile_outputs_kernel else "*fp32"
             number = "fp32" if argument.endswith("scale") else "i32"
             signature[argument] = out if argument == "out" else POINTERS.get(argument, number)
-            if signature[argument][0] == "*" or argument.endswith(("_batch", "_head", "_token", "_tile", "_row")):
+            if signature[argument][0] == "*" or argument.endswith((*STRIDES, "rows", "columns")):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})

@@ -49,9 +49,14 @@ def _unit(x):
 
 
 @gluon.jit
-def _units(x):
-    """The units of the rows, and their inverses."""
-    return _unit_of(gl.max(gl.abs(x), 1))
+def _units(x, LAYOUT: gl.constexpr):
+    """The units of the rows, and their inverses. A warp has whole rows, and the bits of what is not negative are in its
+    order: of integers, lanes have the largest in one instruction, of floats in ten that wait for each other."""
+    ROWS: gl.constexpr = x.shape[0]
+    VECTOR: gl.constexpr = 128 // x.dtype.primitive_bitwidth
+    largest = gl.maximum(gl.max(gl.abs(x).reshape([ROWS, x.shape[1] // VECTOR, VECTOR]), 2), 0.0)
+    largest = gl.max(largest.to(gl.int32, bitcast=True), 1).to(gl.float32, bitcast=True)
+    return _unit_of(gl.convert_layout(largest, gl.SliceLayout(1, LAYOUT)))
 
 
 @gluon.jit

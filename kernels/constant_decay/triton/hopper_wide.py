@@ -56,7 +56,7 @@ def tile_states(
     table = None if tiles.regular else tiles.table(b.device)
     launch(
         tile_states_kernel,
-        (batch * heads * tiles.count, ceil_div(columns, held_columns), 1),
+        (batch * heads * tiles.count * ceil_div(columns, held_columns), 1, 1),
         (
             _operand(b, held_rows), _operand(c, held_columns), log_decay, out, table, heads,
             heads // b.shape[1], heads // c.shape[1], b.shape[2], tiles.count, tiles.size, unread, rows, columns,
@@ -97,8 +97,8 @@ def tile_outputs(
     rows, columns = a.shape[3], c.shape[3]
     held_rows, held_columns, warps = block(rows, columns, parts)
     table = None if tiles.regular else tiles.table(a.device)
-    grid = batch * heads * tiles.count, ceil_div(columns, held_columns), 1
-    again = torch.empty(grid[:2], dtype=torch.int32, device=a.device)  # written by every program
+    programs = batch * heads * tiles.count * ceil_div(columns, held_columns)
+    again = torch.empty(programs, dtype=torch.int32, device=a.device)  # written by every program
     arguments = (
         _operand(a, held_rows), _operand(b, held_rows), _operand(c, held_columns), states, log_decay, out, again, table,
         onto, *out.stride()[:3], *((0, 0, 0) if onto is None else onto.stride()[:3]), *states.stride(),
@@ -108,7 +108,7 @@ def tile_outputs(
     for walk_again in (False, True):
         launch(
             tile_outputs_kernel,
-            grid,
+            (programs, 1, 1),
             arguments,
             {
                 "REGULAR": tiles.regular, "REVERSE": reverse, "CHUNK": CHUNK, "ROWS": held_rows,

@@ -36,6 +36,13 @@ from leetdist.kernels.constant_decay.triton.hopper_parts import (
 
 
 @gluon.jit
+def _place(columns, COLUMNS: gl.constexpr):
+    """A program's number, head by head, and its first column. A tile's are neighbours: L2 has what they share."""
+    blocks = gl.cdiv(columns, COLUMNS)
+    return (gl.program_id(0) // blocks).to(gl.int64), gl.program_id(0) % blocks * COLUMNS
+
+
+@gluon.jit
 def _raw(shared, desc, CHUNK: gl.constexpr):
     """Where a bulk copy puts a chunk: at the beginning of `shared`, (rows, columns)."""
     if shared.dtype == desc.dtype and shared.shape[0] == 2 * CHUNK:  # of which it takes half
@@ -88,9 +95,8 @@ def tile_states_kernel(
     dtype: gl.constexpr = gl.float16 if UNITS else b.dtype
     STATE: gl.constexpr = _accumulator(ROWS, COLUMNS, num_warps)
 
-    program = gl.program_id(0).to(gl.int64)
+    program, column = _place(columns, COLUMNS)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    column = gl.program_id(1) * COLUMNS
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     log_gamma = gl.load(log_decay + head)
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
@@ -189,13 +195,12 @@ def tile_outputs_kernel(
     # Bulk copies put fp32 numbers where their two parts are going to be.
     SIZE: gl.constexpr = 2 if UNITS else 1
 
-    program = gl.program_id(0).to(gl.int64)
-    again += program * gl.num_programs(1) + gl.program_id(1)
+    again += gl.program_id(0)
     if AGAIN:
         if gl.load(again) == 0:
             return
+    program, column = _place(columns, COLUMNS)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    column = gl.program_id(1) * COLUMNS
     start, length = _span(table, tile, tokens, tile_size, REGULAR)
     chunks = gl.cdiv(length, CHUNK)
     offset = (chunks - 1) * CHUNK if REVERSE else 0
@@ -212,15 +217,19 @@ def tile_outputs_kernel(
         weighted = gl.allocate_shared_memory(dtype, [WEIGHTED_PARTS, CHUNK, COLUMNS], C_SHARED)
     a_raw = reinterpret(a_held, a.dtype, [1, 1, CHUNK, ROWS], a.layout)
     b_raw = reinterpret(b_held, a.dtype, [1, 1, CHUNK, ROWS], b.layout)
-    BYTES: gl.constexpr = (2 * ROWS + COLUMNS) * CHUNK * a.dtype.primitive_bitwidth // 8
+    A_BYTES: gl.constexpr = ROWS * CHUNK * a.dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = (ROWS + COLUMNS) * CHUNK * a.dtype.primitive_bitwidth // 8
+    a_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(a_ready, count=1)
     mbarrier.init(ready, count=1)
     fence_async_shared()
     row, where, more = batch.to(gl.int32), (start + offset).to(gl.int32), chunks > 0
     a_head = (head // a_share).to(gl.int32)
     b_head, c_head = (head // b_share).to(gl.int32), (head // c_share).to(gl.int32)
+    mbarrier.expect(a_ready, A_BYTES, pred=more)
+    _fetch(a, row, a_head, where, 0, a_ready, a_raw, more)
     mbarrier.expect(ready, BYTES, pred=more)
-    _fetch(a, row, a_head, where, 0, ready, a_raw, more)
     _fetch(b, row, b_head, where, 0, ready, b_raw, more)
     c_raw = reinterpret(c_ring.index(0), a.dtype, [1, 1, CHUNK, COLUMNS], c.layout)
     _fetch(c, row, c_head, where, column, ready, c_raw, more)
@@ -248,11 +257,26 @@ def tile_outputs_kernel(
         weight = _to_state(g, count, zero, CHUNK, REVERSE, SHORT)
         lost = _lost(g, count)
         state += state * lost
-        mbarrier.wait(ready, step & 1)
-        a_i, b_i = _matrix(a_raw), _matrix(b_raw)
-        c_i = _matrix(reinterpret(c_held, a.dtype, [1, 1, CHUNK, COLUMNS], c.layout))
+        mbarrier.wait(a_ready, step & 1)
+        a_i = _matrix(a_raw)
         if count < CHUNK:
             _zero_rows(a_i, count, LONG)
+            barrier()
+        if UNITS:
+            a_values = a_i.load(LONG)
+            a_unit, a_inverse = _units(a_values, LONG)
+            barrier()  # all have read what the parts take the place of
+            units.index(0).store(a_unit)
+            _put(a_held, a_values * a_inverse[:, None], PARTS, zero)
+            fence_async_shared()
+            barrier()
+            # Under way while b's parts are made, as the scores are while c's are. With 256 rows it would spill.
+            o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
+            o = _product(a_held, PARTS, held, STATE_PARTS, o, zero, False)
+
+        mbarrier.wait(ready, step & 1)
+        b_i, c_i = _matrix(b_raw), _matrix(reinterpret(c_held, a.dtype, [1, 1, CHUNK, COLUMNS], c.layout))
+        if count < CHUNK:
             _zero_rows(b_i, count, LONG)
             _zero_rows(c_i, count, SHORT)
             barrier()
@@ -261,31 +285,30 @@ def tile_outputs_kernel(
             barrier()
         c_values = c_i.load(SHORT).to(gl.float32)
         if UNITS:
-            a_values, b_values = a_i.load(LONG), b_i.load(LONG)
-            a_unit, a_inverse = _units(a_values)
-            b_unit, b_inverse = _units(b_values)
-            c_unit, c_inverse = _units(c_values)
+            b_values = b_i.load(LONG)
+            b_unit, b_inverse = _units(b_values, LONG)
+            barrier()
+            _put(b_held, b_values * b_inverse[:, None], PARTS, zero)
+        else:
+            _put(weighted, c_values * (weight * added_scale), WEIGHTED_PARTS, zero)
+        fence_async_shared()
+        barrier()
+        if not UNITS:
+            o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
+            o = _product(a_held, PARTS, held, STATE_PARTS, o, zero, False)
+        scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
+        scores = _product(a_held, PARTS, b_held, PARTS, scores, zero, False, B=True)
+        if UNITS:
+            c_unit, c_inverse = _units(c_values, SHORT)
             bc_unit = gl.convert_layout(b_unit, gl.SliceLayout(1, SHORT)) * c_unit
             added_unit = gl.maximum(gl.max(bc_unit, 0), SMALLEST)
-            barrier()  # all have read what the parts take the place of
-            units.index(0).store(a_unit)
             units.index(1).store(bc_unit)
             c_values *= c_inverse[:, None]
             weight *= (bc_unit / added_unit)[:, None]
-            _put(a_held, a_values * a_inverse[:, None], PARTS, zero)
-            _put(b_held, b_values * b_inverse[:, None], PARTS, zero)
             _put(c_held, c_values, PARTS, zero)
-        else:
-            weight *= added_scale
-        _put(weighted, c_values * weight, WEIGHTED_PARTS, zero)
-        fence_async_shared()
-        barrier()
-
-        scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
-        scores = _product(a_held, PARTS, b_held, PARTS, scores, zero, False, B=True)
-        o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
-        o = _product(a_held, PARTS, held, STATE_PARTS, o, zero, False)
-        if UNITS:
+            _put(weighted, c_values * weight, WEIGHTED_PARTS, zero)
+            fence_async_shared()
+            barrier()
             # Apart from the state: the matrix units cut each sum off toward zero, which would add up.
             added = gl.zeros([ROWS, COLUMNS], gl.float32, STATE)
         else:
@@ -303,24 +326,31 @@ def tile_outputs_kernel(
             a_unit = units.index(0).load(gl.SliceLayout(1, WIDE))
             near_unit = a_unit * gl.convert_layout(largest, gl.SliceLayout(1, WIDE)) * (LARGE * ROWS)
             from_state *= a_unit
-        scores = warpgroup_mma_wait(2 * PARTS + STATE_PARTS + WEIGHTED_PARTS - 2, [scores])
+        scores = warpgroup_mma_wait(PARTS + WEIGHTED_PARTS - 1, [scores])
         _put(seen, scores * decay, SCORE_PARTS, zero)
         fence_async_shared()
-        o, added = warpgroup_mma_wait(0, [o, added])
-        barrier()  # all have read a and b, and written `seen`
+        if UNITS:
+            o = warpgroup_mma_wait(PARTS + WEIGHTED_PARTS - 1, [o])
+        else:  # so that less is held at a time
+            o, added = warpgroup_mma_wait(0, [o, added])
+        barrier()  # all have read a, and written `seen`
 
         before, inside = start + offset, count
         offset += -CHUNK if REVERSE else CHUNK
         where, more = (start + offset).to(gl.int32), step + 1 < chunks
-        mbarrier.expect(ready, BYTES, pred=more)
-        _fetch(a, row, a_head, where, 0, ready, a_raw, more)
-        _fetch(b, row, b_head, where, 0, ready, b_raw, more)
-        c_raw = reinterpret(c_ring.index((step + 1) % 2 + zero), a.dtype, [1, 1, CHUNK, COLUMNS], c.layout)
-        _fetch(c, row, c_head, where, column, ready, c_raw, more)
+        mbarrier.expect(a_ready, A_BYTES, pred=more)
+        _fetch(a, row, a_head, where, 0, a_ready, a_raw, more)
         if UNITS:
             near = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
             near = _product(seen, SCORE_PARTS, c_held, PARTS, near, zero, False)
             o = o * from_state[:, None]
+            added = warpgroup_mma_wait(SCORE_PARTS + PARTS - 1, [added])
+            barrier()  # all have read b, and c weighted
+        mbarrier.expect(ready, BYTES, pred=more)
+        _fetch(b, row, b_head, where, 0, ready, b_raw, more)
+        c_raw = reinterpret(c_ring.index((step + 1) % 2 + zero), a.dtype, [1, 1, CHUNK, COLUMNS], c.layout)
+        _fetch(c, row, c_head, where, column, ready, c_raw, more)
+        if UNITS:
             state += added * (added_unit * added_scale)
         else:
             near = _product(seen, SCORE_PARTS, c_held, PARTS, o * from_state[:, None], zero, True)
