@@ -166,7 +166,7 @@ def _launches(plan: Plan, kernels: Kernels) -> str:
     if not kernels.recordable:
         alone = dict.fromkeys(c.implementation.module for c in kernels.choices if not c.implementation.recordable)
         if not alone:
-            return "not repeated: the state's rows come in blocks, which are parts of tensors"
+            return "not repeated: what blocks of the state's rows say of the decays' gradient is added up in between"
         return f"not repeated: {', '.join(alone)} has some that are not seen"
     if plan.transport is not None and plan.transport.place() is None:
         return f"not repeated: by {plan.transport.kind}, hosts copy the states that are passed on"

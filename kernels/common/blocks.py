@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
+from leetdist.kernels.common.recording import the_same
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 
 Span = tuple[int, int]
@@ -76,14 +77,20 @@ def tile_outputs(
         out = empty_outputs(a, c, log_decay, out_dtype)
     for q, k, v, start, to, decay in some_at_a_time(a, b, c, states, out, log_decay, tiles):
         onto: Tensor | None = None
-        for begin, end in blocks_of(a.shape[3], most):
-            place = to if end == a.shape[3] else empty_outputs(q, v, decay, torch.float32)
+        for number, (begin, end) in enumerate(blocks_of(a.shape[3], most)):
+            place = to if end == a.shape[3] else _between(q, v, decay, number % 2)  # one is read, one is written
             more = {} if onto is None else {"onto": onto}
             onto = function(
                 q[..., begin:end], k[..., begin:end], v, start[..., begin:end, :], decay, tiles,
                 out_dtype=place.dtype, out=place, **more, **options,
             )  # fmt: skip
     return out
+
+
+def _between(a: Tensor, c: Tensor, log_decay: Tensor, number: int) -> Tensor:
+    """Memory for outputs in fp32 that others are added to: the same for all that come one after the other."""
+    name = number, a.shape[:3], c.shape[3], heads_of(log_decay), a.stride(1) < a.stride(2), c.device
+    return the_same(name, lambda: empty_outputs(a, c, log_decay, torch.float32))
 
 
 def some_at_a_time(

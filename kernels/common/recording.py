@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -116,7 +116,19 @@ def _take(event: HostStep | TensorStep, step: Callable[..., Any], *given: Tensor
 
 def record_into(events: list[Any] | None) -> None:
     """Note this thread's launches in a list, until told None."""
-    _thread.events = events
+    _thread.events, _thread.kept = events, {}
+
+
+def the_same(name: Hashable, take: Callable[[], Tensor]) -> Tensor:
+    """Memory that a call writes anew each time it asks for it by this name. What is noted holds all that it takes to
+    its end, so it takes this once."""
+    if not noting():
+        return take()
+    kept: dict[Hashable, Tensor] = _thread.kept
+    found = kept.get(name)
+    if found is None:
+        found = kept[name] = take()
+    return found
 
 
 def note(event: TritonLaunch | CudaLaunch | HostStep | TensorStep) -> None:

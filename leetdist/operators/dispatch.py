@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common.blocks import STEPS, Span, in_blocks
+from leetdist.kernels.common.blocks import Span, in_blocks
 from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.settings import raw_settings, settings
 from leetdist.kernels.common.tiles import Tiles, ceil_div
@@ -69,8 +69,8 @@ class Choice:
 
     @property
     def recordable(self) -> bool:
-        """Blocks read and write parts of tensors, whose addresses a launch that is repeated would not know."""
-        return self.implementation.recordable and (len(self.blocks) == 1 or self.use.step not in STEPS)
+        """Whether it does nothing but launch; what blocks say of the decays' gradient is added up by PyTorch."""
+        return self.implementation.recordable and (len(self.blocks) == 1 or self.use.step != "decay_gradient")
 
     def function(self) -> Callable[..., Any]:
         function: Callable[..., Any] = self.implementation.function(self.use.step)

@@ -107,3 +107,37 @@ def _forget() -> None:
     for module in (grouped, hopper, open_chunk, pieces, rows, shared, shared_gradients):
         module._kernel.cache_clear()
     open_chunk._rows.cache_clear()
+
+
+class Driver:
+    """Launches emulated kernels as the driver does, and counts."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __call__(self, library: Any, x: int, y: int, z: int, block: int, *more: Any) -> tuple[int]:
+        _, _, shared_memory, _, places, _ = more
+        self.launches += 1
+        library.run(ctypes.c_void_p(places), ctypes.c_uint(x), ctypes.c_uint(y), block, shared_memory)
+        return (0,)
+
+    def kernel(self, source: str, name: str, device: Any, defines: Any, *, shared_memory: int, features: str) -> Any:
+        library = library_of(source, name, defines)
+        return loader.Kernel(torch.device("cuda", 0), library, shared_memory, None, self)
+
+
+@contextmanager
+def repeating(multiprocessors: int = 132) -> Iterator[Driver]:
+    """`emulated`, where launches go through the loader's own kernels, and are recorded and repeated."""
+    from leetdist.kernels.common import replay
+
+    driver = Driver()
+    with emulated(multiprocessors), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "kernel", driver.kernel)
+        patch.setattr(loader, "bind", lambda: None)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+        patch.setattr(replay.launch, "direct", lambda device: True)
+        patch.setattr(replay, "_once", {})
+        patch.setattr(replay, "_kinds", {})
+        yield driver

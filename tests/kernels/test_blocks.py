@@ -10,7 +10,7 @@ from typing import Any
 import emulated_gluon
 import pytest
 import torch
-from emulated import emulated
+from emulated import emulated, repeating
 from test_bad_tokens import assert_seen_only_behind
 
 import leetdist
@@ -163,6 +163,39 @@ def test_heads_and_sequences_at_a_time_change_no_bit(
     seen.clear()
     assert torch.equal(of_outputs(a, b, c, states, log_decay, PACKED, **options), whole)
     assert len(seen) == 6
+
+
+@pytest.mark.real_empty
+def test_launches_of_blocks_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of the first call, wherever tensors lie; what outputs are added to is taken once, for all that come
+    one after the other."""
+    replay = pytest.importorskip("leetdist.kernels.common.replay")
+    monkeypatch.setattr(blocks, "PROGRAMS", 1)
+    monkeypatch.setattr(blocks, "BYTES", 1)
+    of_states, of_outputs = (
+        in_blocks(getattr(constant_hopper, step), step, 64) for step in ("tile_states", "tile_outputs")
+    )
+
+    def call(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, log_decay: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        states = of_states(b, c, log_decay, PACKED, reverse=True)
+        options: dict[str, Any] = {"scale": 0.5, "state_scale": 0.7, "out_dtype": BF16, "reverse": True}
+        return states, *(of_outputs(x, y, c, states, log_decay, PACKED, **options) for x, y in ((a, b), (b, a)))
+
+    def drawn() -> list[torch.Tensor]:
+        return [*(torch.randn(2, 1, 150, 160)[..., :own].bfloat16() for own in (136, 136, 72)), -torch.rand(1)]
+
+    with repeating() as driver:
+        for number in range(4):
+            given = drawn()
+            found, launches = replay.repeated(call, tuple(given)), driver.launches
+            assert launches == (number + 1) * (3 + 2 * 2 * 3 * 2)  # each of two sequences, and a second look
+            for x, y in zip(found, call(*given), strict=True):
+                assert torch.equal(x, y)
+                assert x.stride() == y.stride()
+            driver.launches = launches
+        (kept,) = replay._kinds.values()
+    between = 150 * 72 * 4  # bytes of a sequence's outputs in fp32
+    assert 2 * between <= kept.workspace.size < 3 * between
 
 
 @pytest.mark.parametrize(("dtype", "reverse"), [(FP32, False), (BF16, True)])

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from emulated import emulated, library_of, near
+from emulated import Driver, near, repeating
 from test_open_chunk import ON_A_GPU, TILE, draw, keeps, one_call
 from torch import Tensor
 
 import leetdist
 from leetdist.inference.running import Running
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper, open_chunk
 from leetdist.kernels.constant_decay.pytorch import open_chunk as in_pytorch
@@ -39,23 +36,6 @@ def fold(states: Tensor, initial: Tensor, g: Tensor, tiles: Tiles, *, reverse: b
     return initial
 
 
-class Driver:
-    """Launches emulated kernels as the driver does, and counts."""
-
-    def __init__(self) -> None:
-        self.launches = 0
-
-    def __call__(self, library: Any, x: int, y: int, z: int, block: int, *more: Any) -> tuple[int]:
-        _, _, shared_memory, _, places, _ = more
-        self.launches += 1
-        library.run(ctypes.c_void_p(places), ctypes.c_uint(x), ctypes.c_uint(y), block, shared_memory)
-        return (0,)
-
-    def kernel(self, source: str, name: str, device: Any, defines: Any, *, shared_memory: int, features: str) -> Any:
-        library = library_of(source, name, defines)
-        return loader.Kernel(torch.device("cuda", 0), library, shared_memory, None, self)
-
-
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """`stream` on CPU tensors computes with the kernels for Hopper, whose launches are recorded and repeated."""
@@ -65,16 +45,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
         token = problem.operator == "token_decay"
         return opened.Opened(kernels, by_token if token else open_chunk, tile, open_chunk.CHUNK, problem.dtype)
 
-    driver = Driver()
-    with ExitStack() as stack:
-        stack.enter_context(emulated())
-        monkeypatch.setattr(loader, "kernel", driver.kernel)
-        monkeypatch.setattr(loader, "bind", lambda: None)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-        monkeypatch.setattr(replay.launch, "direct", lambda device: True)
-        monkeypatch.setattr(replay, "_once", {})
-        monkeypatch.setattr(replay, "_kinds", {})
+    with repeating() as driver:
         monkeypatch.setattr(by_token, "keep_of", in_pytorch.keep_of)  # Triton's launches want a GPU
         monkeypatch.setattr(opened, "_opened_by", known)
         yield driver
