@@ -140,7 +140,7 @@ def fits(architecture: int, dtype: torch.dtype, rows: int, columns: int, *, reve
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_fold_compiles(architecture: int) -> None:
-    constants = {"REGULAR": False, "REVERSE": True, "HAS_INITIAL": True, "BLOCK": fold.FOLD_BLOCK}
+    constants = {"REGULAR": False, "REVERSE": True, "HAS_INITIAL": True, "BLOCK": fold.FOLD_BLOCK, "TOGETHER": 16}
     for by_token in (False, True):
         compiled(fold._fold, architecture, 4, 1, torch.float32, **constants, BY_TOKEN=by_token)
 

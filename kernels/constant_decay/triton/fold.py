@@ -13,7 +13,7 @@ from leetdist.kernels.constant_decay.pytorch import walk
 
 LEAST = tl.constexpr(walk.LEAST)
 # Elements of the state that one program of the fold carries through all tiles.
-FOLD_BLOCK = 1024
+FOLD_BLOCK = 512
 # Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
 COUNTS = ["tokens", "tiles", "tile_size", "unread", "to_end"]
 
@@ -43,7 +43,7 @@ def fold(
             ),
             {
                 "REGULAR": tiles.regular, "REVERSE": reverse, "HAS_INITIAL": initial is not None, "BLOCK": FOLD_BLOCK,
-                "BY_TOKEN": log_decay.ndim > 1,
+                "BY_TOKEN": log_decay.ndim > 1, "TOGETHER": 16 if tiles.count >= 16 * tiles.num_segments else 4,
             },
         )  # fmt: skip
     return final
@@ -79,23 +79,16 @@ def _powers(log_decay, exponent):
 
 
 @triton.jit
-def _added(states, step, count, first, end, size, inside, REVERSE: tl.constexpr):
-    """What the tile that is `step` tiles into the fold adds; nothing behind the last that is read."""
-    tile = end - 1 - step if REVERSE else first + step
-    return tl.load(states + tile * size, mask=tl.where(step < count, inside, False), other=0.0)
-
-
-@triton.jit
-def _kept(keep, step, count, first, end, REVERSE: tl.constexpr):
-    """The factor of the tile that is `step` tiles into the fold; nothing behind the last."""
-    return tl.load(keep + (end - 1 - step if REVERSE else first + step), mask=step < count, other=0.0)
+def _tile_of(step, first, end, REVERSE: tl.constexpr):
+    """The tile that is `step` tiles into the fold."""
+    return end - 1 - step if REVERSE else first + step
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _fold(
     states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, to_end, size,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    BLOCK: tl.constexpr, BY_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr, BY_TOKEN: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     head, segment = program % heads, program // heads % num_segments
@@ -112,28 +105,26 @@ def _fold(
     carry = tl.zeros((BLOCK,), tl.float32)
     if HAS_INITIAL:
         carry = tl.load(initial + program * size + element, mask=inside, other=0.0)
-    # The sums are a chain, the loads are not: four tiles are on their way at any time.
+    # The sums are a chain, the loads are not: those of some tiles are on their way together.
     count = end - first
-    read = count - 1 + to_end
-    added_0 = _added(states, 0, read, first, end, size, inside, REVERSE)
-    added_1 = _added(states, 1, read, first, end, size, inside, REVERSE)
-    added_2 = _added(states, 2, read, first, end, size, inside, REVERSE)
-    added_3 = _added(states, 3, read, first, end, size, inside, REVERSE)
-    if BY_TOKEN:
-        keep_0 = _kept(log_decay, 0, count, first, end, REVERSE)
-        keep_1 = _kept(log_decay, 1, count, first, end, REVERSE)
-        keep_2 = _kept(log_decay, 2, count, first, end, REVERSE)
-        keep_3 = _kept(log_decay, 3, count, first, end, REVERSE)
-    for step in range(count):
-        tile = end - 1 - step if REVERSE else first + step
-        _, length = _span(table, tile, tokens, tile_size, REGULAR)
-        added_4 = _added(states, step + 4, read, first, end, size, inside, REVERSE)
-        tl.store(states + tile * size, carry, mask=inside)
-        if BY_TOKEN:
-            carry = tl.fma(carry, tl.zeros_like(carry) + keep_0, added_0)
-            keep_0, keep_1, keep_2 = keep_1, keep_2, keep_3
-            keep_3 = _kept(log_decay, step + 4, count, first, end, REVERSE)
-        else:
-            carry = tl.fma(carry, tl.zeros_like(carry) + _powers(g, length), added_0)
-        added_0, added_1, added_2, added_3 = added_1, added_2, added_3, added_4
+    read = count - 1 + to_end  # nothing is read behind the last
+    for begin in range(0, count, TOGETHER):
+        added, lasts = (), ()  # of tiles: what they add; tokens, or factors
+        for ahead in tl.static_range(TOGETHER):
+            step = begin + ahead
+            tile = _tile_of(step, first, end, REVERSE)
+            added += (tl.load(states + tile * size, mask=tl.where(step < read, inside, False), other=0.0),)  # type: ignore[assignment]
+            if BY_TOKEN:
+                last = tl.load(log_decay + tile, mask=step < count, other=0.0)
+            else:
+                there = _tile_of(tl.minimum(step, count - 1), first, end, REVERSE)
+                _, last = _span(table, there, tokens, tile_size, REGULAR)
+            lasts += (last,)  # type: ignore[assignment]
+        for ahead in tl.static_range(TOGETHER):
+            step = begin + ahead
+            tile = _tile_of(step, first, end, REVERSE)
+            tl.store(states + tile * size, carry, mask=tl.where(step < count, inside, False))
+            keep = lasts[ahead] if BY_TOKEN else _powers(g, lasts[ahead])
+            then = tl.fma(carry, tl.zeros_like(carry) + keep, added[ahead])
+            carry = tl.where(step < count, then, carry)
     tl.store(final + program * size + element, carry, mask=tl.where(to_end == 1, inside, False))

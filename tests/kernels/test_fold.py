@@ -1,0 +1,62 @@
+"""The fold over tiles in Triton: from left to right, however many tiles are read together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.constant_decay.pytorch import block as exact
+from leetdist.kernels.token_decay.pytorch import block as exact_by_token
+from leetdist.reference import relative_error
+
+fold = pytest.importorskip("leetdist.kernels.constant_decay.triton.fold").fold
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_fold_in_pieces_has_the_bits_of_one(by_token: bool, reverse: bool) -> None:
+    tokens, size, heads = 16 * 37 - 5, 16, 2
+    states, initial = torch.randn(1, heads, 37, 24, 40), torch.randn(1, heads, 24, 40)
+    keep = torch.rand(1, heads, 37) if by_token else torch.tensor([-0.01, 0.0])
+
+    def folded(begin: int, end: int, start: Tensor) -> tuple[Tensor, Tensor]:
+        own = states[:, :, begin:end].clone(memory_format=torch.contiguous_format)
+        factors = keep[..., begin:end].contiguous() if by_token else keep
+        tiles = Tiles(size, (0, min(size * end, tokens) - size * begin))
+        final = fold(own, start, factors, tiles, reverse=reverse)
+        assert final is not None
+        return own, final
+
+    whole, final = folded(0, 37, initial)
+    for cut in (3, 20):
+        parts = [(0, cut), (cut, 37)]
+        start, found = initial, []
+        for part in reversed(parts) if reverse else parts:
+            own, start = folded(*part, start)
+            found.append(own)
+        assert torch.equal(start, final)
+        assert torch.equal(torch.cat(found[::-1] if reverse else found, 2), whole)
+    expected, tiles = states.double(), Tiles(size, (0, tokens))
+    of = exact_by_token if by_token else exact
+    end = of.fold(expected, initial.double(), keep.double() if by_token else keep, tiles, reverse=reverse)
+    assert relative_error(whole, expected) < 1e-6
+    assert relative_error(final, end) < 1e-6
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("bounds", [(0, 600, 600, 633, 1000), (0, 1000), (0, 100)])
+def test_tiles_that_nobody_reads(bounds: tuple[int, ...]) -> None:
+    """Documents of many tiles and of none; of one sequence, the last tile may be no numbers."""
+    tiles, log_decay = Tiles(16, bounds), torch.tensor([-0.02, -1.0])
+    to_end = not tiles.regular
+    states = torch.randn(1, 2, tiles.count, 16, 24)
+    expected = states.double()
+    exact.fold(expected, None, log_decay, tiles, reverse=False, to_end=to_end)
+    if not to_end:
+        states[:, :, -1] = torch.nan
+    final = fold(states, None, log_decay, tiles, reverse=False, to_end=to_end)
+    assert (final is None) == (not to_end)
+    assert relative_error(states, expected) < 1e-6
