@@ -23,8 +23,9 @@ from leetdist.kernels.common.tiles import Tiles, ceil_div
 Span = tuple[int, int]
 
 COLUMNS = 128  # of the state, that a program has, or two
-# The least to be computed at a time: programs, about two for each multiprocessor, and bytes of outputs in fp32.
-PROGRAMS, BYTES = 256, 2**26
+# The least to be computed at a time: programs, one for each multiprocessor, which have room for no more of such states
+# (256: as fast, and twice the memory), and bytes of outputs in fp32.
+PROGRAMS, BYTES = 128, 2**26
 
 
 def blocks_of(rows: int, most: int) -> list[Span]:

@@ -58,8 +58,8 @@ def stream(
     Args:
         log_decay: (H,) fp32, natural log, <= 0; None is no decay, or one that each piece brings for its tokens.
         scale: factor of the output.
-        tile: tile length in tokens, a power of two >= 16. None: 8,192, what `linear_attention` chooses for itself for
-            sequences of 524,288 tokens and more.
+        tile: tile length in tokens, a power of two >= 16. None: 4,096, what `linear_attention` chooses for itself for
+            sequences of 32,768 tokens and more.
         method: a local method by name, one that works tile by tile. "auto" is "block", because the choice that
             `linear_attention` makes depends on the length of the whole sequence, which nobody knows yet.
         state: go on from here, with its decay, scale, tile and method: these arguments are not given with it.

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 
-SMALLEST_TILE, LARGEST_TILE = 16, 8192
+# A tile is as long as it can be while tiles fill a GPU: each costs a state in memory, as much as 85 tokens of q, k and
+# v (bf16, D = 128). With 32 heads, 32,768 tokens in tiles of 4,096 take 0.91 of the time in tiles of 2,048
+# (benchmarks/notes/README.md). Tiles of 8,192 take 0.96 of the time of eight heads x 524,288 tokens, but 1.05 to 1.1 of
+# that of one or two heads, and 2.6 times as long with a learnt decay, whose two passes want at most 4,096 tokens.
+SMALLEST_TILE, LARGEST_TILE = 16, 4096
 # A few ranks want a tile each; but rather four than eight that are shorter than 2,048 tokens, as each has a state that
 # is moved four times: 2,048 tokens in four tiles take 0.78 of the time in eight (forward, 32 heads), 8,192 tokens 0.90
 # (H100, as CUDA graphs; benchmarks/notes/README.md). Who spreads so few over more ranks can name a shorter tile.
 TILES_WANTED, LEAST_TILES, TOKENS_OF_FEW = 8, 4, 2048
-# Beyond that, a tile is as long as it can be while tiles fill a GPU: each costs a state in memory, as much as 85 tokens
-# of q, k and v (bf16, D = 128). With 32 heads, 32,768 tokens in tiles of 4,096 take 0.91 of the time in tiles of 2,048
-# (benchmarks/notes/README.md).
-TOKENS_ENOUGH = 4096
-# Longer sequences want longer tiles, and more of them, to fill the GPUs of more ranks; so both grow as the square root:
-# 4,096 tokens at 131,072, 8,192 at 524,288.
-TOKENS_SHARED = 128
 
 
 def default_tile(total_tokens: int) -> int:
@@ -28,10 +24,8 @@ def default_tile(total_tokens: int) -> int:
 
     It depends on the length of the whole sequence alone, so every rank, and `shard_sequence`, knows it.
     """
-    longest = max(TOKENS_ENOUGH, math.isqrt(TOKENS_SHARED * total_tokens))
-    share = max(total_tokens // TILES_WANTED, min(total_tokens // LEAST_TILES, TOKENS_OF_FEW))
-    wanted = max(1, min(share, longest))
-    return min(max(1 << (wanted.bit_length() - 1), SMALLEST_TILE), LARGEST_TILE)
+    wanted = max(total_tokens // TILES_WANTED, min(total_tokens // LEAST_TILES, TOKENS_OF_FEW), SMALLEST_TILE)
+    return min(1 << (wanted.bit_length() - 1), LARGEST_TILE)
 
 
 def shard_lengths(total_tokens: int, ranks: int, tile: int) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ def fold(
     if to_end:
         final = torch.empty(rows, heads, dk, dv, dtype=states.dtype, device=states.device)
     segments = tiles.segment_table(states.device)
+    together = min(max(triton.next_power_of_2(ceil_div(tiles.count, max(tiles.num_segments, 1))), 4), 16)
     grid = (rows * heads, ceil_div(dk * dv, FOLD_BLOCK))
     if rows * heads * dk * dv:
         launch(
@@ -43,7 +44,7 @@ def fold(
             ),
             {
                 "REGULAR": tiles.regular, "REVERSE": reverse, "HAS_INITIAL": initial is not None, "BLOCK": FOLD_BLOCK,
-                "BY_TOKEN": log_decay.ndim > 1, "TOGETHER": 16 if tiles.count >= 16 * tiles.num_segments else 4,
+                "BY_TOKEN": log_decay.ndim > 1, "TOGETHER": together,
             },
         )  # fmt: skip
     return final
