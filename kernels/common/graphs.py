@@ -9,8 +9,8 @@ does then what the launches would do, in their order. Others are launched one by
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ PATIENCE = 16 * MOST  # calls that find no room before all is made anew: making 
 Key: TypeAlias = "tuple[Graphs, tuple[int, ...]]"
 Steps: TypeAlias = "Sequence[Any]"  # launches, called with a stream and the addresses, and steps between streams
 
-_thread = threading.local()
+_idle: dict[tuple[torch.device, int], list[int]] = {}  # streams for captures, those that no thread has now
 _known: dict[Key, Graph] = {}
 _seen: Memo[Key, None] = Memo(2 * MOST)
 _late = 0  # calls that found no room
@@ -41,8 +41,8 @@ class Graph:
         self.handle, driver = handle, _driver()
         self.launched, self.destroyed = driver.cuGraphLaunch, driver.cuGraphExecDestroy
 
-    def launch(self, stream: int) -> None:
-        check(self.launched(self.handle, stream)[0])
+    def launch(self, stream: int) -> bool:
+        return int(self.launched(self.handle, stream)[0]) == 0
 
     def __del__(self) -> None:
         self.destroyed(self.handle)
@@ -59,43 +59,46 @@ class Graphs:
     def launch(self, addresses: tuple[int, ...], stream: int) -> bool:
         """Launch the graph for these addresses on the stream; False where there is none, or a graph is in the making
         there."""
+        if _capturing():  # may neither make graphs nor let go of any
+            return False
         key = self, addresses
         graph = _known.get(key)
         if graph is None:
-            if self.failed or not _comes_again(key) or _capturing():
+            if self.failed or not _comes_again(key):
                 return False
             graph = self._captured(addresses, stream)
             if graph is None:
                 self.failed = True
                 return False
             _known[key] = graph
-        elif _capturing():
+        if not graph.launch(stream):  # its first launch takes memory, of which there may be no more
+            self.failed = True
+            _known.pop(key, None)
             return False
-        graph.launch(stream)
         return True
 
     def _captured(self, addresses: tuple[int, ...], stream: int) -> Graph | None:
         """None where the driver cannot: it has no more memory, say."""
         driver = _driver()
-        own = {stream: _stream(self.device, 0)}  # for the call's: on some, the default one too, nothing can be captured
+        own: dict[int, int] = {}  # for the call's: on some, the default one too, nothing can be captured
 
-        def of(other: Any) -> int:
-            if other.cuda_stream not in own:
-                own[other.cuda_stream] = _stream(self.device, len(own))
-            return own[other.cuda_stream]
+        def of(other: int) -> int:
+            if other not in own:
+                own[other] = _stream(self.device, len(own))
+            return own[other]
 
-        first = current = own[stream]
         try:
+            first = current = of(stream)
             # Other threads, and libraries in them, go on as they like.
             check(driver.cuStreamBeginCapture(first, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)[0])
             try:
                 for step in self.steps:
                     if isinstance(step, recording.OnStream):
-                        current = of(step.stream)
+                        current = of(step.stream.cuda_stream)
                     elif isinstance(step, recording.Mark):
-                        check(driver.cuEventRecord(step.event.cuda_event, of(step.stream))[0])
+                        check(driver.cuEventRecord(step.event.cuda_event, of(step.stream.cuda_stream))[0])
                     elif isinstance(step, recording.Wait):
-                        check(driver.cuStreamWaitEvent(of(step.stream), step.event.cuda_event, 0)[0])
+                        check(driver.cuStreamWaitEvent(of(step.stream.cuda_stream), step.event.cuda_event, 0)[0])
                     else:
                         step(current, addresses)
             finally:
@@ -108,6 +111,8 @@ class Graphs:
             check(result)
         except RuntimeError:
             return None
+        for number, free in enumerate(own.values()):  # after a failure, what they are in is not known
+            _idle[self.device, number].append(free)
         return Graph(made)
 
 
@@ -145,16 +150,14 @@ def _capturing() -> bool:
 
 
 def _stream(device: torch.device, number: int) -> int:
-    """A stream of this thread's that nobody else knows; those beside the first have scans' priority."""
-    known = _thread.__dict__.setdefault("streams", {})
-    if (device, number) not in known:
-        driver = _driver()
-        flags = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        result, made = driver.cuStreamCreateWithPriority(flags, -1 if number else 0)
-        check(result)
-        known[device, number] = int(made)
-    found: int = known[device, number]
-    return found
+    """A stream that nobody else knows or uses now; those beside the first have scans' priority."""
+    with suppress(IndexError):
+        return _idle.setdefault((device, number), []).pop()
+    driver = _driver()
+    flags = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+    result, made = driver.cuStreamCreateWithPriority(flags, -1 if number else 0)
+    check(result)
+    return int(made)
 
 
 def in_graphs(device: torch.device, actions: Sequence[Any], numbers: int) -> list[Any]:

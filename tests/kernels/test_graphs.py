@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ class Driver:
         self.events: dict[int, set[int]] = {}
         self.flags: list[int] = []
         self.destroyed: list[Any] = []
+        self.full = False  # no memory for a graph's first launch
 
     def launch(self, stream: int, work: Callable[[], None]) -> None:
         if stream not in self.done:
@@ -79,6 +81,8 @@ class Driver:
         return (OK,)
 
     def cuGraphLaunch(self, graph: Any, stream: int) -> tuple[int]:
+        if self.full:
+            return (FAILED,)
         self.launched += 1
         for work in graph:
             work()
@@ -91,7 +95,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(graphs, "_driver", lambda: made)
     monkeypatch.setattr(graphs, "_on_gpu", lambda device: True)
     monkeypatch.setattr(graphs, "_capturing", lambda: False)
-    monkeypatch.setattr(graphs, "_thread", SimpleNamespace())
+    monkeypatch.setattr(graphs, "_idle", {})
     monkeypatch.setattr(graphs, "_known", {})
     monkeypatch.setattr(graphs, "_seen", {})
     monkeypatch.setattr(graphs, "_late", 0)
@@ -170,9 +174,40 @@ def test_what_is_launched_one_by_one(driver: Driver, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(graphs, "_capturing", lambda: True)
     assert not any(of_kind.launch((1,), 0) for _ in range(4))
     monkeypatch.setattr(graphs, "_capturing", lambda: False)
-    assert of_kind.launch((1,), 0)
+    assert [of_kind.launch((1,), 0) for _ in range(2)] == [False, True]
     monkeypatch.setattr(graphs, "_on_gpu", lambda device: False)
     assert graphs.in_graphs(DEVICE, steps, 0) == steps
+
+
+def test_a_capture_of_the_callers_lets_go_of_no_graph(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST", 1)
+    monkeypatch.setattr(graphs, "PATIENCE", 0)
+    of_kind, _ = graphs.in_graphs(DEVICE, steps_of(driver, [], joined=True), 0)
+    assert [of_kind.launch((x,), 0) for x in (1, 1, 2)] == [False, True, False]
+    monkeypatch.setattr(graphs, "_capturing", lambda: True)
+    assert not of_kind.launch((2,), 0)
+    assert driver.destroyed == []
+    monkeypatch.setattr(graphs, "_capturing", lambda: False)
+    assert not of_kind.launch((2,), 0)
+    assert len(driver.destroyed) == 1
+
+
+def test_a_graph_that_cannot_be_launched_is_none(driver: Driver) -> None:
+    """Its launches go one by one then, which say what is wrong where it was not the graph."""
+    of_kind, _ = graphs.in_graphs(DEVICE, steps_of(driver, [], joined=True), 0)
+    driver.full = True
+    assert not any(of_kind.launch((1,), 0) for _ in range(3))
+    assert driver.captured == len(driver.destroyed) == 1
+    assert not graphs._known
+
+
+def test_threads_leave_no_streams_behind(driver: Driver) -> None:
+    of_kind, _ = graphs.in_graphs(DEVICE, steps_of(driver, [], joined=True), 0)
+    for x in range(3):
+        with ThreadPoolExecutor(1) as thread:
+            assert [thread.submit(of_kind.launch, (x,), 0).result() for _ in range(2)] == [False, True]
+    assert driver.streams == 2
+    assert {place: len(streams) for place, streams in graphs._idle.items()} == {(DEVICE, 0): 1, (DEVICE, 1): 1}
 
 
 @pytest.mark.real_empty
