@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=1000, help="tokens pushed at a time")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--tile", type=int, default=8192)
+    parser.add_argument("--tile", type=int, default=4096, help="as calls of so many tokens choose it")
     parser.add_argument("--window", type=int, default=196_608, help="tokens that wait for each other")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
