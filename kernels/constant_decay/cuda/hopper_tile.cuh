@@ -248,13 +248,18 @@ __device__ __forceinline__ void weigh_chunk(Word chunk, Word high_chunk, Word lo
 template <int steps> struct WeightedOf {
     Word high[steps][4], low[steps][4];
 
-    __device__ __forceinline__ void set(const Word (&x)[steps][4], Word weights) {
+    __device__ __forceinline__ void set(const Word (&x)[steps][4], Word weights, bool of_high = true, bool of_low = true) {
 #pragma unroll
         for (int i = 0; i < 2 * steps; i++) {  // 8 tokens, two of them this thread's
             Word w, rest;
             load(weights + (threadIdx.x % 4 + 4 * i) * 8, w, rest);
 #pragma unroll
-            for (int j = i % 2 * 2; j < i % 2 * 2 + 2; j++) weigh(x[i / 2][j], w, rest, high[i / 2][j], low[i / 2][j]);
+            for (int j = i % 2 * 2; j < i % 2 * 2 + 2; j++) {
+                Word product, error;
+                weigh(x[i / 2][j], w, rest, product, error);
+                if (of_high) high[i / 2][j] = product;
+                if (of_low) low[i / 2][j] = error;
+            }
         }
     }
 };
@@ -288,7 +293,21 @@ __device__ __forceinline__ void advance(float (&state)[HELD], Weighted& x, Word 
     for (int step = 0; step < 4; step++) add_product(state, x.low[step], by_columns(b) + along_columns(step));
     end_products();
 }
-// The same of x that is still to be weighted, first the high and then the low part: half as many registers, and done.
+// The same of x that is still to be weighted, the low part while the high one is under way.
+__device__ __forceinline__ void advance(float (&state)[HELD], Weighted& y, const Word (&x)[4][4], Word weights, Word b) {
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        y.set(x, weights, part == 0, part == 1);
+        Word(&left)[4][4] = part ? y.low : y.high;
+        if (part == 0) here(state);
+        here(left);
+        begin_products();
+#pragma unroll
+        for (int step = 0; step < 4; step++) add_product(state, left[step], by_columns(b) + along_columns(step));
+        end_products();
+    }
+}
+// First the high and then the low part: half as many registers, and done.
 // meanwhile: called while each is under way.
 template <class F>
 __device__ __forceinline__ void advance(float (&state)[HELD], const Word (&x)[4][4], Word weights, Word b, F meanwhile) {

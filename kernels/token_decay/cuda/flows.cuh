@@ -45,13 +45,17 @@ __device__ __forceinline__ void triangle(Word to) {
               pack(column < row ? 1.0f : 0.0f, column + 1 < row ? 1.0f : 0.0f));
     }
 }
-// Of x, from 8 `first` on, high + low, two 16-bit numbers: operands on the left.
-template <int n, int steps> __device__ __forceinline__ void halves(const float (&x)[n], int first, Word (&high)[steps][4],
-                                                                  Word (&low)[steps][4]) {
+// Of x, from 8 `first` on, high, and low, the rest: 16-bit numbers, operands on the left.
+template <int n, int steps>
+__device__ __forceinline__ void round_to(Word (&high)[steps][4], const float (&x)[n], int first = 0) {
+#pragma unroll
+    for (int i = 0; i < 4 * steps; i++) high[i / 4][i % 4] = pack(x[8 * first + 2 * i], x[8 * first + 2 * i + 1]);
+}
+template <int n, int steps>
+__device__ __forceinline__ void round_rest(Word (&low)[steps][4], const float (&x)[n], int first = 0) {
 #pragma unroll
     for (int i = 0; i < 4 * steps; i++) {
         const float left = x[8 * first + 2 * i], right = x[8 * first + 2 * i + 1];
-        const Word large = pack(left, right);
-        high[i / 4][i % 4] = large, low[i / 4][i % 4] = pack(left - unpack(large, 0), right - unpack(large, 1));
+        low[i / 4][i % 4] = rest(left, right, pack(left, right));
     }
 }

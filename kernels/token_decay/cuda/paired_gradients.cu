@@ -213,7 +213,7 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
                     for (int i = 0; i < 8; i++) o_i[8 * part + i] *= scores[8 * part + i] * by[i];
                 });
                 Word high[4][4], low[4][4];
-                halves(o_i, 0, high, low);
+                round_to(high, o_i), round_rest(low, o_i);
                 here(o_i), here(high), here(low);
                 begin_products();
 #pragma unroll
@@ -225,22 +225,27 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
                 here(o_i), here(high), here(low);
                 sum_rows_from(o_i, sums_of(h, 1) + warp * CHUNK * 4);
             }
+            // Half of the state high, then low, in parts: each is made while the one before is multiplied.
+            constexpr int AT_ONCE = 2, HALF_STATE = STEPS / 2 / AT_ONCE;
+            Word left[2][AT_ONCE][4];
+            here(o_i);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {  // there are no registers for all of it
-                constexpr int AT_ONCE = STEPS / 2;
-                Word high[AT_ONCE][4], low[AT_ONCE][4];
-                halves(state[h][0], half * AT_ONCE, high, low);
-                here(o_i), here(high), here(low);
+            for (int part = 0; part < 4 * HALF_STATE; part++) {
+                const int first = (part / (2 * HALF_STATE) * HALF_STATE + part % HALF_STATE) * AT_ONCE;
+                if (part > 1) wait_products<1>();
+                if (part / HALF_STATE % 2 == 0) round_to(left[part % 2], state[h][0], first);
+                else round_rest(left[part % 2], state[h][0], first);
+                here(left[part % 2]);
                 begin_products();
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; i++)
-                    product(o_i, high[i], by_rows(a_i) + along_rows(half * AT_ONCE + i), half + i);
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) product(o_i, low[i], by_rows(a_i) + along_rows(half * AT_ONCE + i), 1);
+                    product(o_i, left[part % 2][i], by_rows(a_i) + along_rows(first + i), part + i);
                 end_products();
-                wait_products<0>();
-                here(o_i), here(high), here(low);
             }
+            fade(state[h][0], faded[h]);
+            here(state[h][0]);
+            wait_products<0>();
+            here(o_i), here(left[0]), here(left[1]);
             Word x[4][4];
             const Units units;
             tables(h).fade(o_i, units.unit, count);
@@ -258,11 +263,9 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
                 end_products();
             }
             Weighted weighted;
-            weighted.set(x, tables(h).pairs);
-            fade(state[h][0], faded[h]);
-            advance(state[h][0], weighted, b_i);
+            advance(state[h][0], weighted, x, tables(h).pairs, b_i);
             if (LATE) {
-                wait_products<1>();
+                wait_products<2>();
                 here(o_i), here(x);
                 if (AGAIN) Lost(all_lost + own(h) * Lost::BYTES).mark(o_i, step, 0);
 #pragma unroll
