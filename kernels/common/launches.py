@@ -3,6 +3,7 @@ addresses, known by the tensors that they come from."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -152,5 +153,7 @@ def triton_step(launched: recording.TritonLaunch, sources: Sources, held: list[T
         if base is x:
             step.addresses.append((place, *found))
         else:
-            step.maps.append((place, *found, Map(partial(handed.move, x, number))))
+            bare = copy.copy(x)
+            bare.base = None  # or the recorded call's tensor would live as long as its replay
+            step.maps.append((place, *found, Map(partial(handed.move, bare, number))))
     return step

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import leetdist
 from leetdist.kernels.common import loader, recording
@@ -93,6 +94,33 @@ def test_repeats_launches_with_new_addresses(kernel: Kernel) -> None:
         (*head, a.data_ptr(), 2, between.data_ptr(), TABLE.data_ptr()),
         (*head, between.data_ptr(), None, out.data_ptr(), 0.5),
     ]
+
+
+@pytest.mark.real_empty
+def test_no_tensor_of_the_recorded_call_is_kept(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither itself nor in a descriptor, whose map is made anew for where another lies."""
+
+    def handed(kernel: Kernel, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Any:
+        made = kernel.handed(grid, arguments)
+        made.move = lambda descriptor, number, address: (descriptor.name, number, address)
+        return made
+
+    monkeypatch.setattr(launches.launcher, "handed", handed)
+    memory = []
+
+    def outputs(a: Tensor, b: Tensor, kernel: Kernel) -> tuple[Tensor, ...]:
+        out = torch.empty(8)
+        memory.extend(StorageWeakRef(x.untyped_storage()) for x in (a, b, out))
+        launched(kernel, SimpleNamespace(base=a, name="a"), b, SimpleNamespace(base=out, name="out"))
+        return (out,)
+
+    for _ in range(2):
+        replay.repeated(outputs, (torch.randn(4), torch.randn(4)), kernel)
+    assert None not in replay._kinds.values()
+    assert all(x.expired() for x in memory)
+    a, b = torch.randn(4), torch.randn(4)
+    (out,) = replay.repeated(outputs, (a, b), kernel)
+    assert kernel.calls[0][-3:] == (("a", 0, a.data_ptr()), b.data_ptr(), ("out", 2, out.data_ptr()))
 
 
 @pytest.mark.real_empty
