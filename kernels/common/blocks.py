@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial, update_wrapper
 from math import lcm
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,20 @@ COLUMNS = 128  # of the state, that a program has, or two
 # The least to be computed at a time: programs, one for each multiprocessor, which have room for no more of such states
 # (256: as fast, and twice the memory), and bytes of outputs in fp32.
 PROGRAMS, BYTES = 128, 2**26
+
+
+BETWEEN = "_between"
+Outputs = TypeVar("Outputs", bound=Callable[..., Tensor])
+
+
+def taking(between: Callable[..., Tensor]) -> Callable[[Outputs], Outputs]:
+    """For a function `tile_outputs` whose outputs that others are added to lie as it likes: takes memory for them."""
+
+    def told(function: Outputs) -> Outputs:
+        setattr(function, BETWEEN, between)
+        return function
+
+    return told
 
 
 def blocks_of(rows: int, most: int) -> list[Span]:
@@ -79,7 +93,7 @@ def tile_outputs(
     for q, k, v, start, to, decay in some_at_a_time(a, b, c, states, out, log_decay, tiles):
         onto: Tensor | None = None
         for number, (begin, end) in enumerate(blocks_of(a.shape[3], most)):
-            place = to if end == a.shape[3] else _between(q, v, decay, number % 2)  # one is read, one is written
+            place = to if end == a.shape[3] else _between(function, q, v, decay, tiles, number % 2)  # one is read
             more = {} if onto is None else {"onto": onto}
             onto = function(
                 q[..., begin:end], k[..., begin:end], v, start[..., begin:end, :], decay, tiles,
@@ -88,10 +102,16 @@ def tile_outputs(
     return out
 
 
-def _between(a: Tensor, c: Tensor, log_decay: Tensor, number: int) -> Tensor:
-    """Memory for outputs in fp32 that others are added to: the same for all that come one after the other."""
-    name = number, a.shape[:3], c.shape[3], heads_of(log_decay), a.stride(1) < a.stride(2), c.device
-    return the_same(name, lambda: empty_outputs(a, c, log_decay, torch.float32))
+def _between(
+    function: Callable[..., Tensor], a: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, number: int
+) -> Tensor:
+    """Memory for outputs in fp32 that others are added to: the same for all that come one after the other, and as the
+    function wants it."""
+    own = getattr(function, BETWEEN, None)
+    name = number, own, a.shape[:3], c.shape[3], heads_of(log_decay), a.stride(1) < a.stride(2), tiles.count, c.device
+    return the_same(
+        name, lambda: empty_outputs(a, c, log_decay, torch.float32) if own is None else own(a, c, log_decay, tiles)
+    )
 
 
 def some_at_a_time(

@@ -251,12 +251,12 @@ def rehearse(choice: Choice, problem: Problem) -> None:
         programs = facts.sequences[0] or problem.batch * heads * max(1, problem.tokens // facts.tile)
         share = heads // min(q_heads, k_heads, v_heads)
         if len(choice.blocks) == 1:
-            options = facts.dtype, use.wide, use.reverse, programs, device
+            options = facts.dtype, int(use.wide), use.reverse, programs, device
             walk = {"transposed": use.transposed, "tile": facts.tile} if use.step == "row_outputs" else {}
             compile_for(use.step, facts.rows, facts.columns, *options, share=share, **walk)
             return
         for begin, end in choice.blocks:
-            options = facts.dtype, use.wide or end < facts.rows, use.reverse, programs, device
+            options = facts.dtype, 2 if end < facts.rows else int(use.wide), use.reverse, programs, device
             compile_for(use.step, end - begin, facts.columns, *options, onto=begin > 0)
         return
 

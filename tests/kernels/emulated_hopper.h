@@ -231,6 +231,14 @@ inline void fetch_bytes(Word to, const char* from, int bytes, Word arrival) {
 template <int WIDTH> void write(const Map& map, Place place, Word from) {
     each_number(map, place, WIDTH, [&](int row, int column, Bits* x) { if (x) *x = at<Bits>(swizzled(from, row, column)); });
 }
+inline void load_four(const float* from, float (&x)[4]) {
+    if (Long(from) % 16) __builtin_trap();
+    std::memcpy(x, from, 16);
+}
+inline void store_four(float* to, float x, float y, float z, float w) {
+    if (Long(to) % 16) __builtin_trap();
+    to[0] = x, to[1] = y, to[2] = z, to[3] = w;
+}
 inline void wait_writes() {}
 template <int WIDTH> void zero_rows(Word chunk, int count) {
     for (int i = thread_number(); i < WIDTH / 2 * CHUNK; i += THREADS)

@@ -59,7 +59,7 @@ def test_blocks_of_rows_are_rehearsed_each(candidate, monkeypatch: pytest.Monkey
     )  # fmt: skip
     problem = problem_of(candidate.operator, 576, 96)
     dispatch.rehearse(Choice(Use("tile_outputs"), facts_of(problem, 128), candidate, ()), problem)
-    kinds = [(64, True, False), (256, True, True), (256, False, True)]
+    kinds = [(64, 2, False), (256, 2, True), (256, False, True)]
     assert seen == [("tile_outputs", rows, 96, wide, onto) for rows, wide, onto in kinds]
 
 

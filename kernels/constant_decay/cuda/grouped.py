@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
+from leetdist.kernels.common.blocks import taking
 from leetdist.kernels.common.memory import empty_outputs, heads_of
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
@@ -21,6 +22,7 @@ __all__ = ["compile_for", "configuration", "tile_outputs", "tile_states"]
 SIZE, GROUPS = 128, 2  # of a head, and heads of a block, each of them a warpgroup's
 
 
+@taking(hopper.between)
 def tile_outputs(
     a: Tensor,
     b: Tensor,
@@ -42,7 +44,8 @@ def tile_outputs(
     other tiles then be written there."""
     given = a, b, c, states, log_decay, tiles
     together = added_up(a, c, log_decay, heads, out_dtype)
-    if heads is not None and together > 1 and (out is None or out.shape[1] < heads_of(log_decay)):
+    fewer = out is None or (out.ndim > 1 and out.shape[1] < heads_of(log_decay))
+    if heads is not None and together > 1 and fewer:
         options: dict[str, Any] = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "out": out}
         return summed_outputs(*given, together=together, heads=heads, **options)
     return hopper.tile_outputs(
@@ -55,7 +58,7 @@ def compile_for(
     rows: int,
     columns: int,
     dtype: torch.dtype,
-    wide: bool,
+    wide: int,
     reverse: bool,
     programs: int,
     device: torch.device,

@@ -243,6 +243,14 @@ template <int WIDTH> __device__ __forceinline__ void write(const Map& map, Place
                        "r"(from + block * BLOCK) : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+// Four numbers, where multiples of 16 bytes are.
+__device__ __forceinline__ void load_four(const float* from, float (&x)[4]) {
+    const float4 y = *reinterpret_cast<const float4*>(from);
+    x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+}
+__device__ __forceinline__ void store_four(float* to, float x, float y, float z, float w) {
+    *reinterpret_cast<float4*>(to) = make_float4(x, y, z, w);
+}
 // Wait until what this thread writes has left shared memory.
 __device__ __forceinline__ void wait_writes() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common import loader
+from leetdist.kernels.common.blocks import taking
 from leetdist.kernels.common.memory import address_of, are_zeros, empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tensor_map import MAP_BYTES, TensorMap, tensor_map
 from leetdist.kernels.common.tiles import Tiles, ceil_div
@@ -108,6 +109,14 @@ def onward(
     )  # fmt: skip
 
 
+def between(a: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> Tensor:
+    """Memory for outputs in fp32 that others are added to, in the order in which threads have them: of each tile,
+    blocks of a chunk and 64 columns."""
+    chunks = a.shape[0] * heads_of(log_decay) * (tiles.num_tokens // CHUNK + tiles.count)
+    return torch.empty(chunks * ceil_div(c.shape[3], 64) * CHUNK * 64, dtype=torch.float32, device=a.device)
+
+
+@taking(between)
 def tile_outputs(
     a: Operand,
     b: Operand,
@@ -124,9 +133,9 @@ def tile_outputs(
     onto: Tensor | None = None,
     high: bool = False,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs. onto: as `out`, in fp32: the outputs are added to
-    it before they are rounded. high: the state and the scores are two 16-bit numbers each, of a decay a head. What is
-    no tensor, with `out`, is q, k and v."""
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs. onto: what the same call of other rows has made
+    of `between`, as its `out`: the outputs are added to it before they are rounded. high: the state and the scores are
+    two 16-bit numbers each, of a decay a head. What is no tensor, with `out`, is q, k and v."""
     if out is None:
         assert isinstance(a, Tensor)
         assert isinstance(c, Tensor)
@@ -135,14 +144,14 @@ def tile_outputs(
         return out
     heads, token = heads_of(log_decay), log_decay.ndim == 3
     kept: list[Tensor] = []
-    wide, target = out.dtype != a.dtype, out
+    wide, target = 2 if out.ndim == 1 else int(out.dtype != a.dtype), out
     if not wide and _map(out) is None:
         target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
     size, processors = (a.shape[3], c.shape[3]), _multiprocessors(c.device)
     operands, (way, pieces) = tuple(x for own in (a, b, c) for x in _operand(own, heads, kept)), fetched(a, b, c)
     place = bytes(MAP_BYTES) if wide else _map(target)  # wide outputs use no map
-    places = place, target.data_ptr(), *target.stride()[:3]
-    if onto is None and not high and are_zeros(states) and walks_chunks(*size):
+    places = place, target.data_ptr(), *(target.stride()[:3] if wide < 2 else (0, 0, 0))
+    if onto is None and wide < 2 and not high and are_zeros(states) and walks_chunks(*size):
         short, tiles = tiles.up_to(CHUNK)
         if programs := a.shape[0] * heads * short.count:
             launch = _kernel(CHUNK_OUTPUTS, size, all_columns(size[1]), a.dtype, wide, reverse, token, a.device)
@@ -158,7 +167,7 @@ def tile_outputs(
         arguments = (
             *operands, address_of(states), *states.stride(), *places, *_tiles(tiles, log_decay, part.splits, a, b, c),
             float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
-            *(() if onto is None else (onto.data_ptr(), *onto.stride()[:3])),
+            *(() if onto is None else (onto.data_ptr(),)),
             *pieces,
         )  # fmt: skip
         for name in OUTPUTS:
@@ -174,7 +183,7 @@ def compile_for(
     rows: int,
     columns: int,
     dtype: torch.dtype,
-    wide: bool,
+    wide: int,
     reverse: bool,
     programs: int,
     device: torch.device,
@@ -301,7 +310,7 @@ def defines(
     columns: int,
     groups: int,
     dtype: torch.dtype,
-    wide: bool,
+    wide: int,
     reverse: bool,
     token: bool = False,
     *,
@@ -337,7 +346,7 @@ def _kernel(
     size: tuple[int, int],
     part: Part,
     dtype: torch.dtype,
-    wide: bool,
+    wide: int,
     reverse: bool,
     token: bool,
     device: torch.device,

@@ -4,7 +4,8 @@
 //
 // Rounded, the state is a left operand as it lies in the registers (as FlashAttention's softmax weights are); of what
 // is computed only P passes through shared memory, and the outputs on their way out. All decays are the same in every
-// chunk, and come from tables in shared memory. -DWIDE=1: outputs in fp32. -DONTO=1: added to what `onto` has in fp32.
+// chunk, and come from tables in shared memory. -DWIDE=1: outputs in fp32. -DWIDE=2: in fp32, as threads have them, for
+// whoever adds them to its own (-DONTO=1): 64 x 64 numbers of a chunk, of a thread four at a time.
 // -DHIGH=1: the state and P are two 16-bit numbers, high + low, each.
 //
 // A score of 0 times a NaN or an infinity of a later token is NaN. Whatever of b, c and the states is not finite is in
@@ -41,7 +42,7 @@ constexpr int SCORES = (1 + HIGH) * BLOCK;
 #define ONTO 0
 #endif
 #if ONTO
-#define ONTO_ , const float *onto, Offset onto_batch, Offset onto_head, Offset onto_token
+#define ONTO_ , const float *onto
 #else
 #define ONTO_
 #endif
@@ -144,10 +145,14 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
     tables.start(tile, log_decay TOKENS_);
     tables.set(scale, state_scale, added_scale);
 
-    out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.own;
-#if ONTO
-    onto += tile.batch * onto_batch + tile.head * onto_head + tile.start * onto_token + tile.own;
-#endif
+    if (WIDE < 2) out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.own;
+    // Where threads find four of their numbers, 4 THREADS apart; tiles begin behind the chunks of those before.
+    [[maybe_unused]] auto in_order = [&](int step, int part) {
+        const Offset blocks = (STATE_COLUMNS ? STATE_COLUMNS + 63 : GROUPS * COLUMNS * int(splits)) / 64;
+        const Offset chunk = (tile.batch * heads + tile.head) * (tokens / CHUNK + tiles) + tile.number +
+                             tile.start / CHUNK + tile.first(step) / CHUNK;
+        return (chunk * blocks + tile.own / 64 + part) * (64 * CHUNK) + 4 * thread;
+    };
     // Outputs of a chunk, whose place in shared memory was that of its c; fp32 outputs leave from the registers.
     auto write_chunk = [&](int step) {
         const Word from = place_c(step);
@@ -195,10 +200,10 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             zero_rows<STORED_ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
             publish();
         }
-#if ONTO  // lines of 32 numbers
-        for (int i = thread; i < COLUMNS / 32 * count; i += THREADS)
-            if (has_column(tile.own + i % (COLUMNS / 32) * 32))
-                prefetch(onto + (tile.first(step) + i / (COLUMNS / 32)) * onto_token + i % (COLUMNS / 32) * 32);
+#if ONTO
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)  // lines of 32 numbers
+            if (has_column(tile.own + 64 * part)) prefetch(onto + in_order(step, part) + 28 * thread);
 #endif
         meet();  // all have written the outputs of the chunk before, and read its scores
         wait_products<0>();  // for ptxas, which does not see that none is under way
@@ -326,15 +331,26 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             if (AGAIN) lost.mark(o_i, step, part);
             const int column = 64 * part + 16 * warp + lane / 4;
 #if ONTO
+            if (has_column(tile.own + 64 * part)) {
+                const float* from = onto + in_order(step, part);
 #pragma unroll
-            for (int j = 0; j < 32; j++) {  // what is added to numbers that are not there is not written
-                const int token = min(j / 4 * 8 + 2 * (lane % 4) + j % 2, count - 1), right = j / 2 % 2 * 8;
-                const int own = has_column(tile.own + column - lane / 4 + right) ? column + right : -tile.own;
-                o_i[j] += onto[(tile.first(step) + token) * onto_token + own];
+                for (int j = 0; j < 32; j += 4) {
+                    float x[4];
+                    load_four(from + j * THREADS, x);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) o_i[j + i] += x[i];
+                }
+            }
+#endif
+#if WIDE > 1
+            if (has_column(tile.own + 64 * part)) {
+                float* to = out + in_order(step, part);
+#pragma unroll
+                for (int j = 0; j < 32; j += 4) store_four(to + j * THREADS, o_i[j], o_i[j + 1], o_i[j + 2], o_i[j + 3]);
             }
 #endif
 #pragma unroll
-            for (int i = 0; i < 32; i += 8) {  // 16 tokens
+            for (int i = WIDE > 1 ? 32 : 0; i < 32; i += 8) {  // 16 tokens
                 if (WIDE) {
 #pragma unroll
                     for (int j = i; j < i + 8; j++) {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leetdist.kernels.common.blocks import taking
 from leetdist.kernels.common.memory import heads_of
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
@@ -36,6 +37,7 @@ def tile_states(
     return hopper.tile_states(b, weighted(c, weight), log_decay, tiles, **options)
 
 
+@taking(hopper.between)
 def tile_outputs(
     a: Tensor,
     b: Tensor,
@@ -63,7 +65,7 @@ def tile_outputs(
     options: dict[str, Any] = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "out": out}
     of_tiles = states, log_decay, tiles
     within = heads is None or c.shape[1] % heads == 0  # q and k may have more heads the one than the other
-    added = within and (out is None or out.shape[1] < heads_of(log_decay))
+    added = within and (out is None or (out.ndim > 1 and out.shape[1] < heads_of(log_decay)))
     if onto is None and added and shared.summed(a, c, log_decay, out_dtype):
         return shared.summed_outputs(a, b, c, *of_tiles, weight=weight, **options)
     options["out_dtype"] = out_dtype
@@ -86,7 +88,7 @@ def compile_for(
     rows: int,
     columns: int,
     dtype: torch.dtype,
-    wide: bool,
+    wide: int,
     reverse: bool,
     programs: int,
     device: torch.device,
