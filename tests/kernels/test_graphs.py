@@ -250,9 +250,9 @@ def test_calls_in_a_loop_are_graphs(driver: Driver, monkeypatch: pytest.MonkeyPa
     for x in inputs:
         x.mul_(0.5)
     wanted.append(both())
-    with rehearsed():
-        monkeypatch.setattr(launches.launcher, "handed", handed)
-        monkeypatch.setattr(replay, "_taking", taking)
+    with rehearsed(), monkeypatch.context() as within:  # undone before what it stands on
+        within.setattr(launches.launcher, "handed", handed)
+        within.setattr(replay, "_taking", taking)
         for number in range(8):
             for x in inputs:
                 x.mul_(2.0 if number % 2 == 0 else 0.5)
