@@ -38,6 +38,7 @@ class Driver:
         self.events: dict[int, set[int]] = {}
         self.flags: list[int] = []
         self.destroyed: list[Any] = []
+        self.on: list[int] = []  # streams that graphs were launched on
         self.full = False  # no memory for a graph's first launch
 
     def launch(self, stream: int, work: Callable[[], None]) -> None:
@@ -84,6 +85,7 @@ class Driver:
         if self.full:
             return (FAILED,)
         self.launched += 1
+        self.on.append(stream)
         for work in graph:
             work()
         return (OK,)
@@ -177,6 +179,16 @@ def test_what_is_launched_one_by_one(driver: Driver, monkeypatch: pytest.MonkeyP
     assert [of_kind.launch((1,), 0) for _ in range(2)] == [False, True]
     monkeypatch.setattr(graphs, "_on_gpu", lambda device: False)
     assert graphs.in_graphs(DEVICE, steps, 0) == steps
+
+
+def test_kinds_at_the_same_addresses_have_graphs_of_their_own(driver: Driver) -> None:
+    """Which run on the stream of the call, whatever the first one's was."""
+    logs: list[list[Any]] = [[], []]
+    kinds = [graphs.in_graphs(DEVICE, steps_of(driver, log, joined=True), 0)[0] for log in logs]
+    launched = [[kind.launch((1, 2), stream) for kind in kinds] for stream in (0, 0, 5)]
+    assert launched == [[False] * 2, [True] * 2, [True] * 2]
+    assert (driver.captured, driver.on) == (2, [0, 0, 5, 5])
+    assert logs[0] == logs[1] == [(name, 1, 2) for name in ("states", "fold", "dq", "dk")] * 2
 
 
 def test_a_capture_of_the_callers_lets_go_of_no_graph(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
