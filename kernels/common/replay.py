@@ -309,3 +309,11 @@ def repeated(
         return outputs
     _once[anywhere] = None
     return function(*tensors, *more, *numbers)
+
+
+def forget(transport: Any) -> None:
+    """Let go of calls over a group that has ended: they hold it by their plans, and its inboxes."""
+    for known in (_once, _kinds):
+        for kind in list(known):
+            if any(getattr(x, "transport", None) is transport for x in kind):
+                known.pop(kind, None)

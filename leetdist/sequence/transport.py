@@ -7,6 +7,7 @@ names the rank that did not answer.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -150,6 +151,9 @@ class Transport(ABC):
             self.failure = "the group was destroyed"
             if os.getpid() == self.process:  # a child that ends has no say on its parent's board
                 self.board.end(LEFT)
+        replay = sys.modules.get("leetdist.kernels.common.replay")  # which needs Triton
+        if replay is not None and os.getpid() == self.process:
+            replay.forget(self)
         self.board = Board.alone()
         self.agreements.clear()  # what is remembered with them holds this transport
         self.plans.clear()

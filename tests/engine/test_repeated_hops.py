@@ -94,17 +94,26 @@ def test_lanes_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counted[0] == 3 * (CALLS - 2) * passes
 
 
-def over_gloo(rank: int) -> tuple[list[str], list[int]]:
+def over_a_group() -> int:
+    """How many kinds of calls over a group are known."""
+    return sum(any(getattr(x, "transport", None) for x in kind) for kind in (*replay._once, *replay._kinds))
+
+
+def over_gloo(rank: int) -> tuple[list[str], list[int], list[int]]:
     transport = resolve(dist.group.WORLD)
     assert isinstance(transport, PointToPoint)
     transport.staged = False  # as NCCL, which is given its tensors where they are
     with pytest.MonkeyPatch.context() as patch, rehearsed():
         patch.setattr(transport, "_capturing", lambda: False)
         counted = count(patch)
-        return repeated(transport), counted
+        found, known = repeated(transport), over_a_group()
+        transport.close()
+        return found, counted, [known, over_a_group()]
 
 
 def test_processes_repeat() -> None:
-    for found, counted in values(run_ranks(over_gloo, 2)):
+    """And when the group ends, nothing of it is kept."""
+    for found, counted, known in values(run_ranks(over_gloo, 2)):
         assert found == []
+        assert known == [2 * 2 * len(DECAYS), 0]
         assert counted == [2 * (CALLS - 2) * len(DECAYS), (CALLS - 2) * (2 * len(DECAYS) + 1)]
