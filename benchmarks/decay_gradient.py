@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from common.cases import Case
+from common.events import milliseconds
 from common.measure import draw
 from suites.gated import LONG, MAMBA
 from torch import Tensor
@@ -29,24 +30,10 @@ from leetdist.kernels.token_decay.triton import block, gradient
 from leetdist.reference import relative_error
 from leetdist.sequence.grid import default_tile
 
-CALLS = 12
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(CALLS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:])
-
 
 def row(name: str, call: Callable[[], object]) -> None:
     try:
-        print(f"  {name:<56}{milliseconds(call):8.3f} ms", flush=True)
+        print(f"  {name:<56}{statistics.median(milliseconds(call, 10, warm=2)):8.3f} ms", flush=True)
     except Exception as error:  # another's kernels may not serve this machine
         print(f"  {name:<56}{type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.events import milliseconds
 from common.place import needs_gpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -39,18 +40,9 @@ METHODS = ("fleet", "causal_dot_product", "block")
 DECAYS = [-1.0, -0.1, -0.01, -1e-3, -1e-4, 0.0]
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = 9) -> float:
-    call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+def median(call: Callable[[], Any], repeats: int = 9) -> float:
+    """Milliseconds of a call on the device."""
+    return statistics.median(milliseconds(call, repeats))
 
 
 def floor(tokens: int) -> float:
@@ -68,7 +60,7 @@ def fma_rate() -> float:
     out = torch.empty(blocks * threads, device="cuda")
     source = str(Path(__file__).resolve().parent / "suites/fleet/fma.cu")
     launch = kernel(source, "fma_rate", torch.device("cuda", 0), ())
-    return blocks * threads * each / (milliseconds(lambda: launch((blocks,), threads, out.data_ptr(), 0.5)) * 1e-3)
+    return blocks * threads * each / (median(lambda: launch((blocks,), threads, out.data_ptr(), 0.5)) * 1e-3)
 
 
 def measure(tokens: int, dtype: torch.dtype, other: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +79,7 @@ def measure(tokens: int, dtype: torch.dtype, other: dict[str, Any]) -> dict[str,
         result[f"{method} error by log-decay"] = errors
     for name, log_decay in decays.items():
         for method in METHODS:
-            result[f"{method} ms, {name}"] = milliseconds(
+            result[f"{method} ms, {name}"] = median(
                 lambda m=method, g=log_decay: leetdist.linear_attention(q, k, v, g, method=m)
             )
     log_decay, tiles = decays["decay"], Tiles(tile, (0, tokens))
@@ -104,10 +96,10 @@ def measure(tokens: int, dtype: torch.dtype, other: dict[str, Any]) -> dict[str,
             ),
         }
         for name, part in parts.items():
-            result[f"{method} {name} ms"] = milliseconds(part)
+            result[f"{method} {name} ms"] = median(part)
     if "LeetDecoding FleetAttention" in other:
         call = other["LeetDecoding FleetAttention"]
-        result["LeetDecoding FleetAttention ms"] = milliseconds(lambda: call(q, k, v, log_decay), repeats=1)
+        result["LeetDecoding FleetAttention ms"] = median(lambda: call(q, k, v, log_decay), repeats=1)
         result["LeetDecoding FleetAttention error"] = relative_error(
             call(q, k, v, log_decay)[:, :1, rows], quadratic(q[:, :1], k[:, :1], v[:, :1], log_decay[:1], rows=rows)
         )

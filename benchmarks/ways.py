@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.events import milliseconds
 from torch import Tensor
 
 import leetdist
@@ -73,20 +74,10 @@ def compile_all(ways: list[str]) -> None:
         list(pool.map(lambda found: cubin(found[0], "sm_90a", found[1]), sources))
 
 
-def milliseconds(
-    call: Callable[[], Any], before: Callable[[], Any] = lambda: None, repeats: int = 9
-) -> tuple[float, float]:
-    """Median and least of a call on the device; `before` is not timed."""
-    times = []
-    for _ in range(repeats + 2):
-        before()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return round(statistics.median(times[2:]), 4), round(min(times[2:]), 4)
+def median_and_least(call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> tuple[float, float]:
+    """Milliseconds of a call on the device; `before` is not timed."""
+    times = milliseconds(call, 9, warm=2, before=before)
+    return round(statistics.median(times), 4), round(min(times), 4)
 
 
 def processors() -> int:
@@ -146,7 +137,7 @@ class Handover:
             tokens = tiles * self.tile
             same = torch.equal(data[3, :, :tokens], data[0, :, :tokens])
             assert same, "what was written is not what was read"
-        median, least = milliseconds(call, reset)
+        median, least = median_and_least(call, reset)
         return {
             "way": "handover", "travels by": MODES[self.mode], "threads": self.workers, "programs a state": self.splits,
             "heads": heads, "tiles": tiles, "ms": median, "least": least, "us a hop": round(median * 1e3 / tiles, 3),
@@ -188,7 +179,7 @@ def clusters() -> Iterator[Callable[[], list[Row]]]:
         def call() -> None:
             launch((4 * HEADS,), 64, *(x.data_ptr() for x in data), TOKENS // 64)
 
-        median, least = milliseconds(call)
+        median, least = median_and_least(call)
         assert torch.equal(data[3], data[2]), "what was written is not what was read"
         row = {"way": "cluster", "multicast": bool(multicast), "stages": stages, "ms": median, "least": least}
         return [row | {"x floor": round(median / FLOOR, 3)}]
@@ -277,7 +268,7 @@ def shorts() -> Iterator[Callable[[], list[Row]]]:
                 calls["states"](), calls["fold"]()  # what the fold makes of its own results grows without bound
                 with shared_by(columns):
                     graph = in_graph(call, times)
-                median, least = milliseconds(graph.replay)
+                median, least = median_and_least(graph.replay)
                 row = {"way": "short", "tokens": tokens, "tile": tile, "of": name, "columns": columns or "usual"}
                 row |= {"us": round(median * 1e3 / times, 2), "least": round(least * 1e3 / times, 2)}
                 found.append(row)
@@ -295,7 +286,7 @@ def decodings() -> Iterator[Callable[[], list[Row]]]:
         floor, found = 2 * state.nbytes / BANDWIDTH * 1e6, []
         for times in (1, 64):
             graph = in_graph(lambda: step(q, k, v, state, slopes, scale=0.1, out=state), times)
-            median, least = milliseconds(graph.replay)
+            median, least = median_and_least(graph.replay)
             row = {"way": "decode", "batch": batch, "steps in a graph": times, "us": round(median * 1e3 / times, 2)}
             found.append(row | {"least": round(least * 1e3 / times, 2), "floor": round(floor, 2)})
         return found
