@@ -114,6 +114,32 @@ def test_in_16_bits(dtype: torch.dtype) -> None:
     assert_causal(positions(16, 128), bounds=(0, 140), dtype=dtype, tile=128)
 
 
+@pytest.mark.real_empty
+@pytest.mark.parametrize("bad", BAD)
+def test_documents_of_one_tile_beside_longer_ones(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed by themselves where no state is asked for, into the memory of all; no memory is zeros here, nor
+    the NaN that tests take it to be."""
+    real = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: real(*args, **kwargs).fill_(1))
+    begin, end = 50, 70
+    inputs = {name: torch.randn(1, 2, 130, 16) for name in ("q", "k", "v", "do")}
+    log_decay, bounds = torch.tensor([-0.1, -0.01]), torch.tensor([0, begin, begin, end, 130])
+
+    def results() -> list[Tensor]:
+        leaves = [inputs[name].clone().requires_grad_() for name in "qkv"]
+        o = leetdist.linear_attention(*leaves, log_decay, cu_seqlens=bounds, tile=32, method="block")
+        return [o.detach(), *torch.autograd.grad(o, leaves, inputs["do"])]
+
+    without = results()
+    for x in inputs.values():
+        kept, x[0, 1, 60, 3] = x[0, 1, 60, 3].clone(), bad
+        for found, clean in zip(results(), without, strict=True):
+            assert torch.equal(found[:, :, :begin], clean[:, :, :begin])
+            assert torch.equal(found[:, :, end:], clean[:, :, end:])
+            assert torch.equal(found[:, 0], clean[:, 0])
+        x[0, 1, 60, 3] = kept
+
+
 @pytest.mark.parametrize("method", ["block", "causal_dot_product"])
 def test_on_ranks(method: str) -> None:
     """As on one device, where no head forgets a whole tile (leetdist.engine.scan says what is then)."""

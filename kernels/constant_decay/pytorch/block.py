@@ -199,7 +199,7 @@ def _outputs_past_lost(
     count = ConstantWalk(walk.tiles, undecayed, torch.float32, walk.reverse)
     for lost in (lost_b.any(-1, keepdim=True), lost_c):
         start = states.new_zeros(*states.shape[:3], 1, lost.shape[3], dtype=torch.float32)
-        seen = start.new_empty(*out.shape[:3], lost.shape[3])
+        seen = start.new_zeros(*out.shape[:3], lost.shape[3])  # other tokens of the row are not walked here
         _outputs(one, one, lost.float(), start, count, seen, scale=1.0, state_scale=1.0)
         out.masked_fill_(seen > 0, math.nan)
 
