@@ -23,7 +23,7 @@ SHORTEST_ON_HOPPER = {"narrow": 128, "wide": 64}
 ONE_CHUNK, MANY_WALKED, FEW_TILES = 64, 256, 8
 # Of longer tiles: blocks, of 64 columns, that walk at a time (two on each of 132 multiprocessors). And, forward and
 # with backward, how long walks that fill a GPU take, and the steps, without states and for each time that these are as
-# large as q: in times of reading or writing one of q, k, v and o (benchmarks/notes/README.md).
+# large as q: in times of reading or writing one of q, k, v and o (benchmarks/notes/short.md).
 BLOCKS_WALKING, WALKS_AND_STEPS = 264, ((6.1, 5.3, 1.1), (28.5, 20.0, 3.3))
 LONGEST_CHAIN = 4096  # tokens; what is lost from chunk to chunk (kernels/token_decay/cuda/by_head.py) adds up
 # NVRTC 12.9 ends the process (signal 11, in its ptxas) when it compiles tile_outputs.cu for 16-bit outputs.

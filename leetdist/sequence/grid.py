@@ -9,13 +9,13 @@ from itertools import accumulate, pairwise
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 
 # A tile is as long as it can be while tiles fill a GPU: each costs a state in memory, as much as 85 tokens of q, k and
-# v (bf16, D = 128). With 32 heads, 32,768 tokens in tiles of 4,096 take 0.91 of the time in tiles of 2,048
-# (benchmarks/notes/README.md). Tiles of 8,192 take 0.96 of the time of eight heads x 524,288 tokens, but 1.05 to 1.1 of
-# that of one or two heads, and 2.6 times as long with a learnt decay, whose two passes want at most 4,096 tokens.
+# v (bf16, D = 128). With 32 heads, 32,768 tokens in tiles of 4,096 take 0.91 of the time in tiles of 2,048. Tiles of
+# 8,192 take 0.96 of the time of eight heads x 524,288 tokens, but 1.05 to 1.1 of that of one or two heads, and 2.6
+# times as long with a learnt decay, whose two passes want at most 4,096 tokens (benchmarks/notes/constant.md).
 SMALLEST_TILE, LARGEST_TILE = 16, 4096
 # A few ranks want a tile each; but rather four than eight that are shorter than 2,048 tokens, as each has a state that
 # is moved four times: 2,048 tokens in four tiles take 0.78 of the time in eight (forward, 32 heads), 8,192 tokens 0.90
-# (H100, as CUDA graphs; benchmarks/notes/README.md). Who spreads so few over more ranks can name a shorter tile.
+# (H100, as CUDA graphs; benchmarks/notes/short.md). Who spreads so few over more ranks can name a shorter tile.
 TILES_WANTED, LEAST_TILES, TOKENS_OF_FEW = 8, 4, 2048
 
 

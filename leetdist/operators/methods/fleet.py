@@ -16,7 +16,7 @@ Floor: a token, rank index and column cost a multiply by gamma, an fma into the 
 1 x 32 heads x 131,072 tokens x 128 x 128 that is 2.06e11 instructions of a lane; an H200 issues 132 x 128 a clock,
 3.35e13 a second at 1.98 GHz: 6.16 ms. (Reading q, k, v and writing o in fp32 takes 2.0 ms.) Decaying once in 16
 tokens leaves 2 1/16 operations; the tile states, which a parallel scan needs on top, cost one more, but on the tensor
-cores. benchmarks/notes/README.md has what bounds it.
+cores. benchmarks/notes/fleet.md has what bounds it.
 
 Source: LeetDecoding, arXiv 2501.02573, section 4 (FleetAttention), whose own kernel adds over the rank without
 synchronisation.
