@@ -130,7 +130,8 @@ def test_weights_have_the_bits_of_the_product(device, monkeypatch):
             for one, other in zip(found, wanted, strict=True):
                 assert torch.equal(one.nan_to_num(77.0), other.nan_to_num(77.0))
                 assert torch.equal(one.isnan(), other.isnan())
-            assert all(bool(one.isfinite().all()) != bad for one in found[:3])
+            # (What decays to nothing within a tile is in none of the states.)
+            assert all(bool(one.isfinite().all()) != bad for one in found[1:3])
 
 
 def gradients_of(q: Any, k: Any, v: Any, do: Any, states: Any, ends: Any, g: Any, tiles: Tiles, **more: Any) -> Any:
@@ -269,7 +270,8 @@ def test_a_scan_of_mamba2s_shape_writes_no_dt_x():
     torch.cuda.reset_peak_memory_stats()
     again = call(slice(0, tokens))
     held = torch.cuda.max_memory_allocated() - before - sum(y.nbytes for y in again)
-    assert held < x.nbytes  # states and numbers a token, and neither dt x nor its gradient
+    states = 2 * math.ceil(tokens / tile) * 64 * 128 * 64 * 4  # and their gradients
+    assert held < states + x.nbytes // 2  # with numbers a token, and neither dt x nor its gradient
     assert all(torch.equal(y, z) for y, z in zip(again, whole, strict=True))
     for ranks in (2, 5):
         bounds = [tile * (10 * rank // ranks) for rank in range(ranks)] + [tokens]

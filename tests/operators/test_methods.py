@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import replace
 
@@ -94,15 +93,20 @@ def test_interpreted(method: str, seed: int, monkeypatch: pytest.MonkeyPatch) ->
         assert_matches_oracle(replace(case, method=method), CPU, seed)
 
 
+@pytest.fixture(params=[None, "triton"])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The GPU, with the backend that is chosen there and with Triton."""
+    if request.param is not None:
+        monkeypatch.setitem(os.environ, "LEETDIST_BACKEND", request.param)
+    return torch.device("cuda")
+
+
+# Few head sizes, and a test a dtype or number of ranks: Triton compiles for seconds each.
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [None, "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", SHARDED)
-def test_on_a_gpu(method: str, backend: str | None, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend is not None:
-        monkeypatch.setitem(os.environ, "LEETDIST_BACKEND", backend)
-    device = torch.device("cuda")
-    # Few head sizes: Triton compiles for seconds each.
-    cases = [
+def test_on_a_gpu(method: str, dtype: torch.dtype, cuda: torch.device, seed: int) -> None:
+    for case in (
         Case(3000, 128, 128, batch=2, decay="mixed", initial=True, scale=0.5),
         Case(1300, 128, 128, heads=2, decay="none", model_layout=True),
         Case(700, 128, 128, heads=4, kv_heads=2, decay="slow", documents=(0, 1, 1, 65, 700), tile=512),
@@ -111,16 +115,20 @@ def test_on_a_gpu(method: str, backend: str | None, seed: int, monkeypatch: pyte
         Case(700, 128, 128, heads=4, q_heads=1, kv_heads=2, v_heads=4, decay="slow", initial=True, tile=512),
         Case(700, 128, 128, heads=4, q_heads=1, kv_heads=2, v_heads=4, decay="tokens", initial=True, tile=512),
         Case(700, 128, 128, heads=2, decay="restarts", documents=(0, 1, 1, 65, 700), tile=512),
-    ]
-    for case, dtype in itertools.product(cases, (torch.float32, torch.float16, torch.bfloat16)):
-        assert_matches_oracle(replace(case, method=method, dtype=dtype), device, seed)
-    for ranks in (2, 5):
-        for case in (
-            Case(9000, 128, 128, uneven=True),
-            Case(999, 128, 128, documents=(0, 7, 700, 999)),
-            Case(5000, 128, 128, uneven=True, decay="tokens"),
-        ):
-            assert not differing(replace(case, method=method), ranks, device, seed)
+    ):
+        assert_matches_oracle(replace(case, method=method, dtype=dtype), cuda, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 5])
+@pytest.mark.parametrize("method", SHARDED)
+def test_virtual_ranks_on_a_gpu(method: str, ranks: int, cuda: torch.device, seed: int) -> None:
+    for case in (
+        Case(9000, 128, 128, uneven=True),
+        Case(999, 128, 128, documents=(0, 7, 700, 999)),
+        Case(5000, 128, 128, uneven=True, decay="tokens"),
+    ):
+        assert not differing(replace(case, method=method), ranks, cuda, seed)
 
 
 @pytest.mark.gpu
