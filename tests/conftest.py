@@ -15,6 +15,8 @@ import torch
 
 # Another value draws other inputs for every test.
 SEED = int(os.environ.get("LEETDIST_TEST_SEED", "0"))
+# What uninitialized memory is filled with: what NaN hides (in a maximum, in "is it positive?") another number may show.
+POISON = float(os.environ.get("LEETDIST_TEST_POISON", "nan"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 with contextlib.suppress(ImportError):  # a machine with a GPU may have only torch and pytest
@@ -70,7 +72,7 @@ def _fill(x: torch.Tensor) -> torch.Tensor:
     # Packed types such as float4 hold no NaN, and sparse tensors no uninitialized values.
     if x.layout is torch.strided and (x.is_complex() or x.is_floating_point()):
         with contextlib.suppress(NotImplementedError), torch.no_grad():
-            x.fill_(float("nan"))
+            x.fill_(POISON)
     return x
 
 
@@ -84,7 +86,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Fills what torch.empty and its kin return with NaN, in this process.
+    """Fills what torch.empty and its kin return with POISON, in this process.
 
     Fresh memory is often zero, so that an output which a kernel forgot to write passes for one
     which is zero. A test that starts processes enters this in each of them.
