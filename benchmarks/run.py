@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ from common.everyone import contestants
 from common.measure import Result, copy_bandwidth, run_case
 from common.place import RUNS
 from common.report import machine, save, table
+from common.spread import joined, spread, take
 from common.warm import warm
 from suites import gated
 from suites import map as situations
@@ -56,6 +59,10 @@ def parse() -> argparse.Namespace:
         help="leave out a contestant, or one of its passes, or in one suite; may be repeated",
     )
     parser.add_argument("--warm", type=float, metavar="S", help="first compile and tune in parallel, S seconds at most")
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="spread the passes over N GPUs, the last first"
+    )
+    parser.add_argument("--taking", type=Path, help=argparse.SUPPRESS)  # a process of such a run, and where they meet
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds a contestant (20)")
     parser.add_argument("--seconds", type=float, help="start no further case after this long")
     parser.add_argument("--out", type=Path, help="folder of the results (runs/benchmarks/SUITE)")
@@ -109,7 +116,7 @@ def main() -> int:
         return 0
     begin = time.monotonic()
     here, missing = contestants(arguments.base)
-    for who, reason in missing.items():
+    for who, reason in missing.items() if not arguments.taking else ():
         print(f"left out: {who}, {reason}")
     results: list[Result] = []
     facts: dict[str, object] = {}
@@ -119,10 +126,17 @@ def main() -> int:
         return 1
     if arguments.warm:
         print(warm([(c, p.case, p.which, p.device) for p in todo for c in p.chosen], arguments.warm), flush=True)
-    for number, (suite, case, which, device, chosen) in enumerate(todo, 1):
+    if arguments.gpus > 1:
+        return over_gpus(arguments, todo, time.monotonic() - begin)
+    numbered = list(enumerate(todo, 1))
+    # Spread, the last first: slow passes are there, and with short ones at the end all are done at about the same time.
+    for number, (suite, case, which, device, chosen) in numbered[::-1] if arguments.taking else numbered:
         if arguments.seconds and time.monotonic() - begin > arguments.seconds:
-            print(f"stopped after {arguments.seconds:.0f} s, {len(todo) - number + 1} passes left out")
+            if not arguments.taking:
+                print(f"stopped after {arguments.seconds:.0f} s, {len(todo) - number + 1} passes left out")
             break
+        if arguments.taking and not take(arguments.taking, number):
+            continue
         if not facts:
             gc.collect()
             gc.freeze()  # what is loaded is not looked through again after every contestant
@@ -141,12 +155,37 @@ def main() -> int:
         say("")
         print(table(measured) + "\n", flush=True)
         keep(results, facts, arguments, suite, plots=False)  # in case the rest is cut short
+    if arguments.taking:
+        return 0
     if results:
         print(table(results))
     for suite in dict.fromkeys(result.suite for result in results):
         for path in keep(results, facts, arguments, suite, plots=True):
             print(f"wrote {path}")
     return 0
+
+
+def over_gpus(arguments: argparse.Namespace, todo: list[Pass], spent: float) -> int:
+    """The same run in a process a GPU."""
+    options = ["--gpus", "1", "--warm", "0"]
+    if arguments.seconds:
+        options += ["--seconds", str(max(1.0, arguments.seconds - spent))]
+    order = [(p.suite, p.case.name, p.which) for p in todo]
+    place = (arguments.out or RUNS / arguments.suites[0]) / "parts"
+    failed = spread(arguments.gpus, place, options)
+    missing = set(order)
+    for suite in arguments.suites:
+        results, facts = joined(place, arguments.name or suite, order)
+        missing -= {(result.suite, result.case, result.which) for result in results}
+        if results:
+            facts["command"] = shlex.join(["python", *sys.argv])
+            print(table(results))
+            for path in keep(results, facts, arguments, suite, plots=True):
+                print(f"wrote {path}")
+    print(f"{len(missing)} of {len(order)} passes left out" + f"; {failed} processes failed" * bool(failed))
+    if not failed:
+        shutil.rmtree(place)
+    return min(failed, 1)
 
 
 def keep(
