@@ -329,6 +329,7 @@ def train() -> Arguments:
     add("--clip", type=number, default=1.0, help="largest norm of the gradient")
     add("--precision", choices=("no", "bf16"), help="the launcher's own setting, else bf16 on GPUs")
     add("--checkpointing", action="store_true", help="recompute activations in the backward")
+    add("--compile", action="store_true", help="torch.compile, block by block")
     add("--fsdp", action="store_true", help="FSDP2 without an accelerate config, as under torchrun")
     add("--deepspeed-config", "--deepspeed_config", metavar="FILE", help="JSON; DeepSpeed instead of DDP or FSDP2")
     add("--out", type=Path, default=Path("runs/train"), help="checkpoints, metrics.jsonl and TensorBoard logs")

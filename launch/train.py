@@ -101,6 +101,15 @@ def make_model(options: argparse.Namespace, vocabulary: int) -> nn.Module:
     return model
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """In place, so that checkpoints keep their names. A model's blocks are alike, and one graph serves all of them; DDP
+    sends the gradients of one while the next is computed, without graphs that are cut at its buckets."""
+    torch._dynamo.config.optimize_ddp = False
+    lists = (part for part in model.modules() if isinstance(part, nn.ModuleList))
+    for block in max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())):
+        block.compile(dynamic=False)
+
+
 def logits_of(model: nn.Module, batch: dict[str, Tensor], options: argparse.Namespace) -> Tensor:
     """(rows, tokens, vocabulary) of this rank's shard."""
     if options.model in PRESETS:
@@ -140,6 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         if not len(loader):
             raise SystemExit(f"the text has {len(windows)} sequences of {options.tokens} tokens: fewer than a batch")
         model = leetdist.parallelize(make_model(options, vocabulary), mesh)  # (3) before DDP, FSDP2 or DeepSpeed
+        if options.compile:
+            compile_blocks(model)
 
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -54,8 +54,7 @@ class _DecayAttention(nn.Module):
         if ladder.shape != (heads,) or not bool((ladder <= 0).all()):
             raise ValueError(f"decay must be a ladder's name or (heads,) = ({heads},) log decays <= 0, got {decay!r}")
         # No buffer: `model.bfloat16()` would round it, and slow heads would forget at another rate.
-        self._ladder = ladder
-        self._on_device: dict[torch.device, Tensor] = {}
+        self._ladder = self._placed = ladder
         self.log_slope_change: nn.Parameter | None = None
         if learnable_decay:
             # From the ladder, and so from 0: in bf16, where a model or FSDP2 casts it, a number near 0 is precise.
@@ -71,15 +70,24 @@ class _DecayAttention(nn.Module):
         if self.log_slope is not None:
             nn.init.zeros_(self.log_slope)
 
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Moves the decays too: a compiled graph that had to copy them would wait for its GPU in each call."""
+        super()._apply(*args, **options)
+        self._place(next(self.parameters()).device)
+        return self
+
+    def _place(self, device: torch.device) -> Tensor:
+        if self._placed.device != device:
+            with torch.inference_mode(False):  # kept, and so for training too
+                self._placed = self._ladder.to(device)
+        return self._placed
+
     def log_decay(self, device: torch.device) -> Tensor:
         """(heads,) fp32, <= 0."""
-        if torch.compiler.is_compiling():  # a compiled region of checkpointing may change nothing outside of it
-            ladder = self._ladder.to(device)
-        else:
-            if device not in self._on_device:
-                with torch.inference_mode(False):  # kept, and so for training too
-                    self._on_device[device] = self._ladder.to(device)
-            ladder = self._on_device[device]
+        if not torch.compiler.is_compiling():
+            ladder = self._place(device)
+        else:  # a compiled region of checkpointing may change nothing outside of it
+            ladder = self._placed if self._placed.device == device else self._ladder.to(device)
         if self.log_slope is None:
             return ladder
         # Never positive. A head without decay starts at -1e-6.

@@ -42,6 +42,20 @@ def test_one_device(checkpointing: bool) -> None:
     same(gradients(None, compiled=True, checkpointing=checkpointing), gradients(None, compiled=False))
 
 
+def test_a_compiled_layer_has_its_decays_where_it_is() -> None:
+    """A copy to a GPU in the graph would wait for its stream in every call. "meta" is another device than the CPU."""
+    layer = leetdist.nn.LightningAttention(32, 4).to("meta")
+    found: list[Tensor] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        found.extend(inputs)
+        return graph
+
+    torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(1, 40, 32, device="meta"))
+    assert (4,) in [x.shape for x in found]
+    assert all(x.is_meta for x in found)
+
+
 def over_ranks(rank: int) -> None:
     mesh = leetdist.device_mesh(sequence=2)
     same(gradients(mesh, compiled=True, checkpointing=True), gradients(mesh, compiled=False))

@@ -84,6 +84,17 @@ def test_mixed_precision_and_accumulation(alone: list[float], tmp_path: Path) ->
     assert two[1] < two[0]
 
 
+def test_blocks_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, and not what they are made of."""
+    from leetdist.launch.train import compile_blocks
+
+    blocks = torch.nn.ModuleList(torch.nn.ModuleList([torch.nn.Linear(2, 2)]) for _ in range(3))
+    model, found = torch.nn.ModuleDict({"small": torch.nn.ModuleList([torch.nn.Linear(1, 1)]), "blocks": blocks}), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **options: found.append((part, options)))
+    compile_blocks(model)
+    assert found == [(block, {"dynamic": False}) for block in blocks]
+
+
 def test_a_run_that_is_out_of_time_stops_and_saves(tmp_path: Path) -> None:
     arguments = ("--steps", "5", "--seconds", "0", "--save-every", "0", "--out", str(tmp_path))
     values(run_ranks(train, 2, *arguments, frameworks=True))
