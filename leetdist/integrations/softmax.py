@@ -1,13 +1,15 @@
 """Causal softmax attention over a sharded sequence, for the softmax layers of hybrid models. Exact, differentiable.
 
-Two ways, chosen by the number of heads: where the ranks divide the heads of q and of k and v, an all-to-all gives each
-rank the whole sequence of some heads (DeepSpeed-Ulysses, arXiv 2309.14509), which moves least and shares the work
-evenly. Otherwise every rank gathers the keys and values of all and answers its own queries (Llama 3's context
-parallelism, arXiv 2407.21783, section 3.3.2), whose later ranks work more.
+Two ways, chosen by the number of heads: where the ranks divide the heads of q, an all-to-all gives each rank the whole
+sequence of some heads (DeepSpeed-Ulysses, arXiv 2309.14509), which shares the work evenly; heads of k and v that are
+fewer than the ranks go to each rank whose queries they answer. Otherwise every rank gathers the keys and values of all
+and answers its own queries (Llama 3's context parallelism, arXiv 2407.21783, section 3.3.2), whose later ranks work
+more: the last (2 P - 1) / P of the mean.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -54,7 +56,10 @@ def softmax_attention(
     lengths = tuple(transport.gather_objects(q.shape[2], "the tokens of each shard"))
     ranks = transport.size
     ours = process_group(transport)
-    if ours is not None and q.shape[1] % ranks == 0 and k.shape[1] % ranks == 0:
+    shared = math.lcm(k.shape[1], ranks)  # heads of k and v, each as often as ranks want it
+    if ours is not None and q.shape[1] % shared == 0:
+        copies = shared // k.shape[1]
+        k, v = (x.unsqueeze(2).expand(-1, -1, copies, -1, -1).flatten(1, 2) for x in (k, v))
         q, k, v = (_Exchange.apply(x, lengths, ours, True) for x in (q, k, v))
         if sinks is not None:
             score = replace(score, sinks=sinks.chunk(ranks)[transport.rank])

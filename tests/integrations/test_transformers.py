@@ -237,7 +237,7 @@ def everything(rank: int, ranks: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_equals_one_process(ranks: int) -> None:
-    """Two ranks share the heads of the softmax layers; four are more than its two key-value heads, and gather them."""
+    """Ranks share the heads of the softmax layers; four are more than its two key-value heads, and take one twice."""
     for found in values(run_ranks(everything, ranks, ranks, frameworks=True, timeout_s=120)):
         assert found.pop("lost state") > 0.1
         for model, errors in found.items():

@@ -1,0 +1,57 @@
+"""Softmax attention of a sharded sequence: every number of heads, on ranks that share them and on ranks that cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import leetdist
+from helpers import run_ranks, values
+from leetdist.integrations import softmax
+from leetdist.integrations.softmax import softmax_attention
+from leetdist.reference import relative_error
+
+TOKENS, DIM = 96, 8
+# Heads of q, of k and v; whether 2, 3 and 4 ranks share them.
+HEADS = {
+    (4, 4): (2, 4),
+    (4, 2): (2, 4),
+    (4, 1): (2, 4),
+    (6, 2): (2, 3),
+    (12, 2): (2, 3, 4),
+    (8, 8): (2, 4),
+    (9, 3): (3,),
+}
+
+
+def gradients(heads: tuple[int, int], group: object) -> tuple[list[Tensor], list[Tensor]]:
+    """o and the gradients of q, k and v: this rank's shards of one process's, and its own."""
+    generator = torch.Generator().manual_seed(0)
+    of_q, of_k = heads
+    shapes = [(2, h, TOKENS, DIM) for h in (of_q, of_k, of_k, of_q)]
+    *whole, do = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    results = []
+    for given in (None, group):
+        mine = [x if given is None else leetdist.shard_sequence(x, 2, given).clone() for x in (*whole, do)]
+        leaves = [x.requires_grad_() for x in mine[:3]]
+        o = softmax_attention(*leaves, given)
+        results.append([o.detach(), *torch.autograd.grad(o, leaves, mine[3])])
+    return [leetdist.shard_sequence(x, 2, group) for x in results[0]], results[1]
+
+
+def on_ranks(rank: int, ranks: int) -> None:
+    group = leetdist.device_mesh()["sp"]
+    gathered: list[int] = []
+    gather = softmax.gather_sequence
+    softmax.gather_sequence = lambda x, *rest: gathered.append(1) or gather(x, *rest)
+    for heads, sharing in HEADS.items():
+        gathered.clear()
+        for expected, found in zip(*gradients(heads, group), strict=True):
+            assert relative_error(found, expected) < 1e-12, heads
+        assert bool(gathered) == (ranks not in sharing), heads
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_heads_on_ranks(ranks: int) -> None:
+    values(run_ranks(on_ranks, ranks, ranks, frameworks=True))
