@@ -79,6 +79,10 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = options.micro_batch
         config["gradient_clipping"] = options.clip
+        if options.compile and accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise SystemExit(
+                "--compile: torch.compile finds no weights where ZeRO 3 has parted them; --fsdp, or ZeRO 1, 2"
+            )
     return accelerator
 
 

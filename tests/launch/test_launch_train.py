@@ -139,6 +139,9 @@ def with_zero(rank: int, out: Path) -> None:
                 shutil.rmtree(folder / "step-00000004")
                 (folder / "metrics.jsonl").rename(folder / "straight.jsonl")
             torch.distributed.barrier()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match=r"--compile: torch\.compile finds no weights where ZeRO 3"):
+        main([*options, "--deepspeed-config", str(config), "--compile"])
 
 
 def test_zero_configs_in_bf16_and_resumed(alone: list[float], tmp_path: Path) -> None:
