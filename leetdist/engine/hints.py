@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor
+
+from leetdist.sequence.site import warn
 
 # More heads than any model has, none of which has a decay of its own, and next to no tokens.
 MANY_HEADS, TOKENS_A_HEAD = 512, 1 / 8
@@ -25,10 +25,9 @@ def warn_of_layout(q: Tensor, log_decay: Tensor | None) -> None:
     (B, N, H) then, does not."""
     heads, tokens = q.shape[1:3]
     if (log_decay is None or log_decay.ndim > 1) and heads >= MANY_HEADS and 1 < tokens <= TOKENS_A_HEAD * heads:
-        warnings.warn(
+        warn(
             f"leetdist: {heads} heads of {tokens} tokens and no decay a head{layout_hint(q)}. Where so many are "
-            "meant, a log_decay a head, which may be zeros, says so",
-            stacklevel=6,  # describe, plan_call, run, linear_attention, and who calls it
+            "meant, a log_decay a head, which may be zeros, says so"
         )
 
 

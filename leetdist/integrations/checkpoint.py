@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 
 from leetdist.integrations.pickles import check_pickles, read_metadata
 from leetdist.sequence.group import resolve
+from leetdist.sequence.site import warn
 
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST, FORMAT = "leetdist.json", "leetdist.checkpoint/1"
@@ -90,7 +90,7 @@ def latest(folder: Path | str, *, together: bool = False) -> tuple[int, Path] | 
         if problem is None:
             return step, path
         if rank == 0:
-            warnings.warn(f"{problem}: passed over for the checkpoint before it", stacklevel=2)
+            warn(f"{problem}: passed over for the checkpoint before it")
     return None
 
 
@@ -103,7 +103,7 @@ def damage(path: Path | str, *, share: tuple[int, int] = (0, 1)) -> str | None:
     except ValueError as error:
         return f"the checkpoint {path} is damaged: {error}"
     if told is None:
-        warnings.warn(f"the checkpoint {path} has no checksums (no {MANIFEST}): it cannot be checked", stacklevel=2)
+        warn(f"the checkpoint {path} has no checksums (no {MANIFEST}): it cannot be checked")
         return None
     for name, expected in sorted(told["files"].items())[share[0] :: share[1]]:
         try:

@@ -9,7 +9,6 @@ One that cannot be compiled, or not loaded, is passed over from then on, with on
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial, update_wrapper
@@ -26,6 +25,7 @@ from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.operators.facts import Facts, machine_of
 from leetdist.operators.implementations import CANDIDATES, CUDA_HOPPER, Implementation
 from leetdist.operators.refusals import ONE_CHUNK
+from leetdist.sequence.site import warn
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
@@ -222,11 +222,10 @@ def works(choice: Choice, problem: Problem) -> bool:
             _told.add(choice.name)
             other, _ = ask(use, facts)
             instead = "each gradient's own kernel" if other is None else other.name
-            warnings.warn(
+            warn(
                 f"leetdist: {choice.name} cannot be compiled for {use.step} of {facts.rows} x {facts.columns} in "
                 f"{facts.dtype}; {instead} computes it instead. {' '.join(said)[:1000]}",
                 RuntimeWarning,
-                stacklevel=2,
             )
         return False
     _works.add(key)

@@ -6,7 +6,6 @@ import atexit
 import math
 import os
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -18,7 +17,7 @@ import torch.distributed.distributed_c10d as c10d
 from leetdist.arguments import as_float, as_int
 from leetdist.sequence import copies as _copies  # noqa: F401  groups in copied and pickled modules
 from leetdist.sequence.p2p import PointToPoint
-from leetdist.sequence.site import calling_depth
+from leetdist.sequence.site import warn
 from leetdist.sequence.symmetric import connect
 from leetdist.sequence.transport import Transport
 from leetdist.sequence.virtual import by_name as virtual_by_name
@@ -179,7 +178,7 @@ def _unjoined() -> str:
 def warn_where_unjoined() -> None:
     """A call without a group, in one of a launcher's processes: each of them would compute everything."""
     if os.environ.get("RANK", "0") == "0" and (words := _unjoined()):
-        warnings.warn(f"leetdist: nothing is sharded, group is None. {words}", stacklevel=calling_depth())
+        warn(f"leetdist: nothing is sharded, group is None. {words}")
 
 
 def resolve(group: Group | None, transport: str | None = None) -> Transport | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from leetdist.arguments import as_int, check_plain
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.grid import default_tile, even_tile, shard_lengths
 from leetdist.sequence.group import resolve, warn_where_unjoined
+from leetdist.sequence.site import warn
 from leetdist.sequence.transport import Message, Transport
 
 if TYPE_CHECKING:
@@ -83,10 +83,9 @@ def _warn_of_idle_ranks(lengths: tuple[int, ...], tile: int) -> None:
     advice = "share it among fewer ranks"
     if better is not None and better < tile:
         advice += f", or pass tile={better} to shard_sequence and linear_attention (another order of sums)"
-    warnings.warn(
+    warn(
         f"leetdist: {tokens:,} tokens on {ranks} ranks in tiles of {tile:,}: the fullest rank holds {max(lengths):,}, "
-        f"{f'{idle} of them none' if idle else f'the emptiest {min(lengths):,}'}; {advice}",
-        stacklevel=3,
+        f"{f'{idle} of them none' if idle else f'the emptiest {min(lengths):,}'}; {advice}"
     )
 
 

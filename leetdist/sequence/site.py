@@ -1,4 +1,4 @@
-"""The line of a program that makes a call of a group.
+"""The line of a program that makes a call: what ranks compare, and what a warning names.
 
 Ranks' calls are paired in the order in which each makes them. Two calls of equal shapes that one rank makes in another
 order, or of which it leaves one out, would be taken for each other without a word; so ranks compare where calls come
@@ -12,6 +12,8 @@ import sys
 import warnings
 import zlib
 from typing import NamedTuple
+
+import torch
 
 from leetdist.kernels.common.memo import Memo
 
@@ -44,21 +46,23 @@ def calling_site() -> Site | None:
     return site
 
 
-def calling_depth() -> int:
-    """The `stacklevel` by which a warning of who calls this is one of the program's line."""
-    frame, depth = sys._getframe(1), 1
+def warn(words: str, kind: type[Warning] = UserWarning) -> None:
+    """A warning of the program's line, whatever of leetdist lies between; none from a graph that is traced, which could
+    not be one graph then."""
+    if torch.compiler.is_compiling():
+        return
+    frame, depth = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", _INNER[0]).startswith(_INNER):
         frame, depth = frame.f_back, depth + 1
-    return depth
+    warnings.warn(words, kind, stacklevel=depth)
 
 
 def warn_of(sites: list[str]) -> None:
     """The ranks, in rank order, are in a call from these."""
     other = next(rank for rank, site in enumerate(sites) if site != sites[0])
-    warnings.warn(
+    warn(
         f"leetdist: rank {other} makes this call in {sites[other]}, rank 0 in {sites[0]}. The calls of a group are "
         "paired in the order in which each rank makes them: if these are two calls, each rank gets a part of the "
         "other's result. (Said once for these lines.)",
         RuntimeWarning,
-        stacklevel=2,
     )

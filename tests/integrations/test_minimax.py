@@ -73,8 +73,11 @@ def test_options_that_transformers_keeps_and_does_not_use_are_named(recwarn: Any
     leetdist.parallelize(tiny(**same), None)
     assert not [w for w in recwarn if "MiniMax-Text-01" in str(w.message)]
     own = {"attn_type_list": [0, 0, 0], "rotary_dim": 4, "layernorm_mlp_alpha": 3.5}
-    with pytest.warns(UserWarning, match=r"attn_type_list.*rotary_dim 4, .*layernorm_mlp_alpha 3.5, where mlp_alpha"):
+    with pytest.warns(
+        UserWarning, match=r"attn_type_list.*rotary_dim 4, .*layernorm_mlp_alpha 3.5, where mlp_alpha"
+    ) as seen:
         leetdist.parallelize(tiny(head_dim=8, **own), None)
+    assert seen[-1].filename == __file__
 
 
 @pytest.mark.parametrize("told", [("cu_seqlens",), ("position_ids",), ("cu_seq_lens_q", "cu_seq_lens_k")])

@@ -8,6 +8,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -85,6 +86,19 @@ def test_another_layout_without_a_decay_is_warned_of() -> None:
         with pytest.warns(UserWarning, match=f"1024 heads of 8 tokens and no decay a head; {LAYOUT}") as caught:
             leetdist.linear_attention(x, x, x, log_decay, tile=16 if log_decay is None else 32)
         assert caught[0].filename == __file__  # the caller's line
+    for call in (leetdist.explain, partial(leetdist.linear_attention, method="vanilla")):  # however deep it lies
+        with pytest.warns(UserWarning, match=LAYOUT) as caught:
+            call(x, x, x)
+        assert caught[0].filename == __file__
+
+
+def test_a_compiled_graph_is_not_broken_by_a_warning() -> None:
+    x = torch.randn(1, 1024, 8, D)
+    with silence():
+        call = partial(leetdist.linear_attention, method="vanilla")
+        compiled = torch.compile(lambda: call(x, x, x), fullgraph=True, backend="eager")()
+    with pytest.warns(UserWarning, match=LAYOUT):
+        torch.testing.assert_close(compiled, call(x, x, x))
 
 
 def test_calls_that_are_meant_are_not_warned_of() -> None:
@@ -104,7 +118,7 @@ def shard(tokens: int, ranks: int, tile: int | None = None) -> list[int]:
 def test_idle_ranks_are_warned_of_and_the_advice_is_right() -> None:
     with pytest.warns(UserWarning, match=r"the fullest rank holds 1,024, 4 of them none; .* pass tile=512") as caught:
         assert shard(4096, 8).count(0) == 4
-    assert len(caught) == 1  # from the first rank
+    assert [told.filename for told in caught] == [__file__]  # from the first rank
     with pytest.warns(UserWarning, match=r"the fullest rank holds 1,024, 2 of them none; .* pass tile=256"):
         assert shard(4096, 6).count(0) == 2  # although the fullest holds 1.5 times its share, no more
     with silence():
@@ -118,6 +132,10 @@ def test_uneven_shards_are_warned_of() -> None:
         assert 0 not in shard(8192, 7, 1024)
     with pytest.warns(UserWarning, match=r"the fullest rank holds 16, 3 of them none; share it among fewer ranks$"):
         assert sum(shard(16, 4)) == 16
+    batch = {"input_ids": torch.zeros(1, 16, dtype=torch.int64)}
+    with pytest.warns(UserWarning, match="share it among fewer ranks$") as caught:
+        leetdist.virtual_ranks(lambda group: leetdist.shard_batch(batch, group), 4)
+    assert caught[0].filename == __file__
 
 
 def test_a_group_that_nobody_joined_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

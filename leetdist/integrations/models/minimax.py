@@ -6,7 +6,6 @@ Another model with a constant decay needs a file like this one: a subclass of it
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from leetdist.api import linear_attention, linear_attention_step
 from leetdist.inference.attend import attend
 from leetdist.integrations.minimax_cache import LightningCache
 from leetdist.integrations.registry import register
+from leetdist.sequence.site import warn
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -146,10 +146,9 @@ def check(model: nn.Module) -> None:
         if theirs != getattr(config, name, None)
     ]
     if differing:
-        warnings.warn(
+        warn(
             "the configuration has options of MiniMax-Text-01's own code, which transformers' MiniMax keeps and does "
-            f"not use, and so does leetdist: {'; '.join(differing)}",
-            stacklevel=2,
+            f"not use, and so does leetdist: {'; '.join(differing)}"
         )
 
 
