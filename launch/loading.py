@@ -76,7 +76,7 @@ class Tokenizer:
 def load_language_model(
     folder: Path, device: torch.device, dtype: torch.dtype, tokenizer: str | None = None, trust: Collection[str] = ()
 ) -> tuple[LanguageModel, Text]:
-    """A model that `leetdist.launch train` saved: in the folder, or in the newest of its whole checkpoints. trust: what
+    """A model that `leetdist train` saved: in the folder, or in the newest of its whole checkpoints. trust: what
     it may unpickle beside data, as "module.name"."""
     if not folder.is_dir():
         raise SystemExit(f"--model {folder}: there is no such folder")

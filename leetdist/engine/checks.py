@@ -1,4 +1,4 @@
-"""What a call asks for, checked once: the only place where inputs are validated."""
+"""What a call of the operator asks for, checked once: everything behind this takes it for granted."""
 
 from __future__ import annotations
 

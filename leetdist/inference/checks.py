@@ -1,6 +1,7 @@
 """What inference calls ask for, checked once.
 
-The operator's own arguments are checked in leetdist.engine.checks, and states in leetdist.inference.state.
+The operator's own arguments are checked in leetdist.engine.checks; whether states belong together, or to a model, in
+leetdist.inference.state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model of what a sharded call costs: how many lanes to use, and what `python -m leetdist.launch plan` prints.
+"""A model of what a sharded call costs: how many lanes to use, and what `leetdist plan` prints.
 
 Time is simulated, rank by rank and lane by lane, with the dependencies that the engine has (engine.passes): a lane
 is folded on a rank when its tile states are there, what its neighbour sent has arrived, and the lane before it is

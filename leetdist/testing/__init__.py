@@ -1,1 +1,1 @@
-"""What checks the library: cases, the comparison of ranks with one device, and process launchers for tests."""
+"""What checks an installation, and the library: calls on ranks against one device, and decoding against one call."""

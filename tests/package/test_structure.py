@@ -201,6 +201,17 @@ def test_names_of_the_documents() -> None:
             assert pydoc.locate(name) is not None, f"{document}: {name}"
 
 
+def test_names_of_the_source() -> None:
+    """Every dotted name of leetdist's, in code, comments and docstrings, is a module, a folder of some, or in one."""
+    known = modules()
+    for path in known.values():
+        for name in re.findall(r"(?<![\w./-])leetdist\.((?:\w+\.)*\w+)\b(?<!json)(?!/)", path.read_text()):
+            if not any(f"{module}.".startswith(f"{name}.") for module in known):
+                module = max((x for x in known if not x or name.startswith(f"{x}.")), key=len)
+                first = name.removeprefix(module).strip(".").partition(".")[0]
+                assert re.search(rf"\b{first}\b", known[module].read_text()), f"{path.relative_to(ROOT)}: {name}"
+
+
 def test_findings_are_listed() -> None:
     """Every script has its line, and says at its head what one would guess and what is so."""
     listed = re.findall(r"^\| \[(\w+\.sh)\]\(\1\)", (ROOT / "findings" / "README.md").read_text(), re.MULTILINE)

@@ -7,7 +7,8 @@ Algorithm: with `K = [c_1 ... c_r]` and `Q = [b_1 ... b_r]` by columns,
 in parallel over tiles of tokens, columns of V and the rank. The state at a tile's start comes from the scan over tiles.
 The sum over the rank has one fixed order (a thread's own indices first, then a tree of shuffles), so nothing is added
 atomically and nothing races. Decays are relative to at most 16 tokens back, never to the sequence's start, so nothing
-overflows. Tokens are added one by one, so tiles are at most 512 tokens long (leetdist.operators.methods.ONE_BY_ONE).
+overflows. Tokens are added one by one, so tiles are at most 512 tokens long (`ONE_BY_ONE` of
+leetdist.operators.implementations).
 Time: O(N Dk Dv); memory: O(Dk Dv) a tile beside inputs and outputs.
 Backends: CUDA C++ (CUDA cores, fp32 arithmetic for every dtype), Triton, PyTorch. Backward: its own, the same kernels
 in both directions of time; tile states and the gradient of log_decay are the block kernels'. Works under `group=`.

@@ -5,8 +5,8 @@ once, a left fold inside each tile makes them the states at the blocks' starts, 
 `(Q K^T . M) V + gamma^i Q S` at once. Where `block` walks a tile as one program, this has as many as there are blocks:
 for few heads or short tiles; the price is a state in memory every 256 tokens.
 Time: O(N (C + D) D); memory: O(N / 256 x Dk Dv).
-Backends: Triton, PyTorch: compositions of the block kernels on the finer grid. Backward: its own, the same composition
-in both directions of time; tile states and the gradient of log_decay are the block kernels'. Works under `group=`.
+Backends: those of block, whose kernels it composes on the finer grid. Backward: its own, the same composition in both
+directions of time; tile states and the gradient of log_decay are the block kernels'. Works under `group=`.
 
 Source: Lightning Attention-2, arXiv 2401.04658, algorithm 1, with the loop over blocks made a scan.
 """
