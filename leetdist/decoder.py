@@ -9,8 +9,8 @@ from torch import Tensor
 
 from leetdist.api import linear_attention
 from leetdist.engine.checks import check_gamma, check_qkv
-from leetdist.engine.inputs import state_dtype
 from leetdist.engine.values import remember, values_of
+from leetdist.operators.problem import state_dtype
 
 # LeetDecoding's names. Those that differ in the backend alone are one method here, which chooses its backend itself.
 METHOD_OF = {

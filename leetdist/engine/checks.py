@@ -11,10 +11,10 @@ from torch import Tensor
 
 from leetdist.arguments import as_bool, check_plain
 from leetdist.engine.hints import layout_hint, more_heads_than_tokens, warn_of_layout
-from leetdist.engine.inputs import LARGEST_TILE, canonical_options, state_dtype
+from leetdist.engine.inputs import LARGEST_TILE, canonical_options
 from leetdist.engine.values import bad_step, boundaries_of, decays_of
 from leetdist.kernels.common.settings import variable
-from leetdist.operators.problem import Problem
+from leetdist.operators.problem import Problem, state_dtype
 from leetdist.sequence.grid import Layout, default_tile
 from leetdist.sequence.shard import check_cut
 

@@ -11,13 +11,14 @@ from leetdist.engine.lanes import Lane
 from leetdist.engine.layout import empty_as
 from leetdist.engine.plan import Plan
 from leetdist.kernels.common.sums import sum_shared
+from leetdist.operators.problem import state_dtype
 
 
 class LaneStates:
     """(B, lane's heads, tiles, Dk, Dv) of every lane, one lane after the other in `flat`; None where there are none."""
 
     def __init__(self, x: Tensor, plan: Plan, flat: Tensor | None = None) -> None:
-        self.like = x.new_empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        self.like = x.new_empty(0, dtype=state_dtype(x.dtype))
         problem = plan.problem
         self.one = len(plan.lanes) == 1
         self.shape = (x.shape[0], problem.heads, plan.tiles.count, problem.dk, problem.dv)

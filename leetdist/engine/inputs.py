@@ -14,13 +14,9 @@ from torch import Tensor
 from leetdist.arguments import as_bool, as_float, as_int, as_str
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.values import still, unread
+from leetdist.operators.problem import state_dtype
 
 LARGEST_TILE = 1 << 30  # tokens in a tile are counted in 32 bits
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of states and log-decays beside inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def a_head(log_decay: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

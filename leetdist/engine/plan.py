@@ -22,7 +22,7 @@ from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.base import Operator
 from leetdist.operators.dispatch import backend_of, may_fail
-from leetdist.operators.problem import Problem
+from leetdist.operators.problem import Problem, state_dtype
 from leetdist.operators.registry import operator_named
 from leetdist.sequence.agreement import NOTHING, Agreement, agree, holds
 from leetdist.sequence.grid import Layout
@@ -86,9 +86,8 @@ class Plan:
         """(B, lane's heads, tiles that are alone, Dk, Dv), without memory: the states from which they start and end."""
         assert self.alone is not None
         problem = self.problem
-        dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
         shape = problem.batch, lane.width, self.alone.count, problem.dk, problem.dv
-        return zero_states(shape, dtype, problem.device)
+        return zero_states(shape, state_dtype(problem.dtype), problem.device)
 
     @cached_property
     def repeatable(self) -> bool:
@@ -122,7 +121,7 @@ class Plan:
         if self.transport is None or not self.layout.continues_to_right(self.rank):
             return 0
         heads = sum(len(lane.sent) for lane in self.lanes)
-        size = 8 if self.problem.dtype == torch.float64 else 4
+        size = state_dtype(self.problem.dtype).itemsize
         return self.layout.batch * heads * self.problem.dk * self.problem.dv * size
 
     def hops(self) -> tuple[int, ...]:
@@ -234,7 +233,7 @@ def _agreed_plan(mine: Problem, agreement: Agreement, transport: Transport, deca
         rows = plan.layout.batch * mine.dk * mine.dv
         widest = max(lane.width for lane in plan.lanes)
         with transport.call("agreement"):
-            transport.reserve(rows * widest * (8 if mine.dtype == torch.float64 else 4), mine.device)
+            transport.reserve(rows * widest * state_dtype(mine.dtype).itemsize, mine.device)
         agreement.memo[key] = plan
     return plan
 
@@ -300,9 +299,7 @@ def _known(
         decay: Hashable = None
         decays = None
         if log_decay is not None:
-            if (
-                not log_decay.is_floating_point()
-            ):  # a complex -1 is equal to the real one, and would be remembered for it
+            if not log_decay.is_floating_point():  # a complex -1 is equal to -1, and would be remembered for it
                 return _NOTHING
             read = options.get("read_values", True)
             if log_decay.ndim == 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from leetdist.arguments import as_float, as_int, as_str, check_plain
 from leetdist.engine.checks import DTYPES, METHODS, ONE_DEVICE, check_log_decay, check_written, describe
+from leetdist.operators.problem import state_dtype
 
 
 def check_count(name: str, value: Any, least: int) -> int:
@@ -40,8 +41,8 @@ def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor |
             f"got {tuple(states.shape)}"
         )
     if index is None and states.shape[0] != batch:
-        raise ValueError(f"states must have a slot for each of the {batch} rows, or index be given")
-    full = torch.float64 if q.dtype == torch.float64 else torch.float32
+        raise ValueError(f"states must have a slot for each of the {batch} rows, or index be given, got {len(states)}")
+    full = state_dtype(q.dtype)
     if states.dtype not in (full, torch.bfloat16):
         raise ValueError(f"states must be {full} or torch.bfloat16, got {states.dtype}")
     if states.device != q.device:
@@ -125,7 +126,7 @@ def check_state(state: Any) -> None:
     batch, heads, dk, _ = boundary.shape
     if 0 in boundary.shape:
         raise ValueError(f"boundary must have no empty dimension, got {tuple(boundary.shape)}")
-    full = torch.float64 if k.dtype == torch.float64 else torch.float32
+    full = state_dtype(k.dtype)
     if boundary.dtype != full:
         raise ValueError(f"boundary must be {full} where k is {k.dtype}, got {boundary.dtype}")
     for name, x in (("k", k), ("v", v)):

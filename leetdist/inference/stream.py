@@ -12,13 +12,13 @@ from torch import Tensor
 
 from leetdist.api import linear_attention
 from leetdist.arguments import check_device, check_plain
-from leetdist.engine.inputs import state_dtype
 from leetdist.engine.values import reads_values
 from leetdist.inference.checks import check_count, check_decay, check_options, check_piece, check_shards
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, into_open_tile, no_tokens, on_its_grid, run
 from leetdist.inference.windows import Windows, as_one, copied, lengths_if_alike, whole_tiles_apart
+from leetdist.operators.problem import state_dtype
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.operators.problem import state_dtype
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
@@ -187,7 +188,7 @@ class TileOperator(Operator):
 
     def __init__(self, problem: Problem, tokens: int) -> None:
         self.problem = problem
-        self.dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+        self.dtype = state_dtype(problem.dtype)
         self._state = problem.dk, problem.dv
 
     @abstractmethod

@@ -10,6 +10,11 @@ import torch
 from leetdist.sequence.encoding import plain
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of states and log-decays beside inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @plain
 @dataclass(frozen=True)
 class Problem:

@@ -22,7 +22,7 @@ KNOWS = {
     "operators": ("arguments", "kernels", "sequence"),
     "engine": ("arguments", "kernels.common", "sequence", "operators"),
     "api": ("arguments", "kernels", "sequence", "operators", "engine"),
-    "decoder": ("engine", "api"),
+    "decoder": ("operators", "engine", "api"),
     "explain": ("kernels.common", "sequence", "operators", "engine"),
     "inference": ("arguments", "kernels", "sequence", "operators", "engine", "api"),
     "reference": (),

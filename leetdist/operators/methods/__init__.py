@@ -10,7 +10,7 @@ import importlib
 import itertools
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from leetdist.kernels.constant_decay.pytorch.walk import LEAST
 from leetdist.operators import cost
 from leetdist.operators.composition import Kernels, compose
 from leetdist.operators.dispatch import Use, ask, chosen, facts_of
+from leetdist.operators.problem import Problem, state_dtype
 from leetdist.sequence.grid import default_tile
-
-if TYPE_CHECKING:
-    from leetdist.operators.problem import Problem
 
 
 def kernels_for(problem: Problem, tokens: int) -> Kernels:
@@ -82,7 +80,7 @@ def attention_on_one_device(
         q, k, v = for_autograd(q), for_autograd(k), for_autograd(v)
         log_decay = None if log_decay is None else for_autograd(log_decay)
         initial_state = None if initial_state is None else for_autograd(initial_state)
-    dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    dtype = state_dtype(problem.dtype)
     decay = q.new_zeros(problem.heads) if log_decay is None else log_decay
     plain = torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else nullcontext()
     with plain:
