@@ -17,8 +17,9 @@ from leetdist.engine.call import run
 from leetdist.kernels.mamba.pytorch import scan
 from leetdist.operators.elementwise import kernel
 from leetdist.sequence.agreement import agree
+from leetdist.sequence.documents import check_offsets, check_told_once
 from leetdist.sequence.group import resolve
-from leetdist.sequence.halo import check_offsets, halo
+from leetdist.sequence.halo import halo
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -376,8 +377,7 @@ def _readable(x: Tensor) -> bool:
 def _check_states_and_documents(
     x: Tensor, size: int, initial_states: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
-    if seq_idx is not None and cu_seqlens is not None:
-        raise ValueError("seq_idx and cu_seqlens both tell of documents: pass one of them")
+    check_told_once(seq_idx, cu_seqlens)
     if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"seq_idx must be int32 or int64, got {seq_idx.dtype}")
     if initial_states is not None:

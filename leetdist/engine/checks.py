@@ -15,6 +15,7 @@ from leetdist.engine.inputs import LARGEST_TILE, canonical_options
 from leetdist.engine.values import bad_step, boundaries_of, decays_of
 from leetdist.kernels.common.settings import variable
 from leetdist.operators.problem import Problem, state_dtype
+from leetdist.sequence.documents import check_form, check_one_row
 from leetdist.sequence.grid import Layout, default_tile
 from leetdist.sequence.shard import check_cut
 
@@ -311,16 +312,8 @@ def check_gamma(gamma: Tensor | None, is_mask_weight: bool, is_need_exp: bool, q
 
 def check_documents(cu_seqlens: Tensor, batch: int, tokens: int | None, q: Tensor | None = None) -> tuple[int, ...]:
     """The boundaries as numbers. q: of which they are, if of one."""
-    check_plain("cu_seqlens", cu_seqlens, "a tensor or None")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens must be int32 or int64 of shape (documents + 1,), got {cu_seqlens.dtype} of shape "
-            f"{tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device.type == "meta":
-        raise ValueError("cu_seqlens must have values, got a tensor on the meta device")
-    if batch != 1:
-        raise ValueError(f"cu_seqlens: packed documents lie in one row, so B must be 1, got {batch}")
+    check_form(cu_seqlens)
+    check_one_row(batch)
     boundaries = boundaries_of(cu_seqlens)
     if tokens is not None and boundaries[-1] != tokens:
         hint = layout_hint(q) if q is not None and boundaries[-1] == q.shape[1] else ""

@@ -11,7 +11,6 @@ import struct
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from leetdist.kernels.common.settings import variable
 from leetdist.sequence.agreement import digest
+from leetdist.sequence.documents import check_order
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ def boundaries_of(cu_seqlens: Tensor) -> tuple[int, ...]:
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError("cu_seqlens is read from the GPU, which no captured graph can: call once before with the same")
     boundaries = tuple(cu_seqlens.tolist())
-    if boundaries[0] != 0 or any(a > b for a, b in pairwise(boundaries)):
-        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shown(boundaries)}")
+    check_order(boundaries)
     remember(cu_seqlens, boundaries, cu_seqlens.clone())
     return boundaries
 
@@ -165,7 +164,3 @@ def mark_of(x: Tensor) -> Hashable:
     """Another one where the tensor may have other values; those of an inference tensor change unseen."""
     version = None if x.is_inference() else x._version
     return version, x.data_ptr(), x.shape, x.stride(), x.dtype
-
-
-def _shown(values: tuple[Any, ...]) -> str:
-    return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

@@ -13,16 +13,9 @@ from torch.autograd.function import once_differentiable
 from leetdist.arguments import as_bool, check_plain, for_autograd
 from leetdist.kernels.mamba.pytorch import conv
 from leetdist.operators.elementwise import kernel
+from leetdist.sequence.documents import check_end, check_offsets, check_one_row, check_told_once, known_offsets
 from leetdist.sequence.group import resolve
-from leetdist.sequence.halo import (
-    agreed_lengths,
-    before_shard,
-    check_end,
-    check_initial,
-    check_offsets,
-    known_offsets,
-    tokens_of,
-)
+from leetdist.sequence.halo import agreed_lengths, before_shard, check_initial, tokens_of
 from leetdist.sequence.shard import gather_sequence
 
 if TYPE_CHECKING:
@@ -238,7 +231,7 @@ def _check(
         check_plain("bias", bias, "a tensor or None")
         if bias.shape != (channels,):
             raise ValueError(f"bias must have shape (C,) = ({channels},), got {tuple(bias.shape)}")
-    check_documents(x, seq_idx, cu_seqlens)
+    _check_documents(x, seq_idx, cu_seqlens)
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and not other.is_floating_point():
             raise ValueError(f"{name} must be floating, got {other.dtype}")
@@ -270,10 +263,9 @@ def _check(
     }
 
 
-def check_documents(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> None:
+def _check_documents(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """The two ways in which (B, N, ...) tokens tell of their documents."""
-    if seq_idx is not None and cu_seqlens is not None:
-        raise ValueError("seq_idx and cu_seqlens both tell of documents: pass one of them")
+    check_told_once(seq_idx, cu_seqlens)
     if seq_idx is not None:
         check_plain("seq_idx", seq_idx, "a tensor or None")
         if seq_idx.shape != x.shape[:2] or seq_idx.dtype not in (torch.int32, torch.int64):
@@ -283,8 +275,7 @@ def check_documents(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None
             )
     if cu_seqlens is not None:
         check_offsets(cu_seqlens, x)
-        if len(x) != 1:
-            raise ValueError(f"cu_seqlens: packed documents lie in one row, so B must be 1, got {len(x)}")
+        check_one_row(len(x))
 
 
 __all__ = ["causal_conv1d"]

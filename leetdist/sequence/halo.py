@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from leetdist.arguments import as_int, check_plain
 from leetdist.sequence.agreement import agree
+from leetdist.sequence.documents import check_end, check_offsets, known_offsets
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import check_cut, dimension, swap
 from leetdist.sequence.transport import Transport
@@ -218,37 +219,6 @@ def check_initial(initial: Tensor, shape: list[int], like: Tensor, transport: Tr
             f"initial must be {like.dtype} of shape {tuple(shape)} on {like.device}, got {initial.dtype} of shape "
             f"{tuple(initial.shape)} on {initial.device}"
         )
-
-
-def check_offsets(cu_seqlens: Tensor, like: Tensor) -> None:
-    """Offsets of documents; their values where they are in host memory."""
-    check_plain("cu_seqlens", cu_seqlens, "a tensor or None")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens must be int32 or int64 of shape (documents + 1,), got {cu_seqlens.dtype} of shape "
-            f"{tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device.type == "meta" and like.device.type != "meta":
-        raise ValueError("cu_seqlens must have values, got a tensor on the meta device")
-    offsets = known_offsets(cu_seqlens)
-    if isinstance(offsets, tuple) and (offsets[0] != 0 or any(a > b for a, b in pairwise(offsets))):
-        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {list(offsets)}")
-
-
-def known_offsets(cu_seqlens: Tensor | None) -> tuple[int, ...] | int | None:
-    """What the host knows of offsets, for the ranks to compare: all, or how many where reading them would stop a GPU's
-    stream or break a graph."""
-    if cu_seqlens is None:
-        return None
-    read = cu_seqlens.is_cpu and not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor
-    return tuple(cu_seqlens.tolist()) if read else len(cu_seqlens)
-
-
-def check_end(cu_seqlens: Tensor | None, lengths: Sequence[int]) -> None:
-    """Documents end where the sequence does, of which the ranks hold `lengths` tokens."""
-    offsets = known_offsets(cu_seqlens)
-    if isinstance(offsets, tuple) and offsets[-1] != sum(lengths):
-        raise ValueError(f"cu_seqlens must end at the number of tokens on all ranks, {sum(lengths)}, got {offsets[-1]}")
 
 
 def resized_shape(x: Tensor, dim: int, tokens: int) -> list[int]:
