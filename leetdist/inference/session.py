@@ -219,9 +219,8 @@ class Session:
         return [piece for piece in (tokens[:, :head], *rest) if piece.shape[1]]
 
     def _piece(self, tokens: Tensor) -> Tensor:
-        if self.transport is None or (
-            self.exact and self.tokens % self._tile
-        ):  # from inside a tile there are no shards
+        inside = self.exact and self.tokens % self._tile  # of a tile, from where there are no shards
+        if self.transport is None or inside:
             with alone():
                 last, self.states = self._run(tokens, self.states)
             return last[:, -1]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-Piece = tuple[Tensor, ...]  # q, k, v and, of a decay a token, log_decay
+from leetdist.inference.pieces import Piece, token_major
 
 
 class Staging:
@@ -80,11 +80,6 @@ class Staging:
         return on_device
 
 
-def token_major(x: Tensor) -> bool:
-    """Whether x, (B, H, N, ...), is the view of a (B, N, H, ...) tensor."""
-    return x.stride(1) < x.stride(2)
-
-
 def _empty_like(shape: tuple[int, ...], like: Tensor, **options: object) -> Tensor:
     """An empty (B, H, N, ...) tensor with its dimensions in memory as `like` has them."""
     if not token_major(like):
@@ -103,4 +98,4 @@ def _copy(to: Tensor, source: Tensor) -> None:
                 to_head.copy_(head, non_blocking=True)
 
 
-__all__ = ["Staging", "token_major"]
+__all__ = ["Staging"]

@@ -125,9 +125,7 @@ def advance(
     check_steps(q, k, v, states, index, lengths)
     steps = decoder("steps", problem).function()
     with torch.autocast(q.device.type, enabled=False):
-        o: Tensor = steps(
-            q, k, v, states, log_decay, scale=problem.scale, index=index, lengths=lengths, ages=ages
-        )  # fmt: skip
+        o: Tensor = steps(q, k, v, states, log_decay, scale=problem.scale, index=index, lengths=lengths, ages=ages)
     return o
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from leetdist.api import linear_attention
 from leetdist.arguments import check_device, check_plain
-from leetdist.engine.values import reads_values
 from leetdist.inference.checks import check_count, check_decay, check_options, check_piece, check_shards
+from leetdist.inference.pieces import Piece, as_one, copied, kind_of, lengths_if_alike, reads_log_decay
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, into_open_tile, no_tokens, on_its_grid, run
-from leetdist.inference.windows import Windows, as_one, copied, lengths_if_alike, whole_tiles_apart
+from leetdist.inference.windows import Windows, whole_tiles_apart
 from leetdist.operators.problem import state_dtype
 from leetdist.sequence.grid import LARGEST_TILE
 from leetdist.sequence.group import resolve
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from leetdist.sequence.group import Group
     from leetdist.sequence.transport import Transport
 
-Piece = tuple[Tensor, ...]  # q, k, v and, of a decay a token, log_decay
 # Tiles that a piece from elsewhere is cut into for the trip to the device: of 32 bf16 heads of 128, two windows of
 # 65,536 tokens take 3.2 GB, and the copy of one (30 ms) hides its compute and all that the host does.
 WINDOW_TILES = 8
@@ -215,7 +214,7 @@ class Stream:
 
     def _check_all(self, pieces: list[Piece]) -> list[int]:
         """Each continues what came before; their tokens."""
-        found = None if pieces and _reads_values(pieces[0]) else lengths_if_alike(pieces)
+        found = None if pieces and reads_log_decay(pieces[0]) else lengths_if_alike(pieces)
         for piece in pieces if found is None else pieces[:1]:
             self._check(piece)
         return [piece[0].shape[2] for piece in pieces] if found is None else found
@@ -322,7 +321,7 @@ class Stream:
 
     def _check(self, piece: Piece, ranks: int = 1) -> None:
         """The piece continues what came before; the first one begins it."""
-        kind = _kind_of(piece)
+        kind = kind_of(piece)
         if kind in self._kinds:
             return
         given, scale, tile, method = self._options
@@ -349,20 +348,6 @@ class Stream:
             self._kinds.clear()
         if kind is not None:
             self._kinds.add(kind)
-
-
-def _kind_of(piece: Piece) -> Hashable:
-    """All that checks look at of a piece; None where they look at values, or something is odd."""
-    if len(piece) not in (3, 4) or any(type(x) is not Tensor or x.is_nested for x in piece):
-        return None
-    if _reads_values(piece):
-        return None
-    return tuple((x.shape, x.dtype, x.device, x.layout) for x in piece)
-
-
-def _reads_values(piece: Piece) -> bool:
-    """Whether checks look at the log-decays of its tokens."""
-    return len(piece) == 4 and isinstance(piece[3], Tensor) and reads_values(piece[3])
 
 
 def _begun(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, tile: int, method: str) -> State:

@@ -6,15 +6,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from leetdist.inference.staging import token_major
+from leetdist.inference.pieces import Piece
 from leetdist.inference.state import State
-
-Piece = tuple[Tensor, ...]  # q, k, v and, of a decay a token, log_decay
 
 
 class Windows:
@@ -83,37 +80,6 @@ class Windows:
         return outputs
 
 
-def lengths_if_alike(pieces: list[Piece]) -> list[int] | None:
-    """Tokens of each piece, where nothing else of a piece, as far as checks look at it, is not as in the first; None
-    where they have to look at each."""
-    try:
-        columns = list(zip(*pieces, strict=True))
-    except (TypeError, ValueError):
-        return None
-    found: list[int] | None = None
-    for column in columns:
-        if set(map(type, column)) != {Tensor} or len(set(map(_FACTS, column))) > 1:
-            return None
-        shapes = list(map(_SHAPE, column))
-        first = shapes[0]
-        if len(first) < 3:
-            return None
-        if shapes.count(first) == len(shapes):
-            lengths = [first[2]] * len(shapes)
-        elif all((*shape[:2], *shape[3:]) == (*first[:2], *first[3:]) for shape in shapes):
-            lengths = [shape[2] for shape in shapes]
-        else:
-            return None
-        if found not in (None, lengths):
-            return None
-        found = lengths
-    return found
-
-
-_SHAPE = attrgetter("shape")
-_FACTS = attrgetter("dtype", "device", "layout", "is_nested")
-
-
 def whole_tiles_apart(
     state: State, columns: Sequence[Sequence[Tensor]], lengths: Sequence[int]
 ) -> tuple[Tensor, State] | None:
@@ -129,36 +95,4 @@ def whole_tiles_apart(
     return o, replace(state, boundary=boundary, tokens=state.tokens + tokens)
 
 
-def copied(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors (B, H, n, ...) behind each other."""
-    if parts[0].ndim == 4 and token_major(parts[0]):
-        return torch.cat(_dense([x.transpose(1, 2) for x in parts]), 1).transpose(1, 2)
-    return torch.cat(_dense(list(parts)), 2)
-
-
-def as_one(parts: Sequence[Tensor], lengths: Sequence[int]) -> Tensor | None:
-    """Tensors (B, H, n, ...) of so many tokens that lie behind each other in memory, as slices of one do; else None."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    tokens, strides = sum(lengths), list(map(Tensor.stride, parts))
-    if strides.count(strides[0]) == len(strides) and not any(map(Tensor.is_neg, parts)):
-        step, begin = first.stride(2) * first.element_size(), first.data_ptr()
-        begins = [begin + step * place for place in accumulate(lengths[:-1], initial=0)]
-        shape, memory = (*first.shape[:2], tokens, *first.shape[3:]), first.untyped_storage()
-        extent = 1 + sum((size - 1) * by for size, by in zip(shape, first.stride(), strict=True))
-        # All of it must be in the first one's memory: NumPy's slices come with no more of it than they have themselves.
-        inside = begin + extent * first.element_size() <= memory.data_ptr() + memory.nbytes()
-        if inside and list(map(Tensor.data_ptr, parts)) == begins:
-            return first.as_strided(shape, first.stride(), first.storage_offset())
-    return None
-
-
-def _dense(parts: list[Tensor]) -> list[Tensor]:
-    """The same, without slices at either end among dense tensors: one such slice, and all are copied number by number
-    (43 us a piece of 1,000 tokens of 32 heads of 128 where it is 13)."""
-    dense = list(map(Tensor.is_contiguous, parts))
-    return [x.contiguous() for x in parts] if len(parts) - 2 <= sum(dense) < len(parts) else parts
-
-
-__all__ = ["Windows", "as_one", "copied", "lengths_if_alike", "whole_tiles_apart"]
+__all__ = ["Windows", "whole_tiles_apart"]

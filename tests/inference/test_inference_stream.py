@@ -15,8 +15,8 @@ from torch import Tensor
 
 import leetdist
 from leetdist.engine.checks import METHODS, ONE_DEVICE
+from leetdist.inference.pieces import as_one, copied
 from leetdist.inference.state import State
-from leetdist.inference.windows import as_one, copied
 from leetdist.sequence.grid import default_tile
 
 H, DK, DV = 4, 16, 24
