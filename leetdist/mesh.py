@@ -84,7 +84,7 @@ def _ranks(group: Any) -> int:
     return int(group.size if isinstance(group, Transport) else group.size())
 
 
-def _dimensions(mesh: Any) -> dict[str, Any]:
+def dimensions_of(mesh: Any) -> dict[str, Any]:
     """Name -> 1-D mesh, for each dimension of a DeviceMesh with names; nothing for what else serves as a group."""
     names = getattr(mesh, "mesh_dim_names", None) or ()
     return {name: mesh[name] if len(names) > 1 else mesh for name in names}
@@ -95,7 +95,7 @@ def sequence_group(mesh: Mesh | None) -> Group | None:
     if mesh is None:
         return None
     group: Any = mesh
-    if dimensions := _dimensions(mesh):
+    if dimensions := dimensions_of(mesh):
         found = [dimension for name, dimension in dimensions.items() if name in SEQUENCE_NAMES]
         if len(found) != 1:
             raise ValueError(f"mesh must have one dimension named sp or cp, got the dimensions {tuple(dimensions)}")
@@ -106,7 +106,7 @@ def sequence_group(mesh: Mesh | None) -> Group | None:
 def data_rank(mesh: Mesh | None) -> tuple[int, int]:
     """(index, count) of this rank's sequences among the data-parallel ones."""
     index, count = 0, 1
-    for name, dimension in _dimensions(mesh).items():
+    for name, dimension in dimensions_of(mesh).items():
         if name in DATA_NAMES:
             index = index * dimension.size() + dimension.get_local_rank()
             count *= dimension.size()
@@ -115,7 +115,7 @@ def data_rank(mesh: Mesh | None) -> tuple[int, int]:
 
 def all_transports(mesh: Mesh | None) -> list[Transport]:
     """One transport for each dimension over which tokens are spread: a sum over all of them is the sum over the job."""
-    dimensions = _dimensions(mesh)
+    dimensions = dimensions_of(mesh)
     for name, dimension in dimensions.items():
         if name not in SEQUENCE_NAMES + DATA_NAMES and dimension.size() > 1:
             raise ValueError(
@@ -144,4 +144,4 @@ def all_sum(x: Tensor, transports: list[Transport]) -> Tensor:
     return x
 
 
-__all__ = ["all_sum", "all_transports", "data_rank", "device_mesh", "process_group", "sequence_group"]
+__all__ = ["all_sum", "all_transports", "data_rank", "device_mesh", "dimensions_of", "process_group", "sequence_group"]

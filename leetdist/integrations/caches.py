@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from leetdist.sequence.shard import gather_sequence
 
@@ -11,11 +14,26 @@ if TYPE_CHECKING:
 
 # What was called `past_key_values`, or by Mamba-2's models `cache_params`, is `cache` since transformers 5.24.
 NAMES = ("cache", "past_key_values", "cache_params")
+ONE_DOCUMENT = "cu_seqlens: a cache holds one document a row, and packed documents are several"
 
 
-def cache_of(named: Any) -> Any:
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names; a cache by the one that the module knows."""
+    signature = inspect.signature(type(module).forward)
+    if "cache" in signature.parameters:
+        kwargs = dict(kwargs)
+        old = [kwargs.pop(name, None) for name in NAMES[1:]]
+        if (cache := next((x for x in old if x is not None), None)) is not None and kwargs.get("cache") is None:
+            kwargs["cache"] = cache
+    call = signature.bind(module, *args, **kwargs).arguments
+    call.pop(next(iter(call)))
+    rest = next((name for name, x in signature.parameters.items() if x.kind is inspect.Parameter.VAR_KEYWORD), "")
+    return {**call.pop(rest, {}), **call}
+
+
+def cache_of(told: Any) -> Any:
     """The cache of a call, or of what a model returns."""
-    return next((named[name] for name in NAMES if named.get(name) is not None), None)
+    return next((told[name] for name in NAMES if told.get(name) is not None), None)
 
 
 def filled(cache: Any) -> bool:
@@ -61,4 +79,4 @@ def check_grows(cache: Any) -> None:
         )
 
 
-__all__ = ["NAMES", "cache_of", "check_grows", "filled", "join", "joinable"]
+__all__ = ["NAMES", "ONE_DOCUMENT", "cache_of", "check_grows", "filled", "join", "joinable", "named"]

@@ -1,29 +1,23 @@
-"""Around the calls of a transformers model: what a shard needs, what would be wrong on one, and its loss."""
+"""Around the calls of a transformers model: what a shard needs, and what would be wrong on one."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leetdist.integrations import caches
 from leetdist.integrations.documents import OFFSETS, offsets_of, shared_documents, starts_of, take_numbers, take_offsets
-from leetdist.integrations.loss import reduce_loss
 from leetdist.integrations.models import softmax
 from leetdist.integrations.registry import Handler
-from leetdist.mesh import all_sum, all_transports
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import cut, gather_sequence
 
 if TYPE_CHECKING:
-    from leetdist.mesh import Mesh
     from leetdist.sequence.group import Group
 
 # What a call of the decoder stack may carry on shards; anything else is refused by name.
@@ -42,7 +36,6 @@ _IN_A_GRAPH = {"input_ids", "inputs_embeds", "position_ids", "use_cache", *_MEAN
 _DOCUMENTS_IN_A_GRAPH = (
     "position_ids must count on by one in a compiled graph; tell packed documents by cu_seqlens, which are read outside"
 )
-_ONE_DOCUMENT = "cu_seqlens: a cache holds one document a row, and packed documents are several"
 
 
 @dataclass(frozen=True)
@@ -55,12 +48,6 @@ class Hearing:
     """`kept`, those that are not given attention_mask by the model itself."""
     past_the_model: bool = False
     """Only where the decoder stack is told, to which the model around it does not hand all on."""
-
-
-_UNSHIFTED = (
-    "shift_labels must be given: the label of a shard's last token is on the next rank, so labels are "
-    "shifted before they are cut; leetdist.shard_batch does both"
-)
 
 
 class Calls:
@@ -113,7 +100,7 @@ class Calls:
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = _named(module, args, kwargs)
+        call = caches.named(module, args, kwargs)
         call, self.told = {**call, **{name: x for name, x in self.told.items() if call.get(name) is None}}, {}
         cache = caches.cache_of(call)
         with_cache = cache is not None or call.get("use_cache") is True
@@ -125,7 +112,7 @@ class Calls:
                 self._tell_documents(call)
             if call.get("cu_seqlens") is not None:
                 if with_cache:
-                    raise ValueError(_ONE_DOCUMENT)
+                    raise ValueError(caches.ONE_DOCUMENT)
                 call["use_cache"] = False  # or the configuration's default would make one
             return (), call
         self._check(call)
@@ -139,7 +126,7 @@ class Calls:
             self._tell_documents(call)
         else:
             if call.get("cu_seqlens") is not None:
-                raise ValueError(_ONE_DOCUMENT)
+                raise ValueError(caches.ONE_DOCUMENT)
             whole = call.get("attention_mask")
             self._prepare_cached(call, cache)
         if whole is not None and not bool(whole.all()):
@@ -238,10 +225,8 @@ class Calls:
         if self.softmax:
             caches.check_grows(cache)
         empty = caches.joinable(cache) and (cache is None or not caches.filled(cache))
-        lengths = shard_lengths(
-            count, self.ranks, self._tile() or default_tile(count)
-        )  # too few to share, if a rank would have none
-        self.prompt = self.cuts_prompts and empty and min(lengths) > 0
+        lengths = shard_lengths(count, self.ranks, self._tile() or default_tile(count))
+        self.prompt = self.cuts_prompts and empty and min(lengths) > 0  # else there are too few to share
         self.prompt &= call.get("return_dict") is not False
         if self.prompt:
             if call.get("position_ids") is None:
@@ -265,122 +250,6 @@ class Calls:
             handler(layer, group)
 
 
-class ModelLoss:
-    """The loss of a causal language model over all ranks, in place of the model's own."""
-
-    def __init__(self, mesh: Mesh, sharded: bool) -> None:
-        self.mesh, self.sharded = mesh, sharded
-        self.last: Tensor | None = None
-        self.share = False
-
-    @contextmanager
-    def shares(self) -> Iterator[None]:
-        """A call with `num_items_in_batch` gives this rank's part of the mean, for who multiplies it by the ranks."""
-        self.share = True
-        try:
-            yield
-        finally:
-            self.share = False
-
-    @torch.compiler.disable
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        if shift_labels is None:
-            if self.sharded:
-                raise ValueError(_UNSHIFTED)
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        if logits.shape[:-1] != shift_labels.shape:
-            raise ValueError(
-                f"shift_labels must have a label for each of the logits {tuple(logits.shape)}, "
-                f"got {tuple(shift_labels.shape)}"
-            )
-        target = shift_labels.reshape(-1).to(logits.device)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
-        total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
-        counted = (target != ignore_index).sum()
-        if self.share and num_items_in_batch is not None:
-            self.last = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp_min(1)
-            return self.last
-        if num_items_in_batch is not None:
-            everyone = int(all_sum(counted, all_transports(self.mesh)))
-            if int(num_items_in_batch) < everyone:
-                raise ValueError(
-                    f"num_items_in_batch must be the labels that count over all ranks and micro-batches of a step, got "
-                    f"{int(num_items_in_batch)} where these ranks have {everyone}: sum it over the ranks"
-                )
-        self.last = reduce_loss(total, counted, self.mesh, total_tokens=num_items_in_batch)
-        return self.last
-
-
-class Outputs:
-    """Around the whole model: a loss that is not the mean over all ranks, or tokens left out, are errors."""
-
-    def __init__(self, model: Any, sharded: bool) -> None:
-        self.model, self.sharded = model, sharded
-
-    def install(self) -> None:
-        self.model.register_forward_pre_hook(self.before, with_kwargs=True)
-        self.model.register_forward_hook(self.after, with_kwargs=True)
-
-    @torch.compiler.disable
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        cached = kwargs.get("use_cache") or any(kwargs.get(x) is not None for x in ("cache", "past_key_values"))
-        if self.sharded and cached and kwargs.get("labels") is not None:
-            raise ValueError(
-                "labels: a call with a cache takes the whole prompt on every rank, and has no loss on shards; learnt "
-                "prefixes of PEFT come as a cache, adapters of weights do not"
-            )
-        keep = kwargs.get("logits_to_keep")
-        if self.sharded and not cached and (isinstance(keep, Tensor) or keep):
-            raise ValueError(
-                "logits_to_keep counts from the end of the sequence, which only the last rank holds; if this is "
-                "generate(use_cache=False), leave that out: a call without a cache takes shards"
-            )
-
-    @torch.compiler.disable
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = _named(module, args, kwargs)
-        if call.get("labels") is None:
-            return
-        if getattr(output, "log_probs", None) is not None:  # trl's fused head: the loss is its trainer's, of these
-            if self.sharded and call.get("shift_labels") is None:
-                raise ValueError(_UNSHIFTED)
-            output.loss = None
-            return
-        loss = output[0] if isinstance(output, tuple) else output.loss
-        ours = getattr(module, "loss_function", None)
-        last = ours.last if isinstance(ours, ModelLoss) else None
-        if isinstance(ours, ModelLoss):
-            ours.last = None
-        if last is None or loss is not last:
-            raise ValueError(
-                f"{type(module).__name__} computes a loss of its own from labels, which is not the mean over all "
-                "ranks: call it without labels, and give leetdist.reduce_loss the sum of the tokens' losses"
-            )
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names; a cache by the one that the module knows."""
-    signature = inspect.signature(type(module).forward)
-    if "cache" in signature.parameters:
-        kwargs = dict(kwargs)
-        old = [kwargs.pop(name, None) for name in caches.NAMES[1:]]
-        if (cache := next((x for x in old if x is not None), None)) is not None and kwargs.get("cache") is None:
-            kwargs["cache"] = cache
-    call = signature.bind(module, *args, **kwargs).arguments
-    call.pop(next(iter(call)))
-    rest = next((name for name, x in signature.parameters.items() if x.kind is inspect.Parameter.VAR_KEYWORD), "")
-    return {**call.pop(rest, {}), **call}
-
-
 def _tokens(call: dict[str, Any]) -> Tensor:
     found = (call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None)
     tokens: Tensor | None = next(found, None)
@@ -393,4 +262,4 @@ def _count(call: dict[str, Any]) -> int:
     return _tokens(call).shape[1]
 
 
-__all__ = ["Calls", "Hearing", "ModelLoss", "Outputs"]
+__all__ = ["Calls", "Hearing"]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from leetdist.api import linear_attention, linear_attention_step
+from leetdist.integrations.caches import ONE_DOCUMENT
 from leetdist.integrations.registry import register
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def simple_gla(
     assert served is not None, "simple_gla is called by the layers that leetdist serves"
     layer, told = served
     if told is not None and (initial_state is not None or output_final_state):
-        raise ValueError("cu_seqlens: a cache holds one document a row, and packed documents are several")
+        raise ValueError(ONE_DOCUMENT)
     cu_seqlens = told if cu_seqlens is None else cu_seqlens
     rows, tokens = q.shape[:2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale

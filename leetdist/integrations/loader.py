@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from leetdist.arguments import as_int, check_device
 from leetdist.integrations.batches import Batch, checksums, shard_batch
-from leetdist.mesh import DATA_NAMES, _dimensions, data_rank, sequence_group
+from leetdist.mesh import DATA_NAMES, data_rank, dimensions_of, sequence_group
 from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class ShardedLoader:
 
     def _check_same_rows(self, drawn: Any) -> None:
         """ValueError if the ranks have drawn other rows, which only then are the whole job's."""
-        for name, dimension in _dimensions(self.mesh).items():
+        for name, dimension in dimensions_of(self.mesh).items():
             if name in DATA_NAMES and hasattr(dimension, "get_group") and dimension.size() > 1:
                 transport = resolve(dimension)
                 assert transport is not None

@@ -44,10 +44,11 @@ def parallelize(
 ) -> M:
     """Make a model work on shards of its sequences: the layers it knows get `mesh`'s sequence ranks. In place.
 
-    Knows `leetdist.nn`'s layers; transformers' MiniMax, Mamba2 and its hybrids (Bamba, FalconH1, GraniteMoeHybrid,
-    NemotronH, Zamba2) with their softmax layers, and other transformers models that have softmax attention only (docs
-    of `leetdist.integrations.transformers`), also within PEFT's adapters; and what `register` adds. Call it before DDP,
-    `fully_shard`, `accelerator.prepare` or `deepspeed.initialize`. The model then takes what `shard_batch` makes.
+    Knows `leetdist.nn`'s layers; transformers' MiniMax, xLSTM, Mamba2 and its hybrids (Bamba, FalconH1,
+    GraniteMoeHybrid, NemotronH, Zamba2) with their softmax layers, and other transformers models that have softmax
+    attention only (docs of `leetdist.integrations.transformers`), also within PEFT's adapters; and what `register`
+    adds. Call it before DDP, `fully_shard`, `accelerator.prepare` or `deepspeed.initialize`. The model then takes what
+    `shard_batch` makes.
 
     A transformers model's own `loss` becomes the mean over all ranks, as `reduce_loss` computes it, and
     `generate` takes the whole prompt on every rank, shards it inside, and returns the same tokens on all.

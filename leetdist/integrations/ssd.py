@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 
 from leetdist.api import linear_attention_step
+from leetdist.integrations.caches import ONE_DOCUMENT
 from leetdist.integrations.registry import register
 from leetdist.mamba import mamba_chunk_scan_combined
 from leetdist.nn.conv import causal_conv1d
@@ -83,7 +84,7 @@ class Mixer(nn.Module):
             raise ValueError(f"{type(self).__name__} knows no {', '.join(sorted(unknown))} under leetdist")
         cache = cache_params if cache is None else cache
         if cache is not None and cu_seqlens is not None:
-            raise ValueError("cu_seqlens: a cache holds one document a row, and packed documents are several")
+            raise ValueError(ONE_DOCUMENT)
         rows, dtype = len(hidden_states), hidden_states.dtype
         projected = self.project(_kept(hidden_states, attention_mask))
         if cu_seqlens is not None:  # all rows as one, whose documents are told by offsets

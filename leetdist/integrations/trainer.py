@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from leetdist.integrations.batches import IGNORED, shard_batch
-from leetdist.integrations.calls import ModelLoss
+from leetdist.integrations.model_loss import ModelLoss
 from leetdist.integrations.record import records_of
-from leetdist.mesh import DATA_NAMES, _dimensions, all_sum, all_transports, data_rank, sequence_group
+from leetdist.mesh import DATA_NAMES, all_sum, all_transports, data_rank, dimensions_of, sequence_group
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import gather_sequence
 
@@ -196,7 +196,7 @@ class Trainer(transformers.Trainer):
         """Rows of all data-parallel ranks, without those that fill up the last batch."""
         state = self.accelerator.gradient_state
         rows = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-        dimensions = [x for name, x in _dimensions(self._mesh).items() if name in DATA_NAMES and x.size() > 1]
+        dimensions = [x for name, x in dimensions_of(self._mesh).items() if name in DATA_NAMES and x.size() > 1]
 
         def gather(x: Any) -> Any:
             if not isinstance(x, Tensor):

@@ -1,8 +1,9 @@
-"""transformers models on shards: MiniMax, and decoders whose attention is softmax alone.
+"""transformers models on shards: families with recurrent layers, and decoders whose attention is softmax alone.
 
 `parallelize` comes here for any transformers model. What happens to it:
 
-- lightning layers (`MiniMaxLightningAttention`) compute through `leetdist.linear_attention` (models/minimax.py);
+- recurrent layers (MiniMax's lightning attention, Mamba-2's in many families, xLSTM's) compute through leetdist's
+  operators (models/, a file a family);
 - softmax layers that call transformers' attention interface compute through `softmax_attention` (models/softmax.py);
   RoPE before them is right because `position_ids` are global, and the model refuses a call without them;
 - the loss is the mean over all ranks' labels; mixture-of-experts layers treat each token alone and stay as they are;
@@ -24,7 +25,8 @@ import torch
 from torch import nn
 
 from leetdist.integrations import minimax_cache, models, probe
-from leetdist.integrations.calls import Calls, Hearing, ModelLoss, Outputs
+from leetdist.integrations.calls import Calls, Hearing
+from leetdist.integrations.model_loss import ModelLoss, Outputs
 from leetdist.integrations.models import minimax, softmax
 from leetdist.integrations.models.minimax import LightningAttention
 from leetdist.integrations.registry import Handler

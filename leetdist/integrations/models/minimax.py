@@ -15,6 +15,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.inference.attend import attend
+from leetdist.integrations.caches import ONE_DOCUMENT
 from leetdist.integrations.minimax_cache import LightningCache
 from leetdist.integrations.registry import register
 from leetdist.sequence.site import warn
@@ -105,7 +106,7 @@ class LightningAttention(MiniMaxLightningAttention):
         if cache is None:
             return linear_attention(q, k, v, decay, cu_seqlens=cu_seqlens, group=self.group, tile=self.tile), None
         if cu_seqlens is not None:
-            raise ValueError("cu_seqlens: a cache holds one document a row, and packed documents are several")
+            raise ValueError(ONE_DOCUMENT)
         state = cache.get_linear_cache(self.layer_idx)
         if isinstance(cache, LightningCache) and self.group is None:  # it keeps the state itself
             o = cache.attend(self.layer_idx, q, k, v, decay, tile=self.tile, exact=self.exact)
