@@ -11,12 +11,14 @@ import struct
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from leetdist.kernels.common.memo import Memo
 from leetdist.kernels.common.settings import variable
 from leetdist.sequence.agreement import digest
 from leetdist.sequence.documents import check_order
@@ -154,10 +156,25 @@ def still(log_decay: Tensor, cu_seqlens: Tensor | None, highest: tuple[float, ..
     return log_decay
 
 
-@lru_cache(maxsize=512)
+_limits: Memo[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = Memo(512)
+
+
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values as a tensor. A CUDA graph that is being captured can copy none from the host: it fills runs of equal
+    ones, as often as it is launched, and nobody else reads them."""
+    known = _limits.get((values, dtype, device))
+    if known is not None:
+        return known
+    if _capturing():
+        runs = [(value, len(list(run))) for value, run in groupby(values)]
+        return torch.cat([torch.full((count,), value, dtype=dtype, device=device) for value, count in runs])
     with torch.inference_mode(False):  # it may be needed for training later
-        return torch.tensor(values, dtype=dtype, device=device)
+        made = _limits[values, dtype, device] = torch.tensor(values, dtype=dtype, device=device)
+    return made
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def mark_of(x: Tensor) -> Hashable:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import leetdist
+from leetdist.engine import values
 from leetdist.engine.checks import ONE_DEVICE
+from leetdist.kernels.common.memo import Memo
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -199,6 +201,21 @@ def test_what_changed_unseen_on_a_gpu_gives_nan() -> None:
     leetdist.linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
     cu_seqlens.data[1] = 7
     assert leetdist.linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens).isnan().all()
+
+
+def test_a_graph_copies_no_limits_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a capture they are filled in, and not kept: before the graph is launched they have no values."""
+    given = (-3.0, -3.0, 0.0, -1.0, -1.0), torch.float64, torch.device("cpu")
+    monkeypatch.setattr(values, "_limits", Memo(8))
+    monkeypatch.setattr(values, "_capturing", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", None)
+        captured = values._on_device(*given)
+        assert not values._limits
+    monkeypatch.setattr(values, "_capturing", lambda: False)
+    assert torch.equal(captured, values._on_device(*given))
+    monkeypatch.setattr(values, "_capturing", lambda: True)
+    assert values._on_device(*given) is values._on_device(*given)  # known from outside
 
 
 @pytest.mark.parametrize("layer", [leetdist.nn.LightningAttention, leetdist.nn.Retention])
