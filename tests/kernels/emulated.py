@@ -31,29 +31,36 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def library_of(source: str, name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
+def compiler() -> tuple[str, ...]:
+    """The host's C++ compiler with its options, and what all kernels include, compiled once."""
+    found = shutil.which("c++") or shutil.which("g++")
+    if found is None:
         pytest.skip("needs a C++ compiler")
+    command = (
+        found,
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-fno-gnu-unique",
+        "-std=c++17",
+        "-fPIC",
+        "-w",
+        "-Wno-psabi",
+        "-ffp-contract=off",
+    )
+    included = Path(_folder().name, "emulated_cuda.h")
+    subprocess.run([*command, "-x", "c++-header", str(HERE / included.name), "-o", f"{included}.gch"], check=True)
+    return (*command, "-shared", "-include", str(included))
+
+
+@cache
+def library_of(source: str, name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     made = Path(_folder().name, hashlib.sha256(repr((source, defines)).encode()).hexdigest()[:16])
     text = loader.text(source)
     for header in HEADERS:
         text = text.replace(loader.text(header), "")
     made.with_suffix(".cuh").write_text(text)
     macros = [f"-D{macro}={value}" for macro, value in (*defines, ("KERNEL", name), ("TEXT", f'"{made}.cuh"'))]
-    command = [
-        compiler,
-        "-O1",
-        "-fno-gnu-unique",
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        "-w",
-        "-Wno-psabi",
-        "-ffp-contract=off",
-        *macros,
-    ]
-    subprocess.run([*command, str(HERE / "emulated_hopper.cpp"), "-o", f"{made}.so"], check=True)
+    subprocess.run([*compiler(), *macros, str(HERE / "emulated_hopper.cpp"), "-o", f"{made}.so"], check=True)
     return ctypes.CDLL(f"{made}.so")
 
 

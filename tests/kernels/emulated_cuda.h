@@ -1,6 +1,7 @@
 // Enough of CUDA C++ to run leetdist's kernels on a CPU: a thread of a block is a fiber, and fibers take turns at
 // barriers and shuffles. Slow, exact in what it computes, and blind to races within a turn.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -28,10 +29,11 @@ inline dim3 threadIdx, blockIdx, blockDim;
 
 struct Emulator {
     static constexpr int BLOCKS = 2, LARGEST = 256 * BLOCKS;  // fibers of the blocks that are run together
-    ucontext_t scheduler, fibers[LARGEST];
+    ucontext_t beginning;
+    jmp_buf scheduler, fibers[LARGEST];  // swapcontext would ask the system for its signals at each turn
     std::vector<char> stacks[LARGEST];
     std::function<void()> kernel;
-    bool done[LARGEST];
+    bool begun[LARGEST], done[LARGEST];
     int threads = 0, current = 0, cluster = 1, arrived[BLOCKS], warp_arrived[LARGEST / 32];
     unsigned first_block = 0, generation[BLOCKS], warp_generation[LARGEST / 32];
     double exchanged[2][LARGEST];
@@ -41,7 +43,7 @@ struct Emulator {
     void resume(int fiber) { threadIdx.x = fiber % threads, blockIdx.x = first_block + fiber / threads; }
     void yield() {
         const int me = current;
-        swapcontext(&fibers[me], &scheduler);
+        if (!_setjmp(fibers[me])) _longjmp(scheduler, 1);
         resume(me);
     }
     void barrier(int& count, unsigned& turn, int size) {
@@ -60,25 +62,27 @@ struct Emulator {
         return box[me ^ mask];
     }
     static void enter();
+    void go_on() {  // comes back through `scheduler`
+        if (begun[current]) _longjmp(fibers[current], 1);
+        begun[current] = true;
+        stacks[current].resize(1 << 16);
+        getcontext(&beginning);
+        beginning.uc_stack.ss_sp = stacks[current].data();
+        beginning.uc_stack.ss_size = stacks[current].size();
+        makecontext(&beginning, enter, 0);
+        setcontext(&beginning);
+    }
     void run(unsigned blocks_x, unsigned blocks_y, int count, std::function<void()> function, int together = 1) {
         kernel = std::move(function), threads = count, blockDim.x = count, cluster = together;
         for (blockIdx.y = 0; blockIdx.y < blocks_y; ++blockIdx.y)
             for (first_block = 0; first_block < blocks_x; first_block += cluster) {
-                for (int i = 0; i < cluster * threads; ++i) {
-                    stacks[i].resize(1 << 16);
-                    getcontext(&fibers[i]);
-                    fibers[i].uc_stack.ss_sp = stacks[i].data();
-                    fibers[i].uc_stack.ss_size = stacks[i].size();
-                    fibers[i].uc_link = &scheduler;
-                    makecontext(&fibers[i], enter, 0);
-                    done[i] = false;
-                }
+                for (int i = 0; i < cluster * threads; ++i) done[i] = begun[i] = false;
                 for (bool busy = true; busy;) {
                     busy = false;
                     for (current = 0; current < cluster * threads; ++current)
                         if (!done[current]) {
                             busy = true, resume(current);
-                            swapcontext(&scheduler, &fibers[current]);
+                            if (!_setjmp(scheduler)) go_on();
                         }
                 }
             }
@@ -88,6 +92,7 @@ inline Emulator emulator;
 inline void Emulator::enter() {
     emulator.kernel();
     emulator.done[emulator.current] = true;
+    _longjmp(emulator.scheduler, 1);
 }
 
 inline void __syncthreads() {
