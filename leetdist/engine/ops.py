@@ -64,17 +64,21 @@ class Call:
 
     def options(self) -> dict[str, Any]:
         """What `describe` takes beside q, k, v and log_decay."""
-        values = (
-            self.initial_state, self.cu_seqlens, self.scale, self.return_state, self.method, self.tile, self.precision
-        )  # fmt: skip
-        return dict(zip(OPTIONS, values, strict=True))
+        return dict(zip(OPTIONS, (self.initial_state, self.cu_seqlens, *self.asked), strict=True))
+
+    @property
+    def given(self) -> repeats.Given:
+        return self.q, self.k, self.v, self.log_decay, self.initial_state
+
+    @property
+    def asked(self) -> repeats.Options:
+        return self.scale, self.return_state, self.method, self.tile, self.precision
 
     def repeats(self, *, again: bool = False) -> bool:
         """Whether its launches are found by its arguments. again: those of the backward pass."""
         if self.group or self.cu_seqlens is not None:
             return False
-        given = self.q, self.k, self.v, self.log_decay, self.initial_state
-        return repeats.possible(given) if again else repeats.wanted(given, read=not self.q.is_cuda)
+        return repeats.possible(self.given) if again else repeats.wanted(self.given, read=not self.q.is_cuda)
 
     def plan(self) -> Plan:
         return plan_call(
@@ -96,7 +100,6 @@ class Call:
 
 
 ARGUMENTS = len(fields(Call))
-TENSORS, OPTION = 5, 6  # those of leetdist.engine.repeats: how many tensors, and where its options begin
 OPTIONS = tuple(field.name for field in fields(Call)[4:-1])
 SCHEMA = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Call))
 FORWARD = f"({SCHEMA}, Tensor? after=None) -> (Tensor, Tensor, Tensor)"
@@ -148,7 +151,7 @@ def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call, _ = Call.split(args)
     plan = None
     if call.repeats():
-        o, final, states = repeats.forward(args[:TENSORS], args[OPTION : ARGUMENTS - 1], read=not call.q.is_cuda)
+        o, final, states = repeats.forward(call.given, call.asked, read=not call.q.is_cuda)
     else:
         plan = call.plan()
         inputs, initial_state = call.inputs(plan)
@@ -181,7 +184,7 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     plan = _plans.of(states)
     if plan is None and not needs_decay_grad and call.repeats(again=True):
         dq, dk, dv, ddecay, dinitial = repeats.backward(
-            args[:TENSORS], states, do, dfinal, args[OPTION : ARGUMENTS - 1], read=not call.q.is_cuda
+            call.given, states, do, dfinal, call.asked, read=not call.q.is_cuda
         )
     else:
         plan = plan or call.plan()
