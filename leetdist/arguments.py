@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LONGEST_TILE = 1 << 30  # tokens in a tile are counted in 32 bits
+
 
 def as_float(name: str, value: Any) -> Any:
     """A Python float for any real number but a bool; NumPy's too. (While torch.compile traces, a symbol of one.)"""
@@ -29,6 +31,16 @@ def as_int(name: str, value: Any, wanted: str = "a whole number") -> Any:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return int(value)
+
+
+def as_tile(value: Any, wanted: str = "a power of two of at least 16 tokens, or None") -> int:
+    """The length of a tile, in tokens, as a Python int."""
+    tile: int = as_int("tile", value, wanted)
+    if tile < 16 or tile & (tile - 1):
+        raise ValueError(f"tile must be {wanted}, got {tile!r}")
+    if tile > LONGEST_TILE:
+        raise ValueError(f"tile must be a power of two of at most {LONGEST_TILE:,} tokens, or None, got {tile!r}")
+    return tile
 
 
 def as_str(name: str, value: Any, wanted: str = "a string") -> str:

@@ -9,9 +9,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_bool, check_plain
+from leetdist.arguments import as_bool, as_tile, check_plain
 from leetdist.engine.hints import layout_hint, more_heads_than_tokens, warn_of_layout
-from leetdist.engine.inputs import LARGEST_TILE, canonical_options
+from leetdist.engine.inputs import canonical_options
 from leetdist.engine.values import bad_step, boundaries_of, decays_of
 from leetdist.kernels.common.settings import variable
 from leetdist.operators.problem import Problem, state_dtype
@@ -115,10 +115,8 @@ def check_options(
     if sharded and method in ONE_DEVICE:
         able = ", ".join(name for name in METHODS if name not in ONE_DEVICE)
         raise ValueError(f"method {method!r} works on one device only; under a group use one of {able}")
-    if tile is not None and (tile < 16 or tile & (tile - 1)):
-        raise ValueError(f"tile must be a power of two of at least 16 tokens, or None, got {tile!r}")
-    if tile is not None and tile > LARGEST_TILE:
-        raise ValueError(f"tile must be a power of two of at most {LARGEST_TILE:,} tokens, or None, got {tile!r}")
+    if tile is not None:
+        as_tile(tile)
     if precision not in PRECISIONS:
         raise ValueError(f'precision must be None, "tf32" or "high", got {precision!r}')
     if precision == "tf32" and dtype != torch.float32:

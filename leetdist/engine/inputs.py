@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_bool, as_float, as_int, as_str
+from leetdist.arguments import as_bool, as_float, as_str, as_tile
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.values import still, unread
 from leetdist.operators.problem import state_dtype
-
-LARGEST_TILE = 1 << 30  # tokens in a tile are counted in 32 bits
 
 
 def a_head(log_decay: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -44,7 +42,7 @@ def canonical_options(
     if type(method) is not str:
         method = as_str("method", method)
     if tile is not None and type(tile) is not int:
-        tile = as_int("tile", tile, "a power of two of at least 16 tokens, or None")
+        tile = as_tile(tile)
     if precision is not None and type(precision) is not str:
         precision = as_str("precision", precision, 'None, "tf32" or "high"')
     return {

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_float, as_int, as_str, check_plain
+from leetdist.arguments import as_float, as_int, as_str, as_tile, check_plain
 from leetdist.engine.checks import DTYPES, METHODS, ONE_DEVICE, check_log_decay, check_written, describe
 from leetdist.operators.problem import state_dtype
 
@@ -89,17 +89,17 @@ def check_tokens(tokens: Any, rows: int | None) -> None:
         raise ValueError(f"tokens must have {rows or 'at least one'} rows, as before them, got {tokens.shape[0]}")
 
 
-def check_options(scale: Any, tile: Any, method: Any) -> None:
-    """How a stream computes."""
-    if not math.isfinite(as_float("scale", scale)):
+def plain_options(scale: Any, tile: Any, method: Any) -> dict[str, Any]:
+    """How a stream computes, each as the one type that stands for its value, which a file keeps."""
+    scale, tile = as_float("scale", scale), as_tile(tile, "a power of two of at least 16 tokens")
+    if not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
-    if not isinstance(tile, int) or isinstance(tile, bool) or tile < 16 or tile & (tile - 1):
-        raise ValueError(f"tile must be a power of two of at least 16 tokens, got {tile!r}")
     method = as_str("method", method, f"one of {', '.join(METHODS)}")
     if method in ONE_DEVICE:
         raise ValueError(f"method must be one that works tile by tile, got {method!r}: it takes a sequence as a whole")
     if method not in METHODS or method == "auto":
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    return {"scale": scale, "tile": tile, "method": method}
 
 
 def check_decay(log_decay: Tensor) -> None:
@@ -113,8 +113,8 @@ def check_decay(log_decay: Tensor) -> None:
     check_log_decay(log_decay, log_decay[None, :, None, None], log_decay.shape[0])
 
 
-def check_state(state: Any) -> None:
-    """The parts of a state fit together; values of its tensors are not read."""
+def check_state(state: Any) -> dict[str, Any]:
+    """The parts of a state fit together; values of its tensors are not read. Its plain values, by name."""
     for name in ("boundary", "k", "v", "log_decay"):
         x, ndims = getattr(state, name), (1, 3) if name == "log_decay" else (4,)
         if not isinstance(x, Tensor) or x.ndim not in ndims or x.layout != torch.strided:
@@ -146,15 +146,15 @@ def check_state(state: Any) -> None:
         raise ValueError(f"k must have boundary's Dk = {dk}, got shape {tuple(k.shape)}")
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_decay must be float32 (float64 with fp64 inputs), got {log_decay.dtype}")
-    check_options(state.scale, state.tile, state.method)
-    check_chunks(state)
+    options = plain_options(state.scale, state.tile, state.method)
+    closed = check_chunks(state)
     if state.open >= state.tile:
         raise ValueError(f"k must hold less than a tile of {state.tile} tokens, got {state.open}")
-    check_count("tokens", state.tokens, state.open)
+    return {**options, "closed": closed, "tokens": check_count("tokens", state.tokens, state.open)}
 
 
-def check_chunks(state: Any) -> None:
-    """What there is of closed chunks."""
+def check_chunks(state: Any) -> int:
+    """What there is of closed chunks; the tokens in them."""
     closed = check_count("closed", state.closed, 0)
     batch, heads, *_ = shape = tuple(state.boundary.shape)
     wanted = {"walked": shape, "own": shape, "total": (batch, heads)}
@@ -170,6 +170,7 @@ def check_chunks(state: Any) -> None:
         if not isinstance(x, Tensor) or tuple(x.shape) != size or x.dtype != dtype or x.device != state.device:
             got = f"{x.dtype} of {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be {dtype} of shape {size} on {state.device}, got {got}")
+    return closed
 
 
 def check_path(path: Any) -> None:

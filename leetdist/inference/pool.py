@@ -183,7 +183,7 @@ class StatePool:
         mine = self._like.log_decay
         read = mine.is_cpu and log_decay.is_cpu and not torch.compiler.is_compiling()
         if mine.shape != log_decay.shape or (read and not torch.equal(mine, log_decay.to(mine.dtype))):
-            raise ValueError("log_decay must be the pool's own, or not be given")
+            raise ValueError("log_decay must be the pool's own, or not be given, got another")
 
     def _check_index(self, index: Tensor, lengths: Tensor | None) -> None:
         slots, kept = (host_values(x) if isinstance(x, Tensor) and x.ndim == 1 else None for x in (index, lengths))

@@ -73,7 +73,8 @@ class State:
     total: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_state(self)
+        for name, value in check_state(self).items():
+            object.__setattr__(self, name, value)
         if self.log_decay.dtype != self.boundary.dtype:  # as a call takes it, and kernels read it
             object.__setattr__(self, "log_decay", self.log_decay.to(self.boundary.dtype))
 

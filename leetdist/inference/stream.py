@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leetdist.api import linear_attention
 from leetdist.arguments import check_device, check_plain
-from leetdist.inference.checks import check_count, check_decay, check_options, check_piece, check_shards
+from leetdist.inference.checks import check_count, check_decay, check_piece, check_shards, plain_options
 from leetdist.inference.pieces import Piece, as_one, copied, kind_of, lengths_if_alike, reads_log_decay
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
@@ -89,12 +89,10 @@ def stream(
         check_continues(state, log_decay=log_decay, scale=scale, tile=tile, method=method)
         log_decay = None if state.by_token else state.log_decay
         scale, tile, method = state.scale, state.tile, state.method
-    tile = LARGEST_TILE if tile is None else tile
-    method = "block" if method == "auto" else method
-    check_options(scale, tile, method)
+    options = plain_options(scale, LARGEST_TILE if tile is None else tile, "block" if method == "auto" else method)
     if log_decay is not None:
         check_decay(log_decay)
-    return Stream(log_decay, scale, tile, method, state, device, resolve(group))
+    return Stream(log_decay, **options, state=state, device=device, transport=resolve(group))
 
 
 class Stream:

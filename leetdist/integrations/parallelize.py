@@ -14,7 +14,7 @@ from leetdist.integrations import models, probe
 from leetdist.integrations.record import NAME, Before, Record, records_of
 from leetdist.integrations.registry import Handler, becomes_exact, handler_of, register
 from leetdist.mesh import sequence_group
-from leetdist.nn.exact import check_exact
+from leetdist.nn.checks import check_exact
 
 if TYPE_CHECKING:
     from leetdist.mesh import Mesh

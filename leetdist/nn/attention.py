@@ -13,8 +13,8 @@ from leetdist.api import linear_attention, linear_attention_step
 from leetdist.arguments import as_float
 from leetdist.inference.attend import attend
 from leetdist.kernels.common.elementwise import sigmoid, silu
+from leetdist.nn.checks import check_exact, check_sizes, check_x
 from leetdist.nn.decay import log_decay
-from leetdist.nn.exact import check_exact
 from leetdist.sequence.group import is_alone
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class _DecayAttention(nn.Module):
 
     def __init__(
         self,
+        dim: int,
         heads: int,
         decay: str | Tensor,
         layer: int,
@@ -43,8 +44,8 @@ class _DecayAttention(nn.Module):
         exact: bool,
     ) -> None:
         super().__init__()
-        self.heads = heads
-        self.group = group
+        check_sizes(dim=dim, heads=heads)
+        self.dim, self.heads, self.group = dim, heads, group
         self.tile, self.exact = check_exact(tile, exact)
         if not isinstance(decay, (str, Tensor)):
             raise ValueError(f"decay must be a ladder's name or a tensor of log decays, got {decay!r}")
@@ -177,7 +178,8 @@ class LightningAttention(_DecayAttention):
         tile: int | None = None,
         exact: bool = False,
     ) -> None:
-        super().__init__(heads, decay, layer, layers, learnable_decay, group, tile, exact)
+        super().__init__(dim, heads, decay, layer, layers, learnable_decay, group, tile, exact)
+        check_sizes(head_dim=head_dim)
         self.head_dim = head_dim or _divide(dim, heads)
         inner = heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
@@ -194,6 +196,7 @@ class LightningAttention(_DecayAttention):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group. state: (B, H, D, D) fp32, on the first rank."""
+        check_x(x, self.dim)
         qkv = silu(self.qkv_proj(x)).unflatten(-1, (self.heads, 3 * self.head_dim))
         q, k, v = qkv.chunk(3, -1)
         o, final = self.attend(q, k, v, 1.0, state, return_state, cu_seqlens)
@@ -261,9 +264,10 @@ class Retention(_DecayAttention):
         tile: int | None = None,
         exact: bool = False,
     ) -> None:
-        super().__init__(heads, decay, layer, layers, learnable_decay, group, tile, exact)
+        super().__init__(dim, heads, decay, layer, layers, learnable_decay, group, tile, exact)
         if layout not in _LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}, got {layout!r}")
+        check_sizes(value_dim=value_dim, key_dim=key_dim)
         value_dim, key_dim, fla = value_dim or 2 * dim, key_dim or dim, layout == "fla"
         self.head_dim, self.rotary, self.layout = _divide(key_dim, heads), rotary, layout
         self.q_proj = nn.Linear(dim, key_dim, bias=False)
@@ -285,6 +289,7 @@ class Retention(_DecayAttention):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group; position_ids: (B or 1, N), global, for rotary layers."""
+        check_x(x, self.dim)
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         gate, norm, out_proj = (getattr(self, name) for name in _LAYOUTS[self.layout])
         scaled = self.layout == "torchscale"
@@ -350,7 +355,7 @@ def _rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def _divide(width: int, heads: int) -> int:
-    if heads < 1 or width % heads:
+    if width % heads:
         raise ValueError(f"heads must divide the width {width}, got {heads}")
     return width // heads
 

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from leetdist.arguments import as_int
+
 Ladder: TypeAlias = Callable[[int, int, int], list[float]]
 
 LADDERS: dict[str, Ladder] = {}
@@ -44,8 +46,10 @@ def log_decay(name: str, heads: int, layer: int = 0, layers: int = 1) -> Tensor:
     >>> log_decay("retnet", 3).exp()
     tensor([0.9688, 0.9844, 0.9922])
     """
-    if name not in LADDERS:
+    if not isinstance(name, str) or name not in LADDERS:
         raise ValueError(f"decay must be one of {sorted(LADDERS)}, got {name!r}")
+    for place, number in (("heads", heads), ("layer", layer), ("layers", layers)):
+        as_int(place, number)
     if heads < 1 or not 0 <= layer < layers:
         raise ValueError(f"heads must be >= 1 and 0 <= layer < layers, got heads {heads}, layer {layer} of {layers}")
     # The device is named, because models are also built under `torch.device("meta")`.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from leetdist.api import linear_attention, linear_attention_step
-from leetdist.arguments import as_bool, as_float, as_int
+from leetdist.arguments import as_bool, as_float
 from leetdist.inference.attend import attend
 from leetdist.kernels.common.elementwise import silu, softplus
-from leetdist.nn.exact import check_exact
+from leetdist.nn.checks import check_exact, check_sizes, check_x
 from leetdist.sequence.group import is_alone
 
 if TYPE_CHECKING:
@@ -63,16 +63,14 @@ class SimpleGLA(nn.Module):
         exact: bool = False,
     ) -> None:
         super().__init__()
-        if as_int("dim", dim) < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        as_int("heads", heads)
-        value_dim = dim if value_dim is None else as_int("value_dim", value_dim)
+        check_sizes(dim=dim, heads=heads, value_dim=value_dim)
+        value_dim = dim if value_dim is None else value_dim
         for width in (dim, value_dim):
-            if heads < 1 or width < 1 or width % heads:
+            if width % heads:
                 raise ValueError(f"heads must divide the width {width}, got {heads}")
         if not 0 < as_float("normalizer", normalizer) < math.inf:
             raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
-        self.heads, self.head_dim, self.normalizer, self.group = heads, dim // heads, normalizer, group
+        self.dim, self.heads, self.head_dim, self.normalizer, self.group = dim, heads, dim // heads, normalizer, group
         self.tile, self.exact = check_exact(tile, exact)
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
@@ -98,8 +96,7 @@ class SimpleGLA(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group. state: (B, H, Dk, Dv) fp32, on the first rank."""
-        if x.ndim != 3:
-            raise ValueError(f"x must have shape (B, N, dim), got {tuple(x.shape)}")
+        check_x(x, self.dim)
         return_state = as_bool("return_state", return_state)
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leetdist.arguments import as_float, as_int
+from leetdist.arguments import as_float
 from leetdist.inference.attend import TILE, attend
 from leetdist.kernels.common.elementwise import silu
 from leetdist.mamba import around, check_limits, decode, mamba_chunk_scan_combined
+from leetdist.nn.checks import check_exact, check_sizes, check_x
 from leetdist.nn.conv import causal_conv1d
-from leetdist.nn.exact import check_exact
 from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
@@ -94,12 +94,7 @@ class Mamba2(nn.Module):
     ) -> None:
         super().__init__()
         self.tile, self.exact = check_exact(tile, exact)
-        sizes = {"dim": dim, "head_dim": head_dim, "state": state, "groups": groups, "conv": conv}
-        if heads is not None:
-            sizes["heads"] = heads
-        for name, size in sizes.items():
-            if as_int(name, size) < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_sizes(dim=dim, head_dim=head_dim, state=state, groups=groups, conv=conv, heads=heads)
         if not 0 < as_float("expand", expand) * dim < math.inf:
             raise ValueError(f"expand must be a positive number, got {expand}")
         check_limits(dt_limit)
@@ -109,7 +104,7 @@ class Mamba2(nn.Module):
             raise ValueError(f"heads * head_dim must be expand * dim = {inner}, got {heads} * {head_dim}")
         if heads % groups:
             raise ValueError(f"groups must divide the {heads} heads, got {groups}")
-        self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
+        self.dim, self.heads, self.head_dim, self.state, self.groups = dim, heads, head_dim, state, groups
         self.dt_limit, self.group = dt_limit, group
         self.sizes = inner, inner + 2 * groups * state, heads
         self.in_proj = nn.Linear(dim, sum(self.sizes), bias=bias)
@@ -191,6 +186,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         """Of x (B, N, dim): the gate (B, N, width), what `mamba_chunk_scan_combined` takes, by name, and with
         return_state what of it the convolution keeps; `initial` is what it kept."""
+        check_x(x, self.dim)
         z, inputs, dt = self.in_proj(x).split(self.sizes, -1)
         convolved: Any = causal_conv1d(
             inputs, self.conv1d.weight[:, 0], self.conv1d.bias,

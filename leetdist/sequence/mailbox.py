@@ -13,7 +13,7 @@ import select
 import time
 from collections.abc import Sequence
 
-from leetdist.sequence.board import Board
+from leetdist.sequence.board import FAILED, LEFT, Board
 from leetdist.sequence.memory import Process
 
 PLACE = 8  # numbers a place takes: a cache line
@@ -93,7 +93,7 @@ class Mailbox:
                 looked = now
                 if self.processes[rank].state() == "has ended":
                     raise Gone(rank, f"its process, {self.processes[rank].pid}, has ended", now - begin)
-                if board.read(rank).phase in ("failed", "left"):
+                if board.read(rank).phase in (FAILED, LEFT):
                     raise Gone(rank, "it has given up", now - begin)
 
 

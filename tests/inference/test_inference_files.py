@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,19 @@ def made(tokens: int = 37, dtype: torch.dtype = torch.bfloat16, tile: int = 16, 
     own = [-torch.rand(2, 2, tokens)] if by_token else []
     stream.push(*(torch.randn(2, 2, tokens, 8).to(dtype) for _ in range(3)), *own)
     return stream.state
+
+
+def test_options_may_be_numpys(tmp_path: Path) -> None:
+    """As `linear_attention` takes them, and a file keeps them."""
+    tensors = [torch.randn(2, 2, 37, 8) for _ in range(3)]
+    kept = []
+    for scale, tile in ((np.float32(0.5), np.int64(16)), (0.5, 16)):
+        stream = leetdist.stream(LOG_DECAY, scale=scale, tile=tile)
+        stream.push(*tensors)
+        leetdist.save_states(tmp_path / "states", {"0": stream.state})
+        kept.append(leetdist.load_states(tmp_path / "states")["0"])
+    assert torch.equal(kept[0].now, kept[1].now)
+    assert [(x.scale, x.tile) for x in kept] == [(0.5, 16)] * 2
 
 
 @pytest.fixture

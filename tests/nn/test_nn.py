@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -65,6 +68,19 @@ def test_unknown_ladder_and_bad_layers_are_errors() -> None:
         LightningAttention(32, 4, decay=torch.ones(4))
     with pytest.raises(ValueError, match="heads must divide the width 32, got 5"):
         Retention(32, 5)
+    with pytest.raises(ValueError, match=r"heads must be a whole number, got 4\.0"):
+        log_decay("tnl", cast(int, 4.0))
+
+
+@pytest.mark.parametrize("kind", [LightningAttention, Retention, leetdist.nn.SimpleGLA, leetdist.nn.Mamba2])
+def test_a_layers_arguments_are_named(kind: Any) -> None:
+    for heads in ("4", 4.0, True):
+        with pytest.raises(ValueError, match=f"heads must be a whole number, got {heads!r}"):
+            kind(32, heads)
+    layer = kind(32, 4, 16) if kind is leetdist.nn.Mamba2 else kind(32, 4)
+    for shape in ((40, 32), (1, 40, 16), (1, 1, 40, 32)):
+        with pytest.raises(ValueError, match=rf"x must have shape .* \(B, N, 32\), got {re.escape(str(shape))}"):
+            layer(torch.randn(shape))
 
 
 def test_retention_is_the_papers_equation() -> None:
