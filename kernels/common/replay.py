@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 import torch
@@ -122,8 +123,9 @@ class Replay:
     """The memory that a call takes, what it does, in order, and which of the tensors it returns. `held`: tensors whose
     addresses are among the fixed arguments.
 
-    All memory is taken first, on the current stream. A stream beside it may use it too: it begins after, and this one
-    waits for its end.
+    Memory is taken on the current stream, before a step of the host may change that. A stream beside it may use it too:
+    it begins after, and this one waits for its end. The launches that a call begins with go out as soon as there is
+    what they need, and the GPU works while the host takes the rest.
     """
 
     device: torch.device
@@ -133,28 +135,38 @@ class Replay:
     returned: list[int | None]
     held: list[Tensor]
     numbers: int
+    inputs: int
 
     def __post_init__(self) -> None:
-        self.parts: list[Action | Graphs] = in_graphs(self.device, self.actions, self.numbers)
+        parts: list[Action | Graphs] = in_graphs(self.device, self.actions, self.numbers)
+        first = list(takewhile(lambda part: isinstance(part, CudaStep | TritonStep), parts))
+        used = {told[1] for step in first for told in (*step.addresses, *step.maps)}  # type: ignore[union-attr]
+        own = [place for place, x in enumerate(self.memory) if x is not None]
+        needed = [place for place in own if place + self.numbers + self.inputs in used]
+        self.stages = [(needed, first), ([place for place in own if place not in needed], parts[len(first) :])]
 
     def __call__(self, inputs: list[Tensor], numbers: tuple[int, ...] = ()) -> tuple[Tensor | None, ...]:
-        take = _taking(self.device)
-        taken = [None if x is None else take(x.shape, x.strides, x.dtype) for x in self.memory]
-        sources = [*numbers, *[x.data_ptr() for x in inputs]]
-        first = len(sources)
-        sources += [0 if x is None else x.data_ptr() for x in taken]
+        take, first = _taking(self.device), len(numbers) + len(inputs)
+        taken: list[Tensor | None] = [None] * len(self.memory)
+        sources = [*numbers, *[x.data_ptr() for x in inputs], *[0] * len(taken)]
         if self.workspace.size:
             space = take((self.workspace.size,), (1,), torch.uint8)
             begin = space.data_ptr()
             for place, offset in self.workspace.begins:
                 sources[first + place] = begin + offset
-        addresses, stream = tuple(sources), torch._C._cuda_getCurrentRawStream(self.device.index)
-        for part in self.parts:
-            if not isinstance(part, Graphs):
-                stream = self._act(part, addresses, taken, stream)
-            elif not part.launch(addresses, stream):
-                for step in part.steps:
-                    stream = self._act(step, addresses, taken, stream)
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        for places, parts in self.stages:
+            for place in places:
+                wanted: Any = self.memory[place]
+                taken[place] = x = take(wanted.shape, wanted.strides, wanted.dtype)
+                sources[first + place] = x.data_ptr()
+            addresses = tuple(sources)
+            for part in parts:
+                if not isinstance(part, Graphs):
+                    stream = self._act(part, addresses, taken, stream)
+                elif not part.launch(addresses, stream):
+                    for step in part.steps:
+                        stream = self._act(step, addresses, taken, stream)
         return tuple([None if place is None else taken[place] for place in self.returned])
 
     def _act(self, action: Action, addresses: tuple[int, ...], taken: list[Tensor | None], stream: int) -> int:
@@ -255,7 +267,7 @@ def _replay(recorder: Recorder, outputs: tuple[Tensor | None, ...], inputs: list
     seen = {place for place in returned if place is not None}.union(*[message.places() for message in messages])
     own: list[Memory | None] = [x if place in seen else None for place, x in enumerate(memory)]
     unseen = {place: x for place, x in enumerate(taken) if place not in seen}
-    return Replay(inputs[0].device, own, _workspace(unseen), actions, returned, held, numbers)
+    return Replay(inputs[0].device, own, _workspace(unseen), actions, returned, held, numbers, len(inputs))
 
 
 def _workspace(tensors: dict[int, Tensor]) -> Workspace:
