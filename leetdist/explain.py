@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 # What runs around a decay a token in Mamba-2's layers, and how many tokens its convolutions usually see.
 SCAN = "scan_steps", "scan_outputs", "scan_inputs_gradient", "scan_outputs_gradient"
-CONVOLUTION, TAPS, WEIGHTS = ("convolution", "convolution_gradient"), 4, "weighted_values"
+CONVOLUTION, TAPS = ("convolution", "convolution_gradient"), 4
+WITHIN = "weighted_values", "skipped_outputs"  # by kernels of the call, or around it
 
 
 def explain(
@@ -148,10 +149,11 @@ def _around(problem: Problem, tokens: int) -> tuple[Choice, ...]:
     """Who computes what Mamba-2 does around a call with a decay a token, and who multiplies x by dt."""
     if problem.operator != "token_decay":
         return ()
-    weights = [c for c in kernels_for(replace(problem, weighted=True), tokens).choices if c.use.step == WEIGHTS]
+    kernels = kernels_for(replace(problem, weighted=True, skipped=True), tokens)
+    within = [c for c in kernels.choices if c.use.step in WITHIN]
     wanted = {step: problem.dv for step in SCAN} | {step: TAPS for step in CONVOLUTION}
     beside = [choice(step, problem.device, problem.dtype, columns) for step, columns in wanted.items()]
-    return (*dict.fromkeys(weights), *beside)
+    return (*dict.fromkeys(within), *beside)
 
 
 def _refused(choices: Iterable[Choice], unserved: Refusals) -> str:

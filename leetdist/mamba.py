@@ -121,11 +121,11 @@ def mamba_chunk_scan_combined(
         "precision": precision,
     }  # fmt: skip
 
-    def attend(v: Tensor, log_decay: Tensor, weight: Tensor | None) -> Any:
+    def attend(v: Tensor, log_decay: Tensor, weight: Tensor | None, skip: Tensor | None) -> Any:
         given = C.transpose(1, 2), B.transpose(1, 2), v, log_decay
         if weight is None:
             return linear_attention(*given, **options, group=group)
-        return run(given, {"scale": 1.0, "method": "auto", **options}, transport, weight=weight)
+        return run(given, {"scale": 1.0, "method": "auto", **options}, transport, weight=weight, skip=skip)
 
     steps = scan.Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
     y, states = _around(attend, x, dt, A, D, z, dt_bias, starts, steps, weighted=not ops.wanted(x))
@@ -172,12 +172,12 @@ def around(
     beside outputs, of dt x, (B, H, N, P), and dt A, (B, H, N)."""
     steps = scan.Steps(True, *map(float, dt_limit))
     return _around(
-        lambda v, log_decay, _: attend(v, log_decay), x, dt, A, D, None, dt_bias, None, steps, weighted=False
+        lambda v, log_decay, *_: attend(v, log_decay), x, dt, A, D, None, dt_bias, None, steps, weighted=False
     )
 
 
 def _around(
-    attend: Callable[[Tensor, Tensor, Tensor | None], Any],
+    attend: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Any],
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -189,23 +189,25 @@ def _around(
     *,
     weighted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and states where there are some, of `attend(v, log_decay, weight)`. weighted: v = dt x is not written, x and
-    its weight dt are what there is of it; else weight is None."""
+    """y, and states where there are some, of `attend(v, log_decay, weight, skip)`. weighted: v = dt x is not written, x
+    and its weight dt are what there is of it, and where no z follows it adds D x, as `skip`; else both are None."""
     x, dt, A = (for_autograd(y) for y in (x, dt, A))
     D, z, dt_bias = (None if y is None else for_autograd(y) for y in (D, z, dt_bias))
     wide = torch.promote_types(x.dtype, torch.float32)
     A = A.to(wide)
     bias, D = (None if y is None else y.to(wide) for y in (dt_bias, D))
     v, log_decay, weight, skipped = _Inputs.apply(x, dt, A, bias, D, starts, steps, weighted)
-    attended = attend(v.transpose(1, 2), log_decay, weight)
+    D = None if D is None else D.detach()
+    skip = D if weighted and z is None else None
+    attended = attend(v.transpose(1, 2), log_decay, weight, skip)
     o, states = attended if isinstance(attended, tuple) else (attended, None)
     y = o.transpose(1, 2)
     if D is not None or z is not None:
-        given = y, skipped, None if D is None else D.detach(), z
+        given = y, skipped, None if skip is not None else D, z
         learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in given)
         if learns or not weighted:
             y = _Outputs.apply(*given)
-        else:  # nobody else has o
+        elif skip is None:  # nobody else has o
             y = kernel(scan.scan_outputs, y, y.shape[3])(*given, spent=True)
     return y, states
 
@@ -260,13 +262,15 @@ class _Inputs(torch.autograd.Function):
 
 
 class _Outputs(torch.autograd.Function):
-    """(o + D x) silu(z), rounded once. skipped: x, which stands for D x."""
+    """(o + D x) silu(z), rounded once. skipped: x, which stands for D x; without D and z it is in o."""
 
     @staticmethod
     def forward(ctx: Any, o: Tensor, skipped: Tensor | None, D: Tensor | None, z: Tensor | None) -> Tensor:
         ctx.gated = z is not None
         if z is not None:
             ctx.save_for_backward(o, skipped, D, z)
+        if D is None and z is None:
+            return o.detach()  # of which nobody keeps anything: no view, so that it can be written over
         y: Tensor = kernel(scan.scan_outputs, o, o.shape[3])(o, skipped, D, z)
         return y
 

@@ -97,10 +97,11 @@ def run(
     operator: str | None = None,
     gates: Mapping[str, Tensor] | None = None,
     weight: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
     """o and the final state, None where it is not asked for. given: q, k, v, log_decay; options: as `describe`'s;
-    operator, gates: as `plan_call`'s; weight: of each token's v, beside a decay a token
-    (leetdist.operators.token_decay)."""
+    operator, gates: as `plan_call`'s; weight: of each token's v, beside a decay a token, and `skip`, which needs a
+    weight (leetdist.operators.token_decay)."""
     q = given[0]
     if transport is None and gates is None and weight is None and options["cu_seqlens"] is None:
         tensors = *given, options["initial_state"]
@@ -110,7 +111,7 @@ def run(
             asked: Any = tuple([options[name] for name in repeats.OPTIONS])
             return repeats.forward(tensors, asked, read=True)[:2]
     if weight is not None:
-        options = options | {"weighted": True}
+        options = options | {"weighted": True, "skipped": skip is not None}
     captured = (
         transport is not None and isinstance(q, Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
     )
@@ -123,7 +124,7 @@ def run(
     if gates is not None:
         inputs[3:] = [row_major(x) for x in gates.values()]
     if weight is not None:
-        inputs.append(contiguous(weight, inputs[3].dtype))
+        inputs.extend(contiguous(x, inputs[3].dtype) for x in (weight, skip) if x is not None)
     anchor = None
     if transport is not None:
         tokens = len(plan.operator.tokens)

@@ -35,7 +35,10 @@ def forward_pass(
 
     Returns o, the final state (if the problem asks for it) and S, all in one row of numbers (if any tile has one).
     """
-    return cast(Any, _repeated(_forward_pass, (*inputs, initial_state), plan))
+    o, final, states = cast(Any, _repeated(_forward_pass, (*inputs, initial_state), plan))
+    if plan.problem.skipped:
+        o = plan.operator.finished(o, _by_name(inputs, plan))
+    return o, final, states
 
 
 def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -156,7 +159,7 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
             put(late, lane, operator.late_gradients, states, ends, late=True)
 
         head_grads: list[Tensor | None] = [None] * len(operator.heads)
-        if needs_gate_grads and operator.heads:
+        if needs_gate_grads and not set(operator.heads) <= set(operator.fixed):
             shares = {
                 lane: [
                     operator.head_gradients(of_lane[lane], *from_states, do_of[lane], tiles, kept=kept[lane, kind])
@@ -200,11 +203,13 @@ def _of_every_tile(kinds: list[Tensor], plan: Plan) -> Tensor:
 
 def _of_lane(inputs: Inputs, lane: Lane, plan: Plan, *, backward: bool) -> Mapping[str, Tensor]:
     """The lane's heads of the operator's inputs, by name."""
-    operator = plan.operator
-    tokens = len(operator.tokens)
-    names = (*operator.tokens, *operator.heads)
-    own = {name: lane.part(x, 1 if i < tokens else 0) for i, (name, x) in enumerate(zip(names, inputs, strict=True))}
-    return operator.prepared(own, backward=backward)
+    heads = plan.operator.heads
+    own = {name: lane.part(x, 0 if name in heads else 1) for name, x in _by_name(inputs, plan).items()}
+    return plan.operator.prepared(own, backward=backward)
+
+
+def _by_name(inputs: Inputs, plan: Plan) -> dict[str, Tensor]:
+    return dict(zip((*plan.operator.tokens, *plan.operator.heads), inputs, strict=True))
 
 
 def _repeated(

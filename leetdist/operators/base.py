@@ -34,8 +34,8 @@ class Operator(ABC):
     three and any may have fewer heads than the widest, and `heads` (H, ...), one entry a head."""
 
     tokens: tuple[str, ...] = ("q", "k", "v")
-    heads: ClassVar[tuple[str, ...]] = ()
-    # Those of `tokens` that have no gradient.
+    heads: tuple[str, ...] = ()
+    # Those of both that have no gradient.
     fixed: tuple[str, ...] = ()
     # Those whose gradients need no state gradients: they are computed while those are still on their way.
     early: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +101,10 @@ class Operator(ABC):
     @abstractmethod
     def outputs(self, x: Inputs, states: Tensor, tiles: Tiles, *, out: Tensor | None) -> Tensor:
         """o (B, H, N, Dv) in q's dtype, from the state at each tile's start; in `out` if given."""
+
+    def finished(self, o: Tensor, x: Inputs) -> Tensor:
+        """The outputs of all lanes as the call returns them; x: the inputs of all."""
+        return o
 
     @abstractmethod
     def state_gradients(

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.operators.dispatch import Choice, Refusals, Use, by_rows, by_two_passes, candidates, chosen, who_weighs
+from leetdist.operators.dispatch import (
+    Choice,
+    Refusals,
+    Use,
+    by_rows,
+    by_two_passes,
+    candidates,
+    chosen,
+    who_skips,
+    who_weighs,
+)
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
@@ -29,6 +39,7 @@ class Kernels:
     may add up one by one. early_gradients, late_gradients: where somebody makes all gradients in two passes. adds_up:
     whether `tile_outputs` is told for how many `heads` outputs are to be added up, and may begin with it.
     weighted_values: forward and backward, v times its weights; None where the pass's kernels see to it themselves.
+    skips: whether `tile_outputs` adds what a problem is `skipped` by.
     row_outputs: outputs of whole sequences without states; unserved: why nobody has them."""
 
     tile_outputs: Callable[..., Tensor]
@@ -43,6 +54,7 @@ class Kernels:
     transitions: Callable[..., Tensor] = decay_itself
     adds_up: bool = False
     weighted_values: tuple[Callable[..., Tensor | None], ...] = ()
+    skips: bool = False
     row_outputs: Callable[..., Tensor] | None = None
     unserved: Refusals = ()
 
@@ -109,10 +121,11 @@ def compose(outputs: str, problem: Problem, tile: int, *, alone: bool = True) ->
     if problem.weighted:
         passing = (by_states[0], by_outputs[0]) if alone else ()
         weights = (who_weighs(problem, part, passing, reverse=False),)
-        weights += (who_weighs(problem, part, two_passes, reverse=True),) if backward else weights
+        weights += (who_weighs(problem, part, two_passes, reverse=True),) if backward else ()
+    skips = who_skips(problem, weights[0]) if problem.skipped else ()
     rows, unserved = by_rows(problem, part, (*by_outputs, *by_states)) if alone else ((), ())
     return _composed(
-        tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, two_passes, weights, rows, unserved,
+        tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, two_passes, weights, skips, rows, unserved,
         backward, learnt,
     )  # fmt: skip
 
@@ -126,6 +139,7 @@ def _composed(
     gradient: Choice,
     two_passes: tuple[Choice, ...],
     weights: tuple[Choice, ...],
+    skips: tuple[Choice, ...],
     rows: tuple[Choice, ...],
     unserved: Refusals,
     backward: bool,
@@ -133,13 +147,13 @@ def _composed(
 ) -> Kernels:
     """Plans are remembered by their kernels, so one object."""
     longest = [c.implementation.longest_tile for c in outputs if c.implementation.longest_tile is not None]
-    passes = *outputs, *states, *fold, *([] if keep is None else [keep]), *two_passes, *weights, *rows
+    passes = *outputs, *states, *fold, *([] if keep is None else [keep]), *two_passes, *weights, *skips, *rows
     early, late = (choice.function() for choice in two_passes) if two_passes else (None, None)
     used = [choice for choice in passes if backward or choice.use.forward] + [gradient] * learnt
     return Kernels(
         _routed(outputs), _routed(states), _routed(fold), gradient.function(),
         early_gradients=early, late_gradients=late, transitions=decay_itself if keep is None else keep.function(),
-        weighted_values=tuple(choice.function() for choice in weights),
+        weighted_values=tuple(choice.function() for choice in weights), skips=bool(skips),
         choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
         row_outputs=rows[0].function() if rows else None, unserved=unserved,
         adds_up=all("heads" in inspect.signature(choice.function()).parameters for choice in outputs),

@@ -192,6 +192,13 @@ def who_weighs(problem: Problem, tile: int, passing: tuple[Choice, ...], *, reve
             return choice
 
 
+def who_skips(problem: Problem, weigher: Choice) -> tuple[Choice, ...]:
+    """Who adds what v is skipped by to the outputs that it makes, where v is what they read; or nobody."""
+    choice, _ = ask(Use("skipped_outputs", regular=problem.documents is None), weigher.facts)
+    served = choice is not None and choice.implementation is weigher.implementation and works(choice, problem)
+    return (choice,) if choice is not None and served else ()
+
+
 def _shares(problem: Problem) -> tuple[int, int, int]:
     """How many heads share one of q, of k and of v."""
     return problem.heads // problem.q_heads, problem.heads // problem.k_heads, problem.heads // problem.v_heads

@@ -159,7 +159,7 @@ CUDA_HOPPER_SHARED_GRADIENTS = Implementation(
 )  # fmt: skip
 CUDA_HOPPER_WEIGHTS = Implementation(
     "CUDA C++", "cuda.weights", refusals.cuda_hopper_weights, "NVRTC",
-    features="a", recordable=True, operator="token_decay",
+    features="a", recordable=True, functions=(("skipped_outputs", "weighted_values"),), operator="token_decay",
 )  # fmt: skip
 TRITON_A_TOKEN = Implementation(
     "Triton", "triton.block", refusals.triton, "Triton",
@@ -189,8 +189,9 @@ PYTORCH_CONV = Implementation("PyTorch", "pytorch.conv", refusals.pytorch, opera
 
 # Steps of the two passes (constant_decay.pytorch.block says what each computes; the outputs of methods that go token by
 # token have names of their own), of decoding, and of what Mamba-2 does around them: from the fastest to the one that
-# serves all. Nobody need serve "row_outputs", which those of CUDA_HOPPER's steps are without states in memory, and
-# "early_gradients" and "late_gradients", which make all gradients in two passes, where others make them one by one.
+# serves all. Nobody need serve "row_outputs", which those of CUDA_HOPPER's steps are without states in memory,
+# "skipped_outputs", which "scan_outputs" makes of outputs else, and "early_gradients" and "late_gradients", which make
+# all gradients in two passes, where others make them one by one.
 CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "transitions": (TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "tile_states": (
@@ -206,6 +207,7 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "token_outputs": (CUDA_BY_TOKEN, PYTORCH_BY_TOKEN, PYTORCH_BY_TOKEN_A_TOKEN),
     "fold": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
     "weighted_values": (CUDA_HOPPER_WEIGHTS, TRITON_A_TOKEN, PYTORCH_A_TOKEN),
+    "skipped_outputs": (CUDA_HOPPER_WEIGHTS,),
     "early_gradients": (CUDA_HOPPER_LEARNT, CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
     "late_gradients": (CUDA_HOPPER_LEARNT, CUDA_HOPPER_GRADIENTS, CUDA_HOPPER_SHARED_GRADIENTS),
     "decay_gradient": (TRITON, PYTORCH, TRITON_A_TOKEN, PYTORCH_A_TOKEN),

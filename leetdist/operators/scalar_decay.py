@@ -54,7 +54,7 @@ class ScalarDecay(Operator):
 
     def summaries(self, x: Inputs, tiles: Tiles, *, to_end: bool, out: Tensor | None) -> Tensor:
         return self.kernels.tile_states(
-            x["k"], x["v"], x["log_decay"], tiles, reverse=False, to_end=to_end, **_into(out), **weight(x)
+            x["k"], x["v"], x["log_decay"], tiles, reverse=False, to_end=to_end, **_into(out), **told(x, "weight")
         )
 
     def fold(
@@ -63,7 +63,7 @@ class ScalarDecay(Operator):
         return self.kernels.fold(states, initial, keep, tiles, reverse=reverse, to_end=to_end)
 
     def outputs(self, x: Inputs, states: Tensor, tiles: Tiles, *, out: Tensor | None) -> Tensor:
-        return self._outputs(x["q"], x["k"], x["v"], states, x, tiles, self.dtype, out, **weight(x))
+        return self._outputs(x["q"], x["k"], x["v"], states, x, tiles, self.dtype, out, **told(x, "weight", "skip"))
 
     def state_gradients(
         self, x: Inputs, states: Tensor, do: Tensor, tiles: Tiles, *, to_end: bool, out: Tensor | None
@@ -78,7 +78,7 @@ class ScalarDecay(Operator):
         if self.kernels.early_gradients is not None:
             dq, kept = self.kernels.early_gradients(
                 x["q"], x["k"], x["v"], do, states, x["log_decay"], tiles,
-                scale=self.scale, out=places["q"], **weight(x),
+                scale=self.scale, out=places["q"], **told(x, "weight"),
             )  # fmt: skip
             return {"q": dq, **kept}
         more = self._added_up(x["q"])
@@ -101,7 +101,7 @@ class ScalarDecay(Operator):
             outs = places["k"], places["v"], places.get("log_decay")
             grads = self.kernels.late_gradients(
                 x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, kept,
-                scale=self.scale, outs=outs, **weight(x),
+                scale=self.scale, outs=outs, **told(x, "weight"),
             )  # fmt: skip
             return dict(zip(("k", "v", "log_decay"), grads, strict=True))
 
@@ -157,9 +157,9 @@ class ScalarDecay(Operator):
         return {name: self.decay_gradient(x, states, ends, do, tiles) for name in self.heads}
 
 
-def weight(x: Inputs) -> dict[str, Any]:
-    """`weight=` where kernels are to take it (leetdist.operators.token_decay)."""
-    return {"weight": x["weight"]} if "weight" in x else {}
+def told(x: Inputs, *names: str) -> dict[str, Any]:
+    """Those that kernels are to take beside q, k, v and log_decay (leetdist.operators.token_decay)."""
+    return {name: x[name] for name in names if name in x}
 
 
 def _into(out: Tensor | None) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.mamba.pytorch import scan
 from leetdist.operators.base import Dtypes, Inputs, Places
+from leetdist.operators.elementwise import kernel
 from leetdist.operators.scalar_decay import ScalarDecay
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ class TokenDecay(ScalarDecay):
     Of a weighted problem there is also weight, (B, heads of v, N) in log_decay's dtype, and v stands for weight * v,
     rounded to its dtype: that is what all is computed of, and what v's gradient is the gradient of. So whoever has such
     a product, as Mamba-2 has dt x, writes neither it to memory, nor its gradient more than once.
+
+    Of a skipped one, which is weighted, there is also skip, Mamba-2's D, (H,) or (H, Dv): that times v, before its
+    weight, is added to the outputs once they are rounded, and the sum rounded again. The gradients are those without.
     """
 
     tokens: tuple[str, ...] = ("q", "k", "v", "log_decay")
@@ -31,13 +36,24 @@ class TokenDecay(ScalarDecay):
     def __init__(self, problem: Problem, tokens: int) -> None:
         super().__init__(problem, tokens)
         if problem.weighted:
-            self.tokens, self.fixed = (*self.tokens, "weight"), ("weight",)
+            self.tokens, self.fixed = (*self.tokens, "weight"), ("weight", "skip")
+        if problem.skipped:
+            self.heads = ("skip",)
 
     def prepared(self, x: Inputs, *, backward: bool) -> Inputs:
         if "weight" not in x:
             return x
         v = self.kernels.weighted_values[backward](x["v"], x["weight"])
-        return x if v is None else {name: v if name == "v" else y for name, y in x.items() if name != "weight"}
+        left = set() if v is None else {"weight"}
+        left |= set() if self.kernels.skips and not backward else {"skip"}
+        return {name: v if name == "v" and v is not None else y for name, y in x.items() if name not in left}
+
+    def finished(self, o: Tensor, x: Inputs) -> Tensor:
+        if "skip" not in x or self.kernels.skips:
+            return o
+        add = kernel(scan.scan_outputs, o, o.shape[3])
+        y: Tensor = add(o.transpose(1, 2), x["v"].transpose(1, 2), x["skip"], None, spent=True)
+        return y.transpose(1, 2)
 
     def late_gradients(
         self,

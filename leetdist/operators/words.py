@@ -11,6 +11,7 @@ WORDS = {
     "transitions": "decays of tiles",
     "row_outputs": "outputs of whole sequences",
     "weighted_values": "v times its weights",
+    "skipped_outputs": "D x without z",
     "decay_gradient": "gradient of log_decay",
     "early_gradients": "gradient of q",
     "late_gradients": "gradients of k, v and log_decay",

@@ -37,8 +37,14 @@ def tile_states(b: Tensor, c: Tensor, *args: Any, weight: Tensor | None = None, 
     return block.tile_states(b, c if weight is None else product("states", c, weight), *args, **options)
 
 
-def tile_outputs(a: Tensor, b: Tensor, c: Tensor, *args: Any, weight: Tensor, **options: Any) -> Tensor:
-    return block.tile_outputs(a, b, product("outputs", c, weight), *args, **options)
+def tile_outputs(
+    a: Tensor, b: Tensor, c: Tensor, *args: Any, weight: Tensor, skip: Tensor | None = None, **options: Any
+) -> Tensor:
+    o = block.tile_outputs(a, b, product("outputs", c, weight), *args, **options)
+    if skip is not None:
+        weighed.append("skipped")
+        o += c * skip.view(len(skip), 1, -1)
+    return o
 
 
 def early_gradients(q, k, v, do, states, log_decay, tiles, *, scale, out, weight):
@@ -73,8 +79,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setattr(module, function.__name__, function, raising=False)
         monkeypatch.setitem(sys.modules, NAME, module)
         who = Implementation("stand-in", "stand_in", lambda facts: None, operator="token_decay", weighs=True)
-        for function in steps:
-            monkeypatch.setitem(CANDIDATES, function.__name__, (who,))
+        for step in (*(function.__name__ for function in steps), "skipped_outputs"):
+            monkeypatch.setitem(CANDIDATES, step, (who,))
     _kernels_for.cache_clear()
     plan._plans.clear()
     weighed.clear()
@@ -132,11 +138,48 @@ def test_forward_alone(kernels: str) -> None:
     assert o.shape == v.shape
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("columns", [(), (8,)])
+def test_skipped_outputs(kernels: str, columns: tuple[int, ...], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D x is added once, by the kernels or behind them, to o and to no gradient; where heads go in lanes, too."""
+    q, k, v, do, g, weight = draw()
+    D, bounds = torch.randn(4, *columns), {1: [0, 200], 3: [0, 64, 64, 200]}[ranks]
+    monkeypatch.setenv("LEETDIST_LANES", "2" if ranks > 1 else "1")
+
+    def call(own: slice, group: Any = None, **more: Any) -> list[Tensor]:
+        leaves = [x[:, :, own].detach().requires_grad_() for x in (q, k, v, g)]
+        o, _ = run(tuple(leaves), OPTIONS, resolve(group), weight=weight[:, :, own], **more)  # type: ignore[arg-type]
+        return [o.detach(), *torch.autograd.grad(o, leaves, do[:, :, own])]
+
+    plain = call(slice(0, TOKENS))
+    assert "skipped" not in weighed
+    parts = leetdist.virtual_ranks(
+        lambda group: call(slice(bounds[group.rank], bounds[group.rank + 1]), group, skip=D), ranks
+    )
+    found = [torch.cat(x, 2) for x in zip(*parts, strict=True)]
+    assert ("skipped" in weighed) == (kernels == "stand-in")
+    assert torch.equal(found[0], plain[0] + v * D.view(4, 1, -1))
+    assert all(torch.equal(x, y) for x, y in zip(found[1:], plain[1:], strict=True))
+
+
+def test_outputs_with_D_can_be_written_over() -> None:
+    """As those of other operations: what is learnt is the same."""
+    dt, A, D = torch.rand(1, 50, 4), -torch.rand(4), torch.randn(4)
+    x, dy, *of_groups = torch.randn(4, 1, 50, 4, 8)
+    found = []
+    for double in (Tensor.mul, Tensor.mul_):
+        leaves = [y.clone().requires_grad_() for y in (x, D)]
+        y = leetdist.mamba_chunk_scan_combined(leaves[0], dt, A, *of_groups, D=leaves[1])
+        found.append(torch.autograd.grad(double(y, 2.0), leaves, dy))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_explain_names_who_multiplies_and_what_runs_around_it(kernels: str) -> None:
     q, k, v, _, g, _ = draw()
     said = leetdist.explain(q, k, v, g)
     around = said.split("around   ")[1].split("\nnot ")[0]
-    assert f"v times its weights by {kernels}" in around
+    within = "v times its weights, D x without z" if kernels == "stand-in" else "v times its weights"
+    assert f"{within} by {kernels}" in around
     for step in ("dt, D x and z, gradients of x, dt, A and D, gradient of z by", "convolution, its gradient by"):
         assert step in around
     if kernels == "PyTorch":  # the stand-in has no constant decay

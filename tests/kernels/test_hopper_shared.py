@@ -17,11 +17,10 @@ from test_hopper_token import BF16, FP16, FP32, ON_A_GPU, PACKED, decays
 
 import leetdist
 from helpers import NVCC, ptxas_report
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as alone
-from leetdist.kernels.token_decay.cuda import hopper, shared, shared_gradients, weights
+from leetdist.kernels.token_decay.cuda import hopper, shared, shared_gradients
 from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
 
@@ -37,10 +36,13 @@ SPILLS = {
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, ON_A_GPU])])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def on_either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(alone, "_multiprocessors", lambda device: 1)  # enough tiles for pairs
     with emulated(1) if request.param == "emulated" else nullcontext():
         yield "cuda" if request.param == "cuda" else "cpu"
+
+
+device = on_either
 
 
 def draw(device: str, tiles: Tiles, rows: int, share: int, dtype: torch.dtype, kind: str, batch: int) -> Any:
@@ -100,38 +102,6 @@ def test_pairs_have_the_bits_of_single_heads(device):
                 kind,
                 bad,
             )
-
-
-WEIGHTED_CASES = [(rows, tiles, 3) for tiles in (PACKED, Tiles(512, (0, 1300))) for rows in (64, 128)]
-
-
-def test_weights_have_the_bits_of_the_product(device, monkeypatch):
-    """v and its weights, or their product: forward, in all gradients, and where some are not numbers."""
-    gpu = device == "cuda"
-    if not gpu:  # what it adds up, as it is
-        monkeypatch.setattr(added_up, "added_up", lambda *given, **_: torch.cat(given[8:10], 2))
-    for rows, tiles, batch in WEIGHTED_CASES if gpu else [(rows, Tiles(128, (0, 66, 70)), 1) for rows in (64, 128)]:
-        q, k, x, states, g = draw(device, tiles, rows, 4, BF16, "mixed", batch)
-        do, ends = torch.randn_like(x), torch.randn_like(states)
-        w = torch.rand(g.shape, device=device)
-        options: dict[str, Any] = {"reverse": False, "scale": 0.5, "state_scale": 0.7, "out_dtype": BF16}
-        for bad in (False, True):
-            if bad:
-                x[-1, -1, 68, 5], w[-1, 0, 3] = math.nan, math.inf
-            v = exact.weighted_values(x, w)
-            found, wanted = (
-                (
-                    hopper.tile_states(k, y, g, tiles, reverse=False, **more),
-                    hopper.tile_outputs(q, k, y, states, g, tiles, **options, **more),
-                    *gradients_of(q, k, y, do, states, ends, g, tiles, **more),
-                )
-                for y, more in ((x, {"weight": w}), (v, {}))
-            )
-            for one, other in zip(found, wanted, strict=True):
-                assert torch.equal(one.nan_to_num(77.0), other.nan_to_num(77.0))
-                assert torch.equal(one.isnan(), other.isnan())
-            # (What decays to nothing within a tile is in none of the states.)
-            assert all(bool(one.isfinite().all()) != bad for one in found[1:3])
 
 
 def gradients_of(q: Any, k: Any, v: Any, do: Any, states: Any, ends: Any, g: Any, tiles: Tiles, **more: Any) -> Any:
@@ -248,46 +218,6 @@ def test_a_call_of_mamba2s_shape_has_its_bits_on_ranks():
         assert x.isfinite().all() == (name == "dv")  # which does not read v
 
 
-@pytest.mark.gpu
-@ON_A_GPU
-def test_a_scan_of_mamba2s_shape_writes_no_dt_x():
-    """Bits of ranks, and of the product where it is written; and the memory that is held beside inputs and results."""
-    tokens, tile = 5000, 512
-    x, dy = (torch.randn(1, tokens, 64, 64, device="cuda", dtype=BF16) for _ in range(2))
-    B, C = (torch.randn(1, tokens, 8, 128, device="cuda", dtype=BF16) for _ in range(2))
-    dt, A = torch.rand(1, tokens, 64, device="cuda") * 0.1, -torch.rand(64, device="cuda")
-
-    def call(own: slice, **more: Any) -> list[torch.Tensor]:
-        leaves = [y[:, own].detach().requires_grad_() for y in (x, dt, B, C)]
-        y = leetdist.mamba_chunk_scan_combined(*leaves[:2], A, *leaves[2:], tile=tile, **more)
-        return [y.detach(), *torch.autograd.grad(y, leaves, dy[:, own])]
-
-    learnt = [y.transpose(1, 2) for y in (C, B, x, (dt * A).requires_grad_())]
-    assert "(cuda.weights)" in leetdist.explain(*learnt, tile=tile)
-    whole = call(slice(0, tokens))
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    again = call(slice(0, tokens))
-    held = torch.cuda.max_memory_allocated() - before - sum(y.nbytes for y in again)
-    states = 2 * math.ceil(tokens / tile) * 64 * 128 * 64 * 4  # and their gradients
-    assert held < states + x.nbytes // 2  # with numbers a token, and neither dt x nor its gradient
-    assert all(torch.equal(y, z) for y, z in zip(again, whole, strict=True))
-    for ranks in (2, 5):
-        bounds = [tile * (10 * rank // ranks) for rank in range(ranks)] + [tokens]
-        parts = leetdist.virtual_ranks(
-            lambda group, bounds=bounds: call(slice(bounds[group.rank], bounds[group.rank + 1]), group=group), ranks
-        )
-        for y, shards in zip(whole, zip(*parts, strict=True), strict=True):
-            assert torch.equal(y, torch.cat(shards, 1))
-    leaves = [y.transpose(1, 2).detach().requires_grad_() for y in (C, B, (x * dt[..., None]).to(BF16), dt * A)]
-    y = leetdist.linear_attention(*leaves, tile=tile)
-    assert torch.equal(y.transpose(1, 2), whole[0])
-    dq, dk = torch.autograd.grad(y, leaves, dy.transpose(1, 2))[:2]
-    assert torch.equal(dk.transpose(1, 2), whole[3])
-    assert torch.equal(dq.transpose(1, 2), whole[4])
-
-
 AGAIN = alone.AGAIN
 COMPILED = [  # source, step, rows, columns, warpgroups, outputs in fp32, reversed, blocks to a cluster
     ("shared_states", "tile_states", 128, 64, 4, False, True, None),
@@ -306,12 +236,16 @@ COMPILED = [  # source, step, rows, columns, warpgroups, outputs in fp32, revers
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [False, True, "and skipped"])
 @pytest.mark.parametrize(("source", "name", "rows", "columns", "groups", "wide", "reverse", "cluster"), COMPILED)
 def test_compiles_and_fits(source, name, rows, columns, groups, wide, reverse, cluster, weighted, tmp_path):
+    weighted, skipped = bool(weighted), weighted == "and skipped"
     if weighted and source == "paired_gradients" and name == AGAIN:
         pytest.skip("reads no v")
-    made = alone.defines(name, rows, columns, groups, BF16, wide, reverse, True) + shared.WEIGHTED * weighted
+    if skipped and (source != "paired_outputs" or reverse):
+        pytest.skip("o alone")
+    made = alone.defines(name, rows, columns, groups, BF16, wide, reverse, True)
+    made += shared.WEIGHTED * weighted + shared.SKIPPED * skipped
     made = made if cluster is None else (*made, ("CLUSTER", cluster))
     said = ptxas_report(f"token_decay/cuda/{source}.cu", "sm_90a", made, tmp_path)
     spilled = re.search(r"(\d+) bytes spill stores", said)
@@ -322,26 +256,8 @@ def test_compiles_and_fits(source, name, rows, columns, groups, wide, reverse, c
     if source == "paired_gradients":
         asked = shared_gradients.shared_memory(name, rows, reverse, weighted)
     else:
-        asked = shared.shared_memory(source, name, rows, columns, weighted)
+        asked = shared.shared_memory(source, name, rows, columns, weighted, skipped)
     assert blocks * (asked + OWN) <= SHARED_MEMORY
-
-
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize(
-    ("rows", "share", "reverse"), [(128, 8, False), (64, 4, False), (128, 8, True), (64, 12, True)]
-)
-def test_all_that_a_pass_with_weights_asks_for_compiles(rows, share, reverse, tmp_path):
-    asked: set[Any] = set()
-    with emulated(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "kernel", lambda source, name, device, made, **_: asked.add((source, made)))
-        kind = BF16, False, reverse, 64 * 1024, torch.device("cpu")
-        weights.compile_for("weighted_values", rows, 64, *kind, share=share)
-    added = "grouped_outputs" if rows == 128 else "summed_outputs"
-    sources = {"paired_gradients", added} if reverse else {"shared_states", "paired_outputs"}
-    assert {source for source, _ in asked} == {f"token_decay/cuda/{source}.cu" for source in sources}
-    for source, made in asked:
-        assert ("WEIGHTED", 1) in made or ("AGAIN", 1) in made
-        ptxas_report(source, "sm_90a", made, tmp_path)
 
 
 SUMS = [(4, 64, 2, 2), (6, 128, 6, 2), (12, 128, 4, 4), (64, 128, 8, 8), (32, 128, 16, 8), (24, 128, 12, 4)]

@@ -53,10 +53,12 @@ def tile_outputs(
     out: Tensor | None = None,
     onto: Tensor | None = None,
     weight: Tensor | None = None,
+    skip: Tensor | None = None,
     heads: int | None = None,
 ) -> Tensor:
     """See leetdist.kernels.token_decay.pytorch.block.tile_outputs. weight: of v's tokens, which is c; or, of outputs
-    that are added up, b, and reversed a.
+    that are added up, b, and reversed a. skip: (H,) or (H, Dc), beside a weight, that times c itself is added, too; of
+    heads that can come in pairs (leetdist.operators.refusals.cuda_hopper_weights).
 
     Outputs in fp32 of bf16 heads that share c are wanted for their sum alone, for so many `heads` (c's, if not told).
     Where no place is given and they come in pairs, they are added up, (B, fewer, N, Dc): over all that share, and
@@ -69,8 +71,9 @@ def tile_outputs(
     if onto is None and added and shared.summed(a, c, log_decay, out_dtype):
         return shared.summed_outputs(a, b, c, *of_tiles, weight=weight, **options)
     options["out_dtype"] = out_dtype
-    if onto is None and out_dtype == a.dtype and shared.in_pairs(a, b, c, log_decay, tiles):
-        return shared.paired_outputs(a, b, c, *of_tiles, weight=weight, **options)
+    pairs = skip is not None or shared.in_pairs(a, b, c, log_decay, tiles)
+    if onto is None and out_dtype == a.dtype and pairs:
+        return shared.paired_outputs(a, b, c, *of_tiles, weight=weight, skip=skip, **options)
     return hopper.tile_outputs(a, b, weighted(c, weight), *of_tiles, onto=onto, **options)
 
 

@@ -141,13 +141,15 @@ template <bool OUTPUTS> struct TokenWeights {
     __device__ __forceinline__ float faded(int) const { return 0.0f; }  // not known before it is read
 
     // Make a chunk's tables; faded: what it leaves of the state before it.
-    __device__ __forceinline__ void read(Word slot, int count, float& faded) const {
-        const int lane = threadIdx.x % 32, warp = thread_number() / 32;
+    __device__ __forceinline__ void read(Word slot, int count, float& faded) const { make(sums(slot, count), faded); }
+    __device__ __forceinline__ Sums sums(Word slot, int count) const {
+        const int lane = threadIdx.x % 32;
         const Word from = slot + shift + 2 * lane * 4;
-        // Behind the last token there is nothing, or another document.
-        const float x = 2 * lane < count ? step_of<NEAR>(load(from)) : 0.0f;
-        const float y = 2 * lane + 1 < count ? step_of<NEAR>(load(from + 4)) : 0.0f;
-        const Sums sums(x, y);
+        const float x = load(from), y = load(from + 4);  // behind the last token there is nothing, or another document
+        return Sums(2 * lane < count ? step_of<NEAR>(x) : 0.0f, 2 * lane + 1 < count ? step_of<NEAR>(y) : 0.0f);
+    }
+    __device__ __forceinline__ void make(const Sums& sums, float& faded) const {
+        const int lane = threadIdx.x % 32, warp = thread_number() / 32;
         faded = exp2_(sums.all);
         const float(&toward)[2] = REVERSE ? sums.upto : sums.behind, (&since)[2] = REVERSE ? sums.behind : sums.upto;
         const float blocks_toward = REVERSE ? sums.earlier : sums.later, blocks_since = REVERSE ? sums.later : sums.earlier;
@@ -182,11 +184,12 @@ struct Tables : TokenWeights<true> {
     __device__ __forceinline__ void set(float scale_, float state_scale_, float added_scale_) {
         scale = scale_, state_scale = state_scale_, added_scale = added_scale_;
     }
-    // scores, decayed and rounded, to shared memory
+    // scores, decayed and rounded, to shared memory; AHEAD: as of `each`
+    template <bool AHEAD = false>
     __device__ __forceinline__ void decay(const float (&scores)[32], Word seen) const {
         const int lane = threadIdx.x % 32, warp = thread_number() / 32;
         const Word to = seen + (warp * 16 + (lane & 15)) * 128 + ((lane >> 4 ^ lane) & 7) * 16;
-        each(warp, [&](int step, const float (&d)[8]) {
+        each<AHEAD>(warp, [&](int step, const float (&d)[8]) {
             Word x[4];
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -195,13 +198,18 @@ struct Tables : TokenWeights<true> {
         });
     }
     // A thread's decays of 16 columns after the other: two beside each other, 8 rows further on, 8 columns further on.
-    template <class F> __device__ __forceinline__ void each(int warp, F function) const {
+    // AHEAD: those within the warp's own tokens first, and then no branch, so that loads are under way together. It takes
+    // 8 registers: o and dv gain by it, dq and dk do not (benchmarks/notes/gated.md).
+    template <bool AHEAD = false, class F>
+    __device__ __forceinline__ void each(int warp, F function) const {
         const int row = threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
         const float of_row[2] = {load(rows + row * 4), load(rows + row * 4 + 32)};
+        float own[8];
+        if (AHEAD) within(row, column, own);
 #pragma unroll
         for (int step = 0; step < 4; step++) {
             float d[8];
-            if (step == warp) {
+            if (!AHEAD && step == warp) {
                 within(row, column, d);
             } else {
 #pragma unroll
@@ -209,7 +217,8 @@ struct Tables : TokenWeights<true> {
                     float of_column[2];
                     load(columns + (16 * step + 2 * i + column) * 4, of_column[0], of_column[1]);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) d[i + j] = of_row[j / 2] * of_column[j % 2];
+                    for (int j = 0; j < 4; j++)
+                        d[i + j] = AHEAD && step == warp ? own[i + j] : of_row[j / 2] * of_column[j % 2];
                 }
             }
             function(step, d);

@@ -10,6 +10,9 @@
 //
 // Each warp asks for a share of the next chunk, a block of 64 columns of a or b, and c of a head or its log-decays: where
 // one thread asked for all, the others stood at the next barrier. Which head of a and b that is, is known from the start.
+//
+// With -DSKIPPED=1, D times c before its weights is added to o, as Mamba-2 has it, with the bits of a pass over o that
+// reads c again: o is rounded first. c's chunk lies where the outputs are written, until then.
 
 #include "../../constant_decay/cuda/hopper_tile.cuh"
 #include "../../constant_decay/cuda/hopper_lost.cuh"
@@ -18,12 +21,23 @@
 constexpr int HEADS = 2;
 constexpr int STAGE = 2 * ROWS_BYTES + HEADS * COLUMNS_BYTES, BLOCKS = ROWS / 64;
 static_assert(2 * HEADS == WARPS);
+#if SKIPPED  // D, a number a head, or with strides of columns a number a column
+#define SKIP , const float *skip, Offset skip_head, Offset skip_column
+#else
+#define SKIPPED 0
+#define SKIP
+#endif
+
+// Two outputs, rounded, and d times theirs of c.
+__device__ __forceinline__ Word plus(Word o, Word c, float d) {
+    return pack(fmaf(unpack(c, 0), d, unpack(o, 0)), fmaf(unpack(c, 1), d, unpack(o, 1)));
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, AGAIN ? 1 : 2)
 paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset state_batch, Offset state_head,
                Offset state_tile, Offset state_row, Offset state_column, const __grid_constant__ Map o, Bits* out,
                Offset out_batch, Offset out_head, Offset out_token, TILES, float scale, float state_scale,
-               float added_scale, int* again) {
+               float added_scale, int* again SKIP) {
     if (AGAIN && !again[blockIdx.x]) return;
     Tile tile(TILE);
     const int thread = thread_number(), lane = thread % 32, warp = thread / 32, first_head = HEADS * tile.head;
@@ -40,7 +54,7 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
     // Two places of: a, b, and c of each head. Behind them scores, log-decays, tables and barriers.
     const Word base = shared_memory(), seen = base + 2 * STAGE, slots = seen + BLOCK;
     const Word all_tables = slots + 2 * HEADS * SLOT, all_lost = all_tables + HEADS * Tables::BYTES;
-    const Word arrivals = all_lost + HEADS * Lost::BYTES;
+    const Word arrivals = all_lost + HEADS * Lost::BYTES, skips = arrivals + 16 + 4 * WARPS;
     auto slot = [&](int step, int h) { return slots + (step % 2 * HEADS + h) * SLOT; };
     auto place_a = [&](int step) { return base + step % 2 * STAGE; };
     auto place_b = [&](int step) { return place_a(step) + ROWS_BYTES; };
@@ -75,6 +89,9 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
     };
     if (AGAIN)
         for (int h = 0; h < HEADS; h++) Lost(all_lost + h * Lost::BYTES).start(state[h]);
+#if SKIPPED
+    store(skips + thread * 4, skip[(first_head + thread / COLUMNS) * skip_head + thread % COLUMNS * skip_column]);
+#endif
     if (lane == 0) store(head_ab(warp), Word(head_of(first_head, warp >= BLOCKS ? b_share : a_share)));
     if (thread == 0) {
         if (!AGAIN) again[blockIdx.x] = 0;
@@ -113,7 +130,10 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
         const Word a_i = place_a(step), b_i = place_b(step);
         const int count = tile.count(step);
         wait_arrival(arrivals + step % 2 * 8, step / 2 & 1);
+        Word given[HEADS][4][4];  // c before anything happens to it
         if (AGAIN) {
+            for (int h = 0; SKIPPED && h < HEADS; h++) load_left(place_c(step, h) + place_transposed(), given[h]);
+            if (SKIPPED) __syncwarp();  // all have read it
             for (int h = 0; WEIGHTED && h < HEADS; h++) weigh_rows(place_c(step, h), weights(step, h), count);
             if (WEIGHTED) __syncthreads();
             for (int zero = 0; zero < 2; zero++) {
@@ -156,17 +176,17 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
             end_products();
         };
         const Word to = seen + (warp * 16 + (lane & 15)) * 128 + ((lane >> 4 ^ lane) & 7) * 16;
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) tables(h).read(slot(step, h), count, faded[h]);
+        const Sums first = tables(0).sums(slot(step, 0), count), second = tables(1).sums(slot(step, 1), count);
+        tables(0).make(first, faded[0]), tables(1).make(second, faded[1]);  // whose steps wait for one another, together
         wait_products<0>();
         here(scores);
-        tables(1).each(warp, [&](int part, const float (&d)[8]) {
+        tables(0).decay<true>(scores, seen);
+        start_from_state(0);
+        tables(1).each<true>(warp, [&](int part, const float (&d)[8]) {  // under the product
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 later[part][i] = pack(scores[8 * part + 2 * i] * d[2 * i], scores[8 * part + 2 * i + 1] * d[2 * i + 1]);
         });
-        tables(0).decay(scores, seen);
-        start_from_state(0);
         publish();
         meet();  // all have written the first head's scores, and their tables, and read the outputs of the chunk before
         wait_writes(), fetch_c(step + 1);
@@ -192,12 +212,20 @@ paired_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset s
             wait_products<1>();
             here(o_i), here(x);
             if (AGAIN) Lost(all_lost + h * Lost::BYTES).mark(o_i, step, 0);
+            float d[2] = {};
+            const Word own_skip = skips + (h * COLUMNS + thread_number() / 32 * 16 + threadIdx.x % 32 / 4) * 4;
+            if (SKIPPED) d[0] = load(own_skip), d[1] = load(own_skip + 32);
 #pragma unroll
             for (int i = 0; i < 32; i += 8) {  // 16 tokens; a warp writes where it alone has read
+                const Word place = c_i + place_transposed() + i / 8 * 16 * 128;
                 Word y[4];
+                if (SKIPPED && !AGAIN) load_transposed(place, given[h][i / 8]);
 #pragma unroll
-                for (int j = 0; j < 4; j++) y[j] = pack(o_i[i + 2 * j], o_i[i + 2 * j + 1]);
-                store_transposed(c_i + place_transposed() + i / 8 * 16 * 128, y);
+                for (int j = 0; j < 4; j++) {
+                    y[j] = pack(o_i[i + 2 * j], o_i[i + 2 * j + 1]);
+                    if (SKIPPED) y[j] = plus(y[j], given[h][i / 8][j], d[j % 2]);
+                }
+                store_transposed(place, y);
             }
             if (h < HEADS - 1) {
                 meet();  // all have read its scores

@@ -21,6 +21,7 @@ FOUR = 4  # heads of a block
 GROUPS = {"grouped_outputs": 2, "shared_states": 4}  # warpgroups of a block, if more than one
 GROUPED_COLUMNS = 128  # of grouped_outputs.cu
 WEIGHTED = (("WEIGHTED", 1),)  # what a kernel is compiled with that multiplies v by its weights
+SKIPPED = (("SKIPPED", 1),)  # and what paired_outputs.cu is that adds to the outputs what it is `skip`ped by
 
 
 def in_pairs(a: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
@@ -87,8 +88,10 @@ def paired_outputs(
     out_dtype: torch.dtype,
     out: Tensor | None,
     weight: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
-    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs; out_dtype: a's; weight: of c's tokens."""
+    """See leetdist.kernels.constant_decay.pytorch.block.tile_outputs; out_dtype: a's; weight: of c's tokens; skip: (H,)
+    or (H, Dc), that times c without its weights is added to the outputs."""
     if out is None:
         out = empty_outputs(a, c, log_decay, out_dtype)
     if not out.numel():
@@ -102,7 +105,7 @@ def paired_outputs(
     options = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
     _outputs(
         "paired_outputs", a, b, c, states, places, log_decay, tiles, c.shape[3], 1, heads=HEADS, cluster=1, wide=False,
-        weight=weight, **options,  # type: ignore[arg-type]
+        weight=weight, skip=skip, **options,  # type: ignore[arg-type]
     )  # fmt: skip
     if target is not out:
         out.copy_(target)
@@ -181,6 +184,7 @@ def _outputs(
     heads: int,
     cluster: int,
     weight: Tensor | None,
+    skip: Tensor | None = None,
     wide: int,
     reverse: bool,
     scale: float,
@@ -198,10 +202,11 @@ def _outputs(
         states.data_ptr(), *states.stride(), *places,
         *place_of_tiles(tiles, log_decay, splits, heads, *sharing, weight=weight, kept=kept),
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
+        *(() if skip is None else (skip.data_ptr(), *skip.stride(), 0)[:3]),
     )  # fmt: skip
     for name in hopper.OUTPUTS:
         kind = a.dtype, wide, reverse, weight is not None, cluster
-        launch = _kernel(source, name, a.shape[3], columns, *kind, a.device)
+        launch = _kernel(source, name, a.shape[3], columns, *kind, a.device, skipped=skip is not None)
         launch((programs * splits,), hopper.THREADS * GROUPS.get(source, 1), *arguments)
 
 
@@ -259,7 +264,15 @@ def compile_for(
             _kernel("paired_outputs", name, rows, columns, dtype, False, reverse, weighted, 1, device)
 
 
-def shared_memory(source: str, name: str, rows: int, columns: int, weighted: bool = False) -> int:
+def compile_skipped(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    """As `compile_for`, of outputs that are `skip`ped by something."""
+    for name in hopper.OUTPUTS:
+        _kernel("paired_outputs", name, rows, columns, dtype, False, False, True, 1, device, skipped=True)
+
+
+def shared_memory(
+    source: str, name: str, rows: int, columns: int, weighted: bool = False, skipped: bool = False
+) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
     heads = HEADS if source in ("paired_outputs", "summed_outputs") else FOUR
     if source == "shared_states":
@@ -275,7 +288,8 @@ def shared_memory(source: str, name: str, rows: int, columns: int, weighted: boo
         tables = hopper.TABLES["tile_outputs"][True]
     lost = 4 * (columns + 4) if name == hopper.AGAIN else 0
     slots *= 2 if weighted else 1
-    return operands // 64 * hopper.BLOCK + hopper.BARRIERS + heads * (tables + slots * hopper.SLOT + lost)
+    own = tables + slots * hopper.SLOT + lost + 4 * columns * skipped
+    return operands // 64 * hopper.BLOCK + hopper.BARRIERS + heads * own
 
 
 @cache
@@ -290,10 +304,12 @@ def _kernel(
     weighted: bool,
     cluster: int,
     device: torch.device,
+    *,
+    skipped: bool = False,
 ) -> loader.Kernel:
     made = hopper.defines(name, rows, columns, GROUPS.get(source, 1), dtype, wide, reverse, True)
-    made += WEIGHTED * weighted + (("CLUSTER", cluster),) * (source == "grouped_outputs")
+    made += WEIGHTED * weighted + SKIPPED * skipped + (("CLUSTER", cluster),) * (source == "grouped_outputs")
     return loader.kernel(
         f"token_decay/cuda/{source}.cu", source, device, made,
-        shared_memory=shared_memory(source, name, rows, columns, weighted), features="a",
+        shared_memory=shared_memory(source, name, rows, columns, weighted, skipped), features="a",
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """v times its weights where the kernels for heads that share q and k (shared.py, shared_gradients.py) make the product
-themselves, on its way from shared memory to a product: a tensor as large as v is neither written nor read."""
+themselves, on its way from shared memory to a product: a tensor as large as v is neither written nor read. And a number
+a head, or a head's column, times v, which the kernel of the outputs adds to them."""
 
 from __future__ import annotations
 
@@ -31,6 +32,9 @@ def compile_for(
     share: int,
 ) -> None:
     """Of a pass, forward or backward (reverse); see leetdist.kernels.constant_decay.cuda.hopper.compile_for."""
+    if step == "skipped_outputs":
+        shared.compile_skipped(rows, columns, dtype, device)
+        return
     if reverse:
         for which in ("early_gradients", "late_gradients"):
             kind = dtype, wide, reverse, programs, device
