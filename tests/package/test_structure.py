@@ -221,3 +221,15 @@ def test_findings_are_listed() -> None:
         assert re.search(r"^# One would guess: .*\n(# .*\n)*# It is so that: ", path.read_text(), re.MULTILINE), (
             path.name
         )
+
+
+def test_no_comprehension_has_a_name_of_its_module() -> None:
+    """Python 3.12 takes a function, read in one comprehension, for the name of another one beside it."""
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        own = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        own |= {alias.asname or alias.name for node in imports for alias in node.names}
+        targets = [node.target for node in ast.walk(tree) if isinstance(node, ast.comprehension)]
+        named = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+        assert not own & named, (name, own & named)
