@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leetdist.api import linear_attention, linear_attention_step
 from leetdist.arguments import as_float
-from leetdist.inference.attend import attend
 from leetdist.kernels.common.elementwise import sigmoid, silu
 from leetdist.nn.checks import check_exact, check_sizes, check_x
 from leetdist.nn.decay import log_decay
-from leetdist.sequence.group import is_alone
+from leetdist.nn.operator import attended
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -114,21 +111,10 @@ class _DecayAttention(nn.Module):
         """(B, N, H, D) to (B, N, H, Dv), without a copy; one token with a state is a step of decoding."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         decay = self.log_decay(q.device)
-        if self.exact:
-            o, state = attend(
-                q, k, v, decay,
-                scale=scale, tile=self.tile, state=state, keep=return_state, cu_seqlens=cu_seqlens, group=self.group,
-            )  # fmt: skip
-            return o.transpose(1, 2), state
-        if state is not None and q.shape[2] == 1 and is_alone(self.group):
-            o, state = linear_attention_step(q, k, v, state, decay, scale=scale, inplace=self.inplace)
-            return o.transpose(1, 2), state
-        call = partial(
-            linear_attention, q, k, v, decay,
-            scale=scale, initial_state=state, cu_seqlens=cu_seqlens, group=self.group, tile=self.tile,
-        )  # fmt: skip
-        o, state = call(return_state=True) if return_state else (call(), None)
-        return o.transpose(1, 2), state
+        o, final = attended(
+            self, q, k, v, decay, scale=scale, state=state, return_state=return_state, cu_seqlens=cu_seqlens
+        )
+        return o.transpose(1, 2), final
 
 
 class LightningAttention(_DecayAttention):

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from leetdist.api import linear_attention, linear_attention_step
-from leetdist.arguments import as_bool, as_float
-from leetdist.inference.attend import attend
+from leetdist.arguments import as_float
 from leetdist.kernels.common.elementwise import silu, softplus
 from leetdist.nn.checks import check_exact, check_sizes, check_x
-from leetdist.sequence.group import is_alone
+from leetdist.nn.operator import attended
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -50,6 +48,9 @@ class SimpleGLA(nn.Module):
 
     by_token = True
     """What `leetdist.Session` asks: the decays are the tokens', not the layer's."""
+
+    inplace = False
+    """Whether a step of decoding overwrites its state, as a captured graph wants."""
 
     def __init__(
         self,
@@ -97,37 +98,19 @@ class SimpleGLA(nn.Module):
     ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group. state: (B, H, Dk, Dv) fp32, on the first rank."""
         check_x(x, self.dim)
-        return_state = as_bool("return_state", return_state)
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        decay, scale = self.log_decay(x), q.shape[-1] ** -0.5
-        final: Any = None
-        one = x.shape[1] == 1 and cu_seqlens is None
-        if self.exact:
-            o, final = attend(
-                q, k, v, decay,
-                scale=scale, tile=self.tile, state=state, keep=return_state, cu_seqlens=cu_seqlens, group=self.group,
-            )  # fmt: skip
-        elif state is not None and one and is_alone(self.group):
-            o, final = linear_attention_step(q, k, v, state, decay, scale=scale)
-        elif return_state:
-            o, final = linear_attention(
-                q, k, v, decay,
-                scale=scale, initial_state=state, return_state=True, cu_seqlens=cu_seqlens, group=self.group,
-                tile=self.tile,
-            )  # fmt: skip
-        else:
-            o = linear_attention(
-                q, k, v, decay,
-                scale=scale, initial_state=state, cu_seqlens=cu_seqlens, group=self.group, tile=self.tile,
-            )  # fmt: skip
+        o, final = attended(
+            self, q, k, v, self.log_decay(x),
+            scale=q.shape[-1] ** -0.5, state=state, return_state=return_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
         o = nn.functional.rms_norm(
             o.transpose(1, 2), self.norm.normalized_shape, self.norm.weight.to(o.dtype), self.norm.eps
         )
         y = self.o_proj(o.flatten(2) * silu(self.g_proj(x)))
-        return (y, final) if return_state and final is not None else y
+        return y if final is None else (y, final)
 
 
 __all__ = ["SimpleGLA"]

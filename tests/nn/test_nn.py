@@ -83,6 +83,22 @@ def test_a_layers_arguments_are_named(kind: Any) -> None:
             layer(torch.randn(shape))
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", [LightningAttention, Retention, leetdist.nn.SimpleGLA])
+def test_a_state_comes_back_where_it_is_asked_for(kind: Any, exact: bool) -> None:
+    """However many tokens go on from one: a step of decoding returned it unasked."""
+    layer, more = kind(32, 4, exact=exact), {}
+    with torch.no_grad():
+        _, state = layer(torch.randn(2, 20, 32), return_state=True)
+        for count in (1, 3):
+            if kind is Retention:
+                more["position_ids"] = torch.arange(20, 20 + count)[None]
+            x = torch.randn(2, count, 32)
+            y, after = layer(x, state=state, return_state=True, **more)
+            assert torch.equal(layer(x, state=state, **more), y)
+            assert after is not None
+
+
 def test_retention_is_the_papers_equation() -> None:
     """Eqs. 3 to 8 with complex numbers: (QΘ)(KΘ)^* ⊙ D, a group norm over each head, and the swish gate."""
     layer = Retention(24, 3).double()
