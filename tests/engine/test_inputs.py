@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import any_calls
@@ -66,16 +65,23 @@ def test_forms(name: str, method: str) -> None:
     assert_forms_mean_their_values(name, method, arguments())
 
 
-@pytest.mark.gpu
 @pytest.mark.interpreter
+def test_forms_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of Triton read log_decay and states as contiguous, and q, k, v as contiguous in the last dimension.
+    Interpreted, a call takes a second: in each, all arguments have forms, which in the end are all forms of each."""
+    monkeypatch.setenv("LEETDIST_BACKEND", "triton")
+    given = arguments(heads=2, tokens=20)  # two heads of one, and two tiles
+    forms = {name: list(any_calls.forms(x)) for name, x in given.items()}
+    expected = call(given)
+    for turn in range(max(map(len, forms.values()))):
+        chosen = {name: of[(turn + place) % len(of)] for place, (name, of) in enumerate(forms.items())}
+        for ours, plain in zip(call({name: x for name, (_, x) in chosen.items()}), expected, strict=True):
+            assert torch.equal(ours, plain), {name: form for name, (form, _) in chosen.items()}
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", arguments())
-def test_forms_in_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of Triton read log_decay and states as contiguous, and q, k, v as contiguous in the last dimension."""
-    if not torch.cuda.is_available():
-        monkeypatch.setitem(os.environ, "LEETDIST_BACKEND", "triton")
-        # Two heads of one, and two tiles: interpreted, each takes as long as any other.
-        assert_forms_mean_their_values(name, "block", arguments(heads=2, tokens=20))
-        return
+def test_forms_on_a_gpu(name: str) -> None:
     given = {n: x.cuda() for n, x in arguments().items()}
     expected = call(given)
     for form, x in any_calls.forms(given[name]):

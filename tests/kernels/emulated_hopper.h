@@ -280,9 +280,14 @@ template <int n, class Left, class Right> void multiply(float (&x)[n], int add, 
     float rows[2][16];
     for (int i = 0; i < 32; i++) rows[i / 16][i % 16] = left(i / 16, i % 16);
     for (int i = 0; i < n; i++) {
-        float sum = add ? x[i] : 0.0f;
-        for (int k = 0; k < 16; k++) sum += rows[i / 2 % 2][k] * right(k, 8 * (i / 4) + 2 * (lane % 4) + i % 2);
-        x[i] = sum;
+        if (i / 2 % 2) continue;  // of the column's two rows, the second comes with the first
+        float column[16];
+        for (int k = 0; k < 16; k++) column[k] = right(k, 8 * (i / 4) + 2 * (lane % 4) + i % 2);
+        for (int row = 0; row < 2; row++) {
+            float sum = add ? x[i + 2 * row] : 0.0f;
+            for (int k = 0; k < 16; k++) sum += rows[row][k] * column[k];
+            x[i + 2 * row] = sum;
+        }
     }
 }
 // A left operand in registers: of a thread's two rows, numbers 2 (lane % 4) and the next, and those 8 further on.
