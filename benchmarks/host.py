@@ -26,7 +26,7 @@ from common.idle import Echo, idle_kernels, rehearsed
 from suites.scaling.report import provenance
 
 import leetdist
-from leetdist.engine.plan import plan_call
+from leetdist.engine.planning import plan_call
 from leetdist.launch.runtime import joined
 from leetdist.sequence.group import resolve
 from leetdist.sequence.symmetric import SLOTS

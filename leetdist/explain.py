@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leetdist.engine.checks import ONE_DEVICE, describe
 from leetdist.engine.inputs import a_head
-from leetdist.engine.plan import plan_call
+from leetdist.engine.planning import plan_call
 from leetdist.kernels.common.settings import settings
 from leetdist.operators.composition import Kernels
 from leetdist.operators.dispatch import Choice, Refusals

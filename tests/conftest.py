@@ -112,13 +112,13 @@ def poison(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def forgotten() -> Iterator[Callable[[], None]]:
     """Nothing is remembered of which kernels compute what, before and after; called, neither in between."""
-    from leetdist.engine import plan as plans
+    from leetdist.engine import planning
     from leetdist.operators import composition, dispatch, methods
 
     def forget() -> None:
-        for known in (methods._kernels_for, composition._composed, dispatch._backend_of, plans._local_plan):
+        for known in (methods._kernels_for, composition._composed, dispatch._backend_of, planning._local_plan):
             known.cache_clear()
-        for table in (dispatch._failed, dispatch._works, dispatch._told, dispatch._decoders, plans._plans):
+        for table in (dispatch._failed, dispatch._works, dispatch._told, dispatch._decoders, planning._plans):
             table.clear()
 
     forget()

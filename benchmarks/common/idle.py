@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from leetdist.engine import plan, repeats
+from leetdist.engine import plan, planning, repeats
 from leetdist.kernels.common import launches, recording, replay, sums
 from leetdist.operators.constant_decay import ConstantDecay
 from leetdist.sequence.transport import Transport
@@ -137,7 +137,10 @@ def rehearsed() -> Iterator[None]:
             (repeats, "_on_gpu", lambda x: True),
         ):
             stack.enter_context(patch.object(owner, name, stand_in, create=True))
-        for forget in (plan._plans.clear, plan._local_plan.cache_clear):  # a plan knows whether it is repeatable
+        for forget in (
+            planning._plans.clear,
+            planning._local_plan.cache_clear,
+        ):  # as plans know whether they repeat
             forget()
             stack.callback(forget)
         yield

@@ -15,7 +15,7 @@ from leetdist.engine.autograd import LinearAttention
 from leetdist.engine.inputs import canonical_options, canonical_tensors
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.passes import forward_pass
-from leetdist.engine.plan import plan_call
+from leetdist.engine.planning import plan_call
 from leetdist.operators.registry import operator_named
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import redistribute

@@ -30,7 +30,8 @@ from leetdist.engine.inputs import canonical_options, canonical_tensors
 from leetdist.engine.kept import Plans
 from leetdist.engine.layout import empty_as, row_major, strides_as
 from leetdist.engine.passes import backward_pass, forward_pass
-from leetdist.engine.plan import Plan, plan_call
+from leetdist.engine.plan import Plan
+from leetdist.engine.planning import plan_call
 from leetdist.operators.problem import state_dtype
 from leetdist.sequence.group import by_name
 from leetdist.sequence.shard import move

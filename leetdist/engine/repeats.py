@@ -18,7 +18,8 @@ from leetdist.engine import trace
 from leetdist.engine.inputs import canonical_tensors
 from leetdist.engine.layout import row_major
 from leetdist.engine.passes import backward_pass, forward_pass, repeater
-from leetdist.engine.plan import Plan, plan_call
+from leetdist.engine.plan import Plan
+from leetdist.engine.planning import plan_call
 from leetdist.engine.values import decays_of, reads_values
 from leetdist.kernels.common.settings import raw_settings
 

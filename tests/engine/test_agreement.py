@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import leetdist
 from helpers import run_ranks, values
-from leetdist.engine import plan
+from leetdist.engine import planning
 from leetdist.engine import values as engine_values
 from leetdist.sequence.group import resolve
 from leetdist.sequence.p2p import TENSORS, PointToPoint
@@ -303,9 +303,9 @@ def test_a_site_is_the_programs_line() -> None:
         layer = leetdist.nn.LightningAttention(32, 2, group=group)
         torch.nn.Sequential(layer)(torch.randn(1, 32, 32))
 
-    agree = plan.agree
+    agree = planning.agree
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "agree", lambda *args, **kwargs: seen.append(kwargs["site"]) or agree(*args, **kwargs))
+        patch.setattr(planning, "agree", lambda *args, **kwargs: seen.append(kwargs["site"]) or agree(*args, **kwargs))
         leetdist.virtual_ranks(rank, 2)
     assert {site.words.partition(":")[0] for site in seen} == {"test_agreement.py"}
 

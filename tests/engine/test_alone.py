@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import leetdist
-from leetdist.engine.plan import plan_call
+from leetdist.engine.planning import plan_call
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.reference import relative_error
 

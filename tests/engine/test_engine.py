@@ -11,7 +11,7 @@ import torch
 
 import leetdist
 from leetdist.engine.lanes import make_lanes
-from leetdist.engine.plan import plan_call
+from leetdist.engine.planning import plan_call
 from leetdist.engine.values import Decays
 from leetdist.sequence.pipeline import Job
 from leetdist.sequence.virtual import VirtualGroup

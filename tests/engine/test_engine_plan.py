@@ -16,7 +16,7 @@ import torch.distributed as dist
 import leetdist
 from helpers import run_ranks, values
 from leetdist.engine import trace
-from leetdist.engine.plan import plan_call
+from leetdist.engine.planning import plan_call
 from leetdist.launch import plan as plan_command
 from leetdist.sequence import pipeline
 from leetdist.sequence.group import resolve

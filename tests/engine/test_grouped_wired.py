@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.engine import plan
+from leetdist.engine import planning
 from leetdist.kernels.constant_decay.pytorch import block
 from leetdist.operators.implementations import CANDIDATES, PYTORCH, Implementation
 from leetdist.operators.methods import _kernels_for
@@ -53,7 +53,7 @@ def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def forget() -> None:
     _kernels_for.cache_clear()
-    plan._plans.clear()
+    planning._plans.clear()
 
 
 def gradients(given: list[Tensor], log_decay: Tensor, own: slice = slice(None), **options: Any) -> list[Tensor]:

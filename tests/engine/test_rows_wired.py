@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.engine import plan
+from leetdist.engine import planning
 from leetdist.kernels.common.settings import Settings
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch import block
@@ -74,7 +74,7 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]
 
 def forget() -> None:
     _kernels_for.cache_clear()
-    plan._plans.clear()
+    planning._plans.clear()
 
 
 def drawn(batch: int, *heads: int) -> list[Tensor]:

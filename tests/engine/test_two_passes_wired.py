@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.engine import plan
+from leetdist.engine import planning
 from leetdist.kernels.constant_decay.pytorch import block as constant_block
 from leetdist.kernels.token_decay.pytorch import block as token_block
 from leetdist.operators.facts import Facts
@@ -74,7 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def forget() -> None:
     """Who computes a kind of call is remembered."""
     _kernels_for.cache_clear()
-    plan._plans.clear()
+    planning._plans.clear()
 
 
 def gradients(given: list[Tensor], own: slice = slice(None), **options: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.engine import plan
+from leetdist.engine import planning
 from leetdist.engine.call import run
 from leetdist.kernels.common.settings import Settings
 from leetdist.kernels.token_decay.pytorch import block
@@ -82,11 +82,11 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         for step in (*(function.__name__ for function in steps), "skipped_outputs"):
             monkeypatch.setitem(CANDIDATES, step, (who,))
     _kernels_for.cache_clear()
-    plan._plans.clear()
+    planning._plans.clear()
     weighed.clear()
     yield request.param
     _kernels_for.cache_clear()
-    plan._plans.clear()
+    planning._plans.clear()
 
 
 def draw(heads: int = 4) -> list[Tensor]:
@@ -121,7 +121,7 @@ def test_bits_of_the_product_on_ranks(kernels: str, ranks: int, monkeypatch: pyt
         for step in ("tile_states", "tile_outputs"):
             patch.setitem(CANDIDATES, step, PYTORCH[step])
         _kernels_for.cache_clear()
-        plan._plans.clear()
+        planning._plans.clear()
         q, k, v, do, g, weight = given
         expected = with_gradients([q, k, block.weighted_values(v, weight), do, g])
     for name, x, y in zip(("o", "dq", "dk", "dv", "dg"), found, expected, strict=True):
@@ -223,7 +223,7 @@ def test_a_compiled_call_does_not_take_a_plan_with_weights() -> None:
 
     def weighted(group: Any = None) -> list[bool]:
         more: list[dict[str, Any]] = [{"weighted": True}, {"read_values": True}]
-        found = (plan.plan_call(x, x, x, log_decay, transport=resolve(group), **OPTIONS, **one) for one in more)
+        found = (planning.plan_call(x, x, x, log_decay, transport=resolve(group), **OPTIONS, **one) for one in more)
         return [one.problem.weighted for one in found]
 
     assert weighted() == [True, False]

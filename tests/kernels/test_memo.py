@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import leetdist
-from leetdist.engine import plan
+from leetdist.engine import planning
+from leetdist.engine.plan import Plan
 from leetdist.kernels.common.memo import Memo
 
 
@@ -20,8 +21,8 @@ def test_one_more_than_the_most_begins_anew() -> None:
 
 
 def test_ever_new_calls_do_not_fill_the_memory(monkeypatch) -> None:
-    kept: Memo[object, plan.Plan] = Memo(4)
-    monkeypatch.setattr(plan, "_plans", kept)
+    kept: Memo[object, Plan] = Memo(4)
+    monkeypatch.setattr(planning, "_plans", kept)
     x = torch.randn(1, 1, 9, 8)
     expected = leetdist.linear_attention(x, x, x)
     for tokens in range(1, 10):
