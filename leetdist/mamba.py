@@ -125,7 +125,8 @@ def mamba_chunk_scan_combined(
         given = C.transpose(1, 2), B.transpose(1, 2), v, log_decay
         if weight is None:
             return linear_attention(*given, **options, group=group)
-        return run(given, {"scale": 1.0, "method": "auto", **options}, transport, weight=weight, skip=skip)
+        more = {"scale": 1.0, "method": "auto", **options}
+        return run(given, more, transport, weight=weight, skip=skip, gated=z is not None)
 
     steps = scan.Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
     y, states = _around(attend, x, dt, A, D, z, dt_bias, starts, steps, weighted=not ops.wanted(x))
@@ -190,24 +191,23 @@ def _around(
     weighted: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y, and states where there are some, of `attend(v, log_decay, weight, skip)`. weighted: v = dt x is not written, x
-    and its weight dt are what there is of it, and where no z follows it adds D x, as `skip`; else both are None."""
+    and its weight dt are what there is of it, and skip is D, which it adds x times if no z follows; else both None."""
     x, dt, A = (for_autograd(y) for y in (x, dt, A))
     D, z, dt_bias = (None if y is None else for_autograd(y) for y in (D, z, dt_bias))
     wide = torch.promote_types(x.dtype, torch.float32)
     A = A.to(wide)
     bias, D = (None if y is None else y.to(wide) for y in (dt_bias, D))
     v, log_decay, weight, skipped = _Inputs.apply(x, dt, A, bias, D, starts, steps, weighted)
-    D = None if D is None else D.detach()
-    skip = D if weighted and z is None else None
-    attended = attend(v.transpose(1, 2), log_decay, weight, skip)
+    attended = attend(v.transpose(1, 2), log_decay, weight, D if weighted else None)
+    D, added = None if D is None else D.detach(), weighted and z is None
     o, states = attended if isinstance(attended, tuple) else (attended, None)
     y = o.transpose(1, 2)
     if D is not None or z is not None:
-        given = y, skipped, None if skip is not None else D, z
+        given = y, skipped, None if added else D, z
         learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in given)
         if learns or not weighted:
             y = _Outputs.apply(*given)
-        elif skip is None:  # nobody else has o
+        elif not added:  # nobody else has o
             y = kernel(scan.scan_outputs, y, y.shape[3])(*given, spent=True)
     return y, states
 
@@ -216,7 +216,8 @@ class _Inputs(torch.autograd.Function):
     """dt x, (B, N, H, P); dt A, (B, H, N); dt, (B, H, N), if weighted; and D x, if there is a D.
 
     Products of x are not written: x stands for them, for D x, and if weighted for dt x. Its gradients there are those
-    of the products, and all that x gets comes together in one pass over it."""
+    of the products, and all that x gets comes together in one pass over it; or where dt itself has a gradient, that of
+    v is already all that x gets, and D has its own from there."""
 
     @staticmethod
     def forward(
@@ -236,7 +237,6 @@ class _Inputs(torch.autograd.Function):
         if weighted:
             weight, log_decay = kernel(scan.scan_steps, x, x.shape[3])(dt, A, bias, starts, steps)
             v = x
-            ctx.mark_non_differentiable(weight)
         else:
             v, log_decay = kernel(scan.scan_inputs, x, x.shape[3])(x, dt, A, bias, starts, steps)
         ctx.save_for_backward(x, dt, A, bias, D, starts, weight)
@@ -245,17 +245,20 @@ class _Inputs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dv: Tensor | None, dlog_decay: Tensor | None, _: None, dskipped: Tensor | None
+        ctx: Any, dv: Tensor | None, dlog_decay: Tensor | None, dweight: Tensor | None, dskipped: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, dt, A, bias, D, starts, weight = ctx.saved_tensors
         batch, tokens, heads, _ = x.shape
-        if dv is None:
-            dv = torch.zeros_like(x)
         if dlog_decay is None:
             dlog_decay = A.new_zeros(batch, heads, tokens)
+        needs = ctx.needs_input_grad[:5]
+        if dweight is not None:
+            of_steps = kernel(scan.scan_steps_gradient, x, x.shape[3])
+            return dv, *of_steps(dt, A, bias, starts, dweight, dlog_decay, ctx.steps, needs[1:4]), *[None] * 4
+        if dv is None:
+            dv = torch.zeros_like(x)
         if D is not None and dskipped is None:
             dskipped = torch.zeros_like(x)
-        needs = tuple(ctx.needs_input_grad[:5])
         given = x, dt, A, bias, D, starts, dv, dlog_decay, dskipped, ctx.steps, needs
         function = kernel(scan.scan_inputs_gradient, x, x.shape[3])
         return (*function(*given, own=weight, spent=weight is not None), *[None] * 3)

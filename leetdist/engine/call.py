@@ -98,6 +98,7 @@ def run(
     gates: Mapping[str, Tensor] | None = None,
     weight: Tensor | None = None,
     skip: Tensor | None = None,
+    gated: bool = False,
 ) -> tuple[Tensor, Any]:
     """o and the final state, None where it is not asked for. given: q, k, v, log_decay; options: as `describe`'s;
     operator, gates: as `plan_call`'s; weight: of each token's v, beside a decay a token, and `skip`, which needs a
@@ -111,7 +112,9 @@ def run(
             asked: Any = tuple([options[name] for name in repeats.OPTIONS])
             return repeats.forward(tensors, asked, read=True)[:2]
     if weight is not None:
-        options = options | {"weighted": True, "skipped": skip is not None}
+        options = options | {
+            "weighted": True, "skipped": skip is not None, "gated": gated, "whole": skip is None or skip.ndim == 1
+        }  # fmt: skip
     captured = (
         transport is not None and isinstance(q, Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
     )
@@ -124,7 +127,9 @@ def run(
     if gates is not None:
         inputs[3:] = [row_major(x) for x in gates.values()]
     if weight is not None:
-        inputs.extend(contiguous(x, inputs[3].dtype) for x in (weight, skip) if x is not None)
+        fixed = plan.operator.fixed
+        more = (x if not fixed else x.detach() for x in (weight, skip) if x is not None)
+        inputs.extend(contiguous(x, inputs[3].dtype) for x in more)
     anchor = None
     if transport is not None:
         tokens = len(plan.operator.tokens)

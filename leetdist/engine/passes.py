@@ -95,7 +95,14 @@ def backward_pass(
     if needs_gate_grads:  # which the plan of a compiled call does not know
         plan = plan.learning
     do, dfinal = (None if x is None else row_major(x) for x in (do, dfinal))  # repeated passes look at memory alone
-    return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
+    found = _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
+    if not (needs_gate_grads and plan.operator.by_token):
+        return found
+    *grads, dinitial = found
+    for name in plan.operator.by_token:
+        place = len(plan.operator.tokens) + plan.operator.heads.index(name)
+        grads[place] = cast(Tensor, grads[place]).sum((0, 2))
+    return *grads, dinitial
 
 
 def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
@@ -129,6 +136,9 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
         learnt = operator.tokens if needs_gate_grads else operator.tokens[:3]
         wanted = tuple(name for name in learnt if name not in operator.fixed)
         given_as = dict(zip(operator.tokens, inputs, strict=False))
+        if needs_gate_grads:
+            given_as |= {name: given_as[like] for name, like in operator.by_token.items()}
+            wanted += tuple(operator.by_token)
         grads = {name: LaneTokens(given_as[name], ends.like.dtype, plan) for name in wanted}
         dtypes = {name: grad.wide for name, grad in grads.items()}
         late = tuple(name for name in wanted if name not in operator.early)
@@ -159,7 +169,8 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
             put(late, lane, operator.late_gradients, states, ends, late=True)
 
         head_grads: list[Tensor | None] = [None] * len(operator.heads)
-        if needs_gate_grads and not set(operator.heads) <= set(operator.fixed):
+        of_tiles = set(operator.heads) - set(operator.fixed) - set(operator.by_token)
+        if needs_gate_grads and of_tiles:
             shares = {
                 lane: [
                     operator.head_gradients(of_lane[lane], *from_states, do_of[lane], tiles, kept=kept[lane, kind])
@@ -173,6 +184,8 @@ def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:
                 )
                 like = inputs[len(operator.tokens) + place]
                 head_grads[place] = scan.head_gradient_to_first(added, like, name, plan)
+        for name in operator.by_token if needs_gate_grads else ():
+            head_grads[operator.heads.index(name)] = grads[name].whole
         dinitial_whole = None
         if plan.any_initial:
             dinitial_whole = scan.states_to_first(in_order(dinitial, plan), plan.state_shape, plan)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -37,6 +38,9 @@ class Operator(ABC):
     heads: tuple[str, ...] = ()
     # Those of both that have no gradient.
     fixed: tuple[str, ...] = ()
+    # Those of `heads` whose gradients come token by token, (B, H, N) as such an input of `tokens` has; added up over
+    # what is here they are each rank's share.
+    by_token: Mapping[str, str] = MappingProxyType({})
     # Those whose gradients need no state gradients: they are computed while those are still on their way.
     early: ClassVar[tuple[str, ...]] = ()
     # Whether results can be written into given places, which lanes (leetdist.engine.lanes) need.

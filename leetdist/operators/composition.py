@@ -39,7 +39,8 @@ class Kernels:
     may add up one by one. early_gradients, late_gradients: where somebody makes all gradients in two passes. adds_up:
     whether `tile_outputs` is told for how many `heads` outputs are to be added up, and may begin with it.
     weighted_values: forward and backward, v times its weights; None where the pass's kernels see to it themselves.
-    skips: whether `tile_outputs` adds what a problem is `skipped` by.
+    skips: whether `tile_outputs` adds what a problem is `skipped` by. finishes: whether `late_gradients` gives v's own
+    gradient, and those of its weights and of what it is skipped by.
     row_outputs: outputs of whole sequences without states; unserved: why nobody has them."""
 
     tile_outputs: Callable[..., Tensor]
@@ -55,6 +56,7 @@ class Kernels:
     adds_up: bool = False
     weighted_values: tuple[Callable[..., Tensor | None], ...] = ()
     skips: bool = False
+    finishes: bool = False
     row_outputs: Callable[..., Tensor] | None = None
     unserved: Refusals = ()
 
@@ -126,7 +128,7 @@ def compose(outputs: str, problem: Problem, tile: int, *, alone: bool = True) ->
     rows, unserved = by_rows(problem, part, (*by_outputs, *by_states)) if alone else ((), ())
     return _composed(
         tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, two_passes, weights, skips, rows, unserved,
-        backward, learnt,
+        backward, learnt, problem.whole,
     )  # fmt: skip
 
 
@@ -144,6 +146,7 @@ def _composed(
     unserved: Refusals,
     backward: bool,
     learnt: bool,
+    whole: bool,
 ) -> Kernels:
     """Plans are remembered by their kernels, so one object."""
     longest = [c.implementation.longest_tile for c in outputs if c.implementation.longest_tile is not None]
@@ -154,6 +157,7 @@ def _composed(
         _routed(outputs), _routed(states), _routed(fold), gradient.function(),
         early_gradients=early, late_gradients=late, transitions=decay_itself if keep is None else keep.function(),
         weighted_values=tuple(choice.function() for choice in weights), skips=bool(skips),
+        finishes=whole and bool(two_passes) and weights[-1].implementation.weighs,
         choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
         row_outputs=rows[0].function() if rows else None, unserved=unserved,
         adds_up=all("heads" in inspect.signature(choice.function()).parameters for choice in outputs),

@@ -33,7 +33,7 @@ class Implementation:
     by leetdist.kernels.common.recording, so that a call can be repeated. longest_tile: tokens that it may add up one by
     one. opened: the module, beside its own, that goes on inside a tile (leetdist.operators.opened). most_rows: how many
     of the state it takes at once, where it serves any number, block by block (leetdist.kernels.common.blocks). weighs:
-    its steps take the weights of v as well.
+    its steps take the weights of v as well, and gradients are of v itself and of these.
     """
 
     name: str
@@ -160,6 +160,7 @@ CUDA_HOPPER_SHARED_GRADIENTS = Implementation(
 CUDA_HOPPER_WEIGHTS = Implementation(
     "CUDA C++", "cuda.weights", refusals.cuda_hopper_weights, "NVRTC",
     features="a", recordable=True, functions=(("skipped_outputs", "weighted_values"),), operator="token_decay",
+    weighs=True,
 )  # fmt: skip
 TRITON_A_TOKEN = Implementation(
     "Triton", "triton.block", refusals.triton, "Triton",
@@ -216,6 +217,7 @@ CANDIDATES: dict[str, tuple[Implementation, ...]] = {
     "scan_steps": (TRITON_SCAN, PYTORCH_SCAN),
     "scan_inputs": (TRITON_SCAN, PYTORCH_SCAN),
     "scan_inputs_gradient": (TRITON_SCAN, PYTORCH_SCAN),
+    "scan_steps_gradient": (TRITON_SCAN, PYTORCH_SCAN),
     "scan_outputs": (TRITON_SCAN, PYTORCH_SCAN),
     "scan_outputs_gradient": (TRITON_SCAN, PYTORCH_SCAN),
     "convolution": (TRITON_CONV, PYTORCH_CONV),

@@ -98,12 +98,12 @@ class ScalarDecay(Operator):
         kept: Inputs,
     ) -> dict[str, Tensor]:
         if self.kernels.late_gradients is not None:
-            outs = places["k"], places["v"], places.get("log_decay")
+            names = dict.fromkeys(("k", "v", "log_decay", *places))
             grads = self.kernels.late_gradients(
                 x["q"], x["k"], x["v"], do, states, ends, x["log_decay"], tiles, kept,
-                scale=self.scale, outs=outs, **told(x, "weight"),
+                scale=self.scale, outs=tuple(places.get(name) for name in names), **told(x, "weight", "skip"),
             )  # fmt: skip
-            return dict(zip(("k", "v", "log_decay"), grads, strict=True))
+            return dict(zip(names, grads, strict=True))
 
         def reversed_outputs(name: str, a: Tensor, b: Tensor, c: Tensor, *, transposed: bool) -> Tensor:
             more = self._added_up(x[name]) | {"reverse": True, "transposed": transposed}

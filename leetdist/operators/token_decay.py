@@ -24,11 +24,15 @@ class TokenDecay(ScalarDecay):
     """log_decay: (B, H, N), -inf allowed: the state starts anew. `fold` is told one factor a tile, (B, H, tiles).
 
     Of a weighted problem there is also weight, (B, heads of v, N) in log_decay's dtype, and v stands for weight * v,
-    rounded to its dtype: that is what all is computed of, and what v's gradient is the gradient of. So whoever has such
-    a product, as Mamba-2 has dt x, writes neither it to memory, nor its gradient more than once.
+    rounded to its dtype: that is what all is computed of. So whoever has such a product, as Mamba-2 has dt x, does not
+    write it to memory.
 
     Of a skipped one, which is weighted, there is also skip, Mamba-2's D, (H,) or (H, Dv): that times v, before its
-    weight, is added to the outputs once they are rounded, and the sum rounded again. The gradients are those without.
+    weight, is added to the outputs once they are rounded, and the sum rounded again; of a gated one by whoever takes
+    the outputs.
+
+    Where a kernel of the backward pass can, of a `whole` problem, the gradients are v's own, with what skip v gives it,
+    the weight's and skip's. Else v's is that of the product, and the others are left to the caller (`fixed`).
     """
 
     tokens: tuple[str, ...] = ("q", "k", "v", "log_decay")
@@ -36,20 +40,21 @@ class TokenDecay(ScalarDecay):
     def __init__(self, problem: Problem, tokens: int) -> None:
         super().__init__(problem, tokens)
         if problem.weighted:
-            self.tokens, self.fixed = (*self.tokens, "weight"), ("weight", "skip")
+            self.tokens, self.fixed = (*self.tokens, "weight"), () if self.kernels.finishes else ("weight", "skip")
         if problem.skipped:
-            self.heads = ("skip",)
+            self.heads, self.gated = ("skip",), problem.gated
+            self.by_token = {} if self.fixed else {"skip": "weight"}
 
     def prepared(self, x: Inputs, *, backward: bool) -> Inputs:
         if "weight" not in x:
             return x
         v = self.kernels.weighted_values[backward](x["v"], x["weight"])
         left = set() if v is None else {"weight"}
-        left |= set() if self.kernels.skips and not backward else {"skip"}
+        left |= set() if (not self.fixed if backward else self.kernels.skips and not self.gated) else {"skip"}
         return {name: v if name == "v" and v is not None else y for name, y in x.items() if name not in left}
 
     def finished(self, o: Tensor, x: Inputs) -> Tensor:
-        if "skip" not in x or self.kernels.skips:
+        if "skip" not in x or self.kernels.skips or self.gated:
             return o
         add = kernel(scan.scan_outputs, o, o.shape[3])
         y: Tensor = add(o.transpose(1, 2), x["v"].transpose(1, 2), x["skip"], None, spent=True)

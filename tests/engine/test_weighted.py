@@ -22,6 +22,7 @@ from leetdist.operators.dispatch import Use, choose
 from leetdist.operators.facts import Facts, Machine
 from leetdist.operators.implementations import CANDIDATES, Implementation
 from leetdist.operators.methods import _kernels_for
+from leetdist.reference import relative_error
 from leetdist.sequence.group import resolve
 
 NAME, TILE, TOKENS = "leetdist.kernels.token_decay.stand_in", 32, 200
@@ -47,23 +48,31 @@ def tile_outputs(
     return o
 
 
-def early_gradients(q, k, v, do, states, log_decay, tiles, *, scale, out, weight):
+def early_gradients(q, k, v, do, states, log_decay, tiles, *, scale, out, weight=None):
     options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": q.dtype}
     return block.tile_outputs(do, product("early", v, weight), k, states.mT, log_decay, tiles, out=out, **options), {}
 
 
-def late_gradients(q, k, v, do, states, ends, log_decay, tiles, kept, *, scale, outs, weight):
-    v = product("late", v, weight)
+def late_gradients(q, k, x, do, states, ends, log_decay, tiles, kept, *, scale, outs, weight=None, skip=None):
+    v = product("late", x, weight)
     options: dict[str, Any] = {"reverse": True, "scale": scale, "state_scale": 1.0, "out_dtype": q.dtype}
-    dk = block.tile_outputs(v, do, q, ends.mT, log_decay, tiles, out=outs[0], **options)
-    dv = block.tile_outputs(k, q, do, ends, log_decay, tiles, out=outs[1], **options)
-    grad = block.decay_gradient(q, k, v, do, states, ends, log_decay, tiles, scale=scale)
-    return dk, dv, grad if outs[2] is None else outs[2].copy_(grad)
+    dk = block.tile_outputs(v, do, q, ends.mT, log_decay, tiles, **options)
+    dv = block.tile_outputs(k, q, do, ends, log_decay, tiles, **options)
+    grads = [dk, dv, block.decay_gradient(q, k, v, do, states, ends, log_decay, tiles, scale=scale)]
+    if len(outs) > 3:
+        assert weight is not None
+        grads[1:] = [dv * weight[..., None], grads[2], (dv * x).sum(3)]
+    if skip is not None:
+        grads[1:] = [grads[1] + do * skip[:, None, None], *grads[2:], (do * x).sum(3)]
+    for out, grad in zip(outs, grads, strict=True):
+        for begin, length in tiles.spans if out is not None else ():  # where other tiles have theirs already
+            out[:, :, begin : begin + length] = grad[:, :, begin : begin + length]
+    return tuple(grad if out is None else out for out, grad in zip(outs, grads, strict=True))
 
 
-def product(step: str, v: Tensor, weight: Tensor) -> Tensor:
-    weighed.append(step)
-    return block.weighted_values(v, weight)
+def product(step: str, v: Tensor, weight: Tensor | None) -> Tensor:
+    weighed.append(step if weight is not None else "written")
+    return v if weight is None else block.weighted_values(v, weight)
 
 
 def weighted_values(v: Tensor, weight: Tensor) -> None:
@@ -79,12 +88,19 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setattr(module, function.__name__, function, raising=False)
         monkeypatch.setitem(sys.modules, NAME, module)
         who = Implementation("stand-in", "stand_in", lambda facts: None, operator="token_decay", weighs=True)
-        for step in (*(function.__name__ for function in steps), "skipped_outputs"):
+        weigher = replace(who, refusal=lambda facts: None if facts.weighs else "nobody takes weights")
+        for step in (function.__name__ for function in steps[:-1]):
             monkeypatch.setitem(CANDIDATES, step, (who,))
-    _kernels_for.cache_clear()
-    planning._plans.clear()
+        for step in ("weighted_values", "skipped_outputs"):
+            monkeypatch.setitem(CANDIDATES, step, (weigher, *PYTORCH[step]))
+    forget()
     weighed.clear()
     yield request.param
+    forget()
+
+
+def forget() -> None:
+    """Who computes a kind of call is remembered."""
     _kernels_for.cache_clear()
     planning._plans.clear()
 
@@ -116,19 +132,18 @@ def test_bits_of_the_product_on_ranks(kernels: str, ranks: int, monkeypatch: pyt
     stood_in = {"states", "outputs", "early", "late", "not written"} if kernels == "stand-in" else set()
     assert set(weighed) == stood_in
     with pytest.MonkeyPatch.context() as patch:  # the same product by PyTorch's kernels
-        for step in CANDIDATES:
-            patch.setitem(CANDIDATES, step, tuple(c for c in CANDIDATES[step] if c.name != "stand-in"))
-        for step in ("tile_states", "tile_outputs"):
-            patch.setitem(CANDIDATES, step, PYTORCH[step])
-        _kernels_for.cache_clear()
-        planning._plans.clear()
+        for step, candidates in PYTORCH.items():
+            patch.setitem(CANDIDATES, step, candidates)
+        forget()
         q, k, v, do, g, weight = given
         expected = with_gradients([q, k, block.weighted_values(v, weight), do, g])
+    if kernels == "stand-in":  # v's own gradient, beside which the weight has one
+        expected[3] = expected[3] * weight[..., None]
     for name, x, y in zip(("o", "dq", "dk", "dv", "dg"), found, expected, strict=True):
         assert torch.equal(x, y), name
 
 
-PYTORCH = {step: CANDIDATES[step] for step in ("tile_states", "tile_outputs")}
+PYTORCH = dict(CANDIDATES)
 
 
 def test_forward_alone(kernels: str) -> None:
@@ -141,7 +156,7 @@ def test_forward_alone(kernels: str) -> None:
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("columns", [(), (8,)])
 def test_skipped_outputs(kernels: str, columns: tuple[int, ...], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D x is added once, by the kernels or behind them, to o and to no gradient; where heads go in lanes, too."""
+    """D x is added once, by the kernels or behind them, to o; where heads go in lanes, too."""
     q, k, v, do, g, weight = draw()
     D, bounds = torch.randn(4, *columns), {1: [0, 200], 3: [0, 64, 64, 200]}[ranks]
     monkeypatch.setenv("LEETDIST_LANES", "2" if ranks > 1 else "1")
@@ -159,7 +174,46 @@ def test_skipped_outputs(kernels: str, columns: tuple[int, ...], ranks: int, mon
     found = [torch.cat(x, 2) for x in zip(*parts, strict=True)]
     assert ("skipped" in weighed) == (kernels == "stand-in")
     assert torch.equal(found[0], plain[0] + v * D.view(4, 1, -1))
+    if kernels == "stand-in":  # v's own gradient, where D is a number a head
+        dv, own = found.pop(3), plain.pop(3)
+        assert torch.equal(dv * weight[..., None], own) if columns else torch.equal(dv, own + do * D[:, None, None])
     assert all(torch.equal(x, y) for x, y in zip(found[1:], plain[1:], strict=True))
+
+
+@pytest.mark.parametrize("case", ["one row", "documents", "ranks", "a number a column", "z"])
+def test_gradients_of_x_and_of_what_it_is_multiplied_by(kernels: str, case: str, monkeypatch) -> None:
+    """Of Mamba-2's call, whoever makes them: the pass itself, where it can, or one over x behind it."""
+    monkeypatch.setenv("LEETDIST_LANES", "2" if case == "ranks" else "1")
+    rows = 1 if case == "documents" else 2
+    x, dy, z = (torch.randn(rows, TOKENS, 4, 8) for _ in range(3))
+    B, C = (torch.randn(rows, TOKENS, 2, 8) for _ in range(2))
+    dt, A, D = torch.rand(rows, TOKENS, 4), -torch.rand(4), torch.randn(*((4, 8) if "column" in case else (4,)))
+    more = {"cu_seqlens": torch.tensor((0, 20, 100, 130, 200))} if case == "documents" else {}
+
+    def call(own: slice, dtype: torch.dtype, **more: Any) -> list[Tensor]:
+        leaves = [y.detach().to(dtype).requires_grad_() for y in (x[:, own], dt[:, own], A, B[:, own], C[:, own], D)]
+        gate = z[:, own].to(dtype) if case == "z" else None
+        y = leetdist.mamba_chunk_scan_combined(*leaves[:5], D=leaves[5], z=gate, tile=TILE, **more)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy[:, own].to(dtype))]
+
+    bounds = [0, 64, 64, 200] if case == "ranks" else [0, 200]
+    parts = leetdist.virtual_ranks(
+        lambda group: call(slice(bounds[group.rank], bounds[group.rank + 1]), torch.float32, group=group, **more),
+        len(bounds) - 1,
+    )
+    found = [torch.cat(y, 1) if y[0].ndim > 2 else sum(y[1:], y[0]) for y in zip(*parts, strict=True)]
+    assert ("late" in weighed) == (kernels == "stand-in")
+    assert "written" not in weighed
+    weighed.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for step, candidates in PYTORCH.items():
+            patch.setitem(CANDIDATES, step, candidates)
+        forget()
+        wanted, exact = call(slice(None), torch.float32, **more), call(slice(None), torch.float64, **more)
+    for name, y, same, right in zip(("y", "dx", "ddt", "dA", "dB", "dC", "dD"), found, wanted, exact, strict=True):
+        assert relative_error(y, right) < 2e-6, name
+        if name in ("y", "dx", "dB", "dC") and kernels == "PyTorch":
+            assert torch.equal(y, same), name
 
 
 def test_outputs_with_D_can_be_written_over() -> None:

@@ -78,19 +78,41 @@ def scan_inputs_gradient(
     D: (H,) or (H, P), and dskip (B, N, H, P), that of D x, or None both. Those of A, bias and D are sums over the
     tokens here, in one order whatever the layouts.
     """
-    of_x, of_dt, of_A, of_bias, of_D = needs
-    raw, own = _steps(dt, A, bias, steps)
-    g = dlog_decay.transpose(1, 2)
-    if starts is not None:
-        g = torch.where(starts[..., None], 0.0, g)
-    dx = ddt = dA = dbias = dD = None
+    of_x, of_dt, _, of_bias, of_D = needs
+    _, own = _steps(dt, A, bias, steps)
+    dx = grown = dD = None
     if of_x:
         if D is None or dskip is None:
             dx = _rounded_product(dv, own[..., None])
         else:
             dx = (dv * own[..., None] + dskip * of_heads(D)).to(x.dtype)
     if of_dt or of_bias:
-        grown = _wide_product(dv, x, A.dtype).contiguous().sum(-1) + g * A
+        grown = _wide_product(dv, x, A.dtype).contiguous().sum(-1).transpose(1, 2)
+    if of_D and D is not None and dskip is not None:
+        dD = _wide_product(dskip, x, A.dtype).contiguous().sum((0, 1))
+        dD = dD if D.ndim == 2 else dD.sum(-1)
+    return Gradients(dx, *scan_steps_gradient(dt, A, bias, starts, grown, dlog_decay, steps, needs[1:4]), dD)
+
+
+def scan_steps_gradient(
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    starts: Tensor | None,
+    grown: Tensor | None,
+    dlog_decay: Tensor,
+    steps: Steps,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of dt, A and bias as `scan_inputs_gradient`'s. grown: what dt itself gets by dt x, (B, H, N)."""
+    of_dt, of_A, of_bias = needs
+    raw, own = _steps(dt, A, bias, steps)
+    g = dlog_decay.transpose(1, 2)
+    if starts is not None:
+        g = torch.where(starts[..., None], 0.0, g)
+    ddt = dA = dbias = None
+    if grown is not None and (of_dt or of_bias):
+        grown = grown.transpose(1, 2) + g * A
         soft = softplus(raw) if steps.softplus else raw
         grown = torch.where((soft >= steps.least) & (soft <= steps.most), grown, 0.0)
         if steps.softplus:
@@ -99,10 +121,7 @@ def scan_inputs_gradient(
         dbias = grown.contiguous().sum((0, 1)) if of_bias else None
     if of_A:
         dA = (g * own).contiguous().sum((0, 1))
-    if of_D and D is not None and dskip is not None:
-        dD = _wide_product(dskip, x, A.dtype).contiguous().sum((0, 1))
-        dD = dD if D.ndim == 2 else dD.sum(-1)
-    return Gradients(dx, ddt, dA, dbias, dD)
+    return ddt, dA, dbias
 
 
 def scan_outputs(o: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor | None, *, spent: bool = False) -> Tensor:

@@ -61,7 +61,6 @@ def scan_inputs_gradient(
 
     if own is None:
         own, _ = scan_steps(dt, A, bias, None, steps)
-    ddt = empty(needs[1], *dt.shape, dtype=dt.dtype)
     # A program reads what it writes, and no other does: dx can lie where dv does.
     into_dv = spent and needs[0] and dv.is_contiguous() and dv.dtype == x.dtype
     dx = dv if into_dv else empty(needs[0], *x.shape, dtype=x.dtype)
@@ -75,18 +74,36 @@ def scan_inputs_gradient(
         ),
         {"WIDE": D is not None and D.ndim == 2, "TOKENS": block, "COLUMNS": columns, "SEGMENT_": SEGMENT},
     )  # fmt: skip
+    of_steps = scan_steps_gradient(dt, A, bias, starts, grown, dlog_decay, steps, needs[1:4])
+    return Gradients(dx, *of_steps, None if dD is None else dD.sum(0))
+
+
+def scan_steps_gradient(
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    starts: Tensor | None,
+    grown: Tensor | None,
+    dlog_decay: Tensor,
+    steps: Steps,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See leetdist.kernels.mamba.pytorch.scan.scan_steps_gradient."""
+    batch, tokens, heads = dt.shape
     blocks = ceil_div(tokens, TURNED)
-    dA, dbias = (empty(wanted, batch * blocks, heads) for wanted in needs[2:4])
-    if ddt is not None or dA is not None or dbias is not None:
+    ddt = torch.empty_like(dt, memory_format=torch.contiguous_format) if needs[0] else None
+    sums = [A.new_empty(batch * blocks, heads) if wanted else None for wanted in needs[1:]]
+    if any(needs):
         _launch(
             _steps_gradient, batch * blocks * ceil_div(heads, TURNED),
             (
-                dt, A.contiguous(), _contiguous(bias), _contiguous(starts), grown, dlog_decay, ddt, dA, dbias,
+                dt, A.contiguous(), _contiguous(bias), _contiguous(starts), grown, dlog_decay, ddt, *sums,
                 *dt.stride(), *dlog_decay.stride(), *steps[1:], tokens, heads,
             ),
             {"SOFTPLUS": steps.softplus, "TOKENS": TURNED, "HEADS": min(TURNED, triton.next_power_of_2(heads))},
         )  # fmt: skip
-    return Gradients(dx, ddt, *(None if parts is None else parts.sum(0) for parts in (dA, dbias, dD)))
+    dA, dbias = (None if parts is None else parts.sum(0) for parts in sums)
+    return ddt, dA, dbias
 
 
 def scan_steps(
@@ -135,6 +152,8 @@ def compile_for(
         scan_steps(dt, one, one, None, steps)
     elif step == "scan_inputs":
         scan_inputs(x, dt, one, one, None, steps)
+    elif step == "scan_steps_gradient":
+        scan_steps_gradient(dt, one, one, None, dt, dt, steps, (True,) * 3)
     elif step == "scan_inputs_gradient":
         scan_inputs_gradient(x, dt, one, one, one, None, x, dt, x, steps, (True,) * 5)
     elif step == "scan_outputs":

@@ -10,11 +10,14 @@ template <int many> __device__ __forceinline__ void exchange_sums(float (&sums)[
     }
 }
 // Of a thread's 16 tokens, whose numbers the eight threads of the same lane % 4 hold in turn (as outputs, transposed), the
-// sums over them, for all 64 tokens of a warp.
-__device__ __forceinline__ void sum_lanes(float (&sums)[16], Word to) {
-    const int lane = threadIdx.x % 32;
+// sums over them: of two tokens each, the first of which is returned, for all 64 of a warp.
+__device__ __forceinline__ int sum_lanes(float (&sums)[16]) {
     exchange_sums<8>(sums), exchange_sums<4>(sums), exchange_sums<2>(sums);
-    store(to + (lane / 4 * 8 + 2 * (lane % 4)) * 4, sums[0], sums[1]);
+    return threadIdx.x % 32 / 4 * 8 + 2 * (threadIdx.x % 4);
+}
+__device__ __forceinline__ void sum_lanes(float (&sums)[16], Word to) {
+    const int token = sum_lanes(sums);
+    store(to + token * 4, sums[0], sums[1]);
 }
 // Of each token the sum over a warp's 16 columns of o, transposed, times x.
 __device__ __forceinline__ void sum_columns(const float (&o)[32], const Word (&x)[4][4], Word to) {
@@ -57,5 +60,51 @@ __device__ __forceinline__ void round_rest(Word (&low)[steps][4], const float (&
     for (int i = 0; i < 4 * steps; i++) {
         const float left = x[8 * first + 2 * i], right = x[8 * first + 2 * i + 1];
         low[i / 4][i % 4] = rest(left, right, pack(left, right));
+    }
+}
+// What v gets by dv, which is the gradient of v times its weights, o here, and by do, of which it gets `skip` times: a warp's
+// 16 columns, to where do lies, and of each token two sums over them to where v does: v dv, and v do. dv is rounded first, as
+// what others read of it. Nobody else reads what lies there.
+__device__ __forceinline__ void finish(const float (&o)[32], Word d_o, Word v, Word weights, const float* skip) {
+    const int lane = threadIdx.x % 32, warp = thread_number() / 32;
+    const Word at = place_transposed();
+    const float by_do = skip ? *skip : 0.0f;
+    float of_weight[16], of_skip[16];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // 16 tokens
+        Word x[4], y[4];
+        load_transposed(v + at + i * 16 * 128, x);
+        load_transposed(d_o + at + i * 16 * 128, y);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const Word rounded = pack(o[8 * i + 2 * j], o[8 * i + 2 * j + 1]);
+            float w[2], dx[2];
+            w[0] = load(weights + (16 * i + j / 2 * 8 + 2 * (lane % 4)) * 4);
+            w[1] = load(weights + (16 * i + j / 2 * 8 + 2 * (lane % 4)) * 4 + 4);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const float own = unpack(x[j], k), dv = unpack(rounded, k), grown = unpack(y[j], k);
+                float &sum = of_weight[4 * i + j / 2 * 2 + k], &skipped = of_skip[4 * i + j / 2 * 2 + k];
+                sum = j % 2 ? fmaf(dv, own, sum) : dv * own;
+                skipped = j % 2 ? fmaf(grown, own, skipped) : grown * own;
+                dx[k] = fmaf(dv, w[k], __fmul_rn(grown, by_do));
+            }
+            y[j] = pack(dx[0], dx[1]);
+        }
+        store_transposed(d_o + at + i * 16 * 128, y);
+    }
+    const int token = sum_lanes(of_weight);
+    if (skip) sum_lanes(of_skip);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        store(v + (token + i) * 128 + ((2 * warp ^ token + i) & 7) * 16, of_weight[i], of_skip[i]);
+}
+// Of a chunk's token what `finish` has left, over all warps.
+__device__ __forceinline__ void sum_finished(Word v, int token, float& of_weight, float& of_skip) {
+    of_weight = of_skip = 0.0f;
+    for (int i = 0; i < WARPS; i++) {
+        float x, y;
+        load(v + token * 128 + ((2 * i ^ token) & 7) * 16, x, y);
+        of_weight += x, of_skip += y;
     }
 }

@@ -13,7 +13,8 @@
 // is there too, a block of 64 columns of a or b.
 //
 // Late, a and b are k and q, c is do, d is v; early q, k, v, do. What is not finite is as in tile_outputs.cu for dv; the
-// second kernel (-DAGAIN=1) leaves nothing else.
+// second kernel (-DAGAIN=1) leaves nothing but that and what is made of it. With of_weight, late, v's own gradient leaves in
+// dv's place (`finish`), and the weights', and with `skip`, a number a head times v in the outputs, of_skip: v do.
 
 #include "../../constant_decay/cuda/hopper_tile.cuh"
 #include "../../constant_decay/cuda/hopper_lost.cuh"
@@ -22,16 +23,18 @@
 
 constexpr bool LATE = REVERSE;
 constexpr int HEADS = 2, ALL = HEADS * GROUPS;
+constexpr bool FINISHES = LATE && WEIGHTED;
 constexpr int STAGE = 2 * ROWS_BYTES + 2 * ALL * COLUMNS_BYTES, BLOCKS = ROWS / 64;
 static_assert(PARTS == 1 && GROUPS == 2 && 2 * HEADS == WARPS && !HALF);
-static_assert(!LAST_FETCHES && (LATE || !AGAIN) && !(WEIGHTED && AGAIN));
+static_assert(!LAST_FETCHES && (LATE || !AGAIN));
 
 // of_tokens: (B, H, N), A or B; pairs: the same, early; across: (B, H, tiles), late, from `starts`, the early pass's states;
-// lost: (B, H, tiles), whether there is something that is not finite. Of states and starts, an address of 0: zeros.
+// lost: (B, H, tiles), whether there is something that is not finite; of_weight, of_skip: (B, H, N), contiguous, or 0; skip:
+// (H,) or 0. Of states and starts, an address of 0: zeros.
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 1)
 paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* states, const float* starts,
                  const __grid_constant__ Map o, Bits* out, Offset out_batch, Offset out_head, Offset out_token,
-                 float* of_tokens, Offset of_head, float* pairs, Offset pairs_head, float* across, int* lost, TILES, float scale, float state_scale, float added_scale,
+                 float* of_tokens, Offset of_head, float* pairs, Offset pairs_head, float* across, int* lost, float* of_weight, float* of_skip, const float* skip, TILES, float scale, float state_scale, float added_scale,
                  int* again) {
     if (AGAIN && !again[blockIdx.x]) return;
     Tile tile(TILE);
@@ -55,7 +58,7 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
     // log-decays, tables and barriers.
     const Word base = shared_memory(), seen = base + 2 * STAGE + (LATE ? group * BLOCK : 0);
     const Word all_sums = base + 2 * STAGE + (LATE ? GROUPS : 1) * BLOCK;
-    constexpr int SUMS = WARPS * CHUNK * 4, KINDS = LATE ? 1 : 2;
+    constexpr int SUMS = WARPS * CHUNK * 4, KINDS = AGAIN ? 0 : LATE ? 1 : 2;
     const Word slots = all_sums + ALL * KINDS * SUMS, all_tables = slots + 2 * ALL * SLOT;
     const Word all_lost = all_tables + ALL * Tables::BYTES, arrivals = all_lost + ALL * Lost::BYTES, read = arrivals + 16;
     auto own = [&](int h) { return HEADS * group + h; };
@@ -79,24 +82,27 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
     // A warp's share of what is asked for: d of one of its warpgroup's heads or its log-decays; and, by the second of two
     // warps, a block of a or b, whose head is looked up.
     auto head_ab = [&](int share) { return read + 16 + share * 4; };
-    auto fetch_share = [&](int step) {  // but c, whose place outputs leave from
+    auto fetch_d = [&](int step, int h) {
+        fetch<COLUMNS>(place_d(step, h), d, tile.chunk_of(step, head_of(first_head + h, d_share)), arrival(step));
+    };
+    auto fetch_share = [&](int step) {  // but what lies where something leaves from
         const int share = thread_anew() % THREADS / 32, h = share % HEADS;
         if (step >= tile.chunks || thread_anew() % 32) return;
         const int count = tile.count(step);
         expect(arrival(step), share < HEADS ? 2 * COLUMNS_BYTES : tables(h).bytes(count));
-        const Place place_of_d = tile.chunk_of(step, head_of(first_head + h, d_share));
-        if (share < HEADS) fetch<COLUMNS>(place_d(step, h), d, place_of_d, arrival(step));
-        else tables(h).fetch(slot(step, own(h)), tile.first(step), count, arrival(step));
+        if (share < HEADS && !FINISHES) fetch_d(step, h);
+        if (share >= HEADS) tables(h).fetch(slot(step, own(h)), tile.first(step), count, arrival(step));
         if (share >= 2 * BLOCKS || !is_last_of(GROUPS, read + share * 4)) return;
         expect(arrival(step), BLOCK);
         const Place place = tile.chunk_of(step, load_word(head_ab(share)), share % BLOCKS * 64);
         if (share < BLOCKS) fetch<64>(place_a(step) + share * BLOCK, a, place, arrival(step));
         else fetch<64>(place_a(step) + share * BLOCK, b, place, arrival(step));
     };
-    auto fetch_c = [&](int step) {
+    auto fetch_rest = [&](int step) {  // c, and d where sums are in its place
         const int h = thread_anew() % THREADS / 32;
         if (step >= tile.chunks || thread_anew() % 32 || h >= HEADS) return;
         fetch<COLUMNS>(place_c(step, h), c, tile.chunk_of(step, head_of(first_head + h, c_share)), arrival(step));
+        if (FINISHES) fetch_d(step, h);
     };
     if (AGAIN)
         for (int h = 0; h < HEADS; h++) Lost(all_lost + own(h) * Lost::BYTES).start(state[h]);
@@ -109,14 +115,21 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
     if (!LATE) triangle(seen);
     publish();
     __syncthreads();
-    fetch_share(0), fetch_c(0);
+    fetch_share(0), fetch_rest(0);
 
     // Outputs of a chunk, whose place in shared memory was that of its c; and what its warps have summed.
     auto write_chunk = [&](int step) {
         if (step < 0) return;
         const int count = tile.count(step);
+        const int h = thread / CHUNK, token = thread % CHUNK;
+        if (FINISHES && of_weight) {
+            float sum, skipped;
+            sum_finished(place_d(step, h), token, sum, skipped);
+            const Offset at = (head_row + h) * tokens + tile.start + tile.first(step) + token;
+            if (token < count) of_weight[at] = sum;
+            if (token < count && skip && !AGAIN) of_skip[at] = skipped;
+        }
         if (!AGAIN) {
-            const int h = thread / CHUNK, token = thread % CHUNK;
             for (int kind = 0; kind < KINDS; kind++) {
                 float sum = 0.0f;
                 for (int i = 0; i < WARPS; i++) sum += load(sums_of(h, kind) + (i * CHUNK + token) * 4);
@@ -195,7 +208,7 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
             publish();
         }
         meet();  // all have written the first head's scores, and their tables, and read what was summed before
-        wait_writes(), fetch_c(step + 1);
+        wait_writes(), fetch_rest(step + 1);
 
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
@@ -268,13 +281,16 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
                 wait_products<2>();
                 here(o_i), here(x);
                 if (AGAIN) Lost(all_lost + own(h) * Lost::BYTES).mark(o_i, step, 0);
+                if (FINISHES && of_weight)
+                    finish(o_i, c_i, place_d(step, h), weights(step, h), skip ? skip + first_head + h : skip);
+                else
 #pragma unroll
-                for (int i = 0; i < 32; i += 8) {  // 16 tokens; a warp writes where it alone has read
-                    Word y[4];
+                    for (int i = 0; i < 32; i += 8) {  // 16 tokens; a warp writes where it alone has read
+                        Word y[4];
 #pragma unroll
-                    for (int j = 0; j < 4; j++) y[j] = pack(o_i[i + 2 * j], o_i[i + 2 * j + 1]);
-                    store_transposed(c_i + place_transposed() + i / 8 * 16 * 128, y);
-                }
+                        for (int j = 0; j < 4; j++) y[j] = pack(o_i[i + 2 * j], o_i[i + 2 * j + 1]);
+                        store_transposed(c_i + place_transposed() + i / 8 * 16 * 128, y);
+                    }
                 if (h < HEADS - 1) {
                     meet();  // all have read its scores
 #pragma unroll

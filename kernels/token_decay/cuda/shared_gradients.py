@@ -6,6 +6,7 @@ of (leetdist.kernels.token_decay.triton.gradient), which leetdist.kernels.token_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -71,12 +72,16 @@ def late_gradients(
     kept: dict[str, Tensor],
     *,
     scale: float,
-    outs: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    outs: tuple[Tensor | None, ...] = (None,) * 3,
     weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    skip: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """dk, added up as dq, dv and the gradient of log_decay (B, H, N) fp32, in `outs` where they are given.
 
-    ends: the gradient of the state at each tile's end, as `states`; kept: what `early_gradients` has returned.
+    ends: the gradient of the state at each tile's end, as `states`; kept: what `early_gradients` has returned. dv is
+    that of v times its weights; or with a fourth of `outs`, given or None, that of v itself, and the weight's follows,
+    (B, H, N) fp32. With a fifth, `skip`, (H,) fp32, times v is in the outputs: what v gets by that is in dv, and what
+    skip gets follows, token by token.
     """
     from leetdist.kernels.token_decay.triton.added_up import added_up
 
@@ -84,12 +89,14 @@ def late_gradients(
     dk = tile_outputs(v, do, q, ends.mT, log_decay, tiles, out=outs[0], weight=weight, **options)
     dv, written = _place(k, do, log_decay, outs[1]), kept["pairs"]
     given = (k, q, do, v), ends, states, log_decay, weight, tiles
-    across, lost = flows(*given, written[:, :, 0], None, scale=scale, out=dv)
+    # A given place has sums of other tiles too.
+    sums = [states.new_empty(log_decay.shape) if out is None else out.contiguous() for out in outs[3:]]
+    across, lost = flows(*given, written[:, :, 0], None, scale=scale, out=dv, sums=sums, skip=skip)
     grad = added_up(
         q, k, v, do, states, ends, log_decay, tiles, kept["read"], written, across, (kept["early_lost"], lost),
         scale=scale, out=outs[2], weight=weight,
     )  # fmt: skip
-    return dk, _placed(dv, outs[1]), grad
+    return dk, _placed(dv, outs[1]), grad, *(_placed(x, out) for x, out in zip(sums, outs[3:], strict=True))
 
 
 def compile_for(
@@ -109,7 +116,7 @@ def compile_for(
     late = step == "late_gradients"
     shared.compile_for("tile_outputs", columns, rows, dtype, True, late, programs, device, share, weighted=weighted)
     for name in hopper.OUTPUTS if late else hopper.OUTPUTS[:1]:
-        _kernel(name, rows, late, weighted and name != hopper.AGAIN, device)
+        _kernel(name, rows, late, weighted, device)
 
 
 def flows(
@@ -124,13 +131,16 @@ def flows(
     *,
     scale: float,
     out: Tensor | None = None,
+    sums: Sequence[Tensor] = (),
+    skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A launch of paired_gradients.cu, early or (with `starts`) late.
 
     operands: q, k, v, do, or late k, q, do, v; states: (B, H, tiles.count, Dk, 64) fp32, contiguous, those that the
     pass begins with, and `starts` what the early pass began with; of_tokens, pairs: (B, H, N) fp32, heads apart by the
-    same distance in all batch entries, where A and the pairs are written, or B; out: where dv is. Returns <S, R> at
-    each tile's start, late, and in which tiles something is not finite: (B, H, tiles.count).
+    same distance in all batch entries, where A and the pairs are written, or B; out: where dv is; sums: late, where the
+    weight's gradient is wanted, and skip's, (B, H, N) fp32, contiguous, beside v's own. Returns <S, R> at each tile's
+    start, late, and in which tiles something is not finite: (B, H, tiles.count).
     """
     late = starts is not None
     batch, heads, tokens = log_decay.shape
@@ -148,11 +158,11 @@ def flows(
         *((bytes(MAP_BYTES), 0, 0, 0, 0) if out is None else (hopper._map(out), out.data_ptr(), *out.stride()[:3])),
         of_tokens.data_ptr(), of_tokens.stride(1), *((0, 0) if pairs is None else (pairs.data_ptr(), pairs.stride(1))),
         across.data_ptr(), lost.data_ptr(),
+        *([x.data_ptr() for x in sums] + [0, 0])[:2], 0 if skip is None else skip.data_ptr(),
     )  # fmt: skip
     for name in hopper.OUTPUTS if late else hopper.OUTPUTS[:1]:
-        weighs = None if name == hopper.AGAIN else weight  # which leaves dv, and that is not of v
-        place = place_of_tiles(tiles, log_decay, 1, FOUR, *operands[:2], weight=weighs, kept=kept)
-        launch = _kernel(name, operands[0].shape[3], late, weighs is not None, states.device)
+        place = place_of_tiles(tiles, log_decay, 1, FOUR, *operands[:2], weight=weight, kept=kept)
+        launch = _kernel(name, operands[0].shape[3], late, weight is not None, states.device)
         launch((blocks,), GROUPS * hopper.THREADS, *before, *place, *scales, again.data_ptr())
     return across, lost
 
@@ -161,8 +171,8 @@ def shared_memory(name: str, rows: int, late: bool, weighted: bool = False) -> i
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernel."""
     heads = FOUR
     chunks = 2 * (2 * rows // 64 + 2 * heads) + (GROUPS if late else 1)
-    own = (1 if late else 2) * 4 * 64 * 4 + 2 * hopper.SLOT + hopper.TABLES["tile_outputs"][True]
-    own += 2 * hopper.SLOT if weighted else 0
+    sums = 0 if name == hopper.AGAIN else 1 if late else 2
+    own = sums * 4 * 64 * 4 + (4 if weighted else 2) * hopper.SLOT + hopper.TABLES["tile_outputs"][True]
     lost = 4 * (WIDTH + 4) if name == hopper.AGAIN else 0
     return chunks * hopper.BLOCK + heads * (own + lost) + 1024 + 64  # where blocks begin, and barriers
 

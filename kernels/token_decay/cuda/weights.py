@@ -1,6 +1,7 @@
 """v times its weights where the kernels for heads that share q and k (shared.py, shared_gradients.py) make the product
 themselves, on its way from shared memory to a product: a tensor as large as v is neither written nor read. And a number
-a head, or a head's column, times v, which the kernel of the outputs adds to them."""
+a head, or a head's column, times v, which the kernel of the outputs adds to them. The kernel of dv can leave the
+gradients of v itself, of the weights, and of a number a head."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ def weighted_values(v: Tensor, weight: Tensor) -> None:
 
 def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precision: str | None) -> str:
     """What `explain` says of it."""
-    return "in the kernels that read v"
+    return "in the kernels that read v, gradients of x, dt and D in that of dv (of D a number a head)"
 
 
 def compile_for(
