@@ -256,6 +256,9 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
             if (LATER && last) fetch_b(step - 1 + B_STAGES);
         };
         float faded = tables.faded(count);
+        auto fade_state = [&](int part) {
+            if (HALF || faded != 1.0f) fade(state[part], faded);  // in fp16 the branch costs decays what it saves
+        };
         if (LAST_FETCHES) tables.read(slot(step), count, faded);
         if (TURNS) {
             if (step % GROUPS == turn) {
@@ -292,7 +295,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
         meet();  // all have written their scores, and read the outputs of the chunk before
         if (thread == 0) wait_writes();
         fetch_c(step + 1);
-        if (LAST_FETCHES) fade(state[0], faded);  // earlier, there are too few registers
+        if (LAST_FETCHES) fade_state(0);  // earlier, there are too few registers
 
         Weighted weighted[PARTS];
         wait_c(), wait_seen();
@@ -321,7 +324,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
                 wait_products<0>();
             } else {  // the state comes last: there are no registers for the operands of both
                 weighted[0].set(x[0], tables.pairs);
-                if (!LAST_FETCHES) fade(state[0], faded);
+                if (!LAST_FETCHES) fade_state(0);
                 advance(state[0], weighted[0], b_i);
                 fetch_next_a();
                 fetch_next_b();
@@ -369,7 +372,7 @@ tile_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset sta
 #pragma unroll
         for (int part = 1; part < PARTS; part++) {
             weighted[part].set(x[part], tables.pairs);
-            fade(state[part], faded);
+            fade_state(part);
             advance(state[part], weighted[part], b_i);
         }
         publish();
