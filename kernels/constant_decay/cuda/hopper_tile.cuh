@@ -181,9 +181,9 @@ __device__ __forceinline__ Word place_transposed() {
     const int lane = threadIdx.x % 32, vector = thread_number() / 32 * 2 + (lane >> 3 & 1);
     return ((lane & 7) + (lane >> 4) * 8) * 128 + ((vector ^ lane) & 7) * 16;
 }
-__device__ __forceinline__ void load_left(Word from, Word (&x)[4][4]) {
+template <int steps> __device__ __forceinline__ void load_left(Word from, Word (&x)[steps][4]) {
 #pragma unroll
-    for (int step = 0; step < 4; step++) load_transposed(from + step * 16 * 128, x[step]);
+    for (int step = 0; step < steps; step++) load_transposed(from + step * 16 * 128, x[step]);
 }
 
 // What load_left gives of a chunk times a number for each token, rounded; of tokens that are not there, zero_numbers first
@@ -279,9 +279,9 @@ __device__ __forceinline__ void write_rows(Bits* to, Offset token_stride, Word f
     }
 }
 
-__device__ __forceinline__ void fade(float (&state)[HELD], float by) {
+template <int n> __device__ __forceinline__ void fade(float (&state)[n], float by) {
 #pragma unroll
-    for (int i = 0; i < HELD; i++) state[i] *= by;
+    for (int i = 0; i < n; i++) state[i] *= by;
 }
 // Start state += x b.
 __device__ __forceinline__ void advance(float (&state)[HELD], Weighted& x, Word b) {

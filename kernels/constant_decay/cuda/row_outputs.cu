@@ -10,6 +10,8 @@
 // -DLONG=1 -DLENGTH=64: tiles of several chunks, of which a block has 64 columns. The state that outputs read goes on from
 // chunk to chunk, as in tile_outputs.cu; beside it what the tile adds is summed, of the chunks that tile_states.cu reads.
 // The state at the tile's start, to which the fold adds that, waits in `starts`, where each thread reads what it wrote.
+// With -DTRANSPOSED=1 both are S = (b w)^T c, so that what is weighted is an operand in registers here too, and turned round
+// once a tile, through shared memory.
 //
 // What is not finite is as in tile_outputs.cu: a second kernel (-DAGAIN=1) walks again where `again` says so.
 
@@ -23,7 +25,14 @@ constexpr int UNROLLED = HALF ? CHUNK / LENGTH : 1;  // tiles of a chunk: so ptx
 #ifndef LONG
 #define LONG 0
 #endif
+constexpr bool TURNED = LONG && TRANSPOSED;
+constexpr int SUMS = TURNED ? STORED_ROWS / 64 : 1, EACH = TURNED ? 32 : HELD;  // of what a tile adds
 static_assert(GROUPS == 1 && !LAST_FETCHES && !WIDE && CHUNK % LENGTH == 0 && (!LONG || (LENGTH == CHUNK && PARTS == 1)));
+
+// Where a number of S is, turned round: no two of those that a warp writes or reads at once are in the same bank.
+__device__ __forceinline__ Word turned(int row, int column) {
+    return row * 256 + (column / 8 ^ (row & 3) ^ (row >> 2 & 1)) * 32 + column % 8 * 4;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, AGAIN ? 1 : ROWS + COLUMNS <= 128 && !LONG ? 3 : 2)
 row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, Bits* out, Offset out_batch,
@@ -32,9 +41,8 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
     if (AGAIN && !again[blockIdx.x]) return;
     const Tile tile(TILE);
     const int thread = thread_number();
-    float state[PARTS][HELD] = {}, added[HELD] = {};
-    const Word base = shared_memory(), seen = base + 2 * STAGE, low_b = seen + BLOCK;
-    const Word own = low_b + (LONG && TRANSPOSED ? ROWS_BYTES : 0);
+    float state[PARTS][HELD] = {}, added[SUMS][EACH] = {};
+    const Word base = shared_memory(), seen = base + 2 * STAGE, outputs = seen + BLOCK, own = outputs + TURNED * 2 * BLOCK;
     const Word unscaled = own + Tables::BYTES + (1 + LONG) * Lost::BYTES, arrivals = unscaled + LONG * Weights::BYTES;
     const Lost lost(own + Tables::BYTES), kept(own + Tables::BYTES + Lost::BYTES);  // in this tile; in those behind it
     Tables tables;
@@ -42,15 +50,16 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
     tables.place(own, tile, log_decay TOKENS_), weights.place(unscaled, tile, log_decay TOKENS_);
     auto place = [&](int step) { return base + step % 2 * STAGE; };
     auto arrival = [&](int step) { return arrivals + step % 2 * 8; };
-    auto fetch_a_and_b = [&](int step) {
+    auto fetch_c = [&](int step) {
+        if (step >= tile.chunks) return;
+        fetch<COLUMNS>(place(step) + 2 * ROWS_BYTES, c, tile.chunk(step, c_share, tile.own), arrival(step));
+    };
+    auto fetch_a_and_b = [&](int step) {  // and c, whose place is free where outputs are not in it
         if (step >= tile.chunks) return;
         expect(arrival(step), STAGE);
         fetch<STORED_ROWS>(place(step), a, tile.chunk(step, a_share), arrival(step));
         fetch<STORED_ROWS>(place(step) + ROWS_BYTES, b, tile.chunk(step, b_share), arrival(step));
-    };
-    auto fetch_c = [&](int step) {
-        if (step >= tile.chunks) return;
-        fetch<COLUMNS>(place(step) + 2 * ROWS_BYTES, c, tile.chunk(step, c_share, tile.own), arrival(step));
+        if (TURNED) fetch_c(step);
     };
     if (AGAIN) lost.start(state);
     if (AGAIN && LONG) kept.start(state);
@@ -60,17 +69,20 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
     }
     publish();
     __syncthreads();
-    if (thread == 0) fetch_a_and_b(0), fetch_c(0);
+    if (thread == 0) fetch_a_and_b(0);
+    if (thread == 0 && !TURNED) fetch_c(0);
     tables.start(tile, log_decay TOKENS_), weights.start(tile, log_decay TOKENS_);
     tables.set(scale, state_scale, LONG ? added_scale : 1.0f, LENGTH);
     if (LONG) weights.set(1.0f, CHUNK);
     const int tile_tokens = int(tile_chunks) * CHUNK, reached = LONG ? weights.reached(tile_tokens, int(tile_chunks)) : 0;
-    starts += Offset(blockIdx.x) * HELD * THREADS + thread;
+    starts += Offset(blockIdx.x) * SUMS * EACH * THREADS + (TURNED ? 4 : 1) * thread;
 
     out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.own;
-    auto write_chunk = [&](int step) {  // from where its c was
+    // Where a chunk's outputs are: where its c was; or, where products read c until the chunk's end, apart.
+    auto place_outputs = [&](int step) { return TURNED ? outputs + step % 2 * BLOCK : place(step) + 2 * ROWS_BYTES; };
+    auto write_chunk = [&](int step) {
         if (step < 0) return;
-        const Word from = place(step) + 2 * ROWS_BYTES;
+        const Word from = place_outputs(step);
         if (tile.count(step) < CHUNK)
             write_rows<COLUMNS>(out + tile.first(step) * out_token, out_token, from, tile.count(step), tile.own);
         else if (thread == 0)
@@ -109,7 +121,7 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
         Word held[STEPS][4], x[PARTS][SUMMED][4];
         Units units;
         WeightedOf<SUMMED> weighted;  // of tiles of several chunks
-        auto start = [&](float (&to)[HELD], Word (&high)[SUMMED][4], Word b_high, Word (&low)[SUMMED][4], Word b_low) {
+        auto start = [&](auto& to, Word (&high)[SUMMED][4], Word b_high, Word (&low)[SUMMED][4], Word b_low) {
             here(to), here(high), here(low);
             begin_products();
 #pragma unroll
@@ -138,7 +150,8 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
         tables.decay(scores, seen);
         publish();
         meet();  // all have written their scores, and read the outputs of the chunk before
-        if (thread == 0) wait_writes(), fetch_c(step + 1);
+        if (thread == 0) wait_writes();
+        if (thread == 0 && !TURNED) fetch_c(step + 1);
 
 #pragma unroll UNROLLED
         for (int number = 0; number < CHUNK / LENGTH; number++) {
@@ -147,9 +160,8 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
                 if (!LONG) start_from_state(part, first);
-                const Word own_c = c_i + part * BLOCK + first * 128 + place_transposed();
-#pragma unroll
-                for (int i = 0; i < SUMMED; i++) load_transposed(own_c + i * 16 * 128, x[part][i]);
+                const Word from_first = part * BLOCK + first * 128 + place_transposed();
+                load_left(c_i + from_first, x[part]);
                 wait_products<0>();
                 here(o_i[part]), here(held);
                 tables.fade(o_i[part], units.unit, length);
@@ -172,7 +184,7 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
                     Word y[4];
 #pragma unroll
                     for (int j = 0; j < 4; j++) y[j] = pack(o_i[part][i + 2 * j], o_i[part][i + 2 * j + 1]);
-                    store_transposed(own_c + i / 8 * 16 * 128, y);
+                    store_transposed(place_outputs(step) + from_first + i / 8 * 16 * 128, y);
                 }
             }
             if (LONG) break;
@@ -200,20 +212,27 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
         }
         if (LONG) {
             // What the tile adds has the weights of the state's products where these are not scaled.
-            if ((REVERSE && !TRANSPOSED) || !adds) wait_products<0>(), here(state[0]), here(weighted);
-            if (adds) {
-                if (TRANSPOSED) {
-                    meet();  // all have read a
-                    weigh_chunk<STORED_ROWS, CHUNK>(b_i, a_i, low_b, weights.pairs);
-                    meet();
-                } else if (REVERSE) {
-                    weighted.set(x[0], weights.pairs);
+            if ((REVERSE && !TURNED) || !adds) wait_products<0>(), here(state[0]), here(weighted);
+            if (adds && TURNED) {
+                WeightedOf<SUMMED> left[SUMS];
+#pragma unroll
+                for (int sum = 0; sum < SUMS; sum++) {
+                    load_left(b_i + sum * BLOCK + place_transposed(), x[0]);
+                    left[sum].set(x[0], weights.pairs);
+                    fade(added[sum], weights.faded(count));
+                    start(added[sum], left[sum].high, c_i, left[sum].low, c_i);
+                    wait_products<1>();  // those before
+                    if (sum == 0) here(state[0]), here(weighted);
+                    else here(added[sum - 1]), here(left[sum - 1]);
                 }
-                fade(added, weights.faded(count));
-                if (TRANSPOSED) start(added, x[0], a_i, x[0], low_b);
-                else start(added, weighted.high, b_i, weighted.low, b_i);
                 wait_products<0>();
-                here(added), here(state[0]), here(weighted), here(x[0]);
+                here(added[SUMS - 1]), here(left[SUMS - 1]);
+            } else if (adds) {
+                if (REVERSE) weighted.set(x[0], weights.pairs);
+                fade(added[0], weights.faded(count));
+                start(added[0], weighted.high, b_i, weighted.low, b_i);
+                wait_products<0>();
+                here(added[0]), here(state[0]), here(weighted), here(x[0]);
             }
             publish();
         }
@@ -229,14 +248,39 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
         if (more && left == 1) {
             const bool from_zero = REVERSE ? tile_first + tile_tokens >= tile.length : tile_first == 0;
             const float folded = weights.folded(min(tile_tokens, tile.length - tile_first));
+            if (TURNED) {
+                const int anew = thread_anew(), row = anew / 32 * 16 + anew % 32 / 4, column = anew % 4 * 2;
+                const Word to = a_i + turned(row, column), from = a_i + turned(column, row);
+                meet();  // all have read a, and b
 #pragma unroll
-            for (int i = 0; i < HELD; i++) {
-                state[0][i] = fmaf(from_zero ? 0.0f : starts[i * THREADS], folded, sum_scale * added[i]);
-                added[i] = 0.0f;
+                for (int sum = 0; sum < SUMS; sum++)
+#pragma unroll
+                    for (int i = 0; i < EACH; i += 4) {
+                        float* start = starts + (sum * EACH + i) * THREADS;
+                        float x[4] = {};
+                        if (!from_zero) load_four(start, x);
+#pragma unroll
+                        for (int j = 0; j < 4; j++)
+                            x[j] = fmaf(x[j], folded, sum_scale * added[sum][i + j]), added[sum][i + j] = 0.0f;
+                        store_four(start, x[0], x[1], x[2], x[3]);
+                        const Word place = (to ^ i * 8) + 64 * sum * 256;
+                        store(place, x[0], x[1]), store(place + 8 * 256, x[2], x[3]);
+                    }
+                meet();
+#pragma unroll
+                for (int i = 0; i < HELD; i++)
+                    state[0][i] = load((from ^ (i % 2 ^ i / 2 % 2) * 32) + (i / 4 * 8 + i % 2) * 256);
+                publish();
+            } else {
+#pragma unroll
+                for (int i = 0; i < HELD; i++) {
+                    state[0][i] = fmaf(from_zero ? 0.0f : starts[i * THREADS], folded, sum_scale * added[0][i]);
+                    added[0][i] = 0.0f;
+                }
+#pragma unroll
+                for (int i = 0; i < HELD; i++) starts[i * THREADS] = state[0][i];
             }
             if (AGAIN) kept.start(state, false), meet(), lost.take(kept), meet();
-#pragma unroll
-            for (int i = 0; i < HELD; i++) starts[i * THREADS] = state[0][i];
         }
     }
     meet();

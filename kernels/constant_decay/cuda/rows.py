@@ -60,7 +60,7 @@ def row_outputs(
     for part in parts(programs, *size, tiles.size, hopper._multiprocessors(c.device)):
         blocks, long = programs * part.splits, tiles.size > hopper.CHUNK
         again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
-        held = hopper.walked_rows(size[0]) * part.columns
+        held = ceil_div(size[0], 64) * 64 * part.columns
         starts = torch.empty(blocks, held, dtype=torch.float32, device=a.device) if long else None
         arguments = (
             *places, *hopper._tiles(rows, log_decay, part.splits, a, b, c),
@@ -109,9 +109,9 @@ def compile_for(
 def shared_memory(name: str, rows: int, columns: int, groups: int, transposed: bool, tile: int) -> int:
     """Bytes that a block asks for."""
     found = hopper.shared_memory(name, rows, columns, groups)
-    if tile > hopper.CHUNK:  # a second table of weights, and of what is lost; b's weighted lower part
+    if tile > hopper.CHUNK:  # a second table of weights, and of what is lost; two chunks of outputs
         found += hopper.TABLES["tile_states"][0] + 4 * (columns + 4) * (name == hopper.AGAIN)
-        found += ceil_div(rows, 64) * hopper.BLOCK * transposed
+        found += 2 * hopper.BLOCK * transposed
     return found
 
 
