@@ -51,6 +51,7 @@ def free_port() -> int:
 # ranks that train.
 BASE = ("leetdist.testing.equality", "leetdist.sequence.symmetric", "torch.distributed.device_mesh")
 FRAMEWORKS = (
+    *BASE,
     "accelerate",
     "deepspeed",
     "leetdist.integrations.transformers",
@@ -63,9 +64,9 @@ _imported: tuple[str, ...] = ()
 
 
 def serve(modules: tuple[str, ...]) -> None:
-    """The next ranks are forks of a process that has imported these modules."""
+    """The next ranks are forks of a process that has imported these modules, and maybe others."""
     global _imported
-    if modules != _imported:
+    if not set(modules) <= set(_imported):
         forkserver._forkserver._stop()  # type: ignore[attr-defined]  # it would go on with what it has imported
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
         _imported = modules

@@ -8,7 +8,8 @@ import torch
 
 import leetdist
 from leetdist import reference
-from leetdist.testing.equality import Case, Tensors, check, compute, make_tensors
+from leetdist.sequence.transport import Transport
+from leetdist.testing.equality import Case, Difference, Tensors, compute, differences, make_tensors
 
 # A rounding to bf16 alone is 1.7e-3; kernels that multiply in bf16 round the scores, the state and the decayed k too.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 2.7e-3}
@@ -53,5 +54,11 @@ def assert_matches_oracle(case: Case, device: torch.device, seed: int) -> None:
 
 
 def differing(case: Case, ranks: int, device: torch.device, seed: int = 0) -> list[str]:
-    results = leetdist.virtual_ranks(lambda group: check(case, group, device, seed), ranks)
-    return [str(difference) for result in results for difference in result]
+    """What `check` says on each of the ranks; that of one device is computed once."""
+    tensors = make_tensors(case, device, seed)
+    single = compute(case, tensors, None)
+
+    def found(group: Transport) -> list[Difference]:
+        return list(differences(case, group.rank, group.size, compute(case, tensors, group), single))
+
+    return [str(difference) for result in leetdist.virtual_ranks(found, ranks) for difference in result]

@@ -61,7 +61,8 @@ environment() {
     fi
     # `|| return`: what runs under `step` is in a condition, where `set -e` has no effect.
     [[ -x $venv/bin/python ]] || "${PYTHON:-python3}" -m venv "$venv" || return
-    local install=("$venv/bin/python" -m pip install -qq --disable-pip-version-check)
+    # Not compiled to bytecode, which takes half a minute: Python does that to what it imports.
+    local install=("$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile)
     "${install[@]}" -r tests/requirements.txt || return
     # No build isolation: setuptools is pinned above, and nothing else is needed to build.
     "${install[@]}" --no-build-isolation --no-deps --editable . || return
