@@ -139,8 +139,10 @@ class LightningAttention(_DecayAttention):
             named). The state is then a `leetdist.State`, or to decode a `StatePool(..., exact=True)`, and has no
             gradient.
 
+    Shapes: x and y (B, N, dim), in the parameters' dtype; a state (B, H, D, D) fp32.
+
     Raises:
-        ValueError: heads do not divide dim, or the decay is none.
+        ValueError: heads do not divide dim, the decay is none, or x is not (B, N, dim).
 
     Source: TransNormerLLM, arXiv 2307.14995; MiniMax-01, arXiv 2501.08313.
 
@@ -219,9 +221,11 @@ class Retention(_DecayAttention):
         rotary: rotate q and k by their position (the part of xPos that RetNet keeps); False is the xPos-free variant.
         decay, layer, layers, learnable_decay, group, tile, exact: as for `LightningAttention`.
 
+    Shapes: x and y (B, N, dim), in the parameters' dtype; a state (B, H, Dk, Dv) fp32.
+
     Raises:
-        ValueError: heads do not divide key_dim or value_dim, there is no such layout, or, when called, a layer that
-            needs them gets no `position_ids` under a group.
+        ValueError: heads do not divide key_dim or value_dim, there is no such layout, or, when called, x is not
+            (B, N, dim), or a layer that needs them gets no `position_ids` under a group.
 
     Source: RetNet, arXiv 2307.08621, section 2.3; MultiScaleRetention of torchscale 0.3 and of flash-linear-attention
     0.6 for their layouts.

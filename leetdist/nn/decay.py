@@ -18,7 +18,18 @@ LADDERS: dict[str, Ladder] = {}
 
 
 def ladder(name: str) -> Callable[[Ladder], Ladder]:
-    """Decorator that adds a ladder to the registry."""
+    """Decorator that adds a ladder to the registry: `log_decay`, and the layers' `decay`, take its name then.
+
+    The function gets (heads, layer, layers), whole numbers, layer from 0, and returns one log decay a head, <= 0.
+
+    >>> import leetdist, math
+    >>> @leetdist.nn.ladder("half")
+    ... def half(heads, layer, layers):
+    ...     return [math.log(0.5)] * heads
+    >>> leetdist.nn.log_decay("half", 2).exp()
+    tensor([0.5000, 0.5000])
+    >>> del leetdist.nn.LADDERS["half"]
+    """
 
     def register(function: Ladder) -> Ladder:
         LADDERS[name] = function

@@ -34,8 +34,10 @@ class SimpleGLA(nn.Module):
             without one computes on this device alone. `leetdist.parallelize` sets it.
         tile, exact: as for `LightningAttention`.
 
+    Shapes: x and y (B, N, dim), in the parameters' dtype; a state (B, H, Dk, Dv) fp32.
+
     Raises:
-        ValueError: heads do not divide dim or value_dim, or normalizer is not positive.
+        ValueError: heads do not divide dim or value_dim, normalizer is not positive, or x is not (B, N, dim).
 
     Source: Gated Linear Attention, arXiv 2312.06635, sections 4 and 4.4, with a gate a head instead of a channel, as in
     Mamba-2, arXiv 2405.21060, section 7.

@@ -54,8 +54,10 @@ class Mamba2(nn.Module):
             without one computes on this device alone. `leetdist.parallelize` sets it.
         tile, exact: as for `LightningAttention`; beside the `State` or `StatePool`, the convolution's last tokens.
 
+    Shapes: x and y (B, N, dim), in the parameters' dtype; a state is a `Mamba2State`.
+
     Raises:
-        ValueError: heads * head_dim is not expand * dim, or groups do not divide the heads.
+        ValueError: heads * head_dim is not expand * dim, groups do not divide the heads, or x is not (B, N, dim).
 
     A token that goes on from a state, on one device, is a step of decoding (`leetdist.linear_attention_step`).
 
@@ -203,11 +205,24 @@ class Mamba2(nn.Module):
 class GatedRMSNorm(nn.Module):
     """weight * rms_norm(x silu(gate)), the norm over each group of `size` channels, in fp32 at least.
 
+    Shapes: x and gate (..., width), any floating dtype.
+
+    Raises:
+        ValueError: size does not divide width.
+
     Source: the norm before Mamba-2's output projection, arXiv 2405.21060, section 7.1.
+
+    >>> import torch, leetdist
+    >>> norm = leetdist.nn.GatedRMSNorm(64, size=16)
+    >>> norm(torch.randn(2, 100, 64), torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
     """
 
     def __init__(self, width: int, size: int, eps: float = 1e-5) -> None:
         super().__init__()
+        check_sizes(width=width, size=size)
+        if width % size:
+            raise ValueError(f"size must divide the width {width}, got {size}")
         self.size, self.eps = size, eps
         self.weight = nn.Parameter(torch.empty(width))
         self.reset_parameters()

@@ -15,7 +15,15 @@ _operators: dict[str, type[Operator] | str] = {
 
 
 def register(name: str, operator: type[Operator]) -> None:
-    """Make an operator known to `leetdist.engine.call.apply_operator`; ValueError if the name is taken."""
+    """Make an operator known to `leetdist.engine.call.apply_operator`.
+
+    Args:
+        name: what it is called there.
+        operator: the class (leetdist.operators.base); docs/extending.md has an example.
+
+    Raises:
+        ValueError: the name is another operator's.
+    """
     if _operators.get(name, operator) is not operator:
         raise ValueError(f"operator {name!r} is registered already, as {_operators[name]}")
     _operators[name] = operator

@@ -294,6 +294,7 @@ def test_state_is_named() -> None:
         (lambda: Mamba2(64, 2.0, 64), "heads must be a whole number"),
         (lambda: Mamba2(64, expand=math.nan), "expand must be a positive number"),
         (lambda: Mamba2(64, dt_limit=(1.0, 0.0)), "dt_limit must be"),
+        (lambda: leetdist.nn.GatedRMSNorm(64, 24), "size must divide the width 64, got 24"),
         (lambda: SimpleGLA(0, 1), "dim must be at least 1"),
         (lambda: SimpleGLA(8, 2.0), "heads must be a whole number"),
         (lambda: SimpleGLA(8, 2, 0), "value_dim must be at least 1, got 0"),
