@@ -8,6 +8,7 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,12 @@ with contextlib.suppress(ImportError):  # a machine with a GPU may have only tor
     # The same examples on every run. No deadline: the first example also pays for compilation.
     settings.register_profile("leetdist", derandomize=True, deadline=None, print_blob=True)
     settings.load_profile("leetdist")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m interpreter` imports only the files that have such tests: not the frameworks, ten seconds a process."""
+    asked = config.getoption("markexpr") == "interpreter" and collection_path.suffix == ".py"
+    return True if asked and "mark.interpreter" not in collection_path.read_text() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

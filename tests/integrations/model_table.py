@@ -343,6 +343,7 @@ def main() -> None:
           f"{transformers.__version__}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")  # fmt: skip
     print(f"{RANKS} ranks, {TOKENS} tokens, fp32; exact: within {TOLERANCE:.0e} of one process, the largest value 1\n")
     print(f"{'':<36} " + " ".join(f"{name:<10}" for name in CELLS), flush=True)
+    _ = transformers.Trainer, transformers.TrainingArguments, transformers.GenerationMixin  # or each fork imports them
     lines = []
     for name in names:
         lines.append(line(name))
