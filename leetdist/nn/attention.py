@@ -71,7 +71,9 @@ class _DecayAttention(nn.Module):
     def _apply(self, *args: Any, **options: Any) -> Any:
         """Moves the decays too: a compiled graph that had to copy them would wait for its GPU in each call."""
         super()._apply(*args, **options)
-        self._place(next(self.parameters()).device)
+        for parameter in self.parameters():  # FSDP of before FSDP2 has taken them away by then
+            self._place(parameter.device)
+            break
         return self
 
     def _place(self, device: torch.device) -> Tensor:

@@ -83,6 +83,14 @@ def test_a_layers_arguments_are_named(kind: Any) -> None:
             layer(torch.randn(shape))
 
 
+def test_a_layer_moves_while_its_parameters_are_elsewhere() -> None:
+    """As FullyShardedDataParallel's `to` and `float` move what it has wrapped."""
+    layer = LightningAttention(32, 4)
+    for part in layer.modules():
+        part._parameters.clear()
+    assert layer.float() is layer
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("kind", [LightningAttention, Retention, leetdist.nn.SimpleGLA])
 def test_a_state_comes_back_where_it_is_asked_for(kind: Any, exact: bool) -> None:
