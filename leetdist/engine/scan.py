@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -83,10 +83,16 @@ def scan(
     # The tile that takes over what arrives: full, or the sequence's last and short.
     edge = tiles - 1 if reverse else 0
     early = before and lane.forgets and tiles > 0 and plan.tiles.spans[edge][1] == plan.tiles.size
+    receives, hop = before and not early, None
+    to_end = plan.to_end(reverse=reverse)
+    by_itself = plan.operator.folds_between and plan.tiles.num_segments == 1 and len(lane.sent) == heads
+    if transport is not None and by_itself and tiles and (receives or after):
+        ends = previous if receives else None, following if after else None
+        hop = transport.hop((batch, heads, dk, dv), states, *ends)
     carry: AbstractContextManager[Tensor | None] = nullcontext()
     if early and initial is not None:
         carry = nullcontext(states.new_zeros(batch, heads, dk, dv))
-    elif before and not early:
+    elif receives and hop is None:
         carry = received()
     with carry as carried:
         if carried is not None:
@@ -97,9 +103,11 @@ def scan(
             else:
                 initial = carried
         with trace.span("fold", plan.rank, lane, states):
-            to_end = plan.to_end(reverse=reverse)
-            final = plan.operator.fold(keep, states, initial, plan.tiles, reverse=reverse, to_end=to_end)
-        if after:
+            more: dict[str, Any] = {} if hop is None else {"hop": hop}
+            final = plan.operator.fold(keep, states, initial, plan.tiles, reverse=reverse, to_end=to_end, **more)
+        if hop is not None and after:
+            final = states.new_empty(0, heads, dk, dv)
+        elif after:
             assert final is not None
             hand_on(final)
             final = _rows(final, final.shape[0] - batch, last=reverse)

@@ -48,6 +48,9 @@ class Operator(ABC):
     # Whether sequences that begin and end here need no states, of however many tiles they are: outputs and gradients of
     # `tiles` are then asked for with one state of zeros for all (leetdist.kernels.common.memory, `zero_states`).
     walks_rows: bool = False
+    # Whether `fold` takes a `hop` (leetdist.sequence.transport.Transport.hop) in place of states that neighbours send
+    # and get.
+    folds_between: bool = False
     # Whether a pass is nothing but launches that leetdist.kernels.common.recording sees.
     launches_alone: bool = False
 

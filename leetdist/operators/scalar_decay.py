@@ -14,6 +14,7 @@ Source: LeetDecoding, arXiv 2501.02573; RetNet, arXiv 2307.08621, eqs. 5 to 7; a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from leetdist.operators.composition import part_of_tile
 from leetdist.operators.methods import kernels_for
 
 if TYPE_CHECKING:
+    from leetdist.kernels.common.hop import Hop
     from leetdist.operators.problem import Problem
 
 
@@ -40,6 +42,7 @@ class ScalarDecay(Operator):
         self.launches_alone = self.kernels.recordable
         self.scale, self.dtype = problem.scale, problem.dtype
         self.writes_into_places = self.kernels.writes_into_places
+        self.folds_between = "hop" in inspect.signature(self.kernels.fold).parameters
         self.walks_rows = self.kernels.row_outputs is not None
 
     @classmethod
@@ -58,9 +61,18 @@ class ScalarDecay(Operator):
         )
 
     def fold(
-        self, keep: Tensor, states: Tensor, initial: Tensor | None, tiles: Tiles, *, reverse: bool, to_end: bool
+        self,
+        keep: Tensor,
+        states: Tensor,
+        initial: Tensor | None,
+        tiles: Tiles,
+        *,
+        reverse: bool,
+        to_end: bool,
+        hop: Hop | None = None,
     ) -> Tensor | None:
-        return self.kernels.fold(states, initial, keep, tiles, reverse=reverse, to_end=to_end)
+        more = {} if hop is None else {"hop": hop}
+        return self.kernels.fold(states, initial, keep, tiles, reverse=reverse, to_end=to_end, **more)
 
     def outputs(self, x: Inputs, states: Tensor, tiles: Tiles, *, out: Tensor | None) -> Tensor:
         return self._outputs(x["q"], x["k"], x["v"], states, x, tiles, self.dtype, out, **told(x, "weight", "skip"))

@@ -1,7 +1,8 @@
 """States that travel within a node by one-sided copies: the sender writes into the receiver's memory and signals.
 
-`torch.distributed._symmetric_memory` maps every rank's inbox into every other rank of the node. A hop is one kernel on
-the sender's stream (wait for the slot to be free, copy, signal) and one on the receiver's that waits for the signal
+`torch.distributed._symmetric_memory` maps every rank's inbox into every other rank of the node. Where it can, the fold
+takes a state out of its inbox and writes its end into the next (`hop`); else a hop is a kernel on the sender's stream
+(wait for the slot to be free, copy, signal) and one on the receiver's that waits for the signal
 (leetdist.kernels.common.hop). No host and no other rank takes part, and CUDA graphs capture all of it. NVLink multicast
 is not used.
 
@@ -18,7 +19,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,34 +32,30 @@ from leetdist.sequence.encoding import plain
 from leetdist.sequence.p2p import PointToPoint, gloo, store_of
 from leetdist.sequence.transport import Message, Transport
 
+if TYPE_CHECKING:
+    from leetdist.kernels.common.hop import Hop, Way
+
 SLOTS = 4
 
 
 class Box:
     """One rank's part of the symmetric memory, (words,) int32. Messages go right (direction 0) or left (1): the slots
-    and "full" flags are for what comes here, the "free" flags for what leaves.
+    and "full" flags are for what comes here, the "free" flags for what leaves."""
 
-    A tensor for every slot and set of flags is made once, because a view takes the host microseconds.
-    """
-
-    def __init__(self, memory: Tensor, programs: int) -> None:
-        count = 2 * 2 * SLOTS * programs
-        flags = memory[:count].view(2, 2, SLOTS, programs)
+    def __init__(self, memory: Tensor, pieces: int) -> None:
+        count = 2 * 2 * SLOTS * pieces
+        flags = memory[:count].view(2, 2, SLOTS, pieces)
         self.full, self.free = ([direction.unbind() for direction in kind] for kind in flags)
         self.slots = [direction.unbind() for direction in memory[count:].view(2, SLOTS, -1)]
-        self.messages: dict[Any, Tensor] = {}
 
     @staticmethod
-    def words(slot_words: int, programs: int) -> int:
-        return 2 * SLOTS * (2 * programs + slot_words)
+    def words(slot_words: int, pieces: int) -> int:
+        return 2 * SLOTS * (2 * pieces + slot_words)
 
     def message(self, direction: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A slot as a tensor of the message's shape."""
-        key = (direction, slot, shape, dtype)
-        if key not in self.messages:
-            words = torch.Size(shape).numel() * dtype.itemsize // 4
-            self.messages[key] = self.slots[direction][slot][:words].view(dtype).view(shape)
-        return self.messages[key]
+        words = torch.Size(shape).numel() * dtype.itemsize // 4
+        return self.slots[direction][slot][:words].view(dtype).view(shape)
 
 
 class Inboxes:
@@ -75,6 +72,7 @@ class Inboxes:
         self.group = _part(transport, node, self.store)
         self.slot_words = 0
         self.boxes: dict[int, Box] = {}
+        self.ways: dict[Any, Way] = {}  # made once each, because a view takes the host microseconds
         self.kept: list[Any] = []  # a graph may hold the address of inboxes that have been outgrown
         self.sent: dict[int, int] = {}
         self.received: dict[int, int] = {}
@@ -85,7 +83,7 @@ class Inboxes:
 
         with suppress(RuntimeError, ValueError):
             _unregister_process_group(self.group.group_name)
-        self.boxes, self.kept = {}, []
+        self.boxes, self.ways, self.kept = {}, {}, []
 
     def serves(self, like: Tensor, size: int, rank: int) -> bool:
         """Whether a message of so many bytes has room in a slot: the shares of a gradient's tiles may have none."""
@@ -98,19 +96,19 @@ class Inboxes:
         import torch.distributed._symmetric_memory as symmetric
 
         self.slot_words = -(-size // 256) * 64
-        words = Box.words(self.slot_words, self.hop.PROGRAMS)
+        words = Box.words(self.slot_words, self.hop.PIECES)
         memory = symmetric.empty(words, dtype=torch.int32, device=device)
-        own = Box(memory.zero_(), self.hop.PROGRAMS)
+        own = Box(memory.zero_(), self.hop.PIECES)
         for flags in (*own.free[0], *own.free[1]):
             flags.fill_(1)
         torch.cuda.synchronize(device)  # from the rendezvous on, neighbours write here
         handle = symmetric.rendezvous(memory, self.group.group_name)
         self.kept.append((memory, handle))
-        self.sent, self.received = {}, {}
+        self.sent, self.received, self.ways = {}, {}, {}
         self.boxes = {self.rank: own}
         for rank in (self.rank - 1, self.rank + 1):
             if rank in self.local:
-                self.boxes[rank] = Box(handle.get_buffer(self.local[rank], (words,), torch.int32), self.hop.PROGRAMS)
+                self.boxes[rank] = Box(handle.get_buffer(self.local[rank], (words,), torch.int32), self.hop.PIECES)
 
     def place(self) -> Hashable | None:
         """As leetdist.sequence.transport.Transport.place. Outgrown inboxes are kept, so a number tells these."""
@@ -118,34 +116,48 @@ class Inboxes:
             return None
         return len(self.kept), self.transport.patience(), *self.sent.items(), *self.received.items()
 
-    def _next(self, slots: dict[int, int], other: int, size: int = 0) -> int:
-        """The slot of the next message to or from another rank; `size`: bytes that are sent."""
-        slot = slots.get(other, 0)
+    def _step(self, slots: dict[int, int], other: int, size: int = 0) -> None:
+        """On to the slot of the next message to or from another rank; `size`: bytes that are sent."""
 
         def step() -> None:
-            slots[other] = (slot + 1) % SLOTS
+            slots[other] = (slots.get(other, 0) + 1) % SLOTS
             self.transport.bytes_sent += size
 
         recording.take(step, aside=True)
-        return slot
+
+    def leaving(self, shape: tuple[int, ...], dtype: torch.dtype, to: int) -> Way:
+        """The way of the next message to another rank."""
+        way = self._way(self.rank, to, self.sent.get(to, 0), shape, dtype)
+        self._step(self.sent, to, way.slot.nbytes)
+        return way
+
+    def arriving(self, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> Way:
+        way = self._way(source, self.rank, self.received.get(source, 0), shape, dtype)
+        self._step(self.received, source)
+        return way
+
+    def _way(self, source: int, to: int, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Way:
+        key = source, to, slot, shape, dtype, self.transport.patience()
+        way = self.ways.get(key)
+        if way is None:
+            direction, at, of = int(source > to), self.boxes[to], self.boxes[source]
+            ranks = self.rank, source + to - self.rank
+            way = self.ways[key] = self.hop.Way(
+                at.message(direction, slot, shape, dtype), at.full[direction][slot], of.free[direction][slot],
+                ranks=ranks, seconds=key[-1],
+            )  # fmt: skip
+        return way
 
     def put(self, tensor: Tensor, to: int) -> None:
-        direction, slot = int(self.rank > to), self._next(self.sent, to, tensor.nbytes)
-        mine, theirs = self.boxes[self.rank], self.boxes[to]
-        self.hop.put(
-            tensor.contiguous(), theirs.message(direction, slot, tensor.shape, tensor.dtype),
-            mine.free[direction][slot], theirs.full[direction][slot],
-            ranks=(self.rank, to), seconds=self.transport.patience(),
-        )  # fmt: skip
+        self.hop.put(tensor.contiguous(), self.leaving(tensor.shape, tensor.dtype, to))
 
     @contextmanager
     def taken(self, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> Iterator[Tensor]:
         """The next message from `source`, in the inbox itself: what the stream does with it is launched inside."""
-        direction, slot = int(source > self.rank), self._next(self.received, source)
-        mine, theirs = self.boxes[self.rank], self.boxes[source]
-        self.hop.wait(mine.full[direction][slot], ranks=(self.rank, source), seconds=self.transport.patience())
-        yield mine.message(direction, slot, shape, dtype)
-        self.hop.release(theirs.free[direction][slot])
+        way = self.arriving(shape, dtype, source)
+        self.hop.wait(way)
+        yield way.slot
+        self.hop.release(way)
 
 
 class Symmetric(Transport):
@@ -224,6 +236,18 @@ class Symmetric(Transport):
             received = self.inboxes.taken(shape, like.dtype, source)
         with received as state:
             yield state
+
+    def hop(self, shape: tuple[int, ...], like: Tensor, source: int | None, to: int | None) -> Hop | None:
+        inboxes, size = self.inboxes, torch.Size(shape).numel() * like.itemsize
+        others = [rank for rank in (source, to) if rank is not None]
+        if inboxes is None or not all(inboxes.serves(like, size, rank) for rank in others):
+            return None
+        if not inboxes.hop.can_fold(shape, like.dtype):
+            return None
+        return inboxes.hop.Hop(
+            None if source is None else inboxes.arriving(shape, like.dtype, source),
+            None if to is None else inboxes.leaving(shape, like.dtype, to),
+        )
 
     def place(self) -> Hashable | None:
         return self.under.place() if self.inboxes is None else self.inboxes.place()

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from leetdist.kernels.common import recording
 from leetdist.kernels.common.memo import Memo
 from leetdist.sequence.board import LEFT, Board
+
+if TYPE_CHECKING:
+    from leetdist.kernels.common.hop import Hop
 
 Message: TypeAlias = "tuple[Tensor, int]"  # a tensor, and the rank it goes to or comes from
 
@@ -119,6 +122,11 @@ class Transport(ABC):
         state = like.new_empty(shape)
         recording.take_with(lambda tensor: self.receive(tensor, source, what), state)
         yield state
+
+    def hop(self, shape: tuple[int, ...], like: Tensor, source: int | None, to: int | None) -> Hop | None:
+        """For a fold that takes what one neighbour sends, and hands its end on to the other, by itself, where there are
+        such (states of a shape, as `like`); None if this is for `receive_state` and `send_state`."""
+        return None
 
     def place(self) -> Hashable | None:
         """What decides where a scan's next states go and come, if launches and steps of the host move them that can be

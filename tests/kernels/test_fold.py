@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,3 +62,44 @@ def test_tiles_that_nobody_reads(bounds: tuple[int, ...]) -> None:
     final = fold(states, None, log_decay, tiles, reverse=False, to_end=to_end)
     assert (final is None) == (not to_end)
     assert relative_error(states, expected) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.interpreter
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("by_token", [False, True])
+def test_folds_that_take_and_hand_on_by_themselves(by_token: bool, reverse: bool) -> None:
+    """Ranks of some tiles each, in one process: the bits of one fold, twice, and all flags ready for another."""
+    from leetdist.kernels.common import hop
+    from leetdist.sequence.symmetric import Box
+
+    device, size, heads, shape = "cuda" if torch.cuda.is_available() else "cpu", 16, 2, (1, 2, 32, 64)
+    cuts = (0, 3, 20, 37)
+    memory = torch.zeros(3, Box.words(2 * 32 * 64, hop.PIECES), dtype=torch.int32, device=device)
+    boxes = [Box(own, hop.PIECES) for own in memory]
+    for box in boxes:
+        box.free[0][1].fill_(1)
+
+    def way(of: int, at: int, *ranks: int) -> hop.Way:
+        slot = boxes[at].message(0, 1, shape, torch.float32)
+        return hop.Way(slot, boxes[at].full[0][1], boxes[of].free[0][1], (ranks[0], ranks[1]), seconds=1.0)
+
+    for _ in range(2):
+        whole, first = torch.randn(1, heads, 37, 32, 64, device=device), torch.randn(1, heads, 32, 64, device=device)
+        keep = torch.rand(1, heads, 37, device=device) if by_token else torch.tensor([-0.01, 0.0], device=device)
+        ranks = [whole[:, :, begin:end].contiguous() for begin, end in pairwise(cuts)]
+        expected = fold(whole, first, keep, Tiles(size, (0, size * 37)), reverse=reverse)
+        order = (2, 1, 0) if reverse else (0, 1, 2)
+        for place, rank in enumerate(order):
+            before = way(order[place - 1], rank, rank, order[place - 1]) if place else None
+            after = way(rank, order[place + 1], rank, order[place + 1]) if place < 2 else None
+            begin, end = cuts[rank : rank + 2]
+            final = fold(
+                ranks[rank], None if place else first, keep[..., begin:end].contiguous() if by_token else keep,
+                Tiles(size, (0, size * (end - begin))), reverse=reverse, hop=hop.Hop(before, after),
+            )  # fmt: skip
+            assert (final is None) == (place < 2)
+        assert torch.equal(torch.cat(ranks, 2), whole)
+        assert torch.equal(final, expected)
+        assert [int(box.full[0][1].sum()) for box in boxes] == [0, 0, 0]
+        assert [int(box.free[0][1].sum()) for box in boxes] == [hop.PIECES] * 3

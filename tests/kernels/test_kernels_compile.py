@@ -14,7 +14,7 @@ if not hasattr(triton, "compile") or triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from leetdist.kernels.common import head_sums, release  # noqa: E402
+from leetdist.kernels.common import head_sums, hop, release  # noqa: E402
 from leetdist.kernels.common.settings import OF_TRITON  # noqa: E402
 from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, open_chunk, step  # noqa: E402
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of  # noqa: E402
@@ -35,6 +35,8 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
     pointers |= {"onto": "*fp32", "state": "*fp32", "new": "*fp32", "decays": "*fp32", "ends": "*fp32"}
     pointers |= {"own": "*fp64", "theirs": "*fp64", "shares": "*fp64", "total": "*fp64"}
     pointers |= {"read": "*fp32", "written": "*fp32", "across": "*fp32", "only": "*i32"}
+    pointers |= dict.fromkeys(("full", "free", "full_there"), "*i32") | {"source": "*fp32", "target": "*fp32"}
+    pointers |= {"read": "*i32"} if kernel is fold._fold else {}
     pointers |= {"x": "*fp32", "early_lost": "*i32", "late_lost": "*i32", "lost": "*i32", "weight": "*fp32"}
     pointers |= {
         "kept": NAMES[torch.float16 if dtype == torch.float32 else dtype],
@@ -55,7 +57,8 @@ def compiled(kernel, architecture: int, warps: int, stages: int, dtype: torch.dt
         elif name in ("segments", "where"):
             signature[name] = "*i64"
         else:
-            signature[name] = "fp32" if name.endswith("scale") else "i64"
+            number = name.endswith("scale") or name.startswith(("rank", "other"))
+            signature[name] = "fp32" if number else "i64"
     source = ASTSource(kernel, signature, constexprs=values)
     target = GPUTarget("cuda", architecture, 32)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel is not step._step or step.FUSION}
@@ -147,9 +150,19 @@ def fits(architecture: int, dtype: torch.dtype, rows: int, columns: int, *, reve
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_fold_compiles(architecture: int) -> None:
-    constants = {"REGULAR": False, "REVERSE": True, "HAS_INITIAL": True, "BLOCK": fold.FOLD_BLOCK, "TOGETHER": 16}
-    for by_token in (False, True):
-        compiled(fold._fold, architecture, 4, 1, torch.float32, **constants, BY_TOKEN=by_token)
+    constants = {"REGULAR": False, "REVERSE": True, "HAS_INITIAL": True, "TOGETHER": 16, "TIMED": True}
+    for by_token, arrives, leaves in ((False, False, False), (True, True, False), (False, True, True)):
+        ways = {"ARRIVES": arrives, "LEAVES": leaves, "BY_TOKEN": by_token}
+        none = dict.fromkeys(("full", "read") * (not arrives) + ("full_there", "free") * (not leaves))
+        compiled(fold._fold, architecture, 4, 1, torch.float32, **constants, **ways, **none, BLOCK=hop.LEAST)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_hops_compile(architecture: int) -> None:
+    put = {"GROUP": 8, "BLOCK": hop.BLOCK}
+    for kernel, constants in ((hop._put, put), (hop._wait, {"FLAGS": hop.PIECES}), (hop._look, {})):
+        compiled(kernel, architecture, 8, 1, torch.float32, **constants, TIMED=True)
+    compiled(hop._release, architecture, 8, 1, torch.float32, FLAGS=hop.PIECES)
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)

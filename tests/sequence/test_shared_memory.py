@@ -79,22 +79,36 @@ def test_hop_kernels() -> None:
     from leetdist.kernels.common import hop
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for words in (1, 999, 64 * hop.BLOCK, 65 * hop.BLOCK + 5) if device == "cuda" else (1, 999, 3 * hop.BLOCK + 5):
-        memory = torch.zeros(2, Box.words(words, hop.PROGRAMS), dtype=torch.int32, device=device)
-        sender, receiver = (Box(own, hop.PROGRAMS) for own in memory)
+    for words in (1, 999, hop.PIECES * hop.LEAST + 5, 9 * hop.PIECES * hop.BLOCK)[: 4 if device == "cuda" else 2]:
+        memory = torch.zeros(2, Box.words(words, hop.PIECES), dtype=torch.int32, device=device)
+        sender, receiver = (Box(own, hop.PIECES) for own in memory)
         sender.free[0][2].fill_(1)
+        slot = receiver.message(0, 2, (words,), torch.float32)
+        there, here = (
+            hop.Way(slot, receiver.full[0][2], sender.free[0][2], (rank, 1 - rank), seconds=1.0) for rank in (0, 1)
+        )
         for _ in range(2):
             state = torch.randn(words, device=device)
-            free, full, slot = sender.free[0][2], receiver.full[0][2], receiver.slots[0][2]
-            hop.put(state, slot.view(torch.float32), free, full, ranks=(0, 1), seconds=1.0)
-            assert int(free.sum()) == 0
-            assert int(full.sum()) == hop.PROGRAMS
-            hop.wait(full, ranks=(1, 0), seconds=1.0)
-            assert int(full.sum()) == 0
-            assert torch.equal(slot.view(torch.float32), state)
-            hop.release(free)
-            assert int(free.sum()) == hop.PROGRAMS
+            hop.put(state, there)
+            assert [int(x.sum()) for x in (there.free, there.full)] == [hop.PIECES - there.pieces, there.pieces]
+            hop.look(here)
+            hop.wait(here)
+            assert int(here.full.sum()) == 0
+            assert torch.equal(slot, state)
+            hop.release(here)
+            assert int(here.free.sum()) == hop.PIECES
         assert not receiver.slots[0][1].any()
+
+
+@pytest.mark.interpreter
+def test_which_folds_take_and_hand_on_by_themselves() -> None:
+    """Pieces lie within a head, and a program holds as many of its numbers as it can."""
+    from leetdist.kernels.common import hop
+
+    fits = {(1, 32, 128, 128): True, (1, 8, 64, 64): True, (4, 32, 128, 128): True, (8, 32, 128, 128): False}
+    fits |= {(3, 32, 128, 128): True, (1, 4, 16, 16): False, (1, 2, 24, 40): False, (0, 32, 128, 128): False}
+    assert {shape: hop.can_fold(shape, torch.float32) for shape in fits} == fits
+    assert not hop.can_fold((1, 32, 128, 128), torch.float64)
 
 
 def boxes(ranks: int, processes: list[Process] | None = None) -> tuple[list[Mailbox], list[Board]]:

@@ -2,52 +2,80 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from leetdist.kernels.common.hop import LEAST as LEAST_BLOCK
+from leetdist.kernels.common.hop import TIMED, Hop, Way, await_flag, look, raise_flag
 from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch import walk
 
 LEAST = tl.constexpr(walk.LEAST)
-# Elements of the state that one program of the fold carries through all tiles.
-FOLD_BLOCK = 512
+# Numbers that a program loads before it needs the first.
+AHEAD = 8192
 # Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
 COUNTS = ["tokens", "tiles", "tile_size", "unread", "to_end"]
 
 
 def fold(
-    states: Tensor, initial: Tensor | None, log_decay: Tensor, tiles: Tiles, *, reverse: bool, to_end: bool = True
+    states: Tensor,
+    initial: Tensor | None,
+    log_decay: Tensor,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    to_end: bool = True,
+    hop: Hop | None = None,
 ) -> Tensor | None:
     """See leetdist.kernels.constant_decay.pytorch.block.fold. One rounding rule: a fused multiply-add.
 
     Instead of (H,) log-decays, the factor of each tile (leetdist.kernels.token_decay.triton.sums.transitions).
+    hop: where the states of one sequence a row come from, instead of `initial`, and go, instead of being returned.
     """
     batch, heads, _, dk, dv = states.shape
     rows, final = batch * tiles.num_segments, None
-    if to_end:
-        final = torch.empty(rows, heads, dk, dv, dtype=states.dtype, device=states.device)
+    block = LEAST_BLOCK  # numbers of the state that one program carries through all tiles
+    arriving, leaving = hop or (None, None)
+    if arriving is not None:
+        look(arriving)
+        initial, block = arriving.slot, arriving.share
+    if leaving is not None:
+        target, block = leaving.slot, leaving.share
+    elif to_end:
+        target = final = torch.empty(rows, heads, dk, dv, dtype=states.dtype, device=states.device)
+    else:
+        target = states
     segments = tiles.segment_table(states.device)
-    together = min(max(triton.next_power_of_2(ceil_div(tiles.count, max(tiles.num_segments, 1))), 4), 16)
-    grid = (rows * heads, ceil_div(dk * dv, FOLD_BLOCK))
+    most = triton.next_power_of_2(ceil_div(tiles.count, max(tiles.num_segments, 1)))
+    together = min(max(most, 4), AHEAD // block)
+    grid = (rows * heads, ceil_div(dk * dv, block))
     if rows * heads * dk * dv:
         launch(
             _fold,
             grid,
             (
-                states, states if initial is None else initial.contiguous(), states if final is None else final,
+                states, states if initial is None else initial.contiguous(), target,
                 log_decay, segments,
                 _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size,
-                int(to_end), dk * dv,
+                int(to_end or leaving is not None), dk * dv, *_flags(arriving), *_flags(leaving),
             ),
             {
-                "REGULAR": tiles.regular, "REVERSE": reverse, "HAS_INITIAL": initial is not None, "BLOCK": FOLD_BLOCK,
+                "REGULAR": tiles.regular, "REVERSE": reverse, "HAS_INITIAL": initial is not None, "BLOCK": block,
                 "BY_TOKEN": log_decay.ndim > 1, "TOGETHER": together,
+                "ARRIVES": arriving is not None, "LEAVES": leaving is not None, "TIMED": TIMED,
             },
+            num_warps=block // 128,
         )  # fmt: skip
     return final
+
+
+def _flags(way: Way | None) -> tuple[Any, ...]:
+    return (None, None, 0, 0.0, 0.0) if way is None else (way.full, way.free, *way.patience)
 
 
 def _table(tiles: Tiles, device: torch.device) -> Tensor | None:
@@ -85,17 +113,20 @@ def _tile_of(step, first, end, REVERSE: tl.constexpr):
     return end - 1 - step if REVERSE else first + step
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS, "limit", "limit_there"])
 def _fold(
     states, initial, final, log_decay, segments, table, heads, num_segments, tokens, tiles, tile_size, to_end, size,
+    full, read, limit, rank, other, full_there, free, limit_there, rank_again, other_there,
     REGULAR: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
     BLOCK: tl.constexpr, BY_TOKEN: tl.constexpr, TOGETHER: tl.constexpr,
+    ARRIVES: tl.constexpr, LEAVES: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     head, segment = program % heads, program // heads % num_segments
     batch = program // heads // num_segments
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
+    piece = program * tl.num_programs(1) + tl.program_id(1)
     if BY_TOKEN:
         log_decay += (batch * heads + head) * tiles
     else:
@@ -104,23 +135,30 @@ def _fold(
     first, end = tl.load(segments + segment), tl.load(segments + segment + 1)
 
     carry = tl.zeros((BLOCK,), tl.float32)
-    if HAS_INITIAL:
+    if HAS_INITIAL and not ARRIVES:
         carry = tl.load(initial + program * size + element, mask=inside, other=0.0)
     # The sums are a chain, the loads are not: those of some tiles are on their way together.
     count = end - first
-    read = count - 1 + to_end  # nothing is read behind the last
+    known = count - 1 + to_end  # nothing is read behind the last
     for begin in range(0, count, TOGETHER):
         added, lasts = (), ()  # of tiles: what they add; tokens, or factors
         for ahead in tl.static_range(TOGETHER):
             step = begin + ahead
             tile = _tile_of(step, first, end, REVERSE)
-            added += (tl.load(states + tile * size, mask=tl.where(step < read, inside, False), other=0.0),)  # type: ignore[assignment]
+            added += (tl.load(states + tile * size, mask=tl.where(step < known, inside, False), other=0.0),)  # type: ignore[assignment]
             if BY_TOKEN:
                 last = tl.load(log_decay + tile, mask=step < count, other=0.0)
             else:
                 there = _tile_of(tl.minimum(step, count - 1), first, end, REVERSE)
                 _, last = _span(table, there, tokens, tile_size, REGULAR)
             lasts += (last,)  # type: ignore[assignment]
+        if ARRIVES or LEAVES:
+            if begin == 0:  # behind the loads, which wait for nobody
+                if LEAVES:
+                    await_flag(free + piece, 0, limit_there, rank_again, other_there, TIMED)
+                if ARRIVES:
+                    await_flag(full + piece, 0, limit, rank, other, TIMED)
+                    carry = tl.load(initial + program * size + element)
         for ahead in tl.static_range(TOGETHER):
             step = begin + ahead
             tile = _tile_of(step, first, end, REVERSE)
@@ -129,3 +167,7 @@ def _fold(
             then = tl.fma(carry, tl.zeros_like(carry) + keep, added[ahead])
             carry = tl.where(step < count, then, carry)
     tl.store(final + program * size + element, carry, mask=tl.where(to_end == 1, inside, False))
+    if LEAVES:
+        raise_flag(full_there + piece)
+    if ARRIVES:
+        raise_flag(read + piece)
