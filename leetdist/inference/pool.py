@@ -79,7 +79,9 @@ class StatePool:
         slots = check_count("slots", slots, 1)
         check_whole("like", like)
         self.exact = as_bool("exact", exact)
-        dtype = dtype or like.boundary.dtype
+        dtype = like.boundary.dtype if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be {like.boundary.dtype} or torch.bfloat16, got {type(dtype).__name__}")
         if self.exact and dtype != like.boundary.dtype:
             raise ValueError(f"dtype must be {like.boundary.dtype} in an exact pool, got {dtype}")
         if dtype not in (like.boundary.dtype, torch.bfloat16):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.arguments import check_device
+from leetdist.arguments import as_bool, as_float, check_device, check_plain
 from leetdist.engine.checks import describe
 from leetdist.inference.checks import check_count, check_piece, check_rows, check_state
 from leetdist.kernels.common.settings import raw_settings
@@ -148,12 +148,14 @@ class State:
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, scale: float, inplace: bool = False
     ) -> tuple[Tensor, State]:
         """`linear_attention_step` on this state."""
-        if inplace:
+        if as_bool("inplace", inplace):
             raise ValueError("inplace must be False with a State, in which nothing is changed; an exact StatePool is")
-        if scale not in (1.0, self.scale):
+        if as_float("scale", scale) not in (1.0, self.scale):
             raise ValueError(f"scale must be the state's own, {self.scale}, or not be given, got {scale}")
         if isinstance(q, Tensor) and (q.ndim != 4 or q.shape[2] != 1):
             raise ValueError(f"q must hold one token, (B, H, 1, Dk), got shape {tuple(q.shape)}")
+        if log_decay is not None:
+            check_plain("log_decay", log_decay, "a tensor or None")
         if log_decay is not None and log_decay.ndim == 1:
             if not torch.equal(log_decay.to(self.log_decay), self.log_decay):
                 raise ValueError("log_decay must be the state's own, or not be given")

@@ -23,8 +23,9 @@ def check_sizes(**sizes: Any) -> None:
 
 def check_x(x: Tensor, dim: int) -> None:
     """A layer's input."""
-    if x.ndim != 3 or x.shape[2] != dim:
-        raise ValueError(f"x must have shape (B, N, dim) = (B, N, {dim}), got {tuple(x.shape)}")
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != dim:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must have shape (B, N, dim) = (B, N, {dim}), got {got}")
 
 
 __all__ = ["check_exact", "check_sizes", "check_x"]

@@ -87,6 +87,8 @@ def decays_of(model: nn.Module) -> dict[int, Tensor]:
     >>> leetdist.nn.decays_of(leetdist.nn.Retention(32, heads=2))
     {0: tensor([-0.0317, -0.0157])}
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a module, got {type(model).__name__}")
     found: dict[int, Tensor] = {}
     for module in model.modules():
         own: Any = getattr(module, "log_decay", None)
@@ -133,6 +135,8 @@ def check_decays(model: nn.Module | Mapping[int, Tensor], name: str, *, layers: 
     ...
     ValueError: layer 0 has other decays than the ladder 'tnl': head 0 has -0.285717, ... those of 'ling' fit all layers
     """
+    if not isinstance(model, nn.Module | Mapping):
+        raise ValueError(f"model must be a module, or decays by layer, got {type(model).__name__}")
     if layers is None:
         layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if not isinstance(layers, int):

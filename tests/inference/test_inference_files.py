@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -40,6 +40,16 @@ def test_options_may_be_numpys(tmp_path: Path) -> None:
         kept.append(leetdist.load_states(tmp_path / "states")["0"])
     assert torch.equal(kept[0].now, kept[1].now)
     assert [(x.scale, x.tile) for x in kept] == [(0.5, 16)] * 2
+
+
+def test_odd_arguments_are_named() -> None:
+    state, odd = made(), torch.zeros(3)
+    tokens: Any = [torch.randn(2, 2, 1, 8).bfloat16() for _ in range(3)]
+    for name, value in (("log_decay", "x"), ("scale", odd), ("inplace", odd)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            leetdist.linear_attention_step(*tokens, state, **{name: value})
+    with pytest.raises(ValueError, match=r"dtype must be .* got Tensor"):
+        leetdist.StatePool(2, like=state, dtype=cast(Any, odd))
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +71,10 @@ def test_own_layers_are_counted() -> None:
 
 
 def test_what_cannot_be_checked_is_refused() -> None:
+    odd: Any = 3
+    for call in (decays_of, partial(check_decays, name="tnl", layers=1)):
+        with pytest.raises(ValueError, match=r"model must be a module.* got int"):
+            call(odd)
     with pytest.raises(ValueError, match="layers must be the number of layers of the model"):
         check_decays({0: torch.ones(4)}, "tnl")
     with pytest.raises(ValueError, match=re.escape("model must have layers with constant decays, got a Linear")):

@@ -78,6 +78,8 @@ def test_a_layers_arguments_are_named(kind: Any) -> None:
         with pytest.raises(ValueError, match=f"heads must be a whole number, got {heads!r}"):
             kind(32, heads)
     layer = kind(32, 4, 16) if kind is leetdist.nn.Mamba2 else kind(32, 4)
+    with pytest.raises(ValueError, match=r"x must have shape .* got list"):
+        layer([1])
     for shape in ((40, 32), (1, 40, 16), (1, 1, 40, 32)):
         with pytest.raises(ValueError, match=rf"x must have shape .* \(B, N, 32\), got {re.escape(str(shape))}"):
             layer(torch.randn(shape))
