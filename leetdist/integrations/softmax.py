@@ -123,7 +123,10 @@ def _causal(
                 mask = seen & (rows[:, None] >= columns)
             queries = q[:, :, begin - offset : stop - offset]
             parts.append(score.attend(queries, k[:, :, keys], v[:, :, keys], mask))
-    return torch.cat(parts, 2) if parts else q.new_zeros(*q.shape[:3], v.shape[3])
+    if parts:
+        return torch.cat(parts, 2)
+    # A rank without queries has gathered keys all the same, and the others wait for it in the backward pass.
+    return q.new_zeros(*q.shape[:3], v.shape[3]) + sum(x[:, :, :0].sum() for x in (q, k, v))
 
 
 class _Exchange(torch.autograd.Function):

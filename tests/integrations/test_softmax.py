@@ -25,6 +25,21 @@ HEADS = {
 }
 
 
+def without_queries(rank: int, ranks: int) -> Tensor:
+    """The gradient of k, where rank 0 has no tokens, and heads that no two ranks share."""
+    group = leetdist.device_mesh()["sp"]
+    q, k, v = (torch.ones(1, h, 16 * rank, DIM, requires_grad=True) for h in (3, 1, 1))
+    softmax_attention(q, k, v, group).sum().backward()
+    assert k.grad is not None
+    return k.grad
+
+
+def test_a_rank_without_tokens_is_there_in_the_backward_pass() -> None:
+    none, some = values(run_ranks(without_queries, 2, 2, frameworks=True))
+    assert none.shape[2] == 0
+    assert some.isfinite().all()
+
+
 def gradients(heads: tuple[int, int], group: object) -> tuple[list[Tensor], list[Tensor]]:
     """o and the gradients of q, k and v: this rank's shards of one process's, and its own."""
     generator = torch.Generator().manual_seed(0)
