@@ -195,7 +195,7 @@ def assert_bad_steps_show(method: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_steps_that_nobody_has_read(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("checks", "plan"):
+    for module in ("checks", "planning"):
         monkeypatch.setattr(f"leetdist.engine.{module}.bad_step", lambda *_, **__: None)
     assert_bad_steps_show(method, CPU)
 

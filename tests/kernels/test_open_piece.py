@@ -129,7 +129,7 @@ def test_pieces_that_lie_apart_are_read_where_they_lie(
 def test_a_piece_takes_four_launches_and_no_copies(
     driver: Driver, token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leetdist.inference.stream.reads_values", lambda log_decay: False)  # as on a GPU
+    monkeypatch.setattr("leetdist.inference.pieces.reads_values", lambda log_decay: False)  # as on a GPU
     *tensors, g = draw("cpu", 1, TILE, 64, 64, torch.bfloat16, token)
     stream = leetdist.stream(None if token else g, tile=TILE)
     tensors += [g] * token
@@ -175,7 +175,7 @@ def test_tokens_that_later_tokens_cannot_see_are_poisoned(driver: Driver) -> Non
 @pytest.mark.parametrize("token", [False, True])
 def test_views_mean_their_values(driver: Driver, token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where pieces before, of the same strides, are computed in a way that is known."""
-    monkeypatch.setattr("leetdist.inference.stream.reads_values", lambda log_decay: False)  # as on a GPU
+    monkeypatch.setattr("leetdist.inference.pieces.reads_values", lambda log_decay: False)  # as on a GPU
     *tensors, g = draw("cpu", 1, TILE - 8, 64, 64, torch.bfloat16, token)
     expected = one_call(*tensors, g, 0.3)
     forms: list[Callable[[Tensor], Tensor]] = [
