@@ -71,8 +71,8 @@ def tile_outputs(
     if onto is None and added and shared.summed(a, c, log_decay, out_dtype):
         return shared.summed_outputs(a, b, c, *of_tiles, weight=weight, **options)
     options["out_dtype"] = out_dtype
-    pairs = skip is not None or shared.in_pairs(a, b, c, log_decay, tiles)
-    if onto is None and out_dtype == a.dtype and pairs:
+    alike = onto is None and out_dtype == a.dtype
+    if alike and (skip is not None or shared.in_pairs(a, b, c, log_decay, tiles)):
         return shared.paired_outputs(a, b, c, *of_tiles, weight=weight, skip=skip, **options)
     return hopper.tile_outputs(a, b, weighted(c, weight), *of_tiles, onto=onto, **options)
 

@@ -184,12 +184,12 @@ struct Tables : TokenWeights<true> {
     __device__ __forceinline__ void set(float scale_, float state_scale_, float added_scale_) {
         scale = scale_, state_scale = state_scale_, added_scale = added_scale_;
     }
-    // scores, decayed and rounded, to shared memory; AHEAD: as of `each`
-    template <bool AHEAD = false>
+    // scores, decayed and rounded, to shared memory; OWN_FIRST: as of `each`
+    template <bool OWN_FIRST = false>
     __device__ __forceinline__ void decay(const float (&scores)[32], Word seen) const {
         const int lane = threadIdx.x % 32, warp = thread_number() / 32;
         const Word to = seen + (warp * 16 + (lane & 15)) * 128 + ((lane >> 4 ^ lane) & 7) * 16;
-        each<AHEAD>(warp, [&](int step, const float (&d)[8]) {
+        each<OWN_FIRST>(warp, [&](int step, const float (&d)[8]) {
             Word x[4];
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -198,18 +198,18 @@ struct Tables : TokenWeights<true> {
         });
     }
     // A thread's decays of 16 columns after the other: two beside each other, 8 rows further on, 8 columns further on.
-    // AHEAD: those within the warp's own tokens first, and then no branch, so that loads are under way together. It takes
-    // 8 registers: o and dv gain by it, dq and dk do not (benchmarks/notes/gated.md).
-    template <bool AHEAD = false, class F>
+    // OWN_FIRST: those within the warp's own tokens first, and then no branch, so that loads are under way together. It
+    // takes 8 registers: o and dv gain by it, dq and dk do not (benchmarks/notes/gated.md).
+    template <bool OWN_FIRST = false, class F>
     __device__ __forceinline__ void each(int warp, F function) const {
         const int row = threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
         const float of_row[2] = {load(rows + row * 4), load(rows + row * 4 + 32)};
         float own[8];
-        if (AHEAD) within(row, column, own);
+        if (OWN_FIRST) within(row, column, own);
 #pragma unroll
         for (int step = 0; step < 4; step++) {
             float d[8];
-            if (!AHEAD && step == warp) {
+            if (!OWN_FIRST && step == warp) {
                 within(row, column, d);
             } else {
 #pragma unroll
@@ -218,7 +218,7 @@ struct Tables : TokenWeights<true> {
                     load(columns + (16 * step + 2 * i + column) * 4, of_column[0], of_column[1]);
 #pragma unroll
                     for (int j = 0; j < 4; j++)
-                        d[i + j] = AHEAD && step == warp ? own[i + j] : of_row[j / 2] * of_column[j % 2];
+                        d[i + j] = OWN_FIRST && step == warp ? own[i + j] : of_row[j / 2] * of_column[j % 2];
                 }
             }
             function(step, d);
