@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from leetdist.api import linear_attention, linear_attention_step
 from leetdist.arguments import as_bool, as_float, as_int, check_plain, for_autograd
@@ -20,6 +19,7 @@ from leetdist.sequence.agreement import agree
 from leetdist.sequence.documents import check_offsets, check_told_once
 from leetdist.sequence.group import resolve
 from leetdist.sequence.halo import halo
+from leetdist.sequence.once import differentiated_once
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -243,7 +243,7 @@ class _Inputs(torch.autograd.Function):
         return v, log_decay, weight, None if D is None else x
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("mamba_chunk_scan_combined")
     def backward(
         ctx: Any, dv: Tensor | None, dlog_decay: Tensor | None, dweight: Tensor | None, dskipped: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -278,7 +278,7 @@ class _Outputs(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("mamba_chunk_scan_combined")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dz = None
         if ctx.gated:

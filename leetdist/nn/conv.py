@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from leetdist.arguments import as_bool, check_plain, for_autograd
 from leetdist.kernels.mamba.pytorch import conv
@@ -16,6 +15,7 @@ from leetdist.operators.elementwise import kernel
 from leetdist.sequence.documents import check_end, check_offsets, check_one_row, check_told_once, known_offsets
 from leetdist.sequence.group import resolve
 from leetdist.sequence.halo import agreed_lengths, before_shard, check_initial, tokens_of
+from leetdist.sequence.once import differentiated_once
 from leetdist.sequence.shard import gather_sequence
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("causal_conv1d")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, before, weight, bias, documents = ctx.saved_tensors
         activation, lengths, transport = ctx.asked

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from leetdist.arguments import as_int, check_plain
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.documents import check_end, check_offsets, known_offsets
 from leetdist.sequence.group import resolve
+from leetdist.sequence.once import differentiated_once
 from leetdist.sequence.shard import check_cut, dimension, swap
 from leetdist.sequence.transport import Transport
 
@@ -153,7 +153,7 @@ class _TokensOf(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("halo")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dim, lengths, spans, transport = ctx.asked
         me = transport.rank

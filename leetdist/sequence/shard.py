@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from leetdist.arguments import as_int, check_plain
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.grid import default_tile, even_tile, shard_lengths
 from leetdist.sequence.group import resolve, warn_where_unjoined
+from leetdist.sequence.once import differentiated_once
 from leetdist.sequence.site import warn
 from leetdist.sequence.transport import Message, Transport
 
@@ -189,7 +189,7 @@ class _Gather(torch.autograd.Function):
         return whole
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("gather_sequence")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         transport, parts = ctx.transport, grad.split(ctx.lengths, ctx.dim)
         mine = parts[transport.rank]
@@ -214,7 +214,7 @@ class _Redistribute(torch.autograd.Function):
         return move(x, dim, old, new, transport)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("redistribute")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return move(grad, *ctx.back), None, None, None, None
 
