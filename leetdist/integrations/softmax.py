@@ -132,7 +132,8 @@ def _causal(
 class _Exchange(torch.autograd.Function):
     """All-to-all between shards of the sequence with all heads, and the whole sequence with some heads.
 
-    to_heads: (B, H, n, D) -> (B, H / P, N, D); else back. The backward is the other direction.
+    to_heads: (B, H, n, D) -> (B, H / P, N, D); else back. The backward is the other direction,
+    and that one's the first again.
     """
 
     @staticmethod
@@ -143,7 +144,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         lengths, group, to_heads = ctx.rest
-        return _exchange(grad, lengths, group, not to_heads), None, None, None
+        return _Exchange.apply(grad, lengths, group, not to_heads), None, None, None
 
 
 def _exchange(x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup, to_heads: bool) -> Tensor:

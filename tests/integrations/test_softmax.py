@@ -10,7 +10,9 @@ import leetdist
 from helpers import run_ranks, values
 from leetdist.integrations import softmax
 from leetdist.integrations.softmax import softmax_attention
+from leetdist.mesh import process_group
 from leetdist.reference import relative_error
+from leetdist.sequence.group import resolve
 
 TOKENS, DIM = 96, 8
 # Heads of q, of k and v; whether 2, 3 and 4 ranks share them.
@@ -38,6 +40,21 @@ def test_a_rank_without_tokens_is_there_in_the_backward_pass() -> None:
     none, some = values(run_ranks(without_queries, 2, 2, frameworks=True))
     assert none.shape[2] == 0
     assert some.isfinite().all()
+
+
+def penalized(rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, the gradient of the cubes' sum behind an exchange, and that of its square."""
+    x = torch.randn(1, 2, 3 + rank, DIM, dtype=torch.float64, requires_grad=True)
+    y = softmax._Exchange.apply(x, (3, 4), process_group(resolve(leetdist.device_mesh()["sp"])), True)
+    (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    return x.detach(), first.detach(), second
+
+
+def test_second_derivatives_travel_too() -> None:
+    for x, first, second in values(run_ranks(penalized, 2, 2, frameworks=True)):
+        torch.testing.assert_close(first, 3 * x**2)
+        torch.testing.assert_close(second, 36 * x**3)
 
 
 def gradients(heads: tuple[int, int], group: object) -> tuple[list[Tensor], list[Tensor]]:
