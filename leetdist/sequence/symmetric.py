@@ -28,6 +28,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import Store
 
 from leetdist.kernels.common import recording
+from leetdist.kernels.common.memo import Memo
 from leetdist.sequence.encoding import plain
 from leetdist.sequence.p2p import PointToPoint, gloo, store_of
 from leetdist.sequence.transport import Message, Transport
@@ -72,7 +73,7 @@ class Inboxes:
         self.group = _part(transport, node, self.store)
         self.slot_words = 0
         self.boxes: dict[int, Box] = {}
-        self.ways: dict[Any, Way] = {}  # made once each, because a view takes the host microseconds
+        self.ways: Memo[Any, Way] = Memo(4096)  # made once each, because a view takes the host microseconds
         self.kept: list[Any] = []  # a graph may hold the address of inboxes that have been outgrown
         self.sent: dict[int, int] = {}
         self.received: dict[int, int] = {}
@@ -83,7 +84,8 @@ class Inboxes:
 
         with suppress(RuntimeError, ValueError):
             _unregister_process_group(self.group.group_name)
-        self.boxes, self.ways, self.kept = {}, {}, []
+        self.boxes, self.kept = {}, []
+        self.ways.clear()
 
     def serves(self, like: Tensor, size: int, rank: int) -> bool:
         """Whether a message of so many bytes has room in a slot: the shares of a gradient's tiles may have none."""
@@ -104,7 +106,8 @@ class Inboxes:
         torch.cuda.synchronize(device)  # from the rendezvous on, neighbours write here
         handle = symmetric.rendezvous(memory, self.group.group_name)
         self.kept.append((memory, handle))
-        self.sent, self.received, self.ways = {}, {}, {}
+        self.sent, self.received = {}, {}
+        self.ways.clear()
         self.boxes = {self.rank: own}
         for rank in (self.rank - 1, self.rank + 1):
             if rank in self.local:
