@@ -28,8 +28,8 @@ from suites.leetdecoding.report import about
 
 import leetdist
 from leetdist.engine.checks import describe
-from leetdist.kernels.common.loader import kernel
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.runtime.cuda_launch import kernel
 from leetdist.operators.methods import kernels_for
 from leetdist.reference import quadratic, relative_error
 from leetdist.sequence.grid import default_tile

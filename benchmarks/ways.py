@@ -30,11 +30,12 @@ from common.events import milliseconds
 from torch import Tensor
 
 import leetdist
-from leetdist.kernels.common.loader import Kernel, cubin, kernel
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.triton.fold import fold
 from leetdist.kernels.constant_decay.triton.step import step
+from leetdist.kernels.runtime.cuda_launch import Kernel, kernel
+from leetdist.kernels.runtime.nvrtc import cubin
 from leetdist.sequence.grid import default_tile
 
 SUITE = Path(__file__).resolve().parent / "suites/ways"

@@ -18,7 +18,7 @@ import torch
 
 import leetdist
 from leetdist.engine.checks import describe
-from leetdist.kernels.common.settings import settings
+from leetdist.kernels.runtime.settings import settings
 from leetdist.launch import commands
 from leetdist.launch.runtime import choose_device
 from leetdist.operators.dispatch import Choice, decoder
@@ -49,16 +49,16 @@ def main(argv: list[str]) -> int:
 
 def machine() -> dict[str, Any]:
     """Versions, None where something is missing, and the GPUs."""
-    from leetdist.kernels.common import loader, release
+    from leetdist.kernels.runtime import nvrtc, triton_release
 
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {
         "leetdist": leetdist.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": release.version(),
+        "triton": triton_release.version(),
         "CUDA of torch": torch.version.cuda,
-        "NVRTC": ".".join(map(str, loader.version() or ())) or None,
+        "NVRTC": ".".join(map(str, nvrtc.version() or ())) or None,
         "cuda-core": _installed("cuda-core"),
         "NCCL": ".".join(map(str, torch.cuda.nccl.version()))
         if cuda and torch.distributed.is_nccl_available()

@@ -11,7 +11,7 @@ from torch import Tensor
 from leetdist.engine.checks import ONE_DEVICE, describe
 from leetdist.engine.inputs import a_head
 from leetdist.engine.planning import plan_call
-from leetdist.kernels.common.settings import settings
+from leetdist.kernels.runtime.settings import settings
 from leetdist.operators.composition import Kernels
 from leetdist.operators.dispatch import Choice, Refusals
 from leetdist.operators.elementwise import choice
@@ -162,7 +162,7 @@ def _refused(choices: Iterable[Choice], unserved: Refusals) -> str:
 
 
 def _launches(plan: Plan, kernels: Kernels) -> str:
-    """Whether the host repeats a call's launches (leetdist.kernels.common.replay)."""
+    """Whether the host repeats a call's launches (leetdist.kernels.runtime.replay)."""
     if plan.problem.device.type != "cuda":
         return "not repeated: a CPU has none"
     if not kernels.recordable:
@@ -172,7 +172,7 @@ def _launches(plan: Plan, kernels: Kernels) -> str:
         return f"not repeated: {', '.join(alone)} has some that are not seen"
     if plan.transport is not None and plan.transport.place() is None:
         return f"not repeated: by {plan.transport.kind}, hosts copy the states that are passed on"
-    from leetdist.kernels.common.launcher import why_not_repeated
+    from leetdist.kernels.runtime.triton_driver import why_not_repeated
 
     missing = why_not_repeated()
     if missing is not None:

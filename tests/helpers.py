@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.runtime import nvrtc
 
 
 @dataclass
@@ -150,7 +150,7 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 def ptxas_report(source: str, architecture: str, defines: Iterable[tuple[str, int]], folder: Path) -> str:
     """What ptxas says of a file of kernels/cuda, which must compile without warnings; what tests share, once."""
-    asked = loader.text(source), architecture, *sorted(defines)
+    asked = nvrtc.text(source), architecture, *sorted(defines)
     if asked not in _said:
         path = folder / Path(source).name
         path.write_text(asked[0])

@@ -28,7 +28,7 @@ unset TRITON_INTERPRET
 # Compile tests of kernels, whatever their number; Triton 3.5 has no Gluon that theirs could be written in.
 compiled=$(grep -lE "GPUTarget" tests/*/test_*.py | paste -sd' ')
 compiled_old=$(grep -lE "GPUTarget" tests/*/test_*.py | xargs grep -LiE "gluon|hopper" | paste -sd' ')
-launched="tests/kernels/test_launcher.py tests/kernels/test_replay.py"
+launched="tests/kernels/test_triton_driver.py tests/kernels/test_replay.py"
 torch="tests/engine/test_engine.py tests/engine/test_exactness.py tests/engine/test_errors.py tests/operators
     tests/engine/test_engine_compile.py tests/engine/test_ways_of_calling.py tests/sequence/test_distributed.py"
 models="tests/integrations/test_transformers.py tests/integrations/test_parallelize.py tests/integrations/test_families.py

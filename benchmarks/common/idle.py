@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from leetdist.engine import plan, planning, repeats
-from leetdist.kernels.common import launches, recording, replay, sums
+from leetdist.kernels.common import sums
+from leetdist.kernels.runtime import recording, repeated_launch, replay
 from leetdist.operators.constant_decay import ConstantDecay
 from leetdist.sequence.transport import Transport
 
@@ -118,7 +119,7 @@ def idle_kernels() -> Iterator[None]:
 
 @contextmanager
 def rehearsed() -> Iterator[None]:
-    """Passes are recorded and repeated as on a GPU (leetdist.kernels.common.replay), with tensors on the CPU: of the
+    """Passes are recorded and repeated as on a GPU (leetdist.kernels.runtime.replay), with tensors on the CPU: of the
     kernels noted, `launch` is called, with addresses in place of tensors. For groups that have made no call before."""
 
     def handed(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Any:
@@ -129,8 +130,8 @@ def rehearsed() -> Iterator[None]:
 
     with ExitStack() as stack:
         for owner, name, stand_in in (
-            (replay.launch, "direct", lambda device: True),
-            (launches.launcher, "handed", handed),
+            (replay.triton_launch, "direct", lambda device: True),
+            (repeated_launch.triton_driver, "handed", handed),
             (torch._C, "_cuda_getCurrentRawStream", lambda index: 0),
             (torch._C, "_cuda_getCurrentStream", lambda index: (0, 0, 1)),
             (plan.Plan, "repeatable", True),

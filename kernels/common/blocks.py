@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
-from leetdist.kernels.common.recording import the_same
 from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.runtime.recording import the_same
 
 Span = tuple[int, int]
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
+from leetdist.kernels.runtime.triton_launch import launch
 
 BLOCK = 256  # tiles that a program sees at a time
 COUNTS = ["batch", "tiles", "more"]

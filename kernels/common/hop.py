@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
+from leetdist.kernels.runtime.triton_launch import launch
 
 # Pieces of a message at most, and those that are enough; the fewest numbers of one, and the most that a program folds.
 PIECES, ENOUGH = 1024, 512

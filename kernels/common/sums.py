@@ -7,8 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import release
-from leetdist.kernels.common.settings import settings
+from leetdist.kernels.runtime import triton_release
+from leetdist.kernels.runtime.settings import settings
 
 
 def sum_in_pairs(x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _fused(x: Tensor, dtype: torch.dtype) -> bool:
 def _by_triton(device: torch.device) -> bool:
     if device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0)):
         return False
-    return release.why_not_triton() is None and _compiles(device)
+    return triton_release.why_not_triton() is None and _compiles(device)
 
 
 @cache

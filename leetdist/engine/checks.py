@@ -13,7 +13,7 @@ from leetdist.arguments import as_bool, as_tile, check_plain
 from leetdist.engine.hints import layout_hint, more_heads_than_tokens, warn_of_layout
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.values import bad_step, boundaries_of, decays_of
-from leetdist.kernels.common.settings import variable
+from leetdist.kernels.runtime.settings import variable
 from leetdist.operators.problem import Problem, state_dtype
 from leetdist.sequence.documents import check_form, check_one_row
 from leetdist.sequence.grid import Layout, default_tile

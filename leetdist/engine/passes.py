@@ -19,9 +19,9 @@ from leetdist.engine.filling import LaneStates, LaneTokens, in_order
 from leetdist.engine.lanes import Lane, index_of
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.plan import Plan
-from leetdist.kernels.common import recording
-from leetdist.kernels.common.recording import noting, refuse
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.runtime import recording
+from leetdist.kernels.runtime.recording import noting, refuse
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 
@@ -254,9 +254,9 @@ def _repeated(
 
 @cache
 def repeater() -> Any:
-    """What repeats launches (leetdist.kernels.common.replay); None where there is no Triton."""
+    """What repeats launches (leetdist.kernels.runtime.replay); None where there is no Triton."""
     try:
-        from leetdist.kernels.common.replay import repeated
+        from leetdist.kernels.runtime.replay import repeated
     except ImportError:
         return None
     return repeated

@@ -16,8 +16,8 @@ from leetdist.engine.checks import check_agreement, check_declared, describe, gl
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.plan import Plan, make_plan
 from leetdist.engine.values import Decays, bad_step, decays_of, unread
-from leetdist.kernels.common.memo import Memo
-from leetdist.kernels.common.settings import raw_settings
+from leetdist.kernels.runtime.memo import Memo
+from leetdist.kernels.runtime.settings import raw_settings
 from leetdist.operators.dispatch import backend_of, may_fail
 from leetdist.operators.problem import Problem, state_dtype
 from leetdist.operators.registry import operator_named
@@ -226,6 +226,6 @@ def _known(
 @lru_cache(maxsize=512)
 def _local_plan(problem: Problem, _chosen: Hashable, _settings: Hashable) -> Plan:
     """Layers and steps come with the same few problems. A plan is for one choice of kernels and settings: what is
-    remembered by the plan (leetdist.kernels.common.replay) is."""
+    remembered by the plan (leetdist.kernels.runtime.replay) is."""
     layout, tile = global_layout([problem])
     return make_plan(problem, layout, tile, any_initial=problem.has_initial)

@@ -1,6 +1,6 @@
 """Calls on one device that want no derivative of what they do, and the two passes of compiled graphs. What such a call
 launches follows from how its tensors lie and from its options, so one that was made before is found by one look at
-those (leetdist.kernels.common.replay): nothing is checked, planned or laid out again.
+those (leetdist.kernels.runtime.replay): nothing is checked, planned or laid out again.
 
 Tensors: q, k, v, log_decay, initial_state, as callers have them. Options: canonical (leetdist.engine.inputs), in the
 order of OPTIONS.
@@ -21,7 +21,7 @@ from leetdist.engine.passes import backward_pass, forward_pass, repeater
 from leetdist.engine.plan import Plan
 from leetdist.engine.planning import plan_call
 from leetdist.engine.values import decays_of, reads_values
-from leetdist.kernels.common.settings import raw_settings
+from leetdist.kernels.runtime.settings import raw_settings
 
 Given: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 Options: TypeAlias = tuple[float, bool, str, int | None, str | None]

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from leetdist.engine import trace
 from leetdist.kernels.common import sums
-from leetdist.kernels.common.recording import take_with
+from leetdist.kernels.runtime.recording import take_with
 
 if TYPE_CHECKING:
     from leetdist.engine.lanes import Lane

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from leetdist.kernels.common.memo import Memo
-from leetdist.kernels.common.settings import variable
+from leetdist.kernels.runtime.memo import Memo
+from leetdist.kernels.runtime.settings import variable
 from leetdist.sequence.agreement import digest
 from leetdist.sequence.documents import check_order
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leetdist.inference.state import NO_CHUNKS, State, no_tokens
-from leetdist.kernels.common.settings import raw_settings
+from leetdist.kernels.runtime.settings import raw_settings
 
 WITHOUT = nullcontext()  # autocast, which takes 3 us to say so
 

@@ -14,7 +14,7 @@ from leetdist.api import linear_attention
 from leetdist.arguments import as_bool, as_float, check_device, check_plain
 from leetdist.engine.checks import describe
 from leetdist.inference.checks import check_count, check_piece, check_rows, check_state
-from leetdist.kernels.common.settings import raw_settings
+from leetdist.kernels.runtime.settings import raw_settings
 from leetdist.operators.opened import Opened, opened_by
 from leetdist.sequence.group import alone
 

@@ -51,7 +51,7 @@ class Operator(ABC):
     # Whether `fold` takes a `hop` (leetdist.sequence.transport.Transport.hop) in place of states that neighbours send
     # and get.
     folds_between: bool = False
-    # Whether a pass is nothing but launches that leetdist.kernels.common.recording sees.
+    # Whether a pass is nothing but launches that leetdist.kernels.runtime.recording sees.
     launches_alone: bool = False
 
     @abstractmethod

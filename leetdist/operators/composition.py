@@ -66,7 +66,7 @@ class Kernels:
 
     @cached_property
     def recordable(self) -> bool:
-        """Whether all launches of the two passes are seen by leetdist.kernels.common.recording. (A gradient of decays
+        """Whether all launches of the two passes are seen by leetdist.kernels.runtime.recording. (A gradient of decays
         a head, which is summed over tiles and ranks, is never repeated.)"""
         repeated = (c for c in self.choices if (c.use.step, c.facts.operator) != ("decay_gradient", "constant_decay"))
         return all(c.recordable for c in repeated)

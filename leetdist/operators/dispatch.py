@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.blocks import Span, in_blocks
-from leetdist.kernels.common.memo import Memo
-from leetdist.kernels.common.settings import raw_settings, settings
 from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.runtime.memo import Memo
+from leetdist.kernels.runtime.settings import raw_settings, settings
 from leetdist.operators.facts import Facts, machine_of
 from leetdist.operators.implementations import CANDIDATES, CUDA_HOPPER, Implementation
 from leetdist.operators.refusals import ONE_CHUNK

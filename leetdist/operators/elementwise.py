@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from leetdist.arguments import is_memory
-from leetdist.kernels.common.memo import Memo
-from leetdist.kernels.common.settings import raw_settings
+from leetdist.kernels.runtime.memo import Memo
+from leetdist.kernels.runtime.settings import raw_settings
 from leetdist.operators.dispatch import LONG, Choice, Use, chosen
 from leetdist.operators.problem import Problem
 

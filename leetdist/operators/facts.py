@@ -7,14 +7,14 @@ from functools import cache
 
 import torch
 
-from leetdist.kernels.common.settings import Settings, compiler_settings
+from leetdist.kernels.runtime.settings import Settings, compiler_settings
 
 
 @dataclass(frozen=True)
 class Machine:
     """A device, and what there is to compile for it. capability: of an NVIDIA GPU; triton, nvrtc: versions, None where
-    missing; no_triton, no_gluon: why what is there does not do, in words (leetdist.kernels.common.release);
-    compiled_with: what the environment tells Triton (leetdist.kernels.common.settings)."""
+    missing; no_triton, no_gluon: why what is there does not do, in words (leetdist.kernels.runtime.triton_release);
+    compiled_with: what the environment tells Triton (leetdist.kernels.runtime.settings)."""
 
     device: str
     capability: tuple[int, int] | None
@@ -66,11 +66,12 @@ def _machine(
     version = torch.__version__.partition("+")[0]
     if not compiles:
         return Machine(device, capability, version, None, None, None, None)
-    from leetdist.kernels.common import loader, release
+    from leetdist.kernels.runtime import nvrtc, triton_release
 
     return Machine(
-        device, capability, version, release.version(), release.why_not_triton(), release.why_not_gluon(),
-        loader.version() if device == "cuda" else None, compiled_with,
+        device, capability, version,
+        triton_release.version(), triton_release.why_not_triton(), triton_release.why_not_gluon(),
+        nvrtc.version() if device == "cuda" else None, compiled_with,
     )  # fmt: skip
 
 

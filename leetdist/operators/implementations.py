@@ -30,10 +30,10 @@ class Implementation:
     operator: whose steps, and where no `folder` is named, the folder of leetdist.kernels with `module`, which has a
     function a step, named in `functions` where it is not called as the step is. compiler: what makes its machine code.
     costs: the table of leetdist/operators/costs.json that was measured with it. recordable: all its launches are seen
-    by leetdist.kernels.common.recording, so that a call can be repeated. longest_tile: tokens that it may add up one by
-    one. opened: the module, beside its own, that goes on inside a tile (leetdist.operators.opened). most_rows: how many
-    of the state it takes at once, where it serves any number, block by block (leetdist.kernels.common.blocks). weighs:
-    its steps take the weights of v as well, and gradients are of v itself and of these.
+    by leetdist.kernels.runtime.recording, so that a call can be repeated. longest_tile: tokens that it may add up one
+    by one. opened: the module, beside its own, that goes on inside a tile (leetdist.operators.opened). most_rows: how
+    many of the state it takes at once, where it serves any number, block by block (leetdist.kernels.common.blocks).
+    weighs: its steps take the weights of v as well, and gradients are of v itself and of these.
     """
 
     name: str

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from leetdist.kernels.common.blocks import OpenInBlocks
 from leetdist.kernels.common.open_tiles import OpenTiles, rows_of_calls, writers, written
-from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.runtime.settings import raw_settings
 from leetdist.operators.composition import Kernels
 from leetdist.operators.methods import kernels_for
 

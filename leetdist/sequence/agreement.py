@@ -15,7 +15,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime.memo import Memo
 from leetdist.sequence.site import Site, warn_of
 from leetdist.sequence.transport import Transport
 

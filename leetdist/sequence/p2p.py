@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from leetdist.kernels.common import recording
+from leetdist.kernels.runtime import recording
 from leetdist.sequence import memory
 from leetdist.sequence.blame import ByStore, OnBoard, Verdict, judge
 from leetdist.sequence.board import Board

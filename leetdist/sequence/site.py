@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime.memo import Memo
 
 _INNER = ("leetdist.", "torch.")  # modules that lie between a program's line and the group
 

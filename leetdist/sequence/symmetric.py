@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import Store
 
-from leetdist.kernels.common import recording
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime import recording
+from leetdist.kernels.runtime.memo import Memo
 from leetdist.sequence.encoding import plain
 from leetdist.sequence.p2p import PointToPoint, gloo, store_of
 from leetdist.sequence.transport import Message, Transport

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import recording
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime import recording
+from leetdist.kernels.runtime.memo import Memo
 from leetdist.sequence.board import LEFT, Board
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Transport(ABC):
 
     def place(self) -> Hashable | None:
         """What decides where a scan's next states go and come, if launches and steps of the host move them that can be
-        repeated (leetdist.kernels.common.replay); None if it takes more, as where a host waits for the GPU."""
+        repeated (leetdist.kernels.runtime.replay); None if it takes more, as where a host waits for the GPU."""
         return None
 
     def note_cut(self, local: int, whole: int) -> None:
@@ -159,7 +159,7 @@ class Transport(ABC):
             self.failure = "the group was destroyed"
             if os.getpid() == self.process:  # a child that ends has no say on its parent's board
                 self.board.end(LEFT)
-        replay = sys.modules.get("leetdist.kernels.common.replay")  # which needs Triton
+        replay = sys.modules.get("leetdist.kernels.runtime.replay")  # which needs Triton
         if replay is not None and os.getpid() == self.process:
             replay.forget(self)
         self.board = Board.alone()

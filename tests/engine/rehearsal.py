@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from leetdist.kernels.common import recording, sums
+from leetdist.kernels.common import sums
+from leetdist.kernels.runtime import recording
 from leetdist.operators.constant_decay import ConstantDecay
 
-replay = pytest.importorskip("leetdist.kernels.common.replay")
+replay = pytest.importorskip("leetdist.kernels.runtime.replay")
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 
 

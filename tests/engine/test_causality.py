@@ -12,7 +12,7 @@ from torch import Tensor
 
 import leetdist
 from leetdist.engine.checks import METHODS, ONE_DEVICE
-from leetdist.kernels.common import loader
+from leetdist.kernels.runtime import nvrtc
 from leetdist.sequence.virtual import VirtualGroup
 
 CPU = torch.device("cpu")
@@ -216,7 +216,7 @@ def test_bad_steps_on_a_gpu(method: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("method", ["auto", "block", "lightning", "fleet", "causal_dot_product"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu(dtype: torch.dtype, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if dtype == torch.float32 or loader.version() is None:  # tests/kernels/test_bad_tokens.py: what Gluon's lack
+    if dtype == torch.float32 or nvrtc.version() is None:  # tests/kernels/test_bad_tokens.py: what Gluon's lack
         monkeypatch.setenv("LEETDIST_HOPPER", "0")
     # Over 300 tokens, gamma = e^-0.1 leaves what fp32 can hold, and so does any of the others but e^-1.
     options = {"dtype": dtype, "device": torch.device("cuda"), "method": method, "log_decay": (-0.1, -1e-3, -0.2, 0.0)}

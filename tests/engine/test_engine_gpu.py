@@ -114,7 +114,7 @@ def test_symmetric_in_a_graph() -> None:
 def repeated(rank: int, lanes: int) -> tuple[bool, int]:
     """Sharded calls, one after the other, until each place of a message has been seen thrice: whether all are equal to
     one device's, and how many kinds of passes are repeated."""
-    from leetdist.kernels.common import replay
+    from leetdist.kernels.runtime import replay
 
     os.environ["LEETDIST_LANES"] = str(lanes)
     transport = on_one_gpu("symmetric")

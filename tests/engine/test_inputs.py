@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import leetdist
 from leetdist.engine import values
 from leetdist.engine.checks import ONE_DEVICE
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime.memo import Memo
 
 
 @pytest.mark.parametrize("seed", range(60))

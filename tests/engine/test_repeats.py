@@ -177,7 +177,7 @@ def test_what_is_more_than_launches_is_planned_each_time(monkeypatch: pytest.Mon
     calls = [inputs(seed)[:3] for seed in range(CALLS)]
     wanted = [leetdist.linear_attention(*call, DECAY, tile=32) for call in calls]
     monkeypatch.setattr(repeats, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(replay.launch, "direct", lambda device: True)
+    monkeypatch.setattr(replay.triton_launch, "direct", lambda device: True)
     monkeypatch.setattr(replay, "_once", {})
     monkeypatch.setattr(replay, "_kinds", {})
     for call, expected in zip(calls, wanted, strict=True):

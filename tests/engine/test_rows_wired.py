@@ -15,9 +15,9 @@ from torch import Tensor
 
 import leetdist
 from leetdist.engine import planning
-from leetdist.kernels.common.settings import Settings
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch import block
+from leetdist.kernels.runtime.settings import Settings
 from leetdist.operators import dispatch, refusals
 from leetdist.operators.dispatch import Use
 from leetdist.operators.facts import Facts, Machine

@@ -16,7 +16,7 @@ from torch import Tensor
 import leetdist
 from leetdist.engine import planning
 from leetdist.engine.call import run
-from leetdist.kernels.common.settings import Settings
+from leetdist.kernels.runtime.settings import Settings
 from leetdist.kernels.token_decay.pytorch import block
 from leetdist.operators.dispatch import Use, choose
 from leetdist.operators.facts import Facts, Machine

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from leetdist.kernels.common import loader, tensor_map
 from leetdist.kernels.constant_decay.cuda import grouped, hopper, open_chunk, pieces, rows
+from leetdist.kernels.runtime import cuda_launch, nvrtc, tensor_map
 from leetdist.kernels.token_decay.cuda import shared, shared_gradients
 
 HERE = Path(__file__).parent
@@ -55,9 +55,9 @@ def compiler() -> tuple[str, ...]:
 @cache
 def library_of(source: str, name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     made = Path(_folder().name, hashlib.sha256(repr((source, defines)).encode()).hexdigest()[:16])
-    text = loader.text(source)
+    text = nvrtc.text(source)
     for header in HEADERS:
-        text = text.replace(loader.text(header), "")
+        text = text.replace(nvrtc.text(header), "")
     made.with_suffix(".cuh").write_text(text)
     macros = [f"-D{macro}={value}" for macro, value in (*defines, ("KERNEL", name), ("TEXT", f'"{made}.cuh"'))]
     subprocess.run([*compiler(), *macros, str(HERE / "emulated_hopper.cpp"), "-o", f"{made}.so"], check=True)
@@ -69,7 +69,7 @@ def _kernel(source: str, name: str, device: Any, defines: Any, *, shared_memory:
     library = library_of(source, name, defines)
 
     def launch(grid: tuple[int, ...], block: int, *arguments: Any) -> None:
-        held = loader.Arguments(arguments)
+        held = cuda_launch.Arguments(arguments)
         x, y = (*grid, 1)[:2]
         library.run(
             ctypes.c_void_p(held.places), ctypes.c_uint(x), ctypes.c_uint(y), ctypes.c_int(block),
@@ -102,7 +102,7 @@ def emulated(multiprocessors: int = 132) -> Iterator[None]:
         patch.setattr(tensor_map, "_maps", {})
         patch.setattr(tensor_map, "_encode", _encode)
         patch.setattr(hopper, "_multiprocessors", lambda device: multiprocessors)
-        patch.setattr(loader, "kernel", _kernel)
+        patch.setattr(cuda_launch, "kernel", _kernel)
         _forget()
         try:
             yield
@@ -130,21 +130,21 @@ class Driver:
 
     def kernel(self, source: str, name: str, device: Any, defines: Any, *, shared_memory: int, features: str) -> Any:
         library = library_of(source, name, defines)
-        return loader.Kernel(torch.device("cuda", 0), library, shared_memory, None, self)
+        return cuda_launch.Kernel(torch.device("cuda", 0), library, shared_memory, None, self)
 
 
 @contextmanager
 def repeating(multiprocessors: int = 132) -> Iterator[Driver]:
     """`emulated`, where launches go through the loader's own kernels, and are recorded and repeated."""
-    from leetdist.kernels.common import replay
+    from leetdist.kernels.runtime import replay
 
     driver = Driver()
     with emulated(multiprocessors), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "kernel", driver.kernel)
-        patch.setattr(loader, "bind", lambda: None)
+        patch.setattr(cuda_launch, "kernel", driver.kernel)
+        patch.setattr(cuda_launch, "bind", lambda: None)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-        patch.setattr(replay.launch, "direct", lambda device: True)
+        patch.setattr(replay.triton_launch, "direct", lambda device: True)
         patch.setattr(replay, "_once", {})
         patch.setattr(replay, "_kinds", {})
         yield driver

@@ -274,7 +274,7 @@ def _modules() -> dict[str, Any]:
         "triton.experimental.gluon": gluon,
         "triton.experimental.gluon.language": gluon.language,
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
-        "leetdist.kernels.common.gluon": SimpleNamespace(
+        "leetdist.kernels.runtime.gluon": SimpleNamespace(
             async_load=async_load, barrier=lambda: None, reinterpret=reinterpret
         ),
     }
@@ -304,7 +304,7 @@ def emulated(*names: str) -> list[ModuleType]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """leetdist.kernels.common.launch.launch, for an emulated kernel."""
+    """leetdist.kernels.runtime.triton_launch.launch, for an emulated kernel."""
     _program.grid = grid
     handed = []
     for x in arguments:

@@ -11,9 +11,9 @@ import emulated_gluon
 import pytest
 import torch
 
-from leetdist.kernels.common import release, replay
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch import block as plain
+from leetdist.kernels.runtime import replay, triton_release
 from leetdist.reference import relative_error
 
 triton_block = pytest.importorskip("leetdist.kernels.constant_decay.triton.block")
@@ -109,8 +109,8 @@ GLUON = "leetdist.kernels.constant_decay.triton"
 @pytest.fixture
 def emulated_hopper(monkeypatch):
     """The launches of the kernels for Hopper in Gluon, by name, which run on the CPU."""
-    if release.why_not_gluon() is not None:
-        pytest.skip(release.why_not_gluon())
+    if triton_release.why_not_gluon() is not None:
+        pytest.skip(triton_release.why_not_gluon())
     narrow, wide = (importlib.import_module(f"{GLUON}.{name}") for name in ("hopper", "hopper_wide"))
     names = [f"{GLUON}.{name}" for name in ("hopper_lost", "hopper_kernels", "hopper_parts", "hopper_wide_kernels")]
     _, narrow_kernels, _, wide_kernels = emulated_gluon.emulated(*names)

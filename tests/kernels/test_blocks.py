@@ -14,11 +14,12 @@ from emulated import emulated, repeating
 from test_bad_tokens import assert_seen_only_behind
 
 import leetdist
-from leetdist.kernels.common import blocks, release
+from leetdist.kernels.common import blocks
 from leetdist.kernels.common.blocks import blocks_of, in_blocks
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant_hopper
 from leetdist.kernels.constant_decay.pytorch import block as constant_exact
+from leetdist.kernels.runtime import triton_release
 from leetdist.kernels.token_decay.cuda import hopper as token_hopper
 from leetdist.kernels.token_decay.pytorch import block as token_exact
 from leetdist.operators import refusals
@@ -170,7 +171,7 @@ def test_heads_and_sequences_at_a_time_change_no_bit(
 def test_launches_of_blocks_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the bits of the first call, wherever tensors lie; what outputs are added to is taken once, for all that come
     one after the other."""
-    replay = pytest.importorskip("leetdist.kernels.common.replay")
+    replay = pytest.importorskip("leetdist.kernels.runtime.replay")
     monkeypatch.setattr(blocks, "PROGRAMS", 1)
     monkeypatch.setattr(blocks, "BYTES", 1)
     of_states, of_outputs = (
@@ -202,8 +203,8 @@ def test_launches_of_blocks_are_repeated(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("dtype", "reverse"), [(FP32, False), (BF16, True)])
 def test_emulated_gluon(dtype: torch.dtype, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wide kernels for Hopper in Gluon, two programs a tile. They take fp32 in blocks of 128 rows, here of 64."""
-    if release.why_not_gluon() is not None:
-        pytest.skip(release.why_not_gluon())
+    if triton_release.why_not_gluon() is not None:
+        pytest.skip(triton_release.why_not_gluon())
     folder = "leetdist.kernels.constant_decay.triton"
     wide = importlib.import_module(f"{folder}.hopper_wide")
     names = [f"{folder}.{name}" for name in ("hopper_lost", "hopper_kernels", "hopper_parts", "hopper_wide_kernels")]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from leetdist.kernels.common import loader
+from leetdist.kernels.runtime import nvrtc
 
 BODY = b"\x7fELF and so on"
 
@@ -15,34 +15,34 @@ BODY = b"\x7fELF and so on"
 def test_what_is_kept_is_whole(tmp_path: Path) -> None:
     """Cut anywhere or with a bit flipped anywhere, it is not used; nor is what an older version wrote."""
     path = tmp_path / "cache" / "kernel.cubin"
-    loader._keep(path, BODY)
-    assert loader._kept(path) == BODY
+    nvrtc._keep(path, BODY)
+    assert nvrtc._kept(path) == BODY
     assert [x.name for x in path.parent.iterdir()] == [path.name]
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     whole = path.read_bytes()
     for at in range(len(whole)):
         for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 1 << random.randrange(8)]) + whole[at + 1 :]):
             path.write_bytes(damaged)
-            assert loader._kept(path) is None, at
+            assert nvrtc._kept(path) is None, at
     path.write_bytes(BODY)
-    assert loader._kept(path) is None
-    assert loader._kept(tmp_path / "none") is None
+    assert nvrtc._kept(path) is None
+    assert nvrtc._kept(tmp_path / "none") is None
     path.write_bytes(whole)
-    assert loader._kept(path) == BODY
+    assert nvrtc._kept(path) == BODY
 
 
 def test_what_others_can_write_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cache" / "kernel.cubin"
-    loader._keep(path, BODY)
+    nvrtc._keep(path, BODY)
     for place, mode in ((path, 0o622), (path.parent, 0o777)):
         before = place.stat().st_mode
         place.chmod(mode)
         with pytest.warns(UserWarning, match="can be written by other users"):
-            assert loader._kept(path) is None
+            assert nvrtc._kept(path) is None
         place.chmod(before)
-    assert loader._kept(path) == BODY
+    assert nvrtc._kept(path) == BODY
     (path.parent / "link.cubin").symlink_to(path)
-    assert loader._kept(path.parent / "link.cubin") is None
+    assert nvrtc._kept(path.parent / "link.cubin") is None
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     about = path.stat()
-    assert loader._own(about) == (about.st_uid == 0)  # the system's own is as good as the user's
+    assert nvrtc._own(about) == (about.st_uid == 0)  # the system's own is as good as the user's

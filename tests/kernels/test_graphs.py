@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.kernels.common import recording
+from leetdist.kernels.runtime import recording
 
-replay = pytest.importorskip("leetdist.kernels.common.replay")
-graphs = pytest.importorskip("leetdist.kernels.common.graphs")
-launches = pytest.importorskip("leetdist.kernels.common.launches")
+replay = pytest.importorskip("leetdist.kernels.runtime.replay")
+graphs = pytest.importorskip("leetdist.kernels.runtime.graphs")
+repeated_launch = pytest.importorskip("leetdist.kernels.runtime.repeated_launch")
 DEVICE = torch.device("cuda", 0)
 MAIN, SIDE = (SimpleNamespace(cuda_stream=handle) for handle in (0, 7))
 OK, FAILED = 0, 901
@@ -104,7 +104,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return made
 
 
-class Launch(launches.CudaStep):
+class Launch(repeated_launch.CudaStep):
     def __init__(self, launched: Callable[[int, Any], None]) -> None:
         self.launched = launched
 
@@ -263,7 +263,7 @@ def test_calls_in_a_loop_are_graphs(driver: Driver, monkeypatch: pytest.MonkeyPa
         x.mul_(0.5)
     wanted.append(both())
     with rehearsed(), monkeypatch.context() as within:  # undone before what it stands on
-        within.setattr(launches.launcher, "handed", handed)
+        within.setattr(repeated_launch.triton_driver, "handed", handed)
         within.setattr(replay, "_taking", taking)
         for number in range(8):
             for x in inputs:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from helpers import NVCC, ptxas_report
-from leetdist.kernels.common import loader, tensor_map
 from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.runtime import cuda_launch, nvrtc, tensor_map
 
 # Bytes of a multiprocessor's shared memory, and what a block takes of it beside what it asks for.
 SHARED_MEMORY, OWN = 228 * 1024, 1024
@@ -106,7 +106,7 @@ def test_shares_cover_all_columns(columns, rows, programs):
 
 
 def test_a_source_holds_what_it_includes():
-    text = loader.text("constant_decay/cuda/tile_outputs.cu")
+    text = nvrtc.text("constant_decay/cuda/tile_outputs.cu")
     assert "#include" not in text
     assert text.count("wgmma.fence") == 1
 
@@ -121,7 +121,7 @@ def test_maps_of_one_layout_share_what_the_driver_is_told(monkeypatch):
         return 0, SimpleNamespace(getPtr=memory.data_ptr)
 
     monkeypatch.setattr(driver, "cuTensorMapEncodeTiled", encode)
-    monkeypatch.setattr(loader, "bind", lambda: None)
+    monkeypatch.setattr(cuda_launch, "bind", lambda: None)
     monkeypatch.setattr(tensor_map, "_maps", {})
     kind = torch.bfloat16, torch.Size((1, 2, 100, 64)), (5, 6400, 64, 1)
     first, second = tensor_map.tensor_map(512, kind), tensor_map.tensor_map(1024, kind)

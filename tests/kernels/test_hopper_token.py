@@ -12,9 +12,9 @@ import torch
 from emulated import emulated
 from test_bad_tokens import assert_seen_only_behind
 
-from leetdist.kernels.common import replay
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant
+from leetdist.kernels.runtime import replay
 from leetdist.kernels.token_decay.cuda import hopper
 from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error

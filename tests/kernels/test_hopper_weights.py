@@ -15,8 +15,8 @@ from test_hopper_token import BF16, ON_A_GPU, PACKED
 
 import leetdist
 from helpers import NVCC, ptxas_report
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.runtime import cuda_launch
 from leetdist.kernels.token_decay.cuda import hopper, weights
 from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
@@ -172,7 +172,7 @@ def test_a_scan_of_mamba2s_shape_writes_no_dt_x():
 def test_all_that_a_pass_with_weights_asks_for_compiles(rows, share, reverse, tmp_path):
     asked: set[Any] = set()
     with emulated(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "kernel", lambda source, name, device, made, **_: asked.add((source, made)))
+        patch.setattr(cuda_launch, "kernel", lambda source, name, device, made, **_: asked.add((source, made)))
         kind = BF16, False, reverse, 64 * 1024, torch.device("cpu")
         weights.compile_for("weighted_values", rows, 64, *kind, share=share)
         if not reverse:

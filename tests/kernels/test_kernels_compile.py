@@ -14,10 +14,11 @@ if not hasattr(triton, "compile") or triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from leetdist.kernels.common import head_sums, hop, release  # noqa: E402
-from leetdist.kernels.common.settings import OF_TRITON  # noqa: E402
+from leetdist.kernels.common import head_sums, hop  # noqa: E402
 from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, open_chunk, step  # noqa: E402
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of  # noqa: E402
+from leetdist.kernels.runtime import triton_release  # noqa: E402
+from leetdist.kernels.runtime.settings import OF_TRITON  # noqa: E402
 from leetdist.kernels.token_decay.triton import added_up, by_head, gradient, sums  # noqa: E402
 
 # Shared memory that one program may use, bytes: the CUDA programming guide's table of compute capabilities.
@@ -226,5 +227,5 @@ def test_triton_compiles_by_its_environment(tmp_path: Path, monkeypatch: pytest.
     assert "fma.rn" in ptx
     assert code(DISABLE_PTXAS_OPT="1")[1] != cubin
     assert code(TRITON_DEFAULT_FP_FUSION="0") == (ptx, cubin)
-    if release.number() >= (3, 9):
+    if triton_release.number() >= (3, 9):
         assert "fma.rn" not in code(TRITON_FORCE_DISABLE_FP_FUSION="1")[0]

@@ -7,7 +7,7 @@ import torch
 import leetdist
 from leetdist.engine import planning
 from leetdist.engine.plan import Plan
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime.memo import Memo
 
 
 def test_one_more_than_the_most_begins_anew() -> None:

@@ -23,7 +23,7 @@ from leetdist.kernels.constant_decay.pytorch import open_chunk as in_pytorch
 from leetdist.kernels.token_decay.cuda import open_chunk as by_token
 from leetdist.operators import opened
 
-replay = pytest.importorskip("leetdist.kernels.common.replay")
+replay = pytest.importorskip("leetdist.kernels.runtime.replay")
 
 
 def fold(states: Tensor, initial: Tensor, g: Tensor, tiles: Tiles, *, reverse: bool) -> Tensor:

@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import leetdist
-from leetdist.kernels.common import loader, recording
+from leetdist.kernels.runtime import cuda_launch, recording
 from leetdist.reference import relative_error
 
-replay = pytest.importorskip("leetdist.kernels.common.replay")
-launch = replay.launch
-launches = pytest.importorskip("leetdist.kernels.common.launches")
+replay = pytest.importorskip("leetdist.kernels.runtime.replay")
+triton_launch = replay.triton_launch
+repeated_launch = pytest.importorskip("leetdist.kernels.runtime.repeated_launch")
 
 TABLE = torch.arange(4)
 
 
 class Kernel:
-    """Stands for a compiled kernel: keeps what it is launched with. (How Triton does it is test_launcher's.)"""
+    """Stands for a compiled kernel: keeps what it is launched with. (How Triton does it is test_triton_driver's.)"""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -42,8 +42,8 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(launch, "direct", lambda device: True)
-    monkeypatch.setattr(launches.launcher, "handed", Kernel.handed)
+    monkeypatch.setattr(triton_launch, "direct", lambda device: True)
+    monkeypatch.setattr(repeated_launch.triton_driver, "handed", Kernel.handed)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(replay, "_once", {})
     monkeypatch.setattr(replay, "_kinds", {})
@@ -73,7 +73,7 @@ def test_a_thread_is_bound_before_its_first_launch(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: bound.append(device))
     here, there = torch.device("cuda", 1), torch.device("cuda", 0)
     with ThreadPoolExecutor(1) as thread:
-        direct = [thread.submit(launch.direct, device).result() for device in (there, here, here)]
+        direct = [thread.submit(triton_launch.direct, device).result() for device in (there, here, here)]
     assert direct == [False, True, True]
     assert bound == [here]
 
@@ -105,7 +105,7 @@ def test_no_tensor_of_the_recorded_call_is_kept(kernel: Kernel, monkeypatch: pyt
         made.move = lambda descriptor, number, address: (descriptor.name, number, address)
         return made
 
-    monkeypatch.setattr(launches.launcher, "handed", handed)
+    monkeypatch.setattr(repeated_launch.triton_driver, "handed", handed)
     memory = []
 
     def outputs(a: Tensor, b: Tensor, kernel: Kernel) -> tuple[Tensor, ...]:
@@ -200,13 +200,13 @@ def told(a: Tensor, out: Tensor) -> tuple[Any, ...]:
 def in_cuda(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Driver]:
     """A call with a launch in CUDA C++, and what it tells the driver. A map is its tensor's address, 16 times."""
     driver = Driver()
-    launched = loader.Kernel(torch.device("cuda", 0), 3, 64, None, driver)
+    launched = cuda_launch.Kernel(torch.device("cuda", 0), 3, 64, None, driver)
     made = lambda address, kind: address.to_bytes(8, sys.byteorder) * 16  # noqa: E731
-    monkeypatch.setattr(launches, "tensor_map", made)
+    monkeypatch.setattr(repeated_launch, "tensor_map", made)
 
     def outputs(a: Tensor, part: int) -> tuple[Tensor, ...]:
         out = torch.empty(8)
-        first = launches.TensorMap(bytes(128))
+        first = repeated_launch.TensorMap(bytes(128))
         first.address, first.kind = out.data_ptr(), ("kind",)
         arguments = (a.data_ptr(), first, -5, 0.5, out.data_ptr() + 4 if part else TABLE.data_ptr())
         recording.note(recording.CudaLaunch(launched, (6,), 128, arguments))

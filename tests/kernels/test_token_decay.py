@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_bad_tokens import assert_seen_only_behind
 
-from leetdist.kernels.common import replay
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.runtime import replay
 from leetdist.kernels.token_decay.pytorch import block as plain
 from leetdist.reference import recurrence, relative_error
 

@@ -14,15 +14,15 @@ import torch
 from emulated import compiler
 
 from helpers import NVCC, ptxas_report
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import token_scan
 from leetdist.kernels.constant_decay.pytorch import block
+from leetdist.kernels.runtime import nvrtc
 from leetdist.reference import relative_error
 
 HERE = Path(__file__).parent
 NAME = "constant_decay/cuda/token_scan.cu"
-SOURCE = loader.SOURCES / NAME
+SOURCE = nvrtc.SOURCES / NAME
 # Dk, type of the inputs, type of the outputs. Compiling takes seconds: every Dk and type for one architecture, and
 # what needs the most registers for the others.
 VARIANTS = [
@@ -152,37 +152,37 @@ def test_refuses_a_state_that_does_not_fit() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.skipif(loader.version() is None, reason="needs cuda-core and NVRTC")
+@pytest.mark.skipif(nvrtc.version() is None, reason="needs cuda-core and NVRTC")
 def test_nvrtc_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import cuda.core
 
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path / "cache"))
     defines = (("DK", 32), ("IN", 0), ("OUT", 0), ("VECTOR", 1), ("BY_TOKEN", 0))
-    code = loader.cubin(NAME, "sm_90", defines)
+    code = nvrtc.cubin(NAME, "sm_90", defines)
     assert code[:4] == b"\x7fELF"
-    assert loader.cubin(NAME, "sm_90", (("DK", 32), ("IN", 1), ("OUT", 1), ("VECTOR", 1), ("BY_TOKEN", 0))) != code
+    assert nvrtc.cubin(NAME, "sm_90", (("DK", 32), ("IN", 1), ("OUT", 1), ("VECTOR", 1), ("BY_TOKEN", 0))) != code
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
     def never(*args: object) -> None:
         raise AssertionError("compiled again")
 
     monkeypatch.setattr(cuda.core, "Program", never)
-    assert loader.cubin(NAME, "sm_90", defines) == code
+    assert nvrtc.cubin(NAME, "sm_90", defines) == code
     with pytest.raises(AssertionError, match="compiled again"):
-        loader.cubin(NAME, "sm_80", defines)
+        nvrtc.cubin(NAME, "sm_80", defines)
 
 
-@pytest.mark.skipif(loader.version() is None, reason="needs cuda-core and NVRTC")
+@pytest.mark.skipif(nvrtc.version() is None, reason="needs cuda-core and NVRTC")
 def test_the_benchmarks_kernel_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path))
-    assert loader.cubin(str(HERE.parents[1] / "benchmarks/suites/fleet/fma.cu"), "sm_90", ())[:4] == b"\x7fELF"
+    assert nvrtc.cubin(str(HERE.parents[1] / "benchmarks/suites/fleet/fma.cu"), "sm_90", ())[:4] == b"\x7fELF"
 
 
-@pytest.mark.skipif(loader.version() is None, reason="needs cuda-core and NVRTC")
+@pytest.mark.skipif(nvrtc.version() is None, reason="needs cuda-core and NVRTC")
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path / "file" / "below"))
     assert (
-        loader.cubin(NAME, "sm_90", (("DK", 32), ("IN", 2), ("OUT", 2), ("VECTOR", 4), ("BY_TOKEN", 0)))[:4]
+        nvrtc.cubin(NAME, "sm_90", (("DK", 32), ("IN", 2), ("OUT", 2), ("VECTOR", 4), ("BY_TOKEN", 0)))[:4]
         == b"\x7fELF"
     )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import leetdist
 from helpers import NVCC, ptxas_report
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.runtime import nvrtc
 from leetdist.kernels.token_decay.cuda import gradients, hopper
 from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
@@ -91,11 +91,11 @@ def test_compiles_and_fits(reverse, tmp_path):
     assert "serialized" not in said, said
 
 
-@pytest.mark.skipif(loader.version() is None, reason="needs cuda-core with NVRTC")
+@pytest.mark.skipif(nvrtc.version() is None, reason="needs cuda-core with NVRTC")
 def test_compiles_as_on_a_users_machine(tmp_path, monkeypatch):
     """Without nvcc, which takes more for granted."""
     monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path))
-    made = loader.cubin("token_decay/cuda/gradients.cu", "sm_90a", gradients.defines(gradients.NAMES[1], True))
+    made = nvrtc.cubin("token_decay/cuda/gradients.cu", "sm_90a", gradients.defines(gradients.NAMES[1], True))
     assert made.startswith(b"\x7fELF")
 
 

@@ -8,8 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from leetdist.kernels.common import loader
 from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.runtime import nvrtc
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -19,7 +19,7 @@ Job = tuple[str, tuple[tuple[str, int], ...]]  # a source, and what it is compil
 
 def compiled(job: Job) -> int:
     source, made = job
-    return len(loader.cubin(source, "sm_90a", made))
+    return len(nvrtc.cubin(source, "sm_90a", made))
 
 
 def of_shared_heads() -> Iterator[Job]:
@@ -50,4 +50,4 @@ if __name__ == "__main__":
     ]
     with ProcessPoolExecutor() as pool:
         sizes = list(pool.map(compiled, [*jobs, *of_shared_heads()]))
-    print(f"{len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB in {loader.cache_folder()}")
+    print(f"{len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB in {nvrtc.cache_folder()}")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import leetdist
 from helpers import run_ranks, values
 from leetdist.engine.checks import describe
-from leetdist.kernels.common.settings import OF_TRITON, Settings
+from leetdist.kernels.runtime.settings import OF_TRITON, Settings
 from leetdist.launch import doctor
 from leetdist.operators import dispatch
 from leetdist.operators import facts as facts_

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.blocks import taking
 from leetdist.kernels.common.memory import empty_outputs, heads_of
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.cuda.hopper import configuration, tile_states
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+from leetdist.kernels.runtime import cuda_launch
 
 __all__ = ["compile_for", "configuration", "tile_outputs", "tile_states"]
 
@@ -141,8 +141,8 @@ def defines(name: str, cluster: int, dtype: torch.dtype, wide: bool, reverse: bo
 @cache
 def _kernel(
     name: str, cluster: int, dtype: torch.dtype, wide: bool, reverse: bool, device: torch.device
-) -> loader.Kernel:
-    return loader.kernel(
+) -> cuda_launch.Kernel:
+    return cuda_launch.kernel(
         "constant_decay/cuda/summed_outputs.cu", "summed_outputs", device, defines(name, cluster, dtype, wide, reverse),
         shared_memory=shared_memory(name, cluster), features="a",
     )  # fmt: skip

@@ -13,13 +13,13 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.blocks import taking
 from leetdist.kernels.common.memory import address_of, are_zeros, empty_outputs, empty_states, heads_of
-from leetdist.kernels.common.tensor_map import MAP_BYTES, TensorMap, tensor_map
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.cuda.pieces import KEPT, Operand, fetched
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+from leetdist.kernels.runtime import cuda_launch
+from leetdist.kernels.runtime.tensor_map import MAP_BYTES, TensorMap, tensor_map
 
 THREADS = 128  # of a warpgroup
 BLOCK = 64 * 64 * 2  # bytes of 64 tokens of 64 numbers
@@ -353,7 +353,7 @@ def _kernel(
     onto: bool = False,
     high: bool = False,
     pieces: int = 0,
-) -> loader.Kernel:
+) -> cuda_launch.Kernel:
     """size: the state's rows and columns."""
     held = walked_rows(size[0]), part.columns, part.groups
     made = defines(
@@ -361,7 +361,7 @@ def _kernel(
     )  # fmt: skip
     memory = shared_memory(name, *held, token, high, pieces)
     step = name.split()[0]
-    return loader.kernel(f"constant_decay/cuda/{step}.cu", step, device, made, shared_memory=memory, features="a")
+    return cuda_launch.kernel(f"constant_decay/cuda/{step}.cu", step, device, made, shared_memory=memory, features="a")
 
 
 def _tiles(tiles: Tiles, log_decay: Tensor, splits: int, *operands: Operand) -> tuple[int, ...]:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.open_tiles import OpenTiles
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.cuda.pieces import KEPT, Behind, in_place
+from leetdist.kernels.runtime import cuda_launch
 
 CHUNK = 64  # tokens
 MOST = 8  # tokens of a call
@@ -96,7 +96,7 @@ def open_piece(
     begins at token `at` of the tile. walked, own: (B, H, Dk, Dv), moved on in place by `full` tokens; own is None where
     that is 0. Whatever the numbers are, the launches are the same: they are recorded and repeated.
     """
-    from leetdist.kernels.common.replay import repeated
+    from leetdist.kernels.runtime.replay import repeated
 
     tokens, given = q.shape[2], (q, k, v)
     layout = (
@@ -303,17 +303,19 @@ def defines(rows: int, columns: int, splits: int, dtype: torch.dtype, token: boo
 @cache
 def _kernel(
     name: str, rows: int, columns: int, splits: int, dtype: torch.dtype, token: bool, device: torch.device
-) -> loader.Kernel:
-    return loader.kernel(
+) -> cuda_launch.Kernel:
+    return cuda_launch.kernel(
         f"constant_decay/cuda/{SOURCES[name]}", name, device, defines(rows, columns, splits, dtype, token),
         shared_memory=shared_memory(rows, columns, token) if name == "open_steps" else 0, features="a",
     )  # fmt: skip
 
 
 @cache
-def _rows(token: bool, device: torch.device) -> loader.Kernel:
+def _rows(token: bool, device: torch.device) -> cuda_launch.Kernel:
     made = ("HALF", 0), ("GROUPS", 1), ("TOKEN", int(token))  # numbers are copied as bits
-    return loader.kernel("constant_decay/cuda/open_rows.cu", "open_rows", device, made, shared_memory=0, features="a")
+    return cuda_launch.kernel(
+        "constant_decay/cuda/open_rows.cu", "open_rows", device, made, shared_memory=0, features="a"
+    )
 
 
 def _aligned(x: Tensor) -> Tensor:

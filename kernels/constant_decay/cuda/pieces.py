@@ -13,9 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import loader
-from leetdist.kernels.common.tensor_map import TensorMap, tensor_map
 from leetdist.kernels.common.tiles import ceil_div
+from leetdist.kernels.runtime import cuda_launch
+from leetdist.kernels.runtime.tensor_map import TensorMap, tensor_map
 
 CHUNK = 64  # tokens
 MOST = 232  # pieces, whose places are arguments of a launch: of 4,096 bytes
@@ -166,9 +166,9 @@ def _laid_as(like: Tensor, x: Tensor) -> Tensor:
 
 
 @cache
-def _kernel(device: torch.device) -> loader.Kernel:
+def _kernel(device: torch.device) -> cuda_launch.Kernel:
     made = ("HALF", 0), ("GROUPS", 1), ("MOST", MOST)  # numbers are copied as bits
-    return loader.kernel("constant_decay/cuda/pieces.cu", "pieces", device, made, shared_memory=0, features="a")
+    return cuda_launch.kernel("constant_decay/cuda/pieces.cu", "pieces", device, made, shared_memory=0, features="a")
 
 
 __all__ = ["KEPT", "Behind", "InPieces", "Operand", "fetched", "in_place"]

@@ -9,12 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import empty_outputs, heads_of, zero_states
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.cuda.hopper import Part, configuration
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+from leetdist.kernels.runtime import cuda_launch
 
 __all__ = ["compile_for", "configuration", "row_outputs"]
 
@@ -141,9 +141,9 @@ def _kernel(
     transposed: bool,
     tile: int,
     device: torch.device,
-) -> loader.Kernel:
+) -> cuda_launch.Kernel:
     held = hopper.walked_rows(size[0]), part.columns, part.groups
-    return loader.kernel(
+    return cuda_launch.kernel(
         "constant_decay/cuda/row_outputs.cu", "row_outputs", device,
         defines(name, size, part, dtype, reverse, transposed, tile),
         shared_memory=shared_memory(name, *held, transposed, tile), features="a",

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common.loader import kernel
 from leetdist.kernels.common.memory import empty_outputs
 from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.runtime.cuda_launch import kernel
 
 MOST_ROWS = 256
 VECTOR = 4

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
@@ -39,6 +38,7 @@ from leetdist.kernels.constant_decay.triton.weights import (
     weights_from_state,
     weights_to_state,
 )
+from leetdist.kernels.runtime.triton_launch import launch
 
 __all__ = ["decay_gradient", "fold", "tile_outputs", "tile_states"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from leetdist.kernels.common import release
+from leetdist.kernels.runtime import triton_release
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def block_config(rows: int, columns: int, dtype: torch.dtype, tile: int, parts: 
     wide = dtype == torch.float32
     chunk = min(32 if wide and rows > 64 else 64, tile)
     # Triton 3.7 and 3.8 keep 40 KiB more in shared memory for the outputs' operands in two parts than others do.
-    larger = parts is not None and parts.state == 2 and (3, 7) <= release.number() < (3, 9)
+    larger = parts is not None and parts.state == 2 and (3, 7) <= triton_release.number() < (3, 9)
     held = min(columns, 32 if (wide or larger) and rows > 128 else 64)
     # With 64 rows, fewer columns and 4 warps, Triton 3.6 compiles 16-bit products on Hopper that give garbage (on an
     # H200: relative error 0.2; right with 8 warps, and with 64 columns).

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _decay_of, _powers, _span, _table
 from leetdist.kernels.constant_decay.triton.parts import load_chunk, to_state
+from leetdist.kernels.runtime.triton_launch import launch
 
 PART = 256  # tiles that a program of `_sum_blocks` has
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from leetdist.kernels.common.hop import LEAST as LEAST_BLOCK
 from leetdist.kernels.common.hop import TIMED, Hop, Way, await_flag, look, raise_flag
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch import walk
+from leetdist.kernels.runtime.triton_launch import launch
 
 LEAST = tl.constexpr(walk.LEAST)
 # Numbers that a program loads before it needs the first.

@@ -10,12 +10,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from leetdist.kernels.common import release
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.memory import empty_outputs, empty_states
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.constant_decay.triton.hopper_kernels import tile_outputs_kernel, tile_states_kernel
+from leetdist.kernels.runtime import triton_release
+from leetdist.kernels.runtime.triton_launch import launch
 
 # Chunks on their way at a time, by (outputs or states, rows): as many as shared memory holds.
 STAGES = {("outputs", 128): 2, ("outputs", 64): 3, ("states", 128): 3, ("states", 64): 3}
@@ -29,7 +29,7 @@ def chunk_and_warps(kernel: str, rows: int) -> tuple[int, int]:
 def part_of_chunk(chunk: int, dtype: torch.dtype) -> int:
     """Tokens whose weighted operands are made at a time: what leaves the fewest numbers of the outputs' kernel for 128
     rows in local memory, by dtype and Triton. No bit depends on it."""
-    found = release.number()
+    found = triton_release.number()
     if dtype == torch.bfloat16:
         return min(chunk, 32 if found >= (3, 9) else 64)
     return min(chunk, 128 if found < (3, 7) else 64)

@@ -11,9 +11,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from leetdist.kernels.common.gluon import async_load, barrier
 from leetdist.kernels.constant_decay.pytorch import walk
 from leetdist.kernels.constant_decay.triton.hopper_lost import _clean, _lost_before, _mark, _not_finite, _say
+from leetdist.kernels.runtime.gluon import async_load, barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LEAST = gl.constexpr(walk.LEAST)

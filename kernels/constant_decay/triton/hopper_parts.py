@@ -6,8 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from leetdist.kernels.common.gluon import async_load
 from leetdist.kernels.constant_decay.triton.hopper_kernels import LOG2E, _bounded, _exp2
+from leetdist.kernels.runtime.gluon import async_load
 
 # As in leetdist.kernels.constant_decay.triton.parts, which says what units are.
 LARGE = gl.constexpr(8192.0)

@@ -9,13 +9,13 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.memory import empty_outputs, empty_states
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.constant_decay.triton.configs import Parts, padded, parts_of
 from leetdist.kernels.constant_decay.triton.hopper import _descriptor
 from leetdist.kernels.constant_decay.triton.hopper_wide_kernels import tile_outputs_kernel, tile_states_kernel
+from leetdist.kernels.runtime.triton_launch import launch
 
 CHUNK = 64
 # Chunks in shared memory in the pass for states: one in use, one about to be, the rest on their way.

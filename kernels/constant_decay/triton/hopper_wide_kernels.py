@@ -11,7 +11,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
-from leetdist.kernels.common.gluon import barrier, reinterpret
 from leetdist.kernels.constant_decay.triton.hopper_kernels import COUNTS, FP32_RANGE, _span, _zero_rows
 from leetdist.kernels.constant_decay.triton.hopper_lost import _clean, _lost_before, _mark, _not_finite, _say
 from leetdist.kernels.constant_decay.triton.hopper_parts import (
@@ -33,6 +32,7 @@ from leetdist.kernels.constant_decay.triton.hopper_parts import (
     _unit,
     _units,
 )
+from leetdist.kernels.runtime.gluon import barrier, reinterpret
 
 
 @gluon.jit

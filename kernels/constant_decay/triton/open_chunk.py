@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.memory import heads_of
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.constant_decay.pytorch.open_chunk import lost_columns
@@ -17,6 +16,7 @@ from leetdist.kernels.constant_decay.triton.block import FP32_RANGE, first_chunk
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of
 from leetdist.kernels.constant_decay.triton.parts import in_parts, load_chunk, product
 from leetdist.kernels.constant_decay.triton.weights import ANCHOR, gate_of, lost_across, weights_to_state
+from leetdist.kernels.runtime.triton_launch import launch
 
 COUNTS = ["tokens", "tile_size", "at"]
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
+from leetdist.kernels.runtime.triton_launch import launch
 
 # State columns a program holds, for all rows. On an H200 (state 128 x 128, 32 heads, under a CUDA graph, in place), us
 # at batch 1, 32 and 256: 32 columns 2.6, 39.5, 309; 64 columns 3.1, 38.0, 271; 128 columns 4.1, 39.3, 270. More warps

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
 from leetdist.kernels.constant_decay.triton.step import (
@@ -19,6 +18,7 @@ from leetdist.kernels.constant_decay.triton.step import (
     held_columns,
     moved,
 )
+from leetdist.kernels.runtime.triton_launch import launch
 
 
 def steps(

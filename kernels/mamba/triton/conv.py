@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.mamba.pytorch.conv import Around, Gradients
+from leetdist.kernels.runtime.triton_launch import launch
 
 CHANNELS = 128  # of a program
 TOKENS, TOKENS_BACK = 32, 8  # at a time

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.mamba.pytorch.scan import Gradients, Steps
+from leetdist.kernels.runtime.triton_launch import launch
 from leetdist.kernels.token_decay.triton.weighted import weighted_values
 
 ELEMENTS = 4096  # of x that a program holds; half as many where it holds sums as well

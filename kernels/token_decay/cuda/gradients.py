@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import address_of, empty_outputs
-from leetdist.kernels.common.tensor_map import MAP_BYTES
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+from leetdist.kernels.runtime import cuda_launch
+from leetdist.kernels.runtime.tensor_map import MAP_BYTES
 
 SIZE, GROUPS = 128, 2  # of a head, and warpgroups that share it, beside that which fetches
 AHEAD = 2  # chunks from the next one to the one that comes into the second cache; 0: none does
@@ -161,8 +161,8 @@ def defines(name: str, reverse: bool) -> tuple[tuple[str, int], ...]:
 
 
 @cache
-def _kernel(name: str, reverse: bool, device: torch.device) -> loader.Kernel:
-    return loader.kernel(
+def _kernel(name: str, reverse: bool, device: torch.device) -> cuda_launch.Kernel:
+    return cuda_launch.kernel(
         "token_decay/cuda/gradients.cu", "gradients", device, defines(name, reverse),
         shared_memory=shared_memory(name, reverse), features="a",
     )  # fmt: skip

@@ -9,11 +9,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+from leetdist.kernels.runtime import cuda_launch
 
 HEADS = 2  # of a warpgroup
 WIDTH = 64  # columns, or rows, of a head's state, of which two are as large as one of 128
@@ -306,10 +306,10 @@ def _kernel(
     device: torch.device,
     *,
     skipped: bool = False,
-) -> loader.Kernel:
+) -> cuda_launch.Kernel:
     made = hopper.defines(name, rows, columns, GROUPS.get(source, 1), dtype, wide, reverse, True)
     made += WEIGHTED * weighted + SKIPPED * skipped + (("CLUSTER", cluster),) * (source == "grouped_outputs")
-    return loader.kernel(
+    return cuda_launch.kernel(
         f"token_decay/cuda/{source}.cu", source, device, made,
         shared_memory=shared_memory(source, name, rows, columns, weighted, skipped), features="a",
     )  # fmt: skip

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import loader
 from leetdist.kernels.common.memory import address_of
-from leetdist.kernels.common.tensor_map import MAP_BYTES
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
+from leetdist.kernels.runtime import cuda_launch
+from leetdist.kernels.runtime.tensor_map import MAP_BYTES
 from leetdist.kernels.token_decay.cuda import shared
 from leetdist.kernels.token_decay.cuda.gradients import _place, _placed
 from leetdist.kernels.token_decay.cuda.hopper import tile_outputs
@@ -178,9 +178,9 @@ def shared_memory(name: str, rows: int, late: bool, weighted: bool = False) -> i
 
 
 @cache
-def _kernel(name: str, rows: int, late: bool, weighted: bool, device: torch.device) -> loader.Kernel:
+def _kernel(name: str, rows: int, late: bool, weighted: bool, device: torch.device) -> cuda_launch.Kernel:
     made = hopper.defines(name, rows, WIDTH, GROUPS, torch.bfloat16, False, late, True) + shared.WEIGHTED * weighted
-    return loader.kernel(
+    return cuda_launch.kernel(
         "token_decay/cuda/paired_gradients.cu", "paired_gradients", device, made,
         shared_memory=shared_memory(name, rows, late, weighted), features="a",
     )  # fmt: skip

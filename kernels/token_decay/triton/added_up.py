@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
+from leetdist.kernels.runtime.triton_launch import launch
 from leetdist.kernels.token_decay.triton.gradient import add_behind, add_inside, gradient_config, keep_states
 from leetdist.kernels.token_decay.triton.sums import token_sums
 

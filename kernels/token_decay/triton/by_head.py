@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
+from leetdist.kernels.runtime.triton_launch import launch
 
 BLOCK = 1024  # tokens that a program sees at a time
 

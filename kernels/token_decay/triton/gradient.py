@@ -29,7 +29,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import Config, padded
@@ -44,6 +43,7 @@ from leetdist.kernels.constant_decay.triton.weights import (
     weights_from_state,
     weights_to_state,
 )
+from leetdist.kernels.runtime.triton_launch import launch
 from leetdist.kernels.token_decay.triton.sums import sums_of
 
 # Bytes of kept states at most, where more than one tile is walked at a time.

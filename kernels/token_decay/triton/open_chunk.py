@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.triton import open_chunk as constant
+from leetdist.kernels.runtime.triton_launch import launch
 from leetdist.kernels.token_decay.triton.sums import LEAST, UNIT, sums_of
 
 open_chunk = constant.open_chunk

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
 from leetdist.kernels.constant_decay.triton.weights import ANCHOR
+from leetdist.kernels.runtime.triton_launch import launch
 
 # exp of it is 0 in fp32; of -inf, differences would be NaN. A block of such sums fits into 64 bits.
 LEAST = tl.constexpr(-128.0)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leetdist.kernels.common.launch import launch
 from leetdist.kernels.common.tiles import ceil_div
+from leetdist.kernels.runtime.triton_launch import launch
 
 ELEMENTS = 4096  # of v that a program holds
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from leetdist.arguments import for_autograd
-from leetdist.kernels.common.settings import raw_settings
 from leetdist.kernels.constant_decay.pytorch.walk import LEAST
+from leetdist.kernels.runtime.settings import raw_settings
 from leetdist.operators import cost
 from leetdist.operators.composition import Kernels, compose
 from leetdist.operators.dispatch import Use, ask, chosen, facts_of

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from leetdist.kernels.common import release
+from leetdist.kernels.runtime import triton_release
 
 # `compiled.run` takes these, and then the kernel's arguments; the last four had no names before Triton 3.7.
 TAKEN = ["gridX", "gridY", "gridZ", "stream", "function"]
@@ -35,13 +35,13 @@ def why_not_repeated() -> str | None:
     """Why launches of Triton's kernels are not repeated as they are, in words; None where they are. (Those of kernels
     in CUDA C++ always are.)"""
     if _unrecognised:
-        return f"Triton {release.version()} hands {_unrecognised[0]} to the driver in a way that is not known"
+        return f"Triton {triton_release.version()} hands {_unrecognised[0]} to the driver in a way that is not known"
     return _another_launcher()
 
 
 @cache
 def _another_launcher() -> str | None:
-    missing = release.why_not_triton()
+    missing = triton_release.why_not_triton()
     if missing is not None:
         return missing
     import triton

@@ -44,7 +44,7 @@ def why_not_gluon() -> str | None:
     if number() < OLDEST_GLUON:
         return f"Triton {version()}'s Gluon lacks reductions that the kernels need; 3.6 and newer have them"
     try:
-        from leetdist.kernels.common import gluon  # noqa: F401
+        from leetdist.kernels.runtime import gluon  # noqa: F401
     except (ImportError, AttributeError) as error:  # the dialect is an experiment, and may lose a name
         return f"Triton {version()}'s Gluon lacks what the kernels are written in: {error}"
     return None

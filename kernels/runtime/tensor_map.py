@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from leetdist.kernels.common import loader
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime import cuda_launch
+from leetdist.kernels.runtime.memo import Memo
 
 MAP_BYTES = 128
 
@@ -39,10 +39,10 @@ def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[
         return None
     from cuda.bindings import driver
 
-    loader.bind()
+    cuda_launch.bind()
     kind, rank, *more = described
     result, made = driver.cuTensorMapEncodeTiled(kind, rank, address, *more)
-    loader.check(result)
+    cuda_launch.check(result)
     found = TensorMap(ctypes.string_at(int(made.getPtr()), MAP_BYTES))
     found.address, found.kind = address, (dtype, shape, strides)
     return found

@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common import recording
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.kernels.runtime import recording
 
 triton = pytest.importorskip("triton")
-launch = pytest.importorskip("leetdist.kernels.common.launch")
+triton_launch = pytest.importorskip("leetdist.kernels.runtime.triton_launch")
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels are not launched", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import driver as nvidia  # noqa: E402
 
-from leetdist.kernels.common import launcher, replay  # noqa: E402
-from leetdist.kernels.common.release import why_not_gluon  # noqa: E402
 from leetdist.kernels.constant_decay.triton import fold  # noqa: E402
+from leetdist.kernels.runtime import replay, triton_driver  # noqa: E402
+from leetdist.kernels.runtime.triton_release import why_not_gluon  # noqa: E402
 
 pytestmark = pytest.mark.real_empty
 STREAM = 7
@@ -63,11 +63,11 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[tuple
         monkeypatch.setattr(nvidia, name, name, raising=False)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
-    monkeypatch.setattr(launch, "direct", lambda device: True)
-    for module, name in ((launch, "_kept"), (replay, "_kinds")):
+    monkeypatch.setattr(triton_launch, "direct", lambda device: True)
+    for module, name in ((triton_launch, "_kept"), (replay, "_kinds")):
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(replay, "_once", {})
-    monkeypatch.setattr(launcher, "_unrecognised", [])
+    monkeypatch.setattr(triton_driver, "_unrecognised", [])
     for kernel in KERNELS:  # what is compiled here is nobody else's
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     before = triton.runtime.driver._active
@@ -115,7 +115,7 @@ def _said(x: Any) -> Any:
 def test_direct_and_repeated_launches_are_those_of_triton(
     calls: list[tuple[Any, ...]], function: Callable[..., Tensor], draw: Callable[[], Tensor], monkeypatch: Any
 ) -> None:
-    assert launcher.why_not_repeated() is None
+    assert triton_driver.why_not_repeated() is None
     tiles = Tiles(128, (0, 300))
 
     def forward(x: Tensor) -> tuple[Tensor]:
@@ -128,7 +128,7 @@ def test_direct_and_repeated_launches_are_those_of_triton(
     assert len(calls) == 4
     assert list(replay._kinds.values()) != [None]
     assert len({str(said(call)) for call in calls}) == 4  # their addresses differ
-    monkeypatch.setattr(launch, "DIRECT", False)
+    monkeypatch.setattr(triton_launch, "DIRECT", False)
     for call, (x, out) in zip(list(calls), kept, strict=True):
         monkeypatch.setattr(torch, "empty", lambda *shape, out=out, **options: out)
         forward(x)  # as Triton launches it for these tensors
@@ -163,14 +163,14 @@ def test_a_launcher_that_is_not_known_is_not_repeated(calls: list[tuple[Any, ...
         replay.repeated(forward, (torch.randn(1, 2, 3, 16, 16),))
         assert len(calls) == count + 1
     assert list(replay._kinds.values()) == [None]
-    assert "_fold" in str(launcher.why_not_repeated())
-    launcher._another_launcher.cache_clear()
+    assert "_fold" in str(triton_driver.why_not_repeated())
+    triton_driver._another_launcher.cache_clear()
     try:
-        monkeypatch.setattr(launcher, "_unrecognised", [])
-        assert "other arguments" in str(launcher.why_not_repeated())
+        monkeypatch.setattr(triton_driver, "_unrecognised", [])
+        assert "other arguments" in str(triton_driver.why_not_repeated())
     finally:
         monkeypatch.undo()
-        launcher._another_launcher.cache_clear()
+        triton_driver._another_launcher.cache_clear()
 
 
 def test_constants_of_kernels_equal_themselves() -> None:

@@ -1,4 +1,4 @@
-"""One launch of a call that is repeated (leetdist.kernels.common.replay): what it passes on, and which of that are
+"""One launch of a call that is repeated (leetdist.kernels.runtime.replay): what it passes on, and which of that are
 addresses, known by the tensors that they come from."""
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from leetdist.kernels.common import launcher, recording
-from leetdist.kernels.common.loader import Arguments, Kernel
-from leetdist.kernels.common.memo import Memo
-from leetdist.kernels.common.tensor_map import TensorMap, tensor_map
+from leetdist.kernels.runtime import recording, triton_driver
+from leetdist.kernels.runtime.cuda_launch import Arguments, Kernel
+from leetdist.kernels.runtime.memo import Memo
+from leetdist.kernels.runtime.tensor_map import TensorMap, tensor_map
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ class TritonStep:
     """One launch, as Triton hands it to the driver, and where addresses and maps go among the kernel's arguments."""
 
     compiled: Any  # lives as long as it is launched: newer Tritons unload a kernel that nobody holds
-    handed: launcher.Handed
+    handed: triton_driver.Handed
     addresses: list[tuple[int, int, int]]
     maps: list[tuple[int, int, int, Map]]
 
@@ -134,7 +134,7 @@ def _words(address: int, kind: Any) -> memoryview:
 def triton_step(launched: recording.TritonLaunch, sources: Sources, held: list[Tensor]) -> TritonStep:
     if launched.compiled is None or any(isinstance(x, recording.Number) for x in launched.arguments):
         raise Unclear  # only Triton knows; and it may have compiled for the number's value
-    handed = launcher.handed(launched.compiled, launched.grid, launched.arguments)
+    handed = triton_driver.handed(launched.compiled, launched.grid, launched.arguments)
     if handed is None:
         raise Unclear
     step = TritonStep(launched.compiled, handed, [], [])

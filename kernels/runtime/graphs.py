@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from leetdist.kernels.common import recording
-from leetdist.kernels.common.launches import CudaStep, TritonStep
-from leetdist.kernels.common.loader import check
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime import recording
+from leetdist.kernels.runtime.cuda_launch import check
+from leetdist.kernels.runtime.memo import Memo
+from leetdist.kernels.runtime.repeated_launch import CudaStep, TritonStep
 
 LEAST = 2  # launches: one is as quick by itself
 MOST = 1024  # graphs, of some 70 KiB each: a model has as many as layers, passes and places of messages

@@ -1,4 +1,4 @@
-"""Launching a kernel again.
+"""Launching a kernel in Triton or Gluon, and launching it again.
 
 Triton looks at every argument of every launch to find the compiled kernel that fits, which takes longer than a short
 kernel runs. Here what it found is kept, under a key of what it looks at: types, alignments, the integers themselves.
@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from leetdist.kernels.common import recording, release
-from leetdist.kernels.common.launcher import why_not_repeated
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime import recording, triton_release
+from leetdist.kernels.runtime.memo import Memo
+from leetdist.kernels.runtime.triton_driver import why_not_repeated
 
-if (_missing := release.why_not_triton()) is not None:
+if (_missing := triton_release.why_not_triton()) is not None:
     raise ImportError(f"leetdist's Triton kernels: {_missing}")
 
 # Whether compiled kernels are launched without asking Triton; else in the usual way, always.

@@ -4,11 +4,11 @@ Between two calls with the same shapes, only addresses change, and numbers that 
 kind is recorded: which memory it takes, and each launch with its arguments, of which those that are addresses are known
 by where they come from. From then on the host takes as much memory and repeats the launches: nothing is copied, no
 memory is held, and they go to the current stream (into a graph too, while one captures). Where addresses come again,
-the host launches a graph of them instead (kernels/common/graphs.py).
+the host launches a graph of them instead (kernels/runtime/graphs.py).
 
 A launch may be given a part of a tensor (the heads of a lane), which is known by how far into the tensor it begins.
 
-A call is repeated only if launches, and steps of the host that are noted too (kernels/common/recording.py), are all
+A call is repeated only if launches, and steps of the host that are noted too (kernels/runtime/recording.py), are all
 that it does: any other operation seen while it is recorded (a copy, a sum) refuses it, and it runs as ever.
 """
 
@@ -23,10 +23,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leetdist.kernels.common import launch, recording
-from leetdist.kernels.common.graphs import Graphs, in_graphs
-from leetdist.kernels.common.launches import CudaStep, Sources, TritonStep, Unclear, cuda_step, extent, triton_step
-from leetdist.kernels.common.memo import Memo
+from leetdist.kernels.runtime import recording, triton_launch
+from leetdist.kernels.runtime.graphs import Graphs, in_graphs
+from leetdist.kernels.runtime.memo import Memo
+from leetdist.kernels.runtime.repeated_launch import (
+    CudaStep,
+    Sources,
+    TritonStep,
+    Unclear,
+    cuda_step,
+    extent,
+    triton_step,
+)
 
 EMPTY = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
@@ -294,15 +302,15 @@ def repeated(
     known: tuple[dict[Hashable, Replay], Hashable] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """function(*tensors, *more, *numbers), which must do nothing but take memory, launch through
-    leetdist.kernels.common.launch, take steps of the host that it notes, and return tensors that it has taken. It may
-    look at the tensors' shapes, strides, dtypes and alignment only.
+    leetdist.kernels.runtime.triton_launch or cuda_launch, take steps of the host that recording notes, and return
+    tensors that it has taken. It may look at the tensors' shapes, strides, dtypes and alignment only.
 
     where: what else decides on the launches, such as the place of a message, or the stream for steps of the host.
     numbers: what launches in CUDA C++ pass on as it is, and nothing else depends on.
     known: the caller's own memory of replays, and what this call is there: a shorter name for all of the above.
     """
     inputs = [x for x in tensors if x is not None]
-    if not launch.direct(inputs[0].device):
+    if not triton_launch.direct(inputs[0].device):
         return function(*tensors, *more, *numbers)
     if known is not None and known[1] in known[0]:
         return known[0][known[1]](inputs, numbers)

@@ -1,5 +1,5 @@
 """Launches that are being noted, and what the host does between them, so that a call can be repeated
-(leetdist.kernels.common.replay)."""
+(leetdist.kernels.runtime.replay)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class TritonLaunch:
 
 @dataclass(frozen=True, eq=False)
 class CudaLaunch:
-    """The kernel (leetdist.kernels.common.loader.Kernel), grid, threads and arguments: addresses are integers, maps of
-    tensors bytes that say what they are of."""
+    """The kernel (leetdist.kernels.runtime.cuda_launch.Kernel), grid, threads and arguments: addresses are integers,
+    maps of tensors bytes that say what they are of."""
 
     kernel: Any
     grid: tuple[int, ...]

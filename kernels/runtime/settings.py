@@ -20,7 +20,7 @@ from typing import NamedTuple
 BACKENDS = ("torch", "triton")
 # By these Triton makes other code of the same source, on NVIDIA GPUs: triton/knobs.py and what its own cache goes by
 # (`get_cache_invalidating_env_vars`), releases 3.5 to 3.9. Not TRITON_DEFAULT_FP_FUSION: each of our launches says
-# whether it fuses (leetdist.kernels.common.launch).
+# whether it fuses (leetdist.kernels.runtime.triton_launch).
 OF_TRITON = (
     "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "PTXAS_OPTIONS", "DISABLE_PTXAS_OPT", "TRITON_LIBDEVICE_PATH",
     "DISABLE_LLVM_OPT", "LLVM_PASS_PLUGIN_PATH", "TRITON_PLUGIN_PATHS", "TRITON_FORCE_DISABLE_FP_FUSION",
