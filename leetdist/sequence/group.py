@@ -189,6 +189,8 @@ def resolve(group: Group | None, transport: str | None = None) -> Transport | No
         return _served_by(group, transport)
     process_group = _process_group(group)
     known = _of_group.get(process_group)
+    if known is None or process_group not in c10d._world.pg_map:  # get_rank is several times this
+        _check_member(process_group)
     if known is None:
         with _lock:
             making = _making.setdefault(process_group, threading.Lock())
@@ -258,6 +260,9 @@ def _process_group(group: Group) -> dist.ProcessGroup:
         raise ValueError(
             f"group must be a ProcessGroup, a 1-D DeviceMesh or a virtual group, got {type(group).__name__}"
         )
+    return group
+
+
+def _check_member(group: dist.ProcessGroup) -> None:
     if dist.get_rank(group) < 0:
         raise ValueError(f"group does not hold this rank (global rank {dist.get_rank()})")
-    return group
