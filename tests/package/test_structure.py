@@ -149,6 +149,19 @@ def test_no_circles_in_benchmarks() -> None:
     assert not in_circles(graph)
 
 
+def test_contributing_lists_every_folder() -> None:
+    """Each folder of the package's modules, from the top down as they import each other, with a file that is there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = []
+    for folders, file in re.findall(r"^\| ([\w/, ]+) \| .* \| ([\w/]+\.py) \|$", text, re.MULTILINE):
+        first, *others = folders.split(", ")
+        for folder in (first, *(f"{first.rpartition('/')[0]}/{other}" for other in others)):
+            assert (ROOT / folder / file).is_file(), (folder, file)
+            listed.append(folder.removeprefix("leetdist/").replace("/", "."))
+    listed.remove("leetdist")  # files, not a folder of some
+    assert listed == [part for part in reversed(KNOWS) if any(module.startswith(f"{part}.") for module in modules())]
+
+
 def sources() -> list[Path]:
     folders = ("leetdist", "kernels", "launch", "benchmarks", "tests")
     kinds = (".py", ".cu", ".cuh", ".cpp", ".h", ".sh")
