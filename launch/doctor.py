@@ -21,7 +21,8 @@ from leetdist.engine.checks import describe
 from leetdist.kernels.runtime.settings import settings
 from leetdist.launch import commands
 from leetdist.launch.runtime import choose_device
-from leetdist.operators.dispatch import Choice, decoder
+from leetdist.operators.choice import Choice
+from leetdist.operators.dispatch import decoder
 from leetdist.operators.methods import choice_for, kernels_for
 from leetdist.operators.problem import Problem
 from leetdist.operators.words import in_words, refusals

@@ -12,8 +12,8 @@ from leetdist.engine.checks import ONE_DEVICE, describe
 from leetdist.engine.inputs import a_head
 from leetdist.engine.planning import plan_call
 from leetdist.kernels.runtime.settings import settings
+from leetdist.operators.choice import Choice, Refusals
 from leetdist.operators.composition import Kernels
-from leetdist.operators.dispatch import Choice, Refusals
 from leetdist.operators.elementwise import choice
 from leetdist.operators.facts import machine_of
 from leetdist.operators.methods import choice_for, kernels_for

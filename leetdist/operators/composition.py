@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
+from leetdist.operators.choice import Choice, Refusals, Use
 from leetdist.operators.dispatch import (
-    Choice,
-    Refusals,
-    Use,
     by_rows,
     by_two_passes,
     candidates,

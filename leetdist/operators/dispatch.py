@@ -3,92 +3,32 @@
 leetdist.operators.implementations has the table; here it is asked, once a kind of call. What comes out has a name and a
 version, which the ranks of a group compare, `explain` prints, and the cost model speaks of.
 
-A GPU's kernels are compiled before the first call of a kind computes: each is launched once on a few tokens of zeros.
-One that cannot be compiled, or not loaded, is passed over from then on, with one warning, and the next is asked.
+A GPU's kernels are compiled before the first call of a kind computes (leetdist.operators.rehearsal). One that cannot be
+compiled, or not loaded, is passed over from then on, with one warning, and the next is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial, update_wrapper
+from collections.abc import Hashable
+from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from leetdist.kernels.common.blocks import Span, in_blocks
-from leetdist.kernels.common.tiles import Tiles, ceil_div
+from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.runtime.memo import Memo
 from leetdist.kernels.runtime.settings import raw_settings, settings
+from leetdist.operators.choice import Choice, Refusals, Use
 from leetdist.operators.facts import Facts, machine_of
 from leetdist.operators.implementations import CANDIDATES, CUDA_HOPPER, Implementation
 from leetdist.operators.refusals import ONE_CHUNK
+from leetdist.operators.rehearsal import rehearse
 from leetdist.sequence.site import warn
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
-
-TOKENS = 16  # of the launch that a kernel is tried with
-
-
-@dataclass(frozen=True)
-class Use:
-    """One way in which a call uses a step: what it is compiled for, beside the facts. transposed: for a state of
-    (Dv, Dk); wide: outputs in fp32, of heads that are still to be added up; regular: no packed documents."""
-
-    step: str
-    reverse: bool = False
-    transposed: bool = False
-    wide: bool = False
-    regular: bool = True
-
-    @property
-    def forward(self) -> bool:
-        return not self.reverse and not self.transposed
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Who computes a step, and why nobody before it."""
-
-    use: Use
-    facts: Facts
-    implementation: Implementation
-    refused: tuple[tuple[Implementation, str], ...]
-
-    @property
-    def name(self) -> str:
-        return self.implementation.versioned(self.facts)
-
-    @cached_property
-    def blocks(self) -> list[Span]:
-        """Of the state's rows, which come one after the other."""
-        return self.implementation.blocks(self.facts)
-
-    @property
-    def recordable(self) -> bool:
-        """Whether it does nothing but launch; what blocks say of the decays' gradient is added up by PyTorch."""
-        return self.implementation.recordable and (len(self.blocks) == 1 or self.use.step != "decay_gradient")
-
-    def function(self) -> Callable[..., Any]:
-        function: Callable[..., Any] = self.implementation.function(self.use.step)
-        precision = self.facts.precision
-        if precision is not None and self.implementation.takes_precision and self.use.step in PRECISE:
-            function = _with_precision(function, precision)
-        if len(self.blocks) == 1:
-            return function
-        begin, end = self.blocks[-1]  # a full one
-        return in_blocks(function, self.use.step, end - begin)
-
-
-PRECISE = ("tile_states", "tile_outputs")  # steps that know `precision`
-
-
-@lru_cache(maxsize=64)
-def _with_precision(function: Callable[..., Any], precision: str) -> Callable[..., Any]:
-    return update_wrapper(partial(function, precision=precision), function)
 
 
 def facts_of(problem: Problem, tile: int, *, transposed: bool = False) -> Facts:
@@ -103,9 +43,6 @@ def facts_of(problem: Problem, tile: int, *, transposed: bool = False) -> Facts:
 def candidates(step: str, operator: str) -> tuple[Implementation, ...]:
     """Those of the table that compute an operator's step."""
     return tuple(candidate for candidate in CANDIDATES[step] if candidate.operator == operator)
-
-
-Refusals = tuple[tuple[Implementation, str], ...]
 
 
 def ask(use: Use, facts: Facts) -> tuple[Choice | None, Refusals]:
@@ -243,69 +180,6 @@ def works(choice: Choice, problem: Problem) -> bool:
 _OF_THE_DEVICE = tuple(
     kind for name in ("OutOfMemoryError", "AcceleratorError") if (kind := getattr(torch, name, None)) is not None
 )
-
-
-def rehearse(choice: Choice, problem: Problem) -> None:
-    """Compile and launch a choice's kernel once, on a few tokens of zeros; raises what the compiler raises."""
-    facts, use = choice.facts, choice.use
-    if facts.interpreted:
-        return
-    device, heads = problem.device, problem.heads
-    q_heads, k_heads, v_heads = problem.q_heads, problem.k_heads, problem.v_heads
-    compile_for = getattr(choice.implementation.loaded(), "compile_for", None)
-    if compile_for is not None:
-        programs = facts.sequences[0] or problem.batch * heads * max(1, problem.tokens // facts.tile)
-        share = heads // min(q_heads, k_heads, v_heads)
-        if len(choice.blocks) == 1:
-            options = facts.dtype, int(use.wide), use.reverse, programs, device
-            walk = {"transposed": use.transposed, "tile": facts.tile} if use.step == "row_outputs" else {}
-            compile_for(use.step, facts.rows, facts.columns, *options, share=share, **walk)
-            return
-        for begin, end in choice.blocks:
-            options = facts.dtype, 2 if end < facts.rows else int(use.wide), use.reverse, programs, device
-            compile_for(use.step, end - begin, facts.columns, *options, onto=begin > 0)
-        return
-
-    count = 1 if use.step in ("step", "steps") else TOKENS
-
-    def tokens(own: int, dim: int) -> Tensor:
-        return torch.zeros(1, own, count, dim, dtype=facts.dtype, device=device)
-
-    bounds = (0, TOKENS) if use.regular else (0, TOKENS // 2, TOKENS)
-    tiles_ = Tiles(facts.tile, bounds)
-    constant = facts.operator == "constant_decay"
-    decay = torch.zeros((heads,) if constant else (1, heads, count), dtype=torch.float32, device=device)
-    if type(decay) is not Tensor:
-        return  # under a mode that makes other tensors, nothing can be tried
-    states = torch.zeros(1, heads, tiles_.count, facts.rows, facts.columns, dtype=torch.float32, device=device)
-    function, rows, columns = choice.function(), facts.rows, facts.columns
-    directed: dict[str, Any] = {"reverse": use.reverse}
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if use.step == "transitions":
-            function(decay, tiles_)
-        elif use.step == "tile_states":
-            function(tokens(k_heads, rows), tokens(v_heads, columns), decay, tiles_, **directed)
-        elif use.step == "weighted_values":
-            function(tokens(v_heads, columns), decay[:, :v_heads])
-        elif use.step == "fold":
-            keep = decay if constant else decay.new_ones(1, heads, tiles_.count)
-            function(states, None, keep, tiles_, **directed)
-        elif use.step == "decay_gradient":
-            function(
-                tokens(q_heads, rows), tokens(k_heads, rows), tokens(v_heads, columns), tokens(heads, columns),
-                states, states, decay, tiles_, scale=1.0,
-            )  # fmt: skip
-        elif use.step in ("step", "steps"):
-            more: dict[str, Any] = {"out": None} if use.step == "step" else {"index": None, "lengths": None}
-            function(
-                tokens(q_heads, rows), tokens(k_heads, rows), tokens(v_heads, columns),
-                states[:, :, 0].contiguous(), decay, scale=1.0, **more,
-            )  # fmt: skip
-        else:
-            function(
-                tokens(q_heads, rows), tokens(k_heads, rows), tokens(v_heads, columns), states, decay, tiles_,
-                **directed, scale=1.0, state_scale=1.0, out_dtype=torch.float32 if use.wide else facts.dtype,
-            )  # fmt: skip
 
 
 # Who decodes, by all that decides on it: a token takes as long as it takes to find out.

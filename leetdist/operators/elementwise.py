@@ -16,7 +16,8 @@ from torch import Tensor
 from leetdist.arguments import is_memory
 from leetdist.kernels.runtime.memo import Memo
 from leetdist.kernels.runtime.settings import raw_settings
-from leetdist.operators.dispatch import LONG, Choice, Use, chosen
+from leetdist.operators.choice import Choice, Use
+from leetdist.operators.dispatch import LONG, chosen
 from leetdist.operators.problem import Problem
 
 OPERATOR = "mamba"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from leetdist.operators.dispatch import Choice, Refusals
+from leetdist.operators.choice import Choice, Refusals
 
 WORDS = {
     "tile_states": "states",

@@ -19,7 +19,7 @@ from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch import block
 from leetdist.kernels.runtime.settings import Settings
 from leetdist.operators import dispatch, refusals
-from leetdist.operators.dispatch import Use
+from leetdist.operators.choice import Use
 from leetdist.operators.facts import Facts, Machine
 from leetdist.operators.implementations import CANDIDATES, CUDA_HOPPER_ROWS, PYTORCH, Implementation
 from leetdist.operators.methods import _kernels_for

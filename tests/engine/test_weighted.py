@@ -18,7 +18,8 @@ from leetdist.engine import planning
 from leetdist.engine.call import run
 from leetdist.kernels.runtime.settings import Settings
 from leetdist.kernels.token_decay.pytorch import block
-from leetdist.operators.dispatch import Use, choose
+from leetdist.operators.choice import Use
+from leetdist.operators.dispatch import choose
 from leetdist.operators.facts import Facts, Machine
 from leetdist.operators.implementations import CANDIDATES, Implementation
 from leetdist.operators.methods import _kernels_for

@@ -7,10 +7,12 @@ import inspect
 import pytest
 import torch
 
-from leetdist.operators import dispatch, elementwise
-from leetdist.operators.dispatch import Choice, Use, facts_of
+from leetdist.operators import elementwise
+from leetdist.operators.choice import Choice, Use
+from leetdist.operators.dispatch import facts_of
 from leetdist.operators.implementations import CANDIDATES, CUDA_HOPPER, CUDA_HOPPER_A_TOKEN
 from leetdist.operators.problem import Problem
+from leetdist.operators.rehearsal import rehearse
 
 ALL = [(step, candidate) for step, candidates in CANDIDATES.items() for candidate in candidates if candidate.compiler]
 
@@ -43,7 +45,7 @@ def test_takes_what_a_rehearsal_gives(step: str, candidate, monkeypatch: pytest.
     problem = problem_of(candidate.operator, 64, 64)
     original = module.compile_for
     monkeypatch.setattr(module, "compile_for", compile_for)
-    dispatch.rehearse(Choice(Use(step), facts_of(problem, 128), candidate, ()), problem)
+    rehearse(Choice(Use(step), facts_of(problem, 128), candidate, ()), problem)
     *given, more = seen[0]
     inspect.signature(original).bind(*given, **more)
 
@@ -58,7 +60,7 @@ def test_blocks_of_rows_are_rehearsed_each(candidate, monkeypatch: pytest.Monkey
         lambda step, rows, columns, dtype, wide, *_, onto: seen.append((step, rows, columns, wide, onto)),
     )  # fmt: skip
     problem = problem_of(candidate.operator, 576, 96)
-    dispatch.rehearse(Choice(Use("tile_outputs"), facts_of(problem, 128), candidate, ()), problem)
+    rehearse(Choice(Use("tile_outputs"), facts_of(problem, 128), candidate, ()), problem)
     kinds = [(64, 2, False), (256, 2, True), (256, False, True)]
     assert seen == [("tile_outputs", rows, 96, wide, onto) for rows, wide, onto in kinds]
 

@@ -22,7 +22,8 @@ from leetdist.kernels.runtime.settings import OF_TRITON, Settings
 from leetdist.launch import doctor
 from leetdist.operators import dispatch
 from leetdist.operators import facts as facts_
-from leetdist.operators.dispatch import Use, choose
+from leetdist.operators.choice import Use
+from leetdist.operators.dispatch import choose
 from leetdist.operators.facts import Facts, Machine
 from leetdist.operators.implementations import (
     CANDIDATES,

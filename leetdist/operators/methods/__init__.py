@@ -19,8 +19,9 @@ from leetdist.arguments import for_autograd
 from leetdist.kernels.constant_decay.pytorch.walk import LEAST
 from leetdist.kernels.runtime.settings import raw_settings
 from leetdist.operators import cost
+from leetdist.operators.choice import Use
 from leetdist.operators.composition import Kernels, compose
-from leetdist.operators.dispatch import Use, ask, chosen, facts_of
+from leetdist.operators.dispatch import ask, chosen, facts_of
 from leetdist.operators.problem import Problem, state_dtype
 from leetdist.sequence.grid import default_tile
 
