@@ -23,7 +23,7 @@ from leetdist.launch import commands
 from leetdist.launch.runtime import choose_device
 from leetdist.operators.choice import Choice
 from leetdist.operators.dispatch import decoder
-from leetdist.operators.methods import choice_for, kernels_for
+from leetdist.operators.methods import kernels_for, method_for
 from leetdist.operators.problem import Problem
 from leetdist.operators.words import in_words, refusals
 
@@ -79,7 +79,7 @@ def calls(device: torch.device) -> list[dict[str, Any]]:
         try:
             problem = _problem(dtype, dim, TOKENS, device)
             used = kernels_for(problem, TOKENS).used
-            rows.append({"call": name, "method": choice_for(problem, TOKENS).method, **_ran(used)})
+            rows.append({"call": name, "method": method_for(problem, TOKENS).method, **_ran(used)})
         except ValueError as error:  # a setting leaves none
             rows.append({"call": name, "error": str(error)})
     for step in ("step", "steps"):

@@ -14,9 +14,9 @@ from leetdist.engine.planning import plan_call
 from leetdist.kernels.runtime.settings import settings
 from leetdist.operators.choice import Choice, Refusals
 from leetdist.operators.composition import Kernels
-from leetdist.operators.elementwise import choice
 from leetdist.operators.facts import machine_of
-from leetdist.operators.methods import choice_for, kernels_for
+from leetdist.operators.layer_steps import choice_for
+from leetdist.operators.methods import kernels_for, method_for
 from leetdist.operators.words import in_words, refusals
 from leetdist.sequence.group import resolve
 
@@ -152,7 +152,7 @@ def _around(problem: Problem, tokens: int) -> tuple[Choice, ...]:
     kernels = kernels_for(replace(problem, weighted=True, skipped=True), tokens)
     within = [c for c in kernels.choices if c.use.step in WITHIN]
     wanted = {step: problem.dv for step in SCAN} | {step: TAPS for step in CONVOLUTION}
-    beside = [choice(step, problem.device, problem.dtype, columns) for step, columns in wanted.items()]
+    beside = [choice_for(step, problem.device, problem.dtype, columns) for step, columns in wanted.items()]
     return (*dict.fromkeys(within), *beside)
 
 
@@ -185,13 +185,13 @@ def _method(problem: Problem, tokens: int) -> str:
         return f"{problem.method}: named by the caller; one device, no tiles"
     if problem.method != "auto":
         return f"{problem.method}: named by the caller"
-    choice = choice_for(problem, tokens)
-    if not choice.seconds:
-        return f"{choice.method}: what others cost with a decay a token is not measured"
-    costs = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in sorted(choice.seconds.items(), key=lambda x: x[1]))
+    auto = method_for(problem, tokens)
+    if not auto.seconds:
+        return f"{auto.method}: what others cost with a decay a token is not measured"
+    costs = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in sorted(auto.seconds.items(), key=lambda x: x[1]))
     return (
-        f"{choice.method}: at most {choice.ratios[choice.method]:.2f} x the best for 1 to 16 x 32 heads of the tile's "
-        f"usual length (expected ms for 4 x 32: {costs}; measured on {choice.measured_on})"
+        f"{auto.method}: at most {auto.ratios[auto.method]:.2f} x the best for 1 to 16 x 32 heads of the tile's "
+        f"usual length (expected ms for 4 x 32: {costs}; measured on {auto.measured_on})"
     )
 
 

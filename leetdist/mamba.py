@@ -14,7 +14,7 @@ from leetdist.arguments import as_bool, as_float, as_int, check_plain, for_autog
 from leetdist.engine import ops
 from leetdist.engine.call import run
 from leetdist.kernels.mamba.pytorch import scan
-from leetdist.operators.elementwise import kernel
+from leetdist.operators.layer_steps import kernel
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.documents import check_offsets, check_told_once
 from leetdist.sequence.group import resolve

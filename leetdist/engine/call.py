@@ -113,7 +113,8 @@ def run(
             return repeats.forward(tensors, asked, read=True)[:2]
     if weight is not None:
         options = options | {
-            "weighted": True, "skipped": skip is not None, "gated": gated, "whole": skip is None or skip.ndim == 1
+            "weighted": True, "skipped": skip is not None, "gated": gated,
+            "factor_grads": skip is None or skip.ndim == 1,
         }  # fmt: skip
     captured = (
         transport is not None and isinstance(q, Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()

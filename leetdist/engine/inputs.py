@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leetdist.arguments import as_bool, as_float, as_str, as_tile
 from leetdist.engine.layout import contiguous, row_major
-from leetdist.engine.values import still, unread
+from leetdist.engine.values import never_read, still
 from leetdist.operators.problem import state_dtype
 
 
@@ -67,7 +67,7 @@ def canonical_tensors(
     if log_decay is None:
         heads = max(q.shape[1], k.shape[1], v.shape[1])
         log_decay = torch.zeros(heads, dtype=dtype, device=q.device)
-    if highest is None and log_decay.ndim == 1 and unread(log_decay):
+    if highest is None and log_decay.ndim == 1 and never_read(log_decay):
         highest = (0.0,) * log_decay.shape[0]
     log_decay = contiguous(log_decay, dtype)
     if cu_seqlens is not None or highest is not None:

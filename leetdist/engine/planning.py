@@ -15,7 +15,7 @@ from leetdist.arguments import is_plain
 from leetdist.engine.checks import check_agreement, check_declared, describe, global_layout, lanes_setting
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.plan import Plan, make_plan
-from leetdist.engine.values import Decays, bad_step, decays_of, unread
+from leetdist.engine.values import Decays, bad_step, decays_of, never_read
 from leetdist.kernels.runtime.memo import Memo
 from leetdist.kernels.runtime.settings import raw_settings
 from leetdist.operators.dispatch import backend_of, may_fail
@@ -202,7 +202,7 @@ def _known(
             read = options.get("read_values", True)
             if log_decay.ndim == 1:
                 decays = decays_of(log_decay, read=read)
-                if (read and not unread(log_decay)) if decays is None else decays.bad is not None:
+                if (read and not never_read(log_decay)) if decays is None else decays.bad is not None:
                     return _NOTHING
             elif not is_plain(log_decay) or bad_step(log_decay, read=read) is not None:
                 return _NOTHING

@@ -82,7 +82,7 @@ def remember(x: Tensor, values: tuple[float, ...], copy: Tensor | None = None) -
     _read[x] = mark_of(x), values, copy
 
 
-def unread(log_decay: Tensor) -> bool:
+def never_read(log_decay: Tensor) -> bool:
     """Whether the values of a decay a head are not looked at, on any rank: one that is learnt on a GPU has others in
     each step, and to read them would stop its stream in each call. What is no log-decay makes NaN then
     (leetdist.engine.inputs), unless LEETDIST_CHECK_VALUES=1 asks for the reading."""
@@ -94,8 +94,8 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def decays_of(log_decay: Tensor, *, read: bool = True) -> Decays | None:
-    """The values of a log_decay, as `values_of`; None too where they are `unread`."""
-    if unread(log_decay):
+    """The values of a log_decay, as `values_of`; None too where they are `never_read`."""
+    if never_read(log_decay):
         return None
     values = values_of(log_decay, read=read)
     return None if values is None else _decays(values)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leetdist.arguments import as_bool, check_plain, for_autograd
 from leetdist.kernels.mamba.pytorch import conv
-from leetdist.operators.elementwise import kernel
+from leetdist.operators.layer_steps import kernel
 from leetdist.sequence.documents import check_end, check_offsets, check_one_row, check_told_once, known_offsets
 from leetdist.sequence.group import resolve
 from leetdist.sequence.halo import agreed_lengths, before_shard, check_initial, tokens_of

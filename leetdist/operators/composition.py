@@ -126,7 +126,7 @@ def compose(outputs: str, problem: Problem, tile: int, *, alone: bool = True) ->
     rows, unserved = by_rows(problem, part, (*by_outputs, *by_states)) if alone else ((), ())
     return _composed(
         tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, two_passes, weights, skips, rows, unserved,
-        backward, learnt, problem.whole,
+        backward, learnt, problem.factor_grads,
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def _composed(
     unserved: Refusals,
     backward: bool,
     learnt: bool,
-    whole: bool,
+    factor_grads: bool,
 ) -> Kernels:
     """Plans are remembered by their kernels, so one object."""
     longest = [c.implementation.longest_tile for c in outputs if c.implementation.longest_tile is not None]
@@ -155,7 +155,7 @@ def _composed(
         _routed(outputs), _routed(states), _routed(fold), gradient.function(),
         early_gradients=early, late_gradients=late, transitions=decay_itself if keep is None else keep.function(),
         weighted_values=tuple(choice.function() for choice in weights), skips=bool(skips),
-        finishes=whole and bool(two_passes) and weights[-1].implementation.weighs,
+        finishes=factor_grads and bool(two_passes) and weights[-1].implementation.weighs,
         choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
         row_outputs=rows[0].function() if rows else None, unserved=unserved,
         adds_up=all("heads" in inspect.signature(choice.function()).parameters for choice in outputs),

@@ -51,7 +51,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MethodChoice:
     """The method that "auto" takes; for each candidate, the seconds of 4 x 32 heads by the model, and its ratio to the
     best at worst; where the constants are from."""
 
@@ -74,7 +74,7 @@ KINDS = {True: "16 bit", False: "fp32"}
 COSTS = load()
 
 
-def choose(problem: Problem, tile: int, *, where: str, token_scan: bool) -> Choice:
+def choose(problem: Problem, tile: int, *, where: str, token_scan: bool) -> MethodChoice:
     """The method for `problem` on tiles of `tile` tokens. where: the constants measured with the kernels that block
     will run; token_scan: whether those can run that the methods of BY_TOKEN were measured with."""
     served = [m for m in SHARDED if token_scan or m not in BY_TOKEN]
@@ -87,7 +87,7 @@ def choose(problem: Problem, tile: int, *, where: str, token_scan: bool) -> Choi
     best = min(ratios, key=ratios.__getitem__)
     if ratios[SHARDED[0]] <= NOISE * ratios[best]:
         best = SHARDED[0]
-    return Choice(best, times[HEADS[1]], ratios, where)
+    return MethodChoice(best, times[HEADS[1]], ratios, where)
 
 
 def _usual_length(tile: int) -> int:

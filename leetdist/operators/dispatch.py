@@ -104,12 +104,13 @@ def by_rows(problem: Problem, tile: int, steps: tuple[Choice, ...]) -> tuple[tup
     stateless = not (problem.has_initial or problem.return_state or problem.needs_decay_grad or shared)
     # A few long documents among short ones leave most of a GPU with nothing to do.
     sequences = problem.batch * problem.heads * (documents[-1] // longest), ceil_div(longest, tile)
-    whole, found = stateless and problem.sees_grads and not problem.backend, []
+    outputs_alone = stateless and problem.sees_grads and not problem.backend
+    found = []
     uses = [(False, False)] + [(False, True), (True, True), (True, False)] * problem.needs_grad
     for reverse, transposed in uses:
         facts = replace(
             facts_of(problem, tile, transposed=transposed),
-            sequences=sequences, whole=whole, both_passes=problem.needs_grad,
+            sequences=sequences, outputs_alone=outputs_alone, both_passes=problem.needs_grad,
         )  # fmt: skip
         use = Use("row_outputs", reverse, transposed, regular=problem.documents is None)
         choice, refused = ask(use, facts)

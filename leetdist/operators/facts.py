@@ -44,7 +44,7 @@ class Facts:
     # Sequences, each head's for itself, as many as there would be of the longest, and its tiles; whether nothing but
     # outputs, and their gradients, is wanted of each.
     sequences: tuple[int, int] = (0, 0)
-    whole: bool = False
+    outputs_alone: bool = False
     both_passes: bool = False  # whether gradients are wanted too
 
     @property

@@ -48,7 +48,7 @@ class Problem:
     weighted: bool = False  # v stands for itself times a number a token (leetdist.operators.token_decay)
     skipped: bool = False  # and itself times a number a head, or a head's column, is added to the outputs
     gated: bool = False  # and that by whoever takes the outputs, which it is then a gate of
-    whole: bool = False  # whether v's own gradient is asked for, and the weight's and that number's, not the product's
+    factor_grads: bool = False  # whether gradients of v, its weight and that number are asked for, not of the product
     gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
     sees_grads: bool = True  # whether it is known what gradients will be asked for, which an op is not
     sharded_from: int | None = None  # tokens that shard_sequence was given for a shard as long as this one

@@ -139,7 +139,7 @@ def cuda_hopper_high(facts: Facts) -> str | None:
 def cuda_hopper_rows(facts: Facts) -> str | None:
     """Whole sequences, without their states in memory."""
     refused, (number, tiles) = cuda_hopper(facts), facts.sequences
-    if refused is None and not facts.whole:
+    if refused is None and not facts.outputs_alone:
         refused = (
             "sequences without a group, states given or returned, and, with gradients, shared heads and a learnt decay"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.mamba.pytorch import scan
 from leetdist.operators.base import Dtypes, Inputs, Places
-from leetdist.operators.elementwise import kernel
+from leetdist.operators.layer_steps import kernel
 from leetdist.operators.scalar_decay import ScalarDecay
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ class TokenDecay(ScalarDecay):
     weight, is added to the outputs once they are rounded, and the sum rounded again; of a gated one by whoever takes
     the outputs.
 
-    Where a kernel of the backward pass can, of a `whole` problem, the gradients are v's own, with what skip v gives it,
-    the weight's and skip's. Else v's is that of the product, and the others are left to the caller (`fixed`).
+    A problem may ask for `factor_grads`, and a kernel of the backward pass serve that: the gradients are then v's own,
+    with what skip v gives it, the weight's and skip's. Else v's is that of the product, and the others are left to the
+    caller (`fixed`).
     """
 
     tokens: tuple[str, ...] = ("q", "k", "v", "log_decay")

@@ -172,9 +172,9 @@ def test_on_hopper() -> None:
     def facts(tile: int, rows: int, columns: int, **more: Any) -> Facts:
         return Facts(machine, Settings(None, True, False), torch.bfloat16, rows, columns, tile, **more)
 
-    use, whole = Use("row_outputs"), {"whole": True, "sequences": (32, 8)}
+    use, whole = Use("row_outputs"), {"outputs_alone": True, "sequences": (32, 8)}
     walked = [(tile, whole) for tile in (16, 32, 64)]
-    many = {"whole": True, "sequences": (1056, 4)}
+    many = {"outputs_alone": True, "sequences": (1056, 4)}
     walked += [(256, many), (1024, many), (256, many | {"both_passes": True})]
     for tile, more in walked:
         choice, _ = dispatch.ask(use, facts(tile, 128, 128, **more))
@@ -185,7 +185,7 @@ def test_on_hopper() -> None:
         (facts(2048, 128, 128, **many), "that it is faster, got 1056 and 2048"),
         (facts(1024, 128, 128, **many, both_passes=True), "that it is faster, got 1056 and 1024"),
         (facts(64, 64, 64, sequences=(32, 8)), "without a group"),
-        (facts(64, 64, 64, whole=True, sequences=(32, 9)), "got 32 and 9"),
+        (facts(64, 64, 64, outputs_alone=True, sequences=(32, 9)), "got 32 and 9"),
         (facts(64, 64, 256, **whole), "up to 128, got 64 and 256"),
         (facts(64, 64, 100, **whole), "multiple of 8"),
     ):

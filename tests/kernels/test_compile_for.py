@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from leetdist.operators import elementwise
+from leetdist.operators import layer_steps
 from leetdist.operators.choice import Choice, Use
 from leetdist.operators.dispatch import facts_of
 from leetdist.operators.implementations import CANDIDATES, CUDA_HOPPER, CUDA_HOPPER_A_TOKEN
@@ -67,9 +67,9 @@ def test_blocks_of_rows_are_rehearsed_each(candidate, monkeypatch: pytest.Monkey
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "step", [step for step, them in CANDIDATES.items() if them[0].operator == elementwise.OPERATOR]
+    "step", [step for step, them in CANDIDATES.items() if them[0].operator == layer_steps.OPERATOR]
 )
 def test_steps_around_the_attention_are_not_passed_over(step: str) -> None:
     columns = 4 if "convolution" in step else 64
-    choice = elementwise.choice(step, torch.device("cuda", 0), torch.bfloat16, columns)
+    choice = layer_steps.choice_for(step, torch.device("cuda", 0), torch.bfloat16, columns)
     assert choice.implementation.compiler == "Triton", choice.refused

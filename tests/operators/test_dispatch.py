@@ -36,7 +36,7 @@ from leetdist.operators.implementations import (
     TRITON,
     Implementation,
 )
-from leetdist.operators.methods import choice_for, kernels_for
+from leetdist.operators.methods import kernels_for, method_for
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HOPPER = Machine("cuda", (9, 0), "2.13.0", "3.6.0", None, None, (13, 0))
@@ -46,11 +46,8 @@ BARE = replace(HOPPER, nvrtc=None)
 OLD = replace(HOPPER, nvrtc=(12, 9))
 CPU = Machine("cpu", None, "2.13.0", "3.6.0", None, None, None)
 BEST, PLAIN = Settings(None, True, False), Settings(None, False, False)
-TORCH, ASKED, INTERPRETED = (
-    Settings("torch", True, False),
-    Settings("triton", True, False),
-    Settings("triton", True, True),
-)
+TORCH = Settings("torch", True, False)
+ASKED, INTERPRETED = Settings("triton", True, False), Settings("triton", True, True)
 
 
 def facts(machine: Machine, dtype: torch.dtype, rows: int, columns: int, tile: int = 1024, **more: Any) -> Facts:
@@ -167,10 +164,10 @@ def test_costs_are_those_of_what_will_run(forgotten: Any, monkeypatch: pytest.Mo
     """With LEETDIST_HOPPER=0 the costs of Hopper's kernels say nothing."""
     monkeypatch.setattr(dispatch, "works", lambda choice, problem: True)
     problem = on(HOPPER, monkeypatch)
-    assert choice_for(problem, 4096).measured_on == "sm_90"
+    assert method_for(problem, 4096).measured_on == "sm_90"
     monkeypatch.setenv("LEETDIST_HOPPER", "0")
-    assert choice_for(problem, 4096).measured_on == "general"
-    assert choice_for(problem_of(), 4096).measured_on == "cpu"
+    assert method_for(problem, 4096).measured_on == "general"
+    assert method_for(problem_of(), 4096).measured_on == "cpu"
 
 
 def test_ranks_with_other_settings_and_compilers_have_other_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,18 +35,18 @@ def kernels_for(problem: Problem, tokens: int) -> Kernels:
 def _kernels_for(problem: Problem, tokens: int, _settings: tuple[str | None, ...]) -> Kernels:
     method = problem.method
     if method == "auto":
-        method = choice_for(problem, tokens).method
+        method = method_for(problem, tokens).method
     module = importlib.import_module(f"leetdist.operators.methods.{method}")
     build = getattr(module, "composed", None)
     kernels = compose(module.OUTPUTS, problem, problem.tile or default_tile(tokens), alone=build is None)
     return kernels if build is None else cast(Kernels, build(kernels))
 
 
-def choice_for(problem: Problem, tokens: int) -> cost.Choice:
+def method_for(problem: Problem, tokens: int) -> cost.MethodChoice:
     """What "auto" takes, by the costs of the kernels that will run."""
     tile = problem.tile or default_tile(tokens)
     if problem.operator != "constant_decay":
-        return cost.Choice("block", {}, {"block": 1.0}, "")
+        return cost.MethodChoice("block", {}, {"block": 1.0}, "")
     if problem.device.type == "cpu":
         return cost.choose(problem, tile, where="cpu", token_scan=True)
     where = chosen(Use("tile_outputs"), problem, tile, compiled=True).implementation.costs

@@ -29,10 +29,10 @@ def kernel(pytorch: Callable[..., Any], like: Tensor, columns: int) -> Callable[
     that function itself, of which the compiler makes kernels of its own."""
     if torch.compiler.is_compiling() or not is_memory(like):
         return pytorch
-    return choice(pytorch.__name__, like.device, like.dtype, columns).function()
+    return choice_for(pytorch.__name__, like.device, like.dtype, columns).function()
 
 
-def choice(step: str, device: torch.device, dtype: torch.dtype, columns: int) -> Choice:
+def choice_for(step: str, device: torch.device, dtype: torch.dtype, columns: int) -> Choice:
     """Who computes a step, and why nobody before it."""
     key = step, device, dtype, columns, raw_settings()
     found = _choices.get(key)
@@ -47,4 +47,4 @@ def choice(step: str, device: torch.device, dtype: torch.dtype, columns: int) ->
     return found
 
 
-__all__ = ["choice", "kernel"]
+__all__ = ["choice_for", "kernel"]
