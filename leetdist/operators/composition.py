@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, update_wrapper
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -23,6 +23,11 @@ from leetdist.operators.dispatch import (
 
 if TYPE_CHECKING:
     from leetdist.operators.problem import Problem
+
+
+def takes(function: Callable[..., Any], option: str) -> bool:
+    """Whether a step's function has an option that not every implementation of the step has."""
+    return option in inspect.signature(function).parameters
 
 
 def decay_itself(log_decay: Tensor, tiles: Tiles) -> Tensor:
@@ -72,7 +77,12 @@ class Kernels:
     @cached_property
     def writes_into_places(self) -> bool:
         """Whether the kernels can write where they are told: several lanes fill one output."""
-        return all("out" in inspect.signature(f).parameters for f in (self.tile_states, self.tile_outputs))
+        return all(takes(f, "out") for f in (self.tile_states, self.tile_outputs))
+
+    @cached_property
+    def folds_between(self) -> bool:
+        """Whether `fold` takes states from the rank before, and hands them on, by itself: a `hop`."""
+        return takes(self.fold, "hop")
 
 
 def compose(outputs: str, problem: Problem, tile: int, *, alone: bool = True) -> Kernels:
@@ -158,7 +168,7 @@ def _composed(
         finishes=factor_grads and bool(two_passes) and weights[-1].implementation.weighs,
         choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
         row_outputs=rows[0].function() if rows else None, unserved=unserved,
-        adds_up=all("heads" in inspect.signature(choice.function()).parameters for choice in outputs),
+        adds_up=all(takes(choice.function(), "heads") for choice in outputs),
     )  # fmt: skip
 
 
@@ -172,8 +182,12 @@ def _routed(choices: tuple[Choice, ...]) -> Callable[..., Any]:
     def routed(x: Tensor, *args: Any, reverse: bool, **kwargs: Any) -> Any:
         return functions[reverse, x.shape[3]](x, *args, reverse=reverse, **kwargs)
 
-    everywhere = all("out" in inspect.signature(function).parameters for function in functions.values())
-    return update_wrapper(routed, first) if everywhere else routed
+    # What `takes` is to find: the options that all of them have.
+    shared = [
+        x for x in inspect.signature(first).parameters.values() if all(takes(f, x.name) for f in functions.values())
+    ]
+    routed.__signature__ = inspect.Signature(shared)  # type: ignore[attr-defined]
+    return routed
 
 
 def part_of_tile(longest: int | None, tile: int) -> int:

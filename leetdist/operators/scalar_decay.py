@@ -14,7 +14,6 @@ Source: LeetDecoding, arXiv 2501.02573; RetNet, arXiv 2307.08621, eqs. 5 to 7; a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ class ScalarDecay(Operator):
         self.launches_alone = self.kernels.recordable
         self.scale, self.dtype = problem.scale, problem.dtype
         self.writes_into_places = self.kernels.writes_into_places
-        self.folds_between = "hop" in inspect.signature(self.kernels.fold).parameters
+        self.folds_between = self.kernels.folds_between
         self.walks_rows = self.kernels.row_outputs is not None
 
     @classmethod
