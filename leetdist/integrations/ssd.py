@@ -20,6 +20,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 
 from leetdist.api import linear_attention_step
 from leetdist.integrations.caches import ONE_DOCUMENT
+from leetdist.integrations.options import check_known
 from leetdist.integrations.registry import register
 from leetdist.mamba import mamba_chunk_scan_combined
 from leetdist.nn.conv import causal_conv1d
@@ -30,13 +31,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="type[Mixer]")
 
-# What a decoder layer hands to every layer, and what means nothing to this one: positions, masks that
-# `attention_mask` says already, and what the model does with its outputs.
-_MEANINGLESS = {
-    "position_ids", "position_embeddings", "cache_position", "use_cache", "kept", "output_hidden_states",
-    "output_attentions", "output_router_logits", "return_dict", "logits_to_keep", "num_items_in_batch", "labels",
-    "shift_labels", "max_length_q", "max_length_k",
-}  # fmt: skip
+_MEANINGLESS = {"position_embeddings", "output_attentions", "labels", "kept"}  # the last is what attention_mask says
 
 
 class Mixer(nn.Module):
@@ -79,9 +74,7 @@ class Mixer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """As theirs. transformers calls the cache `cache_params` before 5.24, and `cache` since then."""
-        unknown = [name for name, value in kwargs.items() if value is not None and name not in _MEANINGLESS]
-        if unknown:
-            raise ValueError(f"{type(self).__name__} knows no {', '.join(sorted(unknown))} under leetdist")
+        check_known(kwargs, type(self).__name__, besides=_MEANINGLESS)
         cache = cache_params if cache is None else cache
         if cache is not None and cu_seqlens is not None:
             raise ValueError(ONE_DOCUMENT)

@@ -17,18 +17,14 @@ from leetdist.api import linear_attention, linear_attention_step
 from leetdist.inference.attend import attend
 from leetdist.integrations.caches import ONE_DOCUMENT
 from leetdist.integrations.minimax_cache import LightningCache
+from leetdist.integrations.options import check_known
 from leetdist.integrations.registry import register
 from leetdist.sequence.site import warn
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
 
-# What a decoder layer hands to every layer, and what means nothing to this one: positions, masks that
-# `attention_mask` says already, and what the model does with its outputs.
-_MEANINGLESS = {
-    "position_ids", "cache_position", "use_cache", "kept", "output_hidden_states", "output_router_logits",
-    "return_dict", "logits_to_keep", "num_items_in_batch", "shift_labels", "max_length_q", "max_length_k",
-}  # fmt: skip
+_MEANINGLESS = {"kept"}  # the mask that `attention_mask` says already
 
 
 class LightningAttention(MiniMaxLightningAttention):
@@ -83,9 +79,7 @@ class LightningAttention(MiniMaxLightningAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As theirs. transformers calls the cache `past_key_values` before 5.24, and `cache` since then."""
-        unknown = [name for name, value in kwargs.items() if value is not None and name not in _MEANINGLESS]
-        if unknown:
-            raise ValueError(f"MiniMax's lightning layer knows no {', '.join(sorted(unknown))} under leetdist")
+        check_known(kwargs, "MiniMax's lightning layer", besides=_MEANINGLESS)
         cache = past_key_values if cache is None else cache
         qkv = self.act_fn(self.qkv_proj(hidden_states))
         if attention_mask is not None:

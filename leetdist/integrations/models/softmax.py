@@ -21,6 +21,7 @@ from transformers.masking_utils import (
     packed_sequence_mask_function,
 )
 
+from leetdist.integrations.options import HANDED_TO_ALL
 from leetdist.integrations.softmax import softmax_attention
 
 if TYPE_CHECKING:
@@ -33,11 +34,7 @@ ALONE = "leetdist_alone"
 _REMAPPED = "remap_positions_for_packed_sequence"  # of the newer transformers
 
 # Options that say how, and not what, or that others serve: positions are in q and k by now, the cache in k and v.
-_MEANINGLESS = {
-    "position_ids", "position_embeddings", "cache_position", "use_cache", "output_hidden_states",
-    "output_router_logits", "return_dict", "logits_to_keep", "num_items_in_batch", "labels", "shift_labels",
-    "max_length_q", "max_length_k", "layer_idx", "deterministic", "training",
-}  # fmt: skip
+_MEANINGLESS = HANDED_TO_ALL | {"position_embeddings", "labels", "layer_idx", "deterministic", "training"}
 _SERVED = {"scaling", "cu_seqlens", "kept", "softcap", "s_aux"}
 
 
