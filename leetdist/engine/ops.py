@@ -2,8 +2,8 @@
 tensors and dispatch modes see of a call.
 
 An op knows its group by name and finds the transport when it runs; what the ranks must agree on is checked then, in the
-forward op, and the backward op goes by the same plan (leetdist.engine.kept). The values of a log_decay on a GPU are not
-read here, because that would stop the stream: they are taken as they are.
+forward op, and the backward op goes by the same plan (leetdist.engine.pending). The values of a log_decay on a GPU are
+not read here, because that would stop the stream: they are taken as they are.
 
 Each pass is two ops that differ in one thing. Under a group, a compiled graph may neither drop a call whose result is
 not used, as the other ranks wait for it, nor reorder the calls, which Inductor does by the memory they take, and that
@@ -27,9 +27,9 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from leetdist.engine import repeats, transforms
 from leetdist.engine.checks import describe
 from leetdist.engine.inputs import canonical_options, canonical_tensors
-from leetdist.engine.kept import Plans
 from leetdist.engine.layout import empty_as, row_major, strides_as
 from leetdist.engine.passes import backward_pass, forward_pass
+from leetdist.engine.pending import PendingPlans
 from leetdist.engine.plan import Plan
 from leetdist.engine.planning import plan_call
 from leetdist.operators.problem import state_dtype
@@ -246,7 +246,7 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return empty_as(like, heads, dim, x.dtype).copy_(x)
 
 
-_plans = Plans()
+_plans = PendingPlans()
 _library = library.Library("leetdist", "DEF")
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import leetdist
 from helpers import run_ranks, values
 from leetdist.engine import ops
-from leetdist.engine.kept import Plans
+from leetdist.engine.pending import PendingPlans
 from leetdist.reference import relative_error
 from leetdist.sequence.virtual import VirtualGroup
 
@@ -174,7 +174,7 @@ def test_ranks_agree_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plans_are_kept_as_long_as_their_memory() -> None:
-    plans, plan = Plans(few=4), ops.Call(*inputs(16), None, None, 1.0, False, "auto", None, None, "").plan()
+    plans, plan = PendingPlans(few=4), ops.Call(*inputs(16), None, None, 1.0, False, "auto", None, None, "").plan()
     held = torch.empty(3)
     plans.keep(held[:1], plan)
     for _ in range(100):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.pytorch.kept import kept
+from leetdist.kernels.constant_decay.pytorch.reused import reused
 from leetdist.kernels.constant_decay.pytorch.walk import (
     CHUNK,
     ConstantWalk,
@@ -238,7 +238,7 @@ def decay_gradient(
     total = walk.zeros(q.shape[0], tiles.count)
     for chunk in walk:
         q_i, k_i, v_i, do_i = (chunk.take(x) for x in (q, k, v, do))
-        distance, _ = kept(distances, walk.chunk, walk.device, walk.chunk, False)
+        distance, _ = reused(distances, walk.chunk, walk.device, walk.chunk, False)
         pairs = ((q_i @ k_i.mT) * (do_i @ v_i.mT)).tril_(-1)
         near = (pairs * (chunk.pairs() * distance)).sum((-1, -2))
         position = chunk.place.from_state[..., None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.pytorch.kept import kept
+from leetdist.kernels.constant_decay.pytorch.reused import reused
 
 
 class TokenWalk:
@@ -16,7 +16,7 @@ class TokenWalk:
 
     def __init__(self, tiles: Tiles, device: torch.device, reverse: bool) -> None:
         self.reverse = reverse
-        self.rows, self.outside, self.inside, self.where = kept(_order, tiles.num_tokens, device, tiles, reverse)
+        self.rows, self.outside, self.inside, self.where = reused(_order, tiles.num_tokens, device, tiles, reverse)
 
     def take(self, x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
         """(B, Hx, N, D) as (B, heads, tiles, steps, D) in the walk's order; zero where a tile has no more tokens."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.kernels.constant_decay.pytorch.kept import kept
+from leetdist.kernels.constant_decay.pytorch.reused import reused
 
 # Tokens a matrix product works on. 128 was the fastest of 32, 64, 128 and 256 for D = 64 and 128 on two CPU cores.
 CHUNK = 128
@@ -50,7 +50,7 @@ class Walk(ABC, Generic[ChunkT]):
 
     def __iter__(self) -> Iterator[ChunkT]:
         tiles = self.tiles
-        for place in kept(places, tiles.num_tokens, self.device, tiles, self.chunk, self.reverse, self.unread):
+        for place in reused(places, tiles.num_tokens, self.device, tiles, self.chunk, self.reverse, self.unread):
             yield self.chunk_at(place)
 
 
@@ -69,7 +69,7 @@ class ConstantWalk(Walk["ConstantChunk"]):
     @cached_property
     def mask(self) -> Tensor:
         """(H, 1, C, C): gamma^distance where the second token is not later in the direction of the walk, else 0."""
-        distance, seen = kept(distances, self.chunk, self.device, self.chunk, self.reverse)
+        distance, seen = reused(distances, self.chunk, self.device, self.chunk, self.reverse)
         return (self.powers[:, distance] * seen)[:, None]
 
     def chunk_at(self, place: Place) -> ConstantChunk:
@@ -211,5 +211,5 @@ def padded(states: Tensor) -> Tensor:
 
 def decay_powers(log_decay: Tensor, highest: int, dtype: torch.dtype) -> Tensor:
     """`gamma^0 ... gamma^highest`: (H, highest + 1) in `dtype`, each rounded once from fp64."""
-    (exponents,) = kept(_exponents, highest, log_decay.device, highest + 1)
+    (exponents,) = reused(_exponents, highest, log_decay.device, highest + 1)
     return torch.exp(log_decay.double().clamp_min(LEAST)[:, None] * exponents).to(dtype)

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from leetdist.kernels.constant_decay.pytorch.kept import kept
+from leetdist.kernels.constant_decay.pytorch.reused import reused
 from leetdist.kernels.constant_decay.pytorch.token_walk import TokenWalk
 from leetdist.kernels.constant_decay.pytorch.walk import LEAST, Chunk, Place, Walk, distances
 
@@ -56,7 +56,7 @@ class TokenDecayChunk(Chunk):
         return self._between(slice(-1, None), slice(None))[..., None]
 
     def pairs(self) -> Tensor:
-        _, seen = kept(distances, self.walk.chunk, self.walk.device, self.walk.chunk, self.walk.reverse)
+        _, seen = reused(distances, self.walk.chunk, self.walk.device, self.walk.chunk, self.walk.reverse)
         high, low = self.sums
         later, earlier = (-2, -1) if self.walk.reverse else (-1, -2)  # where a dimension of one is put in
         exponent = high.unsqueeze(later) - high.unsqueeze(earlier)

@@ -12,7 +12,7 @@ import torch
 SHORT = 4096  # tokens
 
 
-def kept(make: Callable[..., Iterator[Any]], tokens: int, device: torch.device, *args: Any) -> Iterable[Any]:
+def reused(make: Callable[..., Iterator[Any]], tokens: int, device: torch.device, *args: Any) -> Iterable[Any]:
     """What `make(device, *args)` yields, to be read only. On a GPU it is made anew: a graph may be capturing it."""
     return _made(make, device, *args) if tokens <= SHORT and device.type == "cpu" else make(device, *args)
 

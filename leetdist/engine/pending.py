@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from leetdist.engine.plan import Plan
 
 
-class Plans:
+class PendingPlans:
     """The plan of each call by the memory that is kept for its backward, as long as somebody holds that: while a weak
     reference to it is here, no other memory goes by its number."""
 
