@@ -162,6 +162,16 @@ def test_contributing_lists_every_folder() -> None:
     assert listed == [part for part in reversed(KNOWS) if any(module.startswith(f"{part}.") for module in modules())]
 
 
+@pytest.mark.parametrize("folder", ["engine", "inference", "integrations", "operators", "sequence", "kernels.runtime"])
+def test_every_module_is_said_of_its_folder(folder: str) -> None:
+    """What a newcomer reads first names all that is in it."""
+    at = ROOT / "CONTRIBUTING.md" if folder.startswith("kernels") else modules()[folder]
+    said = set(re.findall(r"\w+", at.read_text()))
+    here = {module.removeprefix(f"{folder}.").split(".")[0] for module in modules() if module.startswith(f"{folder}.")}
+    assert here
+    assert not here - said
+
+
 def sources() -> list[Path]:
     folders = ("leetdist", "kernels", "launch", "benchmarks", "tests")
     kinds = (".py", ".cu", ".cuh", ".cpp", ".h", ".sh")
