@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LONGEST_TILE = 1 << 30  # tokens in a tile are counted in 32 bits
+TILE_LIMIT = 1 << 30  # that a caller may name: tokens in a tile are counted in 32 bits
 
 
 def as_float(name: str, value: Any) -> Any:
@@ -38,8 +38,8 @@ def as_tile(value: Any, wanted: str = "a power of two of at least 16 tokens, or 
     tile: int = as_int("tile", value, wanted)
     if tile < 16 or tile & (tile - 1):
         raise ValueError(f"tile must be {wanted}, got {tile!r}")
-    if tile > LONGEST_TILE:
-        raise ValueError(f"tile must be a power of two of at most {LONGEST_TILE:,} tokens, or None, got {tile!r}")
+    if tile > TILE_LIMIT:
+        raise ValueError(f"tile must be a power of two of at most {TILE_LIMIT:,} tokens, or None, got {tile!r}")
     return tile
 
 

@@ -8,8 +8,9 @@ from itertools import accumulate, pairwise
 
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 
-# A tile is as long as it can be while tiles fill a GPU: each costs a state in memory, as much as 85 tokens of q, k and
-# v (bf16, D = 128). With 32 heads, 32,768 tokens in tiles of 4,096 take 0.91 of the time in tiles of 2,048. Tiles of
+# Tokens of the tiles that are chosen where the caller names none (arguments.TILE_LIMIT is for those that are named).
+# One is as long as it can be while tiles fill a GPU: each costs a state in memory, as much as 85 tokens of q, k and v
+# (bf16, D = 128). With 32 heads, 32,768 tokens in tiles of 4,096 take 0.91 of the time in tiles of 2,048. Tiles of
 # 8,192 take 0.96 of the time of eight heads x 524,288 tokens, but 1.05 to 1.1 of that of one or two heads, and 2.6
 # times as long with a learnt decay, whose two passes want at most 4,096 tokens (benchmarks/notes/constant.md).
 SMALLEST_TILE, LARGEST_TILE = 16, 4096
