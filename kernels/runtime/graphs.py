@@ -2,7 +2,7 @@
 
 Allocators hand out the same few addresses, so in a loop of equal steps each call has those that it had a step before.
 The second time that a kind of call has the same ones its launches are captured, and from then on the host launches one
-graph instead of them, in which scans beside the outputs (leetdist.engine.passes) need no events either. Nothing is
+graph instead of them, in which scans beside the outputs (leetdist.engine.side) need no events either. Nothing is
 copied, and no memory is held: a graph is launched only where a call has the very addresses that it was made for, and
 does then what the launches would do, in their order. Others are launched one by one, as ever.
 """

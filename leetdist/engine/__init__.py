@@ -5,6 +5,7 @@ algebra, which is in leetdist.operators.
   gradients. ops, transforms, pending: the same for torch.compile and torch.func, as custom ops.
 - inputs, layout, values, checks, hints: arguments in one form, what the host knows of their values, and what is wrong.
 - planning: a plan that is known, or made and agreed on by the ranks. plan, lanes: what is in one.
-- passes: the forward and the backward pass. scan: states between tiles and ranks. filling: results that lanes fill.
-  trace: what each rank did when.
+- passes: the forward and the backward pass. gradients: what the second puts together. scan: states between tiles and
+  ranks. side: the stream that scans have beside the rest. filling: results that lanes fill. trace: what each rank did
+  when.
 """

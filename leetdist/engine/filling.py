@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from leetdist.engine.lanes import Lane
 from leetdist.engine.layout import empty_as
 from leetdist.engine.plan import Plan
 from leetdist.kernels.common.sums import sum_shared
+from leetdist.kernels.common.tiles import Tiles
 from leetdist.operators.problem import state_dtype
 
 
@@ -78,6 +79,15 @@ class LaneTokens:
             self.whole = part
         elif self.shared:
             self.whole[:, own] = part
+
+
+def kinds_of_tiles(plan: Plan, lane: Lane, *states: LaneStates) -> Iterator[tuple[Tiles, list[Tensor]]]:
+    """The tiles that have states, with the lane's, and those of sequences that are alone, with zeros. What is computed
+    of the second goes where that of the first is."""
+    if plan.linked:
+        yield plan.tiles, [x[lane] for x in states]
+    if plan.alone is not None:
+        yield plan.alone, [plan.zero_states(lane)] * len(states)
 
 
 def in_order(lanes: Mapping[Lane, Tensor], plan: Plan) -> Tensor:
