@@ -135,41 +135,60 @@ def compose(outputs: str, problem: Problem, tile: int, *, alone: bool = True) ->
     skips = who_skips(problem, weights[0]) if problem.skipped else ()
     rows, unserved = by_rows(problem, part, (*by_outputs, *by_states)) if alone else ((), ())
     return _composed(
-        tuple(by_outputs), tuple(by_states), tuple(by_fold), keep, gradient, two_passes, weights, skips, rows, unserved,
-        backward, learnt, problem.factor_grads,
+        _Chosen(
+            outputs=tuple(by_outputs), states=tuple(by_states), fold=tuple(by_fold), transitions=keep,
+            decay_gradient=gradient, two_passes=two_passes, weights=weights, skips=skips, rows=rows, unserved=unserved,
+            backward=backward, learnt=learnt, factor_grads=problem.factor_grads,
+        )
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Who computes the steps of a call, and which of them it needs: `backward`, the backward pass; `learnt`, the
+    gradient of log_decay as a step of its own."""
+
+    outputs: tuple[Choice, ...]
+    states: tuple[Choice, ...]
+    fold: tuple[Choice, ...]
+    transitions: Choice | None
+    decay_gradient: Choice
+    two_passes: tuple[Choice, ...]
+    weights: tuple[Choice, ...]
+    skips: tuple[Choice, ...]
+    rows: tuple[Choice, ...]
+    unserved: Refusals
+    backward: bool
+    learnt: bool
+    factor_grads: bool
 
 
 @lru_cache(maxsize=512)
-def _composed(
-    outputs: tuple[Choice, ...],
-    states: tuple[Choice, ...],
-    fold: tuple[Choice, ...],
-    keep: Choice | None,
-    gradient: Choice,
-    two_passes: tuple[Choice, ...],
-    weights: tuple[Choice, ...],
-    skips: tuple[Choice, ...],
-    rows: tuple[Choice, ...],
-    unserved: Refusals,
-    backward: bool,
-    learnt: bool,
-    factor_grads: bool,
-) -> Kernels:
+def _composed(by: _Chosen) -> Kernels:
     """Plans are remembered by their kernels, so one object."""
-    longest = [c.implementation.longest_tile for c in outputs if c.implementation.longest_tile is not None]
-    passes = *outputs, *states, *fold, *([] if keep is None else [keep]), *two_passes, *weights, *skips, *rows
-    early, late = (choice.function() for choice in two_passes) if two_passes else (None, None)
-    used = [choice for choice in passes if backward or choice.use.forward] + [gradient] * learnt
+    longest = [c.implementation.longest_tile for c in by.outputs if c.implementation.longest_tile is not None]
+    keep = () if by.transitions is None else (by.transitions,)
+    passes = *by.outputs, *by.states, *by.fold, *keep, *by.two_passes, *by.weights, *by.skips, *by.rows
+    used = [choice for choice in passes if by.backward or choice.use.forward] + [by.decay_gradient] * by.learnt
+    early, late = (choice.function() for choice in by.two_passes) if by.two_passes else (None, None)
     return Kernels(
-        _routed(outputs), _routed(states), _routed(fold), gradient.function(),
-        early_gradients=early, late_gradients=late, transitions=decay_itself if keep is None else keep.function(),
-        weighted_values=tuple(choice.function() for choice in weights), skips=bool(skips),
-        finishes=factor_grads and bool(two_passes) and weights[-1].implementation.weighs,
-        choices=(*passes, gradient), used=tuple(used), longest_tile=min(longest, default=None),
-        row_outputs=rows[0].function() if rows else None, unserved=unserved,
-        adds_up=all(takes(choice.function(), "heads") for choice in outputs),
-    )  # fmt: skip
+        tile_outputs=_routed(by.outputs),
+        tile_states=_routed(by.states),
+        fold=_routed(by.fold),
+        decay_gradient=by.decay_gradient.function(),
+        early_gradients=early,
+        late_gradients=late,
+        choices=(*passes, by.decay_gradient),
+        used=tuple(used),
+        longest_tile=min(longest, default=None),
+        transitions=decay_itself if by.transitions is None else by.transitions.function(),
+        adds_up=all(takes(choice.function(), "heads") for choice in by.outputs),
+        weighted_values=tuple(choice.function() for choice in by.weights),
+        skips=bool(by.skips),
+        finishes=by.factor_grads and bool(by.two_passes) and by.weights[-1].implementation.weighs,
+        row_outputs=by.rows[0].function() if by.rows else None,
+        unserved=by.unserved,
+    )
 
 
 def _routed(choices: tuple[Choice, ...]) -> Callable[..., Any]:
