@@ -87,11 +87,22 @@ inline Bits to_bits(double x) {  // to the nearest, or the even one of two
     return (bits & 0x7f800000u) == 0x7f800000u ? bits >> 16 : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
 #endif
 }
+#if HALF
+inline struct Halves {  // of all bits: hosts that convert by software are slow at it
+    float of[1 << 16];
+    Halves() {
+        for (unsigned bits = 0; bits < 1 << 16; bits++) {
+            _Float16 y;
+            const Bits own = bits;
+            std::memcpy(&y, &own, 2);
+            of[bits] = float(y);
+        }
+    }
+} halves;
+#endif
 inline float from_bits(Bits bits) {
 #if HALF
-    _Float16 y;
-    std::memcpy(&y, &bits, 2);
-    return float(y);
+    return halves.of[bits];
 #else
     return __uint_as_float(unsigned(bits) << 16);
 #endif
@@ -270,48 +281,62 @@ inline Long by_columns(Word chunk, int apart = 1) { return chunk | Long(apart - 
 inline Long along_rows(int step, int apart = 1) { return Long(16 * step) << 32 | Long(apart - 1) << 56; }
 inline Long along_columns(int step) { return Long(16 * step) << 32; }
 inline int along(Long x) { return int(x >> 32 & 0xffffff); }
-inline float operand(Long x, int row, int column) {
-    return from_bits(at<Bits>(swizzled(Word(x), row, column) + column / 64 * int(x >> 56) * BLOCK));
+inline Word place_of(Long x, int row, int column) {
+    return swizzled(Word(x), row, column) + column / 64 * int(x >> 56) * BLOCK;
+}
+// What one row or column of an operand has of the 16 numbers that are summed over: an emulated product spends its time here.
+inline void sixteen_of_row(Long x, int row, float (&found)[16]) {
+    for (int half = 0; half < 2; half++) {  // of which 8 lie side by side
+        Bits bits[8];
+        std::memcpy(bits, &at<Vector>(place_of(x, row, along(x) + 8 * half)), sizeof bits);
+        for (int k = 0; k < 8; k++) found[8 * half + k] = from_bits(bits[k]);
+    }
+}
+inline void sixteen_of_column(Long x, int column, float (&found)[16]) {
+    for (int k = 0; k < 16; k++) found[k] = from_bits(at<Bits>(place_of(x, along(x) + k, column)));
 }
 
 // x (64 x n / 2, of which a thread has those of its two rows) (+)= left right
 template <int n, class Left, class Right> void multiply(float (&x)[n], int add, Left left, Right right) {
     const int lane = threadIdx.x % 32;
     float rows[2][16];
-    for (int i = 0; i < 32; i++) rows[i / 16][i % 16] = left(i / 16, i % 16);
+    for (int row = 0; row < 2; row++) left(row, rows[row]);
     for (int i = 0; i < n; i++) {
         if (i / 2 % 2) continue;  // of the column's two rows, the second comes with the first
         float column[16];
-        for (int k = 0; k < 16; k++) column[k] = right(k, 8 * (i / 4) + 2 * (lane % 4) + i % 2);
-        for (int row = 0; row < 2; row++) {
-            float sum = add ? x[i + 2 * row] : 0.0f;
-            for (int k = 0; k < 16; k++) sum += rows[row][k] * column[k];
-            x[i + 2 * row] = sum;
-        }
+        right(8 * (i / 4) + 2 * (lane % 4) + i % 2, column);
+        float first = add ? x[i] : 0.0f, second = add ? x[i + 2] : 0.0f;
+        for (int k = 0; k < 16; k++) first += rows[0][k] * column[k], second += rows[1][k] * column[k];
+        x[i] = first, x[i + 2] = second;
     }
 }
 // A left operand in registers: of a thread's two rows, numbers 2 (lane % 4) and the next, and those 8 further on.
 struct Registers {
     Word quad[32];
     explicit Registers(const Word (&a)[4]) { exchange<4>(a, threadIdx.x % 32 / 4 * 4, 4, quad); }
-    float operator()(int row, int k) const { return unpack(quad[k % 8 / 2 * 4 + row + k / 8 * 2], k % 2); }
+    void operator()(int row, float (&found)[16]) const {
+        for (int k = 0; k < 16; k++) found[k] = unpack(quad[k % 8 / 2 * 4 + row + k / 8 * 2], k % 2);
+    }
+};
+struct Rows {  // a left operand in shared memory
+    Long a;
+    void operator()(int row, float (&found)[16]) const {
+        sixteen_of_row(a, thread_number() / 32 * 16 + threadIdx.x % 32 / 4 + 8 * row, found);
+    }
 };
 inline void product(float (&x)[32], Long a, Long b, int add) {
-    const int row = thread_number() / 32 * 16 + threadIdx.x % 32 / 4;
-    multiply(x, add, [&](int i, int k) { return operand(a, row + 8 * i, along(a) + k); },
-             [&](int k, int column) { return operand(b, column, along(b) + k); });
+    multiply(x, add, Rows{a}, [&](int column, float (&found)[16]) { sixteen_of_row(b, column, found); });
 }
 template <int n> void product(float (&x)[n], const Word (&a)[4], Long b, int add) {
-    multiply(x, add, Registers(a), [&](int k, int column) { return operand(b, column, along(b) + k); });
+    multiply(x, add, Registers(a), [&](int column, float (&found)[16]) { sixteen_of_row(b, column, found); });
 }
 template <bool COLUMNS_> void product(float (&x)[64], Long a, Long b, int add) {
-    const int row = thread_number() / 32 * 16 + threadIdx.x % 32 / 4;
-    multiply(x, add, [&](int i, int k) { return operand(a, row + 8 * i, along(a) + k); }, [&](int k, int column) {
-        return COLUMNS_ ? operand(b, along(b) + k, column) : operand(b, column, along(b) + k);
+    multiply(x, add, Rows{a}, [&](int column, float (&found)[16]) {
+        COLUMNS_ ? sixteen_of_column(b, column, found) : sixteen_of_row(b, column, found);
     });
 }
 template <int n> void add_product(float (&x)[n], const Word (&a)[4], Long b) {
-    multiply(x, 1, Registers(a), [&](int k, int column) { return operand(b, along(b) + k, column); });
+    multiply(x, 1, Registers(a), [&](int column, float (&found)[16]) { sixteen_of_column(b, column, found); });
 }
 inline void begin_products() {}
 inline void end_products() {}
@@ -328,8 +353,8 @@ inline void add_small(float (&x)[4], const Word (&a)[4], Word b, Word b_further)
         exchange<2>(own, 8 * part, 8, some);
         std::memcpy(columns + 16 * part, some, sizeof some);
     }
-    multiply(x, 1, Registers(a), [&](int k, int column) {  // a lane has numbers 2 (lane % 4) of column lane / 4
-        return unpack(columns[(4 * column + k % 8 / 2) * 2 + k / 8], k % 2);
+    multiply(x, 1, Registers(a), [&](int column, float (&found)[16]) {  // a lane has numbers 2 (lane % 4) of column lane / 4
+        for (int k = 0; k < 16; k++) found[k] = unpack(columns[(4 * column + k % 8 / 2) * 2 + k / 8], k % 2);
     });
 }
 inline void copy_vector(Word to, const Bits* from) {
