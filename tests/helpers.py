@@ -8,13 +8,11 @@ import multiprocessing
 import os
 import pickle
 import secrets
-import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -26,7 +24,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.runtime import nvrtc
 
 
 @dataclass
@@ -142,33 +139,6 @@ def _main(
     if outcome.error is None:
         dist.barrier()
         dist.destroy_process_group()
-
-
-_said: dict[tuple[Any, ...], str] = {}
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-
-
-def ptxas_report(source: str, architecture: str, defines: Iterable[tuple[str, int]], folder: Path) -> str:
-    """What ptxas says of a file of kernels/cuda, which must compile without warnings; what tests share, once."""
-    asked = nvrtc.text(source), architecture, *sorted(defines)
-    if asked not in _said:
-        path = folder / Path(source).name
-        path.write_text(asked[0])
-        options = [
-            "-std=c++17",
-            "-Xptxas",
-            "-v",
-            "-Werror",
-            "all-warnings",
-            *(f"-D{name}={x}" for name, x in asked[2:]),
-        ]
-        command = [str(NVCC), "-cubin", f"-arch={architecture}", *options, str(path), "-o", str(folder / "out.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        said = done.stdout + done.stderr
-        assert done.returncode == 0, said
-        assert "warning" not in said.lower(), said
-        _said[asked] = said
-    return _said[asked]
 
 
 def assert_leaves_out_the_last(

@@ -16,6 +16,7 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from leetdist.kernels.runtime.settings import cache_folder
 
@@ -36,7 +37,6 @@ def version() -> tuple[int, int] | None:
 def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) -> bytes:
     """Machine code of `kernels/<source>` for an architecture such as "sm_90", from the cache or from NVRTC."""
     from cuda.bindings import nvrtc
-    from cuda.core import Program, ProgramOptions
 
     code = text(source)
     described = (code, architecture, defines, nvrtc.nvrtcVersion())
@@ -44,16 +44,25 @@ def cubin(source: str, architecture: str, defines: tuple[tuple[str, int], ...]) 
     kept = _kept(path)
     if kept is not None:
         return kept
-    macros = [(name, str(value)) for name, value in defines]
+    made = compiled(code, architecture, defines)
+    _keep(path, made)
+    return made
+
+
+def compiled(
+    code: str, architecture: str, defines: tuple[tuple[str, int], ...], *, logs: Any = None, **more: Any
+) -> bytes:
+    """The same of a source, anew. logs: a file that NVRTC writes to; more: options of cuda-core's."""
+    from cuda.core import Program, ProgramOptions
+
     options = ProgramOptions(
         std="c++17",
         arch=architecture,
-        define_macro=macros or None,
+        define_macro=[(name, str(value)) for name, value in defines] or None,
         device_as_default_execution_space=True,  # lambdas that are templates cannot say so
+        **more,
     )
-    made = bytes(Program(code, "c++", options).compile("cubin").code)
-    _keep(path, made)
-    return made
+    return bytes(Program(code, "c++", options).compile("cubin", logs=logs).code)
 
 
 def text(source: str) -> str:

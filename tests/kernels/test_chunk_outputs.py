@@ -6,16 +6,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import ptxas
 import pytest
 import torch
 from emulated import emulated
 from test_hopper_cuda import OWN, SHARED_MEMORY
 from torch import Tensor
 
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.memory import zero_states
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper
@@ -147,7 +146,7 @@ def test_tiles_up_to() -> None:
     assert Tiles(128, TILES.bounds, (0, 2)).up_to(64)[0].spans == ((0, 3),)
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(
     ("rows", "columns", "wide", "reverse", "token"),
     [
@@ -158,11 +157,11 @@ def test_tiles_up_to() -> None:
         (80, 112, False, False, True),
     ],
 )
-def test_compiles_and_fits(rows: int, columns: int, wide: bool, reverse: bool, token: bool, tmp_path: Path) -> None:
+def test_compiles_and_fits(rows: int, columns: int, wide: bool, reverse: bool, token: bool) -> None:
     part = hopper.all_columns(columns)
     held = hopper.walked_rows(rows), part.columns, part.groups
     made = hopper.defines(hopper.CHUNK_OUTPUTS, *held, BF16, wide, reverse, token, size=(rows, columns))
-    said = ptxas_report("constant_decay/cuda/chunk_outputs.cu", "sm_90a", made, tmp_path)
+    said = ptxas.report("constant_decay/cuda/chunk_outputs.cu", "sm_90a", made)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
     assert int(spilled[1]) == 0, said

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
+import ptxas
 import pytest
 import torch
 
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.runtime import cuda_launch, nvrtc, tensor_map
 
@@ -47,14 +47,13 @@ def test_all_fit():
             assert blocks * (hopper.shared_memory(name, rows, columns, groups, token) + OWN) <= SHARED_MEMORY
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(("name", "rows", "columns", "groups", "dtype", "wide", "reverse", "token"), COMPILED)
-def test_compiles(name, rows, columns, groups, dtype, wide, reverse, token, tmp_path):
-    said = ptxas_report(
+def test_compiles(name, rows, columns, groups, dtype, wide, reverse, token):
+    said = ptxas.report(
         f"constant_decay/cuda/{name.split()[0]}.cu",
         "sm_90a",
         hopper.defines(name, rows, columns, groups, dtype, wide, reverse, token),
-        tmp_path,
     )
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
@@ -62,7 +61,7 @@ def test_compiles(name, rows, columns, groups, dtype, wide, reverse, token, tmp_
     assert "serialized" not in said, said
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(
     ("size", "dtype", "wide", "onto", "token"),
     [
@@ -76,12 +75,12 @@ def test_compiles(name, rows, columns, groups, dtype, wide, reverse, token, tmp_
     ],
 )
 @pytest.mark.parametrize("name", ["tile_states", "tile_outputs"])
-def test_other_sizes_compile_and_fit(name, size, dtype, wide, onto, token, tmp_path):
+def test_other_sizes_compile_and_fit(name, size, dtype, wide, onto, token):
     """Fewer rows and columns than are walked, an odd number of warpgroups, and outputs that are added to others."""
     for part in hopper.parts(4096, *size, 132):
         held = hopper.walked_rows(size[0]), part.columns, part.groups
         made = hopper.defines(name, *held, dtype, wide, onto, token, size=size, first=part.first, onto=onto)
-        said = ptxas_report(f"constant_decay/cuda/{name}.cu", "sm_90a", made, tmp_path)
+        said = ptxas.report(f"constant_decay/cuda/{name}.cu", "sm_90a", made)
         blocks = 2 if part.groups == 1 else 1
         assert blocks * (hopper.shared_memory(name, *held, token) + OWN) <= SHARED_MEMORY
         spilled = re.search(r"(\d+) bytes spill stores", said)

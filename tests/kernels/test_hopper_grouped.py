@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import ptxas
 import pytest
 import torch
 from emulated import emulated
@@ -16,7 +17,6 @@ from test_hopper_cuda import OWN, SHARED_MEMORY, SPILLS
 from torch import Tensor
 
 import leetdist
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.memory import zero_states
 from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
@@ -121,13 +121,13 @@ def test_a_decay_a_token_adds_up_within_the_heads_that_are_wanted(monkeypatch: p
     assert found == ["added up", "added up", "added up", "each by itself"]
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize("name", hopper.OUTPUTS)
 @pytest.mark.parametrize(("cluster", "wide"), [(1, True), (2, True), (2, False)])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_compiles_and_fits(dtype, cluster, wide, name, tmp_path):
+def test_compiles_and_fits(dtype, cluster, wide, name):
     defines = grouped.defines(name, cluster, dtype, wide, True)
-    said = ptxas_report("constant_decay/cuda/summed_outputs.cu", "sm_90a", defines, tmp_path)
+    said = ptxas.report("constant_decay/cuda/summed_outputs.cu", "sm_90a", defines)
     assert grouped.shared_memory(name, cluster) + OWN <= SHARED_MEMORY
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import ptxas
 import pytest
 import torch
 from emulated import emulated
 from test_bad_tokens import assert_lost_by_a_bad_state, assert_seen_only_behind
 from test_hopper_cuda import OWN, SHARED_MEMORY, SPILLS
 
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.memory import zero_states
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import high, hopper
@@ -36,7 +36,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cuda" if request.param == "cuda" else "cpu"
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(
     ("rows", "groups", "dtype", "wide", "reverse"),
     [
@@ -49,11 +49,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     ],
 )
 @pytest.mark.parametrize("name", hopper.OUTPUTS)
-def test_compiles_and_fits(
-    name: str, rows: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool, tmp_path: Any
-) -> None:
+def test_compiles_and_fits(name: str, rows: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool) -> None:
     made = hopper.defines(name, rows, 64, groups, dtype, wide, reverse, high=True)
-    said = ptxas_report("constant_decay/cuda/tile_outputs.cu", "sm_90a", made, tmp_path)
+    said = ptxas.report("constant_decay/cuda/tile_outputs.cu", "sm_90a", made)
     blocks = 1 if name == hopper.AGAIN or groups == 2 else 2  # to a multiprocessor
     assert blocks * (hopper.shared_memory(name, rows, 64, groups, high=True) + OWN) <= SHARED_MEMORY
     spilled = re.search(r"(\d+) bytes spill stores", said)

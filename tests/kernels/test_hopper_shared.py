@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import ptxas
 import pytest
 import torch
 from emulated import emulated
@@ -16,7 +17,6 @@ from test_hopper_cuda import OWN, SHARED_MEMORY
 from test_hopper_token import BF16, FP16, FP32, ON_A_GPU, PACKED, decays
 
 import leetdist
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as alone
@@ -25,12 +25,12 @@ from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
 
 added_up = pytest.importorskip("leetdist.kernels.token_decay.triton.added_up")
-# Bytes a thread may keep in local memory.
+# Bytes a thread may keep in local memory: by NVRTC 13.5, of whose sums nvcc 13.0 spills a little less, 96 at most.
 SPILLS = {
     "shared_states": 32,
     "paired_outputs": 64,
     "paired_gradients": 96,
-    "summed_outputs": 96,
+    "summed_outputs": 100,
     "grouped_outputs": 32,
 }
 
@@ -238,17 +238,17 @@ COMPILED = [  # source, step, rows, columns, warpgroups, outputs in fp32, revers
 ]
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize("weighted", [False, True, "and skipped"])
 @pytest.mark.parametrize(("source", "name", "rows", "columns", "groups", "wide", "reverse", "cluster"), COMPILED)
-def test_compiles_and_fits(source, name, rows, columns, groups, wide, reverse, cluster, weighted, tmp_path):
+def test_compiles_and_fits(source, name, rows, columns, groups, wide, reverse, cluster, weighted):
     weighted, skipped = bool(weighted), weighted == "and skipped"
     if skipped and (source != "paired_outputs" or reverse):
         pytest.skip("o alone")
     made = alone.defines(name, rows, columns, groups, BF16, wide, reverse, True)
     made += shared.WEIGHTED * weighted + shared.SKIPPED * skipped
     made = made if cluster is None else (*made, ("CLUSTER", cluster))
-    said = ptxas_report(f"token_decay/cuda/{source}.cu", "sm_90a", made, tmp_path)
+    said = ptxas.report(f"token_decay/cuda/{source}.cu", "sm_90a", made)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
     assert name == AGAIN or int(spilled[1]) <= SPILLS[source] + 16 * weighted, said

@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+import ptxas
 import pytest
 import torch
 from emulated import emulated
@@ -14,7 +15,6 @@ from test_hopper_shared import added_up, draw, gradients_of, on_either
 from test_hopper_token import BF16, ON_A_GPU, PACKED
 
 import leetdist
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.runtime import cuda_launch
 from leetdist.kernels.token_decay.cuda import hopper, weights
@@ -165,11 +165,11 @@ def test_a_scan_of_mamba2s_shape_writes_no_dt_x():
     assert torch.equal(dq.transpose(1, 2), whole[4])
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(
     ("rows", "share", "reverse"), [(128, 8, False), (64, 4, False), (128, 8, True), (64, 12, True)]
 )
-def test_all_that_a_pass_with_weights_asks_for_compiles(rows, share, reverse, tmp_path):
+def test_all_that_a_pass_with_weights_asks_for_compiles(rows, share, reverse):
     asked: set[Any] = set()
     with emulated(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_launch, "kernel", lambda source, name, device, made, **_: asked.add((source, made)))
@@ -182,4 +182,4 @@ def test_all_that_a_pass_with_weights_asks_for_compiles(rows, share, reverse, tm
     assert {source for source, _ in asked} == {f"token_decay/cuda/{source}.cu" for source in sources}
     for source, made in asked:
         assert ("WEIGHTED", 1) in made
-        ptxas_report(source, "sm_90a", made, tmp_path)
+        ptxas.report(source, "sm_90a", made)

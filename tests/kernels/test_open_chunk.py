@@ -10,12 +10,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import ptxas
 import pytest
 import torch
 from emulated import emulated
 from test_hopper_cuda import OWN, SHARED_MEMORY
 
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.open_tiles import OpenTiles
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant
@@ -234,14 +234,14 @@ def test_left_out_is_what_tiles_leave_out():
     assert skipped.tolist() == [0, 0, 8192 - 18 * 64, 8192 - 2 * 64, 8192 - 64, 8192 - 64, 0]
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize("token", [False, True])
 @pytest.mark.parametrize(
     ("rows", "columns", "dtype"), [(64, 32, BF16), (128, 64, BF16), (128, 64, FP16), (128, 32, BF16), (256, 64, FP16)]
 )
-def test_compiles_and_fits(rows, columns, dtype, token, tmp_path):
-    said = ptxas_report(
-        "constant_decay/cuda/open_chunk.cu", "sm_90a", open_chunk.defines(rows, columns, 1, dtype, token), tmp_path
+def test_compiles_and_fits(rows, columns, dtype, token):
+    said = ptxas.report(
+        "constant_decay/cuda/open_chunk.cu", "sm_90a", open_chunk.defines(rows, columns, 1, dtype, token)
     )
     # Blocks of 32 columns are for calls that have not as many as there are multiprocessors.
     blocks = 1 if columns == 32 else (256 if rows > 128 else 512) // (2 * columns)
@@ -250,13 +250,13 @@ def test_compiles_and_fits(rows, columns, dtype, token, tmp_path):
     assert spilled, said
     assert int(spilled[1]) <= SPILLS, said
     made = open_chunk.defines(rows, columns, 1, dtype, False)
-    ptxas_report("constant_decay/cuda/open_held.cu", "sm_90a", made, tmp_path)
+    ptxas.report("constant_decay/cuda/open_held.cu", "sm_90a", made)
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize("token", [False, True])
-def test_what_goes_on_from_a_state_compiles_without_spills(token, tmp_path):
+def test_what_goes_on_from_a_state_compiles_without_spills(token):
     made = constant.defines(constant.ONWARD, 128, 128, 1, BF16, False, False, token)
-    said = ptxas_report("constant_decay/cuda/tile_states.cu", "sm_90a", made, tmp_path)
+    said = ptxas.report("constant_decay/cuda/tile_states.cu", "sm_90a", made)
     assert " 0 bytes spill stores" in said, said
     assert "serialized" not in said, said

@@ -6,8 +6,8 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
+import ptxas
 import pytest
 import torch
 from emulated import emulated, near
@@ -15,7 +15,6 @@ from test_hopper_cuda import OWN, SHARED_MEMORY
 from test_open_chunk import ON_A_GPU, TILE, draw
 from torch import Tensor
 
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper, pieces
 
@@ -89,25 +88,23 @@ def test_pieces_that_no_map_knows(device: str) -> None:
     assert pieces.in_place([[x[:, :, :16] for _ in short] for x in tensors], short) is None
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(
     ("rows", "columns", "groups", "dtype"), [(128, 128, 1, BF16), (128, 128, 1, FP16), (256, 64, 2, BF16)]
 )
 @pytest.mark.parametrize(("name", "way"), [("tile_states", 1), ("tile_outputs", 1), ("tile_outputs", 2)])
-def test_compiles_and_fits(
-    name: str, way: int, rows: int, columns: int, groups: int, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_compiles_and_fits(name: str, way: int, rows: int, columns: int, groups: int, dtype: torch.dtype) -> None:
     made = hopper.defines(name, rows, columns, groups, dtype, False, False, pieces=way)
     memory = hopper.shared_memory(name, rows, columns, groups, pieces=way)
     assert 2 // groups * (memory + OWN) <= SHARED_MEMORY
-    said = ptxas_report(f"constant_decay/cuda/{name}.cu", "sm_90a", made, tmp_path)
+    said = ptxas.report(f"constant_decay/cuda/{name}.cu", "sm_90a", made)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
     assert int(spilled[1]) <= 32, said
     assert "serialized" not in said, said
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-def test_the_table_compiles(tmp_path: Path) -> None:
+@ptxas.NEEDS_NVRTC
+def test_the_table_compiles() -> None:
     made = ("HALF", 0), ("GROUPS", 1), ("MOST", pieces.MOST)
-    assert "0 bytes spill stores" in ptxas_report("constant_decay/cuda/pieces.cu", "sm_90a", made, tmp_path)
+    assert "0 bytes spill stores" in ptxas.report("constant_decay/cuda/pieces.cu", "sm_90a", made)

@@ -6,16 +6,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import ptxas
 import pytest
 import torch
 from emulated import emulated
 from test_hopper_cuda import OWN, SHARED_MEMORY
 from torch import Tensor
 
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper, rows
 from leetdist.kernels.constant_decay.pytorch import block
@@ -147,7 +146,7 @@ def test_what_is_not_finite_and_forgotten_ends_with_its_tile(device: str, revers
         assert not found.isfinite().all()
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(
     ("size", "tile", "dtype", "reverse", "transposed"),
     [
@@ -162,12 +161,12 @@ def test_what_is_not_finite_and_forgotten_ends_with_its_tile(device: str, revers
     ],
 )
 def test_compiles_and_fits(
-    size: tuple[int, int], tile: int, dtype: torch.dtype, reverse: bool, transposed: bool, tmp_path: Path
+    size: tuple[int, int], tile: int, dtype: torch.dtype, reverse: bool, transposed: bool
 ) -> None:
     (part,) = rows.parts(4096, *size, tile, 132)
     for name in hopper.OUTPUTS:
         made = rows.defines(name, size, part, dtype, reverse, transposed, tile)
-        said = ptxas_report("constant_decay/cuda/row_outputs.cu", "sm_90a", made, tmp_path)
+        said = ptxas.report("constant_decay/cuda/row_outputs.cu", "sm_90a", made)
         assert "serialized" not in said, said
         spilled = re.search(r"(\d+) bytes spill stores", said)
         assert spilled, said

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ptxas
 import pytest
 import torch
 from emulated import compiler
 
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import token_scan
 from leetdist.kernels.constant_decay.pytorch import block
@@ -35,14 +35,14 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize("by_token", [0, 1])
 @pytest.mark.parametrize(("architecture", "dk", "read", "written", "vector"), VARIANTS)
 def test_compiles_without_warnings_or_spills(
-    architecture: str, dk: int, read: int, written: int, vector: int, by_token: int, tmp_path: Path
+    architecture: str, dk: int, read: int, written: int, vector: int, by_token: int
 ) -> None:
     defines = {"DK": dk, "IN": read, "OUT": written, "VECTOR": vector, "BY_TOKEN": by_token}
-    text = ptxas_report(NAME, architecture, defines.items(), tmp_path)
+    text = ptxas.report(NAME, architecture, defines.items())
     spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     assert spilled == [("0", "0", "0")], text
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import ptxas
 import pytest
 import torch
 from emulated import emulated
@@ -15,9 +16,7 @@ from test_hopper_cuda import OWN, SHARED_MEMORY, SPILLS
 from torch import Tensor
 
 import leetdist
-from helpers import NVCC, ptxas_report
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.runtime import nvrtc
 from leetdist.kernels.token_decay.cuda import gradients, hopper
 from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
@@ -79,11 +78,11 @@ def assert_right(inputs: list[Tensor], tiles: Tiles, found: tuple[Tensor, ...]) 
         assert relative_error(x, y) < bound, name
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize("reverse", [False, True])
-def test_compiles_and_fits(reverse, tmp_path):
+def test_compiles_and_fits(reverse):
     defines = gradients.defines(gradients.NAMES[0], reverse)
-    said = ptxas_report("token_decay/cuda/gradients.cu", "sm_90a", defines, tmp_path)
+    said = ptxas.report("token_decay/cuda/gradients.cu", "sm_90a", defines)
     assert all(gradients.shared_memory(name, reverse) + OWN <= SHARED_MEMORY for name in gradients.NAMES)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
@@ -91,12 +90,9 @@ def test_compiles_and_fits(reverse, tmp_path):
     assert "serialized" not in said, said
 
 
-@pytest.mark.skipif(nvrtc.version() is None, reason="needs cuda-core with NVRTC")
-def test_compiles_as_on_a_users_machine(tmp_path, monkeypatch):
-    """Without nvcc, which takes more for granted."""
-    monkeypatch.setenv("LEETDIST_CACHE", str(tmp_path))
-    made = nvrtc.cubin("token_decay/cuda/gradients.cu", "sm_90a", gradients.defines(gradients.NAMES[1], True))
-    assert made.startswith(b"\x7fELF")
+@ptxas.NEEDS_NVRTC
+def test_the_second_pass_compiles():
+    ptxas.report("token_decay/cuda/gradients.cu", "sm_90a", gradients.defines(gradients.NAMES[1], True))
 
 
 @pytest.fixture
