@@ -16,6 +16,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 # no test may need a download
 unset TRITON_INTERPRET  # the last step alone sets it
+# Bytecode is kept: of the hundred processes that tests start, each would compile torch anew, three seconds, or with the
+# frameworks nine.
+unset PYTHONDONTWRITEBYTECODE
 
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
