@@ -138,9 +138,11 @@ def all_sum(x: Tensor, transports: list[Transport]) -> Tensor:
     x = x.detach().clone()
     for transport in transports:
         if (group := process_group(transport)) is not None:
-            dist.all_reduce(x, group=group)
+            with transport.collective("a sum over the ranks"):
+                dist.all_reduce(x, group=group)
         else:
-            x = torch.stack(transport.gather_objects(x, "numbers to sum")).sum(0)
+            with transport.call("exchange"):
+                x = torch.stack(transport.gather_objects(x, "numbers to sum")).sum(0)
     return x
 
 

@@ -239,6 +239,24 @@ class PointToPoint(Transport):
             work.wait(timedelta(seconds=self.seconds))
 
     @contextlib.contextmanager
+    def collective(self, what: str) -> Iterator[None]:
+        """Around one of the process group's own collective calls, whose errors name nobody."""
+        with self.call("exchange"):
+            begin = time.monotonic()
+            try:
+                yield
+            except RuntimeError as error:
+                waited = time.monotonic() - begin
+                raise self._unanswered(self._absent(), f"for {what}", waited, error) from error
+
+    def _absent(self) -> int:
+        """A rank that is not in a collective call with this one, as far as the others can see; else a neighbour."""
+        for rank in self.others() if self.processes else ():
+            if self.processes[rank].state() != "runs" or self.board.read(rank).phase != "exchange":
+                return rank
+        return (self.rank + 1) % self.size
+
+    @contextlib.contextmanager
     def _blame(self, other: int, what: str) -> Iterator[None]:
         """Turn a backend's error into one that names the rank at fault. other: whom this rank waits for."""
         begin = time.monotonic()

@@ -194,6 +194,9 @@ class Symmetric(Transport):
     def bytes_sent(self, count: int) -> None:
         self.under.bytes_sent = count
 
+    def collective(self, what: str) -> AbstractContextManager[None]:
+        return self.under.collective(what)
+
     def call(self, phase: str) -> AbstractContextManager[None]:
         return self.under.call(phase)
 
@@ -262,14 +265,20 @@ class Symmetric(Transport):
         self.under.close()
 
 
+def wanted_transport(given: str | None = None) -> str:
+    """What is given, or LEETDIST_TRANSPORT, or "auto"; ValueError where it is none of those that there are."""
+    wanted = given or os.environ.get("LEETDIST_TRANSPORT", "auto")
+    if wanted not in ("auto", "p2p", "symmetric"):
+        raise ValueError(f"transport (or LEETDIST_TRANSPORT) must be auto, p2p or symmetric, got {wanted!r}")
+    return wanted
+
+
 def connect(under: PointToPoint, wanted: str | None) -> Transport:
     """The transport that `wanted` ("auto", "p2p" or "symmetric"; None: LEETDIST_TRANSPORT, or "auto") and the machine
     allow. All ranks of the group call this together and come to the same end. "auto" takes symmetric memory where the
     ranks' GPUs have it, and p2p elsewhere.
     """
-    wanted = wanted or os.environ.get("LEETDIST_TRANSPORT", "auto")
-    if wanted not in ("auto", "p2p", "symmetric"):
-        raise ValueError(f"transport (or LEETDIST_TRANSPORT) must be auto, p2p or symmetric, got {wanted!r}")
+    wanted = wanted_transport(wanted)
     if wanted == "p2p" or (wanted == "auto" and under.staged) or under.size == 1:
         return under
     with under.call("set-up"):

@@ -6,6 +6,7 @@ names the rank that did not answer.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -172,6 +173,10 @@ class Transport(ABC):
         leaves messages that the next call would take for its own: no later call may use the group."""
         return _Call(self, phase)
 
+    def collective(self, what: str) -> AbstractContextManager[None]:
+        """Around a collective call of torch.distributed between the ranks of this group."""
+        return self.call("exchange")
+
     def enter(self, phase: str) -> None:
         """What `call` begins with."""
         if os.getpid() != self.process:
@@ -228,6 +233,6 @@ def timeout_seconds() -> float | None:
         seconds = float(value)
     except ValueError:
         seconds = 0.0
-    if not seconds > 0:
+    if not 0 < seconds < math.inf:
         raise ValueError(f"LEETDIST_TIMEOUT must be a positive number of seconds, got {value!r}")
     return seconds
