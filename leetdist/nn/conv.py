@@ -244,7 +244,7 @@ def _check(
     grad = torch.is_grad_enabled()
     if initial is not None:
         check_initial(initial, [rows, weight.shape[1] - 1, channels], x, transport)
-        if transport is not None and initial.requires_grad and not x.requires_grad:
+        if transport is not None and grad and initial.requires_grad and not x.requires_grad:
             raise ValueError("initial needs a gradient, so x must, on every rank: all have a backward then")
     if cu_seqlens is not None and initial is not None:
         raise ValueError("initial must be None with cu_seqlens: each document starts from zeros")

@@ -73,7 +73,8 @@ def halo(
         wanted = resized_shape(x_local, dim, width)
         if initial is not None:
             check_initial(initial, wanted, x_local, transport)
-            if transport is not None and initial.requires_grad and not x_local.requires_grad:
+            recorded = torch.is_grad_enabled() and initial.requires_grad
+            if transport is not None and recorded and not x_local.requires_grad:
                 raise ValueError("initial needs a gradient, so x_local must, on every rank: all have a backward then")
         if cu_seqlens is not None:
             check_offsets(cu_seqlens, x_local)

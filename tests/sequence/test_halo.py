@@ -102,6 +102,24 @@ def test_what_one_rank_does_wrong_all_are_told(change: dict, message: str) -> No
     assert all(message in text for text in said)
 
 
+def test_what_comes_before_may_learn_elsewhere() -> None:
+    """Where nothing is recorded, an initial that learns asks nothing of the others."""
+    initial = torch.ones(1, WIDTH, 2, requires_grad=True)
+
+    def rank(group):
+        x, own = torch.zeros(1, 8, 2), initial if group.rank == 0 else None
+        with pytest.raises(ValueError, match="initial needs a gradient" if group.rank == 0 else "rank 0 of 2"):
+            leetdist.halo(x, 1, group, width=WIDTH, initial=own)
+        with torch.no_grad():
+            y = leetdist.nn.causal_conv1d(x, torch.ones(2, WIDTH + 1), initial=own, group=group)
+            return leetdist.halo(x, 1, group, width=WIDTH, initial=own), y
+
+    (first, y), (second, _) = leetdist.virtual_ranks(rank, 2)
+    assert torch.equal(first, initial)
+    assert not second.any()
+    assert y[0, 0].tolist() == [WIDTH, WIDTH]
+
+
 def on_processes(rank: int) -> torch.Tensor:
     x = torch.arange(40.0).view(1, 40, 1)
     mine = x.split((1, 39), 1)[rank].clone().requires_grad_()
