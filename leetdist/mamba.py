@@ -15,7 +15,7 @@ from leetdist.engine import ops
 from leetdist.engine.call import run
 from leetdist.kernels.mamba.pytorch import scan
 from leetdist.operators.layer_steps import kernel
-from leetdist.sequence.agreement import agree
+from leetdist.sequence.agreement import told
 from leetdist.sequence.documents import check_offsets, check_told_once
 from leetdist.sequence.group import resolve
 from leetdist.sequence.halo import halo
@@ -99,16 +99,12 @@ def mamba_chunk_scan_combined(
     True
     """
     transport = resolve(group)
-    try:
+    with told(transport, "the arguments of mamba_chunk_scan_combined"):
         _check(
             x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
             dt_softplus, dt_limit, return_final_states,
             alone=transport is None,
         )  # fmt: skip
-    except ValueError as error:
-        if transport is not None:
-            agree(error, transport, "the arguments of mamba_chunk_scan_combined")
-        raise
     starts = None
     if seq_idx is not None:
         # Zeros before the sequence: so initial_states are of document 0.

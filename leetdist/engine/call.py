@@ -15,8 +15,9 @@ from leetdist.engine.autograd import LinearAttention
 from leetdist.engine.inputs import canonical_options, canonical_tensors
 from leetdist.engine.layout import contiguous, row_major
 from leetdist.engine.passes import forward_pass
-from leetdist.engine.planning import plan_call
+from leetdist.engine.planning import WHAT, plan_call
 from leetdist.operators.registry import operator_named
+from leetdist.sequence.agreement import told
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import redistribute
 from leetdist.sequence.site import calling_site
@@ -64,10 +65,9 @@ def apply_operator(
     >>> apply_operator("constant_decay", q, k, v, {"log_decay": torch.tensor([-0.01, -0.5])}).shape
     torch.Size([1, 2, 100, 16])
     """
-    kind = operator_named(operator)
-    names = (*kind.tokens[3:], *kind.heads)
-    if set(gates) != set(names):
-        raise ValueError(f"gates of operator {operator!r} must be {', '.join(names) or 'none'}, got {', '.join(gates)}")
+    transport = resolve(group)
+    with told(transport, WHAT):
+        ordered = _ordered(operator, gates)
     options: dict[str, Any] = {
         "scale": scale,
         "initial_state": initial_state,
@@ -78,15 +78,25 @@ def apply_operator(
         "precision": None,
     }
     if operator in DECAYS:
+        results = run((q, k, v, ordered["log_decay"]), options, transport)
+    else:
+        results = run((q, k, v, None), options, transport, operator=operator, gates=ordered)
+    return results if return_state else results[0]
+
+
+def _ordered(operator: str, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gates of an operator in its own order, once they are all there."""
+    kind = operator_named(operator)
+    names = (*kind.tokens[3:], *kind.heads)
+    if not isinstance(gates, Mapping) or set(gates) != set(names):
+        got = ", ".join(map(str, gates)) if isinstance(gates, Mapping) else type(gates).__name__
+        raise ValueError(f"gates of operator {operator!r} must be {', '.join(names) or 'none'}, got {got}")
+    if operator in DECAYS:
         given = gates["log_decay"]
         if isinstance(given, Tensor) and given.ndim != DECAYS[operator]:
             wanted = "(H,)" if operator == "constant_decay" else "(B, H, N)"
             raise ValueError(f"log_decay must have shape {wanted} for operator {operator!r}, got {tuple(given.shape)}")
-        results = run((q, k, v, given), options, resolve(group))
-    else:
-        ordered = {name: gates[name] for name in names}
-        results = run((q, k, v, None), options, resolve(group), operator=operator, gates=ordered)
-    return results if return_state else results[0]
+    return {name: gates[name] for name in names}
 
 
 def run(

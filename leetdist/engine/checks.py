@@ -47,11 +47,13 @@ def describe(
     sharded: bool = False,
     read_values: bool = True,
     sees_grads: bool = True,
+    traced_grads: tuple[bool, bool] = (False, False),
 ) -> Problem:
     """Check one rank's arguments and describe them; ValueError names the argument, what it is and what it must be.
 
     read_values: check the values of log_decay too, which stops a GPU's stream where they are not known yet.
     sees_grads: whether what requires grad here is what gradients will be asked for.
+    traced_grads: of an op, which sees none, whether autograd records it by q, k, v or log_decay, and by initial_state.
     """
     check_qkv(q, k, v)
     batch, q_heads, tokens, dk = q.shape
@@ -90,12 +92,14 @@ def describe(
         needs_decay_grad=grad and learnt,
         has_initial=initial_state is not None,
         tokens=tokens,
-        lanes=_wanted_lanes(),
+        lanes=wanted_lanes(),
         weighted=weighted,
         skipped=skipped,
         gated=gated,
         factor_grads=factor_grads,
         sees_grads=sees_grads,
+        traced_grad=traced_grads[0],
+        traced_initial_grad=traced_grads[1],
         operator="constant_decay" if log_decay is None or log_decay.ndim == 1 else "token_decay",
         **options,
     )
@@ -136,7 +140,9 @@ def check_agreement(everyone: Sequence[Problem]) -> None:
             raise ValueError(f"linear_attention: rank {rank} makes another call of the group")
     first = everyone[0]
     check_cut([problem.sharded_from for problem in everyone])
-    only_here = {"tokens", "has_initial", "needs_initial_grad", "grad_mode", "captured", "sharded_from"}
+    only_here = {
+        "tokens", "has_initial", "needs_initial_grad", "grad_mode", "captured", "sharded_from", "traced_initial_grad"
+    }  # fmt: skip
     if first.needs_initial_grad:  # then every rank has a backward pass
         only_here.remove("grad_mode")
     for rank, theirs in enumerate(everyone):
@@ -148,6 +154,11 @@ def check_agreement(everyone: Sequence[Problem]) -> None:
                 raise ValueError(
                     f"the ranks of the group disagree on {field.name}: rank {rank} has {other}, rank 0 has {ours}"
                 )
+    if first.traced_initial_grad and not first.traced_grad:
+        raise ValueError(
+            "initial_state needs a gradient, so q, k, v or log_decay must, on every rank: of a compiled or transformed "
+            "call, a rank that records nothing has no backward pass, for which the first rank would wait"
+        )
 
 
 def check_declared(problem: Problem, lengths: tuple[int, ...], rank: int) -> None:
@@ -330,7 +341,7 @@ def lanes_setting() -> str | None:
     return variable("LEETDIST_LANES")
 
 
-def _wanted_lanes() -> int | None:
+def wanted_lanes() -> int | None:
     """In how many groups the heads of a sharded call are to go; None leaves it to the cost model."""
     value = lanes_setting()
     if value is None:

@@ -31,8 +31,9 @@ from leetdist.engine.layout import empty_as, row_major, strides_as
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.pending import PendingPlans
 from leetdist.engine.plan import Plan
-from leetdist.engine.planning import plan_call
+from leetdist.engine.planning import WHAT, plan_call
 from leetdist.operators.problem import state_dtype
+from leetdist.sequence.agreement import told
 from leetdist.sequence.group import by_name
 from leetdist.sequence.shard import move
 
@@ -53,6 +54,8 @@ class Call:
     tile: int | None
     precision: str | None
     group: str
+    learns: bool  # of a call of a group: whether autograd records it for q, k, v or log_decay
+    learns_initial: bool  # and for initial_state
 
     @property
     def heads(self) -> int:
@@ -85,6 +88,7 @@ class Call:
         return plan_call(
             self.q, self.k, self.v, self.log_decay, **self.options(),
             transport=by_name(self.group), read_values=not self.q.is_cuda, sees_grads=False,
+            traced_grads=(self.learns, self.learns_initial),
         )  # fmt: skip
 
     def inputs(self, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -101,7 +105,7 @@ class Call:
 
 
 ARGUMENTS = len(fields(Call))
-OPTIONS = tuple(field.name for field in fields(Call)[4:-1])
+OPTIONS = tuple(field.name for field in fields(Call)[4:-3])
 SCHEMA = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Call))
 FORWARD = f"({SCHEMA}, Tensor? after=None) -> (Tensor, Tensor, Tensor)"
 BACKWARD = (
@@ -131,12 +135,20 @@ def linear_attention(
     if torch.compiler.is_compiling():
         options = options | {"scale": float(options["scale"])}
     else:
-        options = canonical_options(**options)
-    arguments = (q, k, v, log_decay, *(options[name] for name in OPTIONS), group)
-    if not torch.compiler.is_compiling():
-        _check(Call(*arguments))
+        # With a tensor that has no numbers, this rank alone makes the call.
+        numbers = isinstance(q, Tensor) and not q.is_meta and not _is_fake(q)
+        with told(by_name(group) if numbers else None, WHAT):
+            options = canonical_options(**options)
+            arguments = (q, k, v, log_decay, *(options[name] for name in OPTIONS), group, False, False)
+            _check(Call(*arguments))
+    learns = learns_initial = False
+    if group and torch.is_grad_enabled():
+        initial_state = options["initial_state"]
+        learns = q.requires_grad or k.requires_grad or v.requires_grad
+        learns = learns or (log_decay is not None and log_decay.requires_grad)
+        learns_initial = initial_state is not None and initial_state.requires_grad
     op = _forward_in_order if group else _forward
-    o, state, _ = op(*arguments)
+    o, state, _ = op(q, k, v, log_decay, *(options[name] for name in OPTIONS), group, learns, learns_initial)
     return o, state
 
 
@@ -285,5 +297,5 @@ def _define_passes(name: str, *, in_order: bool) -> tuple[Any, Any]:
     return forward, backward
 
 
-_forward, _backward = _define_passes("linear_attention", in_order=False)
-_forward_in_order, _backward_in_order = _define_passes("sharded_linear_attention", in_order=True)
+_forward, _backward = _define_passes("attention", in_order=False)
+_forward_in_order, _backward_in_order = _define_passes("sharded_attention", in_order=True)

@@ -13,6 +13,7 @@ from leetdist.inference.attend import TILE
 from leetdist.inference.checks import check_count, check_tokens
 from leetdist.inference.pool import StatePool
 from leetdist.inference.state import State, check_like, check_states
+from leetdist.sequence.agreement import checksum, gathered
 from leetdist.sequence.grid import LARGEST_TILE, default_tile, shard_lengths
 from leetdist.sequence.group import alone, resolve, sequence_parallel
 from leetdist.sequence.shard import cut, gather_sequence
@@ -52,8 +53,8 @@ class Session:
     layers a named tuple each, which `keep` and `resume` do not take).
 
     Raises:
-        ValueError: a prompt is empty, a step has no prompt before it or is not of one token a row, tokens are of
-            another batch, or states are of another model.
+        ValueError: a prompt is empty, or not the same on every rank (then every rank raises), a step has no prompt
+            before it or is not of one token a row, tokens are of another batch, or states are of another model.
 
     Source: the recurrent form of RetNet, arXiv 2307.08621, eq. 6; sharing a prompt as in LASP-2, arXiv 2502.07563.
 
@@ -86,9 +87,7 @@ class Session:
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
         """Take in (B, N) tokens, the same on every rank; the next one's logits, (B, vocab), on every rank."""
-        check_tokens(tokens, self._rows)
-        if not tokens.shape[1]:
-            raise ValueError("tokens: N is 0; a prompt needs at least one token")
+        self._check_prompt(tokens)
         if self.exact:
             self.states = _each(self.states, _as_state)
         for piece in self._pieces(tokens):
@@ -129,6 +128,27 @@ class Session:
             raise ValueError("fork: no prompt was taken in, so there is nothing to continue")
         self.states = _each(self.states, lambda part: _forked(part, copies))
         self._graph = None
+
+    def _check_prompt(self, tokens: Tensor) -> None:
+        """It is one, and the same on every rank."""
+        mine: Any
+        try:
+            check_tokens(tokens, self._rows)
+            if not tokens.shape[1]:
+                raise ValueError("tokens: N is 0; a prompt needs at least one token")
+            if self.transport is None or self.transport.size == 1:
+                return
+            mine = (tuple(tokens.shape), self.tokens, checksum(tokens.long()))
+        except ValueError as error:
+            if self.transport is None:
+                raise
+            mine = error
+        for rank, (shape, before, bits) in enumerate(everyone := gathered(mine, self.transport, "the prompt")):
+            if (shape, before, bits) != tuple(everyone[0]):
+                raise ValueError(
+                    f"tokens must be the same on every rank, but those of rank {rank}, {shape} after {before}, are not "
+                    f"rank 0's, {everyone[0][0]} after {everyone[0][1]}"
+                )
 
     @property
     def _rows(self) -> int | None:

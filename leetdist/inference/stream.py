@@ -292,7 +292,8 @@ class Stream:
         except ValueError as error:
             wrong = error
         mine = (piece[0].shape[2], self.tokens, self._open) if wrong is None else wrong
-        everyone = transport.gather_objects(mine, "the lengths of this piece")
+        with transport.call("agreement"):
+            everyone = transport.gather_objects(mine, "the lengths of this piece")
         owner, tail, whole = check_shards(everyone, transport.rank, self._tile)
         state, outputs = self.state, []
         last = tail if transport.rank == owner else 0

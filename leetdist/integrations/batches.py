@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from leetdist.arguments import as_bool, as_int
 from leetdist.engine.checks import check_documents
 from leetdist.integrations.documents import take_documents
 from leetdist.mesh import sequence_group
+from leetdist.sequence.agreement import checksum, gathered
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import shard_sequence
 
@@ -75,17 +75,39 @@ def shard_batch(
     >>> [(part["input_ids"][0, -1].item(), part["labels"][0, -1].item()) for part in parts]
     [(31, 32), (63, -100)]
     """
+    check = as_bool("check", check)
+    group = sequence_group(mesh)
+    asked = check and group is not None
+    try:
+        whole, cu_seqlens = _whole(batch, ignore_index)
+    except ValueError as error:
+        if asked:
+            _gathered(error, group)
+        raise
+    if asked:
+        _check_same(whole, group)
+    tokens = whole["input_ids"]
+    for name, value in whole.items():
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == tokens.shape[1]:
+            # Contiguous: transformers' own loss views its labels as one row.
+            whole[name] = (value if group is None else shard_sequence(value, 1, group)).contiguous()
+    if cu_seqlens is not None:
+        whole["cu_seqlens"] = cu_seqlens
+    return whole
+
+
+def _whole(batch: Mapping[str, Any], ignore_index: int) -> tuple[Batch, Tensor | None]:
+    """The batch with shifted labels and positions, once it is checked, and the documents in its row."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"batch must be a mapping from names to tensors, got {type(batch).__name__}")
     ignore_index = as_int("ignore_index", ignore_index)
-    check = as_bool("check", check)
     if not isinstance(tokens := batch.get("input_ids"), Tensor) or tokens.ndim != 2:
         raise ValueError(f"batch must have input_ids of shape (B, N), got {_shown(batch.get('input_ids'))}")
     if not tokens.numel():
         raise ValueError(f"input_ids must hold at least one token, got shape {tuple(tokens.shape)}")
     whole = Batch(batch)
     for name in ("labels", "shift_labels", "attention_mask"):
-        if name in whole and whole[name].shape != tokens.shape:
+        if name in whole and (not isinstance(whole[name], Tensor) or whole[name].shape != tokens.shape):
             raise ValueError(
                 f"{name} must have the shape of input_ids, {tuple(tokens.shape)}, got {_shown(whole[name])}"
             )
@@ -108,25 +130,18 @@ def shard_batch(
             starts = cu_seqlens.to(tokens.device).long()
             positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
         whole["position_ids"] = positions[None]
-
-    group = sequence_group(mesh)
-    if check and group is not None:
-        _check_same(whole, group)
-    for name, value in whole.items():
-        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == tokens.shape[1]:
-            # Contiguous: transformers' own loss views its labels as one row.
-            whole[name] = (value if group is None else shard_sequence(value, 1, group)).contiguous()
-    if cu_seqlens is not None:
-        whole["cu_seqlens"] = cu_seqlens
-    return whole
+    return whole, cu_seqlens
 
 
-def _check_same(batch: Mapping[str, Any], group: Group) -> None:
-    """ValueError on every rank if the ranks of the group have different tensors."""
+def _gathered(mine: Any, group: Group | None) -> list[Any]:
     transport = resolve(group)
     assert transport is not None
-    mine = checksums(batch)
-    everyone = transport.gather_objects(mine, "checksums of the batch")
+    return gathered(mine, transport, "checksums of the batch")
+
+
+def _check_same(batch: Mapping[str, Any], group: Group | None) -> None:
+    """ValueError on every rank if the ranks of the group have different tensors."""
+    everyone = _gathered(checksums(batch), group)
     for rank, theirs in enumerate(everyone):
         names = sorted(name for name in {**theirs, **everyone[0]} if theirs.get(name) != everyone[0].get(name))
         if names:
@@ -139,15 +154,7 @@ def _check_same(batch: Mapping[str, Any], group: Group) -> None:
 
 def checksums(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Name -> shape and checksum of each tensor."""
-    return {name: (tuple(x.shape), _checksum(x)) for name, x in batch.items() if isinstance(x, Tensor)}
-
-
-def _checksum(x: Tensor) -> int:
-    bits = x.detach().contiguous().reshape(-1).view(torch.uint8)
-    data = bytearray(bits.numel())
-    if data:
-        torch.frombuffer(data, dtype=torch.uint8).copy_(bits)
-    return zlib.crc32(data)
+    return {name: (tuple(x.shape), checksum(x)) for name, x in batch.items() if isinstance(x, Tensor)}
 
 
 def _shown(x: Any) -> str:

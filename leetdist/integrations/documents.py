@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from leetdist.sequence.agreement import gathered
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import gather_sequence
 
@@ -114,7 +115,7 @@ def shared_documents(position_ids: Tensor, rows: int, kept: Tensor | None, group
         return [int(positions[row, at]) if kept is None or kept[row, at] else None for row in range(rows)]
 
     mine = (bool(starts_of(positions, kept).any()), edge(0), edge(-1))
-    everyone = transport.gather_objects(mine, "where positions start anew")
+    everyone = gathered(mine, transport, "where positions start anew")
     broken = any(inside for inside, _, _ in everyone)
     for (_, _, last), (_, first, _) in pairwise(everyone):
         broken |= any(a is not None and b is not None and b != a + 1 for a, b in zip(last, first, strict=True))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from leetdist.arguments import as_int, check_device
 from leetdist.integrations.batches import Batch, checksums, shard_batch
 from leetdist.mesh import DATA_NAMES, data_rank, dimensions_of, sequence_group
+from leetdist.sequence.agreement import gathered
 from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class ShardedLoader:
             if name in DATA_NAMES and hasattr(dimension, "get_group") and dimension.size() > 1:
                 transport = resolve(dimension)
                 assert transport is not None
-                everyone = transport.gather_objects(drawn, "the rows that an epoch begins with")
+                everyone = gathered(drawn, transport, "the rows that an epoch begins with")
                 for rank, theirs in enumerate(everyone):
                     if theirs != everyone[0]:
                         raise ValueError(

@@ -23,10 +23,12 @@ from torch.nn.attention.bias import causal_lower_right
 
 from leetdist.mesh import process_group
 from leetdist.sequence.group import resolve
+from leetdist.sequence.halo import agreed_lengths
 from leetdist.sequence.shard import gather_sequence
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
+    from leetdist.sequence.transport import Transport
 
 
 @torch.compiler.disable  # the ranks talk by more than tensors
@@ -53,18 +55,23 @@ def softmax_attention(
     transport = resolve(group)
     if transport is None or transport.size == 1:
         return _causal(q, k, v, k.shape[2] - q.shape[2], score, boundaries, kept)
-    lengths = tuple(transport.gather_objects(q.shape[2], "the tokens of each shard"))
+    facts = {
+        "dtype": q.dtype,
+        "heads and their sizes": tuple((*x.shape[:2], x.shape[3]) for x in (q, k, v)),
+        "requires_grad": torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+    }
+    lengths = agreed_lengths("softmax_attention", q.shape[2], facts, transport)
     ranks = transport.size
-    ours = process_group(transport)
+    able = process_group(transport) is not None
     shared = math.lcm(k.shape[1], ranks)  # heads of k and v, each as often as ranks want it
-    if ours is not None and q.shape[1] % shared == 0:
+    if able and q.shape[1] % shared == 0:
         copies = shared // k.shape[1]
         k, v = (x.unsqueeze(2).expand(-1, -1, copies, -1, -1).flatten(1, 2) for x in (k, v))
-        q, k, v = (_Exchange.apply(x, lengths, ours, True) for x in (q, k, v))
+        q, k, v = (_Exchange.apply(x, lengths, transport, True) for x in (q, k, v))
         if sinks is not None:
             score = replace(score, sinks=sinks.chunk(ranks)[transport.rank])
         o = _causal(q, k, v, 0, score, boundaries, kept)
-        out: Tensor = _Exchange.apply(o, lengths, ours, False)
+        out: Tensor = _Exchange.apply(o, lengths, transport, False)
         return out
     k, v = (gather_sequence(x, 2, group) for x in (k, v))
     return _causal(q, k, v, sum(lengths[: transport.rank]), score, boundaries, kept)
@@ -137,19 +144,19 @@ class _Exchange(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup, to_heads: bool) -> Tensor:
-        ctx.rest = (lengths, group, to_heads)
-        return _exchange(x, lengths, group, to_heads)
+    def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...], transport: Transport, to_heads: bool) -> Tensor:
+        ctx.rest = (lengths, transport, to_heads)
+        return _exchange(x, lengths, transport, to_heads)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        lengths, group, to_heads = ctx.rest
-        return _Exchange.apply(grad, lengths, group, not to_heads), None, None, None
+        lengths, transport, to_heads = ctx.rest
+        return _Exchange.apply(grad, lengths, transport, not to_heads), None, None, None
 
 
-def _exchange(x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+def _exchange(x: Tensor, lengths: tuple[int, ...], transport: Transport, to_heads: bool) -> Tensor:
     batch, heads, _, width = x.shape
-    ranks, mine = len(lengths), lengths[dist.get_rank(group)]
+    ranks, mine = len(lengths), lengths[transport.rank]
     if to_heads:
         parts, heads = list(x.chunk(ranks, 1)), heads // ranks
         arriving = [(batch, heads, length, width) for length in lengths]
@@ -159,7 +166,8 @@ def _exchange(x: Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup, to_
     sent = torch.cat([part.reshape(-1) for part in parts])
     sizes = [batch * heads * shape[2] * width for shape in arriving]
     received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
+    with transport.collective("heads of other ranks' tokens"):
+        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=process_group(transport))
     pieces = [piece.view(shape) for piece, shape in zip(received.split(sizes), arriving, strict=True)]
     return torch.cat(pieces, 2 if to_heads else 1)
 

@@ -51,6 +51,8 @@ class Problem:
     factor_grads: bool = False  # whether gradients of v, its weight and that number are asked for, not of the product
     gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
     sees_grads: bool = True  # whether it is known what gradients will be asked for, which an op is not
+    traced_grad: bool = False  # an op's own: whether autograd records it for q, k, v or log_decay
+    traced_initial_grad: bool = False  # and for the initial state
     sharded_from: int | None = None  # tokens that shard_sequence was given for a shard as long as this one
 
     @property

@@ -11,11 +11,17 @@ What that costs the hosts: benchmarks/host.py. It is host time: a GPU that has w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+import zlib
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from leetdist.kernels.runtime.memo import Memo
+from leetdist.sequence.group import declared_lengths
 from leetdist.sequence.site import Site, warn_of
 from leetdist.sequence.transport import Transport
 
@@ -74,6 +80,34 @@ def agree(
     return _settled(gathered, known, transport, what)
 
 
+@contextmanager
+def told(transport: Transport | None, what: str) -> Iterator[None]:
+    """What is checked before ranks `agree`: a ValueError inside is raised here and, told of, where others wait."""
+    try:
+        yield
+    except ValueError as error:
+        if transport is not None and transport.size > 1:
+            agree(error, transport, what, lengths=declared_lengths(transport))
+        raise
+
+
+def gathered(mine: Any, transport: Transport, what: str) -> list[Any]:
+    """Every rank's `mine`, plain values, on every rank; a ValueError instead is raised there and, told of, elsewhere.
+    For what is asked once, where nothing is worth remembering."""
+    with transport.call("agreement"):
+        everyone = transport.gather_objects(mine, what)
+    for rank, theirs in enumerate(everyone):
+        _raise_if_bad(theirs, rank, transport)
+    return everyone
+
+
+def _raise_if_bad(theirs: Any, rank: int, transport: Transport) -> None:
+    if isinstance(theirs, ValueError):
+        if rank == transport.rank:
+            raise theirs
+        raise Disagreement(f"rank {rank} of {transport.size} has bad arguments: {theirs}")
+
+
 def holds(known: Agreement, transport: Transport, what: str, *, values: int, site: Site | None, promised: bool) -> bool:
     """Whether every rank makes this call with what was agreed on; the same answer on every rank. Where it is False,
     all of them go on by `agree`, and say that they have asked.
@@ -104,10 +138,7 @@ def _broken(other: int, transport: Transport) -> Disagreement:
 def _settled(gathered: list[Any], known: Agreement | None, transport: Transport, what: str) -> Agreement:
     """What follows from every rank's arguments, digest of values, site, and what it took for agreed (None: nothing)."""
     for rank, (theirs, *_) in enumerate(gathered):
-        if isinstance(theirs, ValueError):
-            if rank == transport.rank:
-                raise theirs
-            raise Disagreement(f"rank {rank} of {transport.size} has bad arguments: {theirs}")
+        _raise_if_bad(theirs, rank, transport)
     everyone, values, sites, fingerprints = zip(*gathered, strict=True)
     _compare_sites([None if site is None else Site(*site) for site in sites], transport)
     differing = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
@@ -134,6 +165,15 @@ def _compare_sites(sites: list[Site | None], transport: Transport) -> None:
         transport.sites.update((site.number, min(numbers)) for site in lines)
         if 0 not in numbers:
             warn_of([site.words for site in lines])
+
+
+def checksum(x: Tensor) -> int:
+    """Of the bits of a tensor."""
+    bits = x.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = bytearray(bits.numel())
+    if data:
+        torch.frombuffer(data, dtype=torch.uint8).copy_(bits)
+    return zlib.crc32(data)
 
 
 def digest(data: bytes) -> int:

@@ -105,7 +105,7 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
 
     Raises:
         ValueError: `x_local` is no dense tensor, `dim` is out of range, or the ranks disagree on the other dimensions,
-            the dtype, or the length of the sequence that shard_sequence cut.
+            the dtype, whether a gradient is recorded, or the length of the sequence that shard_sequence cut.
         RuntimeError: a rank does not answer.
 
     Source: as `shard_sequence`.
@@ -123,7 +123,9 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
         dim = dimension("x_local", x_local, dim)
         shape = list(x_local.shape)
         tokens = shape.pop(dim)
-        mine = (tokens, tuple(shape), str(x_local.dtype), None if transport is None else transport.cut_from(tokens))
+        recorded = torch.is_grad_enabled() and x_local.requires_grad
+        cut_from = None if transport is None else transport.cut_from(tokens)
+        mine = (tokens, tuple(shape), str(x_local.dtype), cut_from, recorded)
     except ValueError as error:
         if transport is None:
             raise
@@ -137,6 +139,11 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
             raise ValueError(
                 f"gather_sequence: rank {rank} has {theirs[2]} of shape {theirs[1]} beside dim {dim}, "
                 f"rank 0 has {everyone[0][2]} of shape {everyone[0][1]}"
+            )
+        if theirs[4] != everyone[0][4]:  # those that have a backward pass would wait for the others
+            raise ValueError(
+                f"gather_sequence: rank {rank} has requires_grad {theirs[4]}, rank 0 has {everyone[0][4]}; a tensor "
+                "that is only looked at is detached first"
             )
     lengths = tuple(theirs[0] for theirs in everyone)
     whole: Tensor = _Gather.apply(x_local, dim, lengths, transport)

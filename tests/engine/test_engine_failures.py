@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import leetdist
 from helpers import Outcome, run_ranks, values
+from leetdist.integrations import softmax
 from leetdist.operators.constant_decay import ConstantDecay
 from leetdist.sequence import blame, p2p
 from leetdist.sequence.group import resolve
@@ -126,6 +127,29 @@ def test_a_rank_that_dies(stage: str, direction: str) -> None:
         error = outcomes[rank].error
         assert error is not None, f"rank {rank} did not notice"
         assert "rank 1 of 3 does not answer" in error, error
+
+
+def die_in(rank: int, function: str) -> None:
+    """Where torch.distributed's own calls wait, which name nobody."""
+    blame.ROLL_CALL_SECONDS = 0.5
+    q, k, v = (torch.randn(1, 3, 16, 8, requires_grad=True) for _ in range(3))
+
+    def both() -> None:
+        leetdist.reduce_loss(torch.tensor(1.0), 3, dist.group.WORLD)
+        softmax.softmax_attention(q, k, v, dist.group.WORLD).sum().backward()
+
+    both()
+    if rank == 1:
+        setattr(dist, function, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    both()
+
+
+@pytest.mark.parametrize("function", ["all_reduce", "all_to_all_single"])
+def test_a_rank_that_dies_in_a_collective_call(function: str) -> None:
+    outcomes = run_ranks(die_in, 3, function, timeout_s=5)
+    assert outcomes[1] == Outcome()
+    for rank in (0, 2):
+        assert "rank 1 of 3 does not answer" in (outcomes[rank].error or "nothing was raised"), outcomes[rank].error
 
 
 def be_late(rank: int) -> list[str]:

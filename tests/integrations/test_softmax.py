@@ -10,7 +10,6 @@ import leetdist
 from helpers import run_ranks, values
 from leetdist.integrations import softmax
 from leetdist.integrations.softmax import softmax_attention
-from leetdist.mesh import process_group
 from leetdist.reference import relative_error
 from leetdist.sequence.group import resolve
 
@@ -45,7 +44,7 @@ def test_a_rank_without_tokens_is_there_in_the_backward_pass() -> None:
 def penalized(rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, the gradient of the cubes' sum behind an exchange, and that of its square."""
     x = torch.randn(1, 2, 3 + rank, DIM, dtype=torch.float64, requires_grad=True)
-    y = softmax._Exchange.apply(x, (3, 4), process_group(resolve(leetdist.device_mesh()["sp"])), True)
+    y = softmax._Exchange.apply(x, (3, 4), resolve(leetdist.device_mesh()["sp"]), True)
     (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x)
     return x.detach(), first.detach(), second
