@@ -10,6 +10,7 @@ import sys
 import leetdist
 from leetdist.launch.commands import COMMANDS, after_the_first, in_words
 from leetdist.launch.ranks import is_launched, start
+from leetdist.launch.runtime import check_environment, one_message
 
 
 def usage() -> str:
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     parser = COMMANDS[name].parser()
     processes = getattr(parser.parse_args(rest), "processes", None)
+    with one_message():
+        check_environment()
     if processes is not None and not is_launched():
         return start(processes, [name, *rest])
     if processes not in (None, int(os.environ.get("WORLD_SIZE", "1"))):

@@ -120,7 +120,7 @@ def device(text: str) -> str:
     return text
 
 
-def _ranks(parser: Arguments, about: str = "start this many processes") -> None:
+def _ranks(parser: Any, about: str = "start this many processes") -> None:
     parser.add_argument("--ranks", dest="processes", type=whole(1), metavar="P", help=about)
 
 
@@ -146,8 +146,9 @@ def verify() -> Arguments:
         """,
     )
     _device(parser)
-    _ranks(parser)
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    _ranks(where)
+    where.add_argument(
         "--virtual", type=whole(1), metavar="P", help="virtual ranks in this process (4 without --ranks)"
     )
     parser.add_argument(

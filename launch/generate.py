@@ -7,12 +7,13 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leetdist.inference.checks import check_path
 from leetdist.inference.files import load_states, save_states
 from leetdist.inference.session import Session, fingerprint
 from leetdist.launch import commands
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
 def run(options: argparse.Namespace, rank: Rank) -> int:
     begin = time.perf_counter()
     with one_message():
+        if options.save_state:
+            check_path(options.save_state)  # now, not when a long prompt has been taken in
         session, text = _load(options, rank)
         prompt = "\n" if options.prompt is None else options.prompt
         if options.prompt_file:
@@ -65,6 +68,8 @@ def run(options: argparse.Namespace, rank: Rank) -> int:
         tokens = torch.tensor([text.encode(prompt)], dtype=torch.long, device=rank.device)
         if not tokens.numel():
             raise SystemExit("the prompt is empty: a text to continue has at least one token")
+        if (largest := int(tokens.max())) >= (known := _vocabulary(session)):
+            raise SystemExit(f"the prompt has token {largest}, and the model knows {known}: give its own --tokenizer")
     say = (lambda _: None) if options.json else rank.print
     say(f"{options.model}: {text.name}, loaded in {time.perf_counter() - begin:.1f} s")
     say(f"prompt: {tokens.shape[1]:,} tokens over {rank.size} ranks ({rank.device.type}, {rank.backend})\n")
@@ -129,6 +134,12 @@ def _load(options: argparse.Namespace, rank: Rank) -> tuple[Continues, Text]:
 def _identity(session: Session) -> str:
     assert isinstance(session.model, torch.nn.Module)
     return fingerprint(session.model.state_dict().items())
+
+
+def _vocabulary(session: Continues) -> int:
+    model: Any = session.model  # type: ignore[attr-defined]
+    embedding = model.embedding if isinstance(session, Session) else model.get_input_embeddings()
+    return len(embedding.weight)
 
 
 def _tokens(session: Continues, prompt: Tensor, options: argparse.Namespace, rank: Rank) -> Iterator[int]:

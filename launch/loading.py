@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.integrations.checkpoint import MANIFEST, damage, latest
+from leetdist.integrations.checkpoint import MANIFEST, about, damage, latest
 from leetdist.integrations.pickles import check_pickles
 from leetdist.launch.commands import PRESETS
 from leetdist.launch.model import Config, LanguageModel
@@ -83,7 +83,10 @@ def load_language_model(
     newest = latest(folder)
     if newest is None and (problem := damage(folder) if (folder / MANIFEST).exists() else None):
         raise SystemExit(problem)
-    weights = _weights(folder if newest is None else newest[1], trust)
+    path = folder if newest is None else newest[1]
+    if tokenizer is None and (its_own := about(path).get("tokenizer")):
+        raise SystemExit(f"--model {folder}: its tokens are not bytes, it was trained with --tokenizer {its_own}")
+    weights = _weights(path, trust)
     model = LanguageModel(_config(weights, folder))
     model.load_state_dict(weights)
     text: Text = Bytes() if tokenizer is None else Tokenizer(tokenizer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from leetdist.engine.checks import describe
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.launch import commands
+from leetdist.launch.runtime import one_message
 from leetdist.operators.methods import kernels_for
 from leetdist.sequence import pipeline
 from leetdist.sequence.grid import default_tile
@@ -32,12 +34,16 @@ COLUMNS = {
     "efficiency": "efficiency", "sent_mib": "sent MiB", "saved_mib": "saved MiB", "lasp_ms": "LASP ms",
     "lasp2_ms": "LASP-2 ms", "zeco_ms": "ZeCO ms",
 }  # fmt: skip
+TIMES = ("hop", "host", "launch")  # of a machine's constants
+PICTURES = (".pdf", ".png", ".svg")
 DIGITS = {"us": 0, "mib": 1}  # of a column whose name ends so; 3 of others
 
 
 def main(argv: list[str]) -> int:
     parser = commands.plan()
     args = parser.parse_args(argv)
+    if args.plot is not None:
+        _check_plot(args.plot, parser)
     machine = _given(measure(args.heads, args.dim) if args.measure else Machine(), args.set, parser)
     job = Job(args.ranks, args.tokens, args.heads, args.dim, args.dim, args.batch, itemsize=args.bytes)
     forgetting = _forgetting(job) if args.slopes else 0
@@ -125,11 +131,24 @@ def _given(machine: Machine, assignments: list[str], parser: argparse.ArgumentPa
         if name not in known:
             parser.error(f"--set {assignment}: the constants are {', '.join(sorted(known))}")
         try:
-            changes: dict[str, Any] = {name: int(value) if name == "slots" else float(value)}
-            machine = replace(machine, **changes)
+            constant = int(value) if name == "slots" else float(value)
         except ValueError:
             parser.error(f"--set {assignment}: {value!r} is no number")
+        # Times may be 0, what is divided by may not.
+        if not math.isfinite(constant) or constant < 0 or (constant == 0 and name not in TIMES):
+            parser.error(f"--set {assignment}: must be finite and {'at least' if name in TIMES else 'more than'} 0")
+        changes: dict[str, Any] = {name: constant}
+        machine = replace(machine, **changes)
     return machine
+
+
+def _check_plot(path: Path, parser: argparse.ArgumentParser) -> None:
+    """Before anything is computed."""
+    if path.suffix not in PICTURES or path.is_dir():
+        parser.error(f"--plot {path}: must be a file whose name ends in {', '.join(PICTURES)}")
+    with one_message():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def _forgetting(job: Job) -> int:
@@ -214,5 +233,4 @@ def draw(job: Job, machine: Machine, counts: list[int], forgetting: float, path:
         axis.legend()
     figure.suptitle(f"predicted for {machine.name}: H = {job.heads}, D = {job.dk}")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)

@@ -30,7 +30,8 @@ def start(ranks: int, argv: list[str]) -> int:
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        torchrun(["--standalone", "--nproc-per-node", str(ranks), "-m", "leetdist.launch", *argv])
+        # Behind "--", or torchrun looks for its own options among ours.
+        torchrun(["--standalone", "--nproc-per-node", str(ranks), "-m", "--", "leetdist.launch", *argv])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode < 0:  # by a signal: it could not say anything

@@ -12,9 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from leetdist.engine.checks import wanted_lanes
+from leetdist.engine.values import checks_values
 from leetdist.integrations.checkpoint import CheckpointError
+from leetdist.kernels.runtime.settings import settings
 from leetdist.launch.commands import after_the_first, in_words
 from leetdist.sequence.group import resolve
+from leetdist.sequence.symmetric import wanted_transport
+from leetdist.sequence.transport import timeout_seconds
 
 
 @contextmanager
@@ -29,6 +34,15 @@ def one_message() -> Iterator[None]:
         if isinstance(error.code, str):
             after_the_first()
         raise
+
+
+def check_environment() -> None:
+    """ValueError where a variable of leetdist's has no value that it may have: before anything is begun."""
+    settings()
+    timeout_seconds()
+    wanted_lanes()
+    checks_values()
+    wanted_transport()
 
 
 @dataclass(frozen=True)

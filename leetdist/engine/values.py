@@ -86,7 +86,7 @@ def never_read(log_decay: Tensor) -> bool:
     """Whether the values of a decay a head are not looked at, on any rank: one that is learnt on a GPU has others in
     each step, and to read them would stop its stream in each call. What is no log-decay makes NaN then
     (leetdist.engine.inputs), unless LEETDIST_CHECK_VALUES=1 asks for the reading."""
-    return _on_gpu(log_decay) and log_decay.requires_grad and torch.is_grad_enabled() and not _check_values()
+    return _on_gpu(log_decay) and log_decay.requires_grad and torch.is_grad_enabled() and not checks_values()
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -116,10 +116,10 @@ def bad_step(log_decay: Tensor, *, read: bool = True) -> tuple[int, ...] | None:
 
 def reads_values(log_decay: Tensor) -> bool:
     """Whether a call looks at the values of a decay a token."""
-    return log_decay.is_cpu or _check_values()
+    return log_decay.is_cpu or checks_values()
 
 
-def _check_values() -> bool:
+def checks_values() -> bool:
     """LEETDIST_CHECK_VALUES: whether values on a GPU are read, which stops its stream in every call."""
     value = variable("LEETDIST_CHECK_VALUES")
     if value not in (None, "0", "1"):

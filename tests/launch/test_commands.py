@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch.distributed import run
 
 from helpers import free_port
+from leetdist.integrations.checkpoint import write_atomically
 from leetdist.launch import __main__ as entry
-from leetdist.launch import bench, demo, doctor, plan
+from leetdist.launch import bench, demo, doctor, generate, plan, ranks
 from leetdist.launch.commands import COMMANDS, EXTRAS, Arguments, command
+from leetdist.launch.model import Config, LanguageModel
 from leetdist.launch.runtime import Rank
 
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -116,6 +120,13 @@ def test_usage_versions_and_a_name_that_is_none(capsys: pytest.CaptureFixture[st
         ("plan --ranks 4", "the following arguments are required: --tokens"),
         ("plan --ranks 4 --tokens 1e5", "argument --tokens: must be a whole number, got '1e5'"),
         ("plan --ranks 4 --tokens 99 --set hop=x", "--set hop=x: 'x' is no number"),
+        ("plan --ranks 4 --tokens 99 --set hop=-1", "--set hop=-1: must be finite and at least 0"),
+        ("plan --ranks 4 --tokens 99 --set hop=nan", "--set hop=nan: must be finite and at least 0"),
+        ("plan --ranks 4 --tokens 99 --set link=0", "--set link=0: must be finite and more than 0"),
+        ("plan --ranks 4 --tokens 99 --set slots=0", "--set slots=0: must be finite and more than 0"),
+        ("plan --ranks 4 --tokens 99 --plot x.xyz", "--plot x.xyz: must be a file whose name ends in .pdf, .png, .svg"),
+        ("plan --ranks 4 --tokens 99 --plot .", "--plot .: must be a file whose name ends in .pdf, .png, .svg"),
+        ("verify --ranks 2 --virtual 2", "argument --virtual: not allowed with argument --ranks"),
         ("generate --prompt x", "the following arguments are required: --model"),
         ("generate --model x --temperature -1", "argument --temperature: must be a number of at least 0, got '-1'"),
         ("train --lr nan", "argument --lr: must be a number of at least 0, got 'nan'"),
@@ -126,6 +137,31 @@ def test_wrong_arguments_are_told_in_one_line(arguments: str, words: str, capsys
     said = refused(capsys, *arguments.split())
     assert said.startswith(f"leetdist {arguments.split()[0]}: {words}")
     assert f"leetdist {arguments.split()[0]} --help" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("LEETDIST_BACKEND", "must be torch or triton, got 'x'"),
+        ("LEETDIST_HOPPER", "must be 0 or 1, got 'x'"),
+        ("LEETDIST_LANES", "must be a positive number, got 'x'"),
+        ("LEETDIST_TIMEOUT", "must be a positive number of seconds, got 'x'"),
+        ("LEETDIST_CHECK_VALUES", "must be 0 or 1, got 'x'"),
+        ("LEETDIST_TRANSPORT", "must be auto, p2p or symmetric, got 'x'"),
+    ],
+)
+def test_wrong_variables_are_told_in_one_line(
+    name: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "x")
+    for arguments in ("doctor", "bench --tokens 16", "verify --ranks 2"):
+        assert words in refused(capsys, *arguments.split())
+
+
+def test_a_plot_that_cannot_be_written_is_told_before_all(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = refused(capsys, "plan", "--ranks", "2", "--tokens", "99", "--plot", str(tmp_path / "file" / "plot.png"))
+    assert "plot.png" in said or "file" in said
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +244,42 @@ def test_a_run_ends_with_where_it_is_and_what_next(tmp_path: Path) -> None:
     assert closing(None, options).startswith("nothing saved (--save-every 100)")
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "about", "more", "words"),
+    [
+        (
+            256,
+            {"tokenizer": "a/tokenizer"},
+            (),
+            "its tokens are not bytes, it was trained with --tokenizer a/tokenizer",
+        ),
+        (64, {}, (), "the prompt has token 120, and the model knows 64: give its own --tokenizer"),
+        (256, {}, ("--save-state", "no/folder/here.safetensors"), "path must be the name of a file in a folder"),
+    ],
+)
+def test_generate_says_what_is_wrong_before_it_begins(
+    vocabulary: int, about: dict[str, str], more: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    weights = LanguageModel(Config.preset("mini", vocabulary)).state_dict()
+    write_atomically(tmp_path, 1, lambda folder: save_file(weights, folder / "model.safetensors"), about=about)
+    options = COMMANDS["generate"].parser().parse_args(["--model", str(tmp_path), "--prompt", "x", *more])
+    with pytest.raises(SystemExit, match=words):
+        generate.run(options, Rank(0, 1, torch.device("cpu"), "gloo"))
+
+
 def test_another_number_of_ranks_than_the_launchers_is_refused() -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
     done = leetdist("verify", "--ranks", 3, prefix=torchrun)
     assert done.stdout.count("argument --ranks: 3, and the launcher started 2 processes") == 1
+
+
+def test_options_of_ours_are_not_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--virtual is the beginning of two of its own."""
+    seen = []
+    monkeypatch.setattr(run, "main", lambda argv: seen.append(run.get_args_parser().parse_args(argv)))
+    assert ranks.start(2, ["verify", "--virtual", "2"]) == 0
+    assert seen[0].module
+    assert (seen[0].training_script, seen[0].training_script_args) == ("leetdist.launch", ["verify", "--virtual", "2"])
 
 
 def test_json_of_each_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
