@@ -112,6 +112,14 @@ def number(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """An argument's type: a finite number that is more than 0."""
+    value = number(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text!r}")
+    return value
+
+
 def device(text: str) -> str:
     """An argument's type: auto, cpu, cuda or cuda:N; whether there is one is asked later."""
     kind, _, index = text.partition(":")
@@ -296,7 +304,7 @@ def generate() -> Arguments:
     add("--trust", nargs="+", default=[], metavar="NAME", help="let the checkpoint unpickle this: module.name ...")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     _device(parser)
-    add("--timeout-hours", type=number, default=24.0, help="how long ranks wait for each other")
+    add("--timeout-hours", type=positive, default=24.0, help="how long ranks wait for each other")
     _json(parser)
     return parser
 

@@ -129,6 +129,7 @@ def test_usage_versions_and_a_name_that_is_none(capsys: pytest.CaptureFixture[st
         ("verify --ranks 2 --virtual 2", "argument --virtual: not allowed with argument --ranks"),
         ("generate --prompt x", "the following arguments are required: --model"),
         ("generate --model x --temperature -1", "argument --temperature: must be a number of at least 0, got '-1'"),
+        ("generate --model x --timeout-hours 0", "argument --timeout-hours: must be more than 0, got '0'"),
         ("train --lr nan", "argument --lr: must be a number of at least 0, got 'nan'"),
         ("bench --dtype int8", "argument --dtype: invalid choice: 'int8' (choose from "),
     ],
