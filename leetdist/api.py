@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from leetdist.arguments import for_autograd
+from leetdist.arguments import for_autograd, transformed, without_autocast
 from leetdist.engine import ops
 from leetdist.engine.call import run
 from leetdist.engine.checks import ONE_DEVICE, check_step, describe
@@ -206,12 +206,13 @@ def linear_attention_step(
     """
     check_alone("linear_attention_step")
     log_decay = a_head(log_decay, q, k, v)
-    if not isinstance(state, Tensor) and hasattr(state, "step"):  # a State
+    if not isinstance(state, Tensor) and hasattr(state, "boundary"):  # a State
         o, after = state.step(q, k, v, log_decay, scale=scale, inplace=inplace)
         return o, after
     compiling = torch.compiler.is_compiling()
+    plain = not compiling and (transformed() or ops.without_numbers(q))  # by operations, which all of PyTorch follows
     problem = describe(
-        q, k, v, log_decay, read_values=not compiling,
+        q, k, v, log_decay, read_values=not (compiling or plain),
         scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
     )  # fmt: skip
     check_step(problem, q, state, inplace=inplace)
@@ -220,7 +221,7 @@ def linear_attention_step(
     if compiling and not differentiable:
         o, new = _step_op(q, k, v, state, log_decay, problem.scale)
         return o, state.copy_(new) if inplace else new
-    choice = None if compiling else decoder("step", problem)
+    choice = None if compiling or plain else decoder("step", problem)
     if not differentiable and choice is not None and choice.implementation.compiler:
         step = choice.function()
         return step(q, k, v, state, log_decay, scale=problem.scale, out=out)
@@ -229,7 +230,7 @@ def linear_attention_step(
     if differentiable:
         q, k, v, state = (for_autograd(x) for x in (q, k, v, state))
         log_decay = None if log_decay is None else for_autograd(log_decay)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return decode.step(q, k, v, state, log_decay, scale=problem.scale, out=out)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 TILE_LIMIT = 1 << 30  # that a caller may name: tokens in a tile are counted in 32 bits
 
@@ -30,7 +33,10 @@ def as_int(name: str, value: Any, wanted: str = "a whole number") -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
-    return int(value)
+    number = int(value)
+    if not -(1 << 63) <= number < 1 << 63:  # PyTorch's are no larger
+        raise ValueError(f"{name} must be {wanted}, got {value!r}, which 64 bits do not hold")
+    return number
 
 
 def as_tile(value: Any, wanted: str = "a power of two of at least 16 tokens, or None") -> int:
@@ -59,11 +65,19 @@ def as_bool(name: str, value: Any) -> bool:
     raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def as_name(name: str, value: Any, names: Iterable[str | None]) -> Any:
+    """One of some names, of which one may be None."""
+    if not (value is None or isinstance(value, str)) or value not in (names := tuple(names)):
+        shown = ", ".join("None" if x is None else x for x in names)
+        raise ValueError(f"{name} must be one of {shown}, got {value!r}")
+    return value
+
+
 def check_device(device: Any) -> torch.device:
     """A device, with its number."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"device must be a device that is there, got {device!r}: {error}") from None
 
 
@@ -86,6 +100,23 @@ def for_autograd(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not x.is_inference():
         return x
     return x.clone() if torch.is_grad_enabled() else x
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for what is on a device (PyTorch knows of none on the meta device, and raises)."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, operations compute in the dtypes of what they are given."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def transformed() -> bool:
+    """Whether torch.func's transforms or forward mode are at work, which a torch.autograd.Function has no rules for."""
+    if torch.compiler.is_compiling():  # Dynamo has its own
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # Types that are tensors and nothing else, for a look that is quicker than `is_plain`.

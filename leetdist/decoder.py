@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
+from leetdist.engine import ops
 from leetdist.engine.checks import check_gamma, check_qkv
 from leetdist.engine.values import remember, values_of
 from leetdist.operators.problem import state_dtype
@@ -82,7 +83,7 @@ def _log_decay(gamma: Tensor, is_need_exp: bool, q: Tensor) -> Tensor:
     dtype = state_dtype(q.dtype)
     log_decay = -gamma.to(dtype) if is_need_exp else torch.log(gamma.to(dtype))
     log_decay = log_decay.clamp(min=LOWEST_LOG_DECAY)
-    if torch.compiler.is_compiling():
+    if ops.wanted(q):
         return log_decay
     values = values_of(gamma)
     if values is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leetdist.engine.checks import ONE_DEVICE, describe
 from leetdist.engine.inputs import a_head
+from leetdist.engine.ops import wanted
 from leetdist.engine.planning import plan_call
 from leetdist.kernels.runtime.settings import settings
 from leetdist.operators.choice import Choice, Refusals
@@ -94,9 +95,9 @@ def explain(
         "precision": precision,
     }
     transport = resolve(group)
-    if method in ONE_DEVICE and transport is None:
-        return _lines(describe(q, k, v, log_decay, **options), None)
-    plan = plan_call(q, k, v, log_decay, **options, transport=transport)
+    if isinstance(method, str) and method in ONE_DEVICE and transport is None:
+        return _lines(describe(q, k, v, log_decay, **options, read_values=not wanted(q)), None)
+    plan = plan_call(q, k, v, log_decay, **options, transport=transport, read_values=not wanted(q))
     return _lines(plan.problem, plan)
 
 

@@ -16,6 +16,8 @@ from itertools import pairwise
 
 import torch
 
+from leetdist.kernels.runtime.memo import keeps
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -129,10 +131,14 @@ class Tiles:
 
     def table(self, device: torch.device) -> torch.Tensor:
         """(count, 2) int64 on `device`: first token and number of tokens of every tile."""
+        if not keeps():
+            return _table.__wrapped__(self, device)
         return self._tables.setdefault(("tiles", device), _table(self, device))
 
     def segment_table(self, device: torch.device) -> torch.Tensor:
         """(num_segments + 1,) int64 on `device`: `first_tile`."""
+        if not keeps():
+            return _segment_table.__wrapped__(self, device)
         return self._tables.setdefault(("segments", device), _segment_table(self, device))
 
 

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+
+def keeps() -> bool:
+    """Whether a tensor that is made now serves other calls too: a fake one belongs to the mode that is active."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
 
 
 class Memo(dict[Key, Value]):

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan
+from leetdist.sequence.once import check_not_mapped
 
 ONCE = (
     "leetdist: linear_attention can be differentiated once: its backward pass has no derivative (gradient penalties, "
     "hessians and hvp need one). On one device, method='vanilla' and method='recursion' can be differentiated twice"
-)
-NO_LEGACY_VMAP = (
-    "leetdist: is_grads_batched=True and torch.autograd.functional's vectorize=True map a backward pass in a way that "
-    "no function of one's own can serve; torch.func.vmap, jacrev and jacfwd work"
 )
 
 
@@ -40,8 +37,7 @@ class LinearAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        if do is not None and torch._C._functorch.is_legacy_batchedtensor(do):
-            raise RuntimeError(NO_LEGACY_VMAP)
+        check_not_mapped(do, dfinal)
         # Under create_graph, or mapped (is_grads_batched), PyTorch has to see what can and cannot be done with it.
         seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         gradients = Gradients.apply if seen else _gradients

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leetdist.arguments import for_autograd
-from leetdist.engine import repeats
+from leetdist.engine import ops, repeats
 from leetdist.engine.autograd import LinearAttention
 from leetdist.engine.inputs import canonical_options, canonical_tensors
 from leetdist.engine.layout import contiguous, row_major
@@ -18,7 +18,8 @@ from leetdist.engine.passes import forward_pass
 from leetdist.engine.planning import WHAT, plan_call
 from leetdist.operators.registry import operator_named
 from leetdist.sequence.agreement import told
-from leetdist.sequence.group import resolve
+from leetdist.sequence.group import name_of, resolve
+from leetdist.sequence.once import check_not_transformed
 from leetdist.sequence.shard import redistribute
 from leetdist.sequence.site import calling_site
 
@@ -78,8 +79,12 @@ def apply_operator(
         "precision": None,
     }
     if operator in DECAYS:
-        results = run((q, k, v, ordered["log_decay"]), options, transport)
+        if ops.wanted(q):
+            results = ops.linear_attention(q, k, v, ordered["log_decay"], options, name_of(group))
+        else:
+            results = run((q, k, v, ordered["log_decay"]), options, transport)
     else:
+        check_not_transformed(f"operator {operator!r}", *(x for x in (q, k, v) if isinstance(x, Tensor)))
         results = run((q, k, v, None), options, transport, operator=operator, gates=ordered)
     return results if return_state else results[0]
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_bool, as_tile, check_plain
+from leetdist.arguments import as_bool, as_tile, autocasts, check_plain
 from leetdist.engine.hints import layout_hint, more_heads_than_tokens, warn_of_layout
 from leetdist.engine.inputs import canonical_options
 from leetdist.engine.values import bad_step, boundaries_of, decays_of
@@ -225,7 +225,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _autocast_hint(device: torch.device) -> str:
-    if not torch.is_autocast_enabled(device.type):
+    if not autocasts(device):
         return ""
     return "; autocast leaves some operations in fp32: cast q, k and v to one dtype before the call"
 

@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from leetdist.kernels.runtime.memo import keeps
+
 
 @dataclass(frozen=True, eq=False)
 class Lane:
@@ -54,9 +56,13 @@ class Lane:
         return whole
 
 
-@lru_cache(maxsize=512)
 def index_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """The numbers as an index, which is copied to a GPU once: that stops the stream, and no graph may do it."""
+    return (_index_of if keeps() else _index_of.__wrapped__)(numbers, device)
+
+
+@lru_cache(maxsize=512)
+def _index_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # kept, and used in calls that record gradients too
         return torch.tensor(numbers, dtype=torch.int64, device=device)
 

@@ -117,8 +117,11 @@ BACKWARD = (
 def wanted(q: Any) -> bool:
     """Whether a call is to go through the ops: something of PyTorch's follows its operations, or there are no numbers.
     Everything else takes the shorter way (leetdist.engine.call)."""
-    if transforms.followed():
-        return True
+    return transforms.followed() or without_numbers(q)
+
+
+def without_numbers(q: Any) -> bool:
+    """Whether q stands for a tensor, and holds nothing."""
     return isinstance(q, Tensor) and (q.is_meta or (type(q) is not Tensor and _is_fake(q)))
 
 

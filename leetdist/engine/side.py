@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from leetdist.arguments import autocasts, without_autocast
 from leetdist.engine import scan, trace
 from leetdist.engine.filling import LaneStates
 from leetdist.engine.lanes import Lane
@@ -94,7 +95,7 @@ def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
 def one_pass(x: Tensor, plan: Plan, phase: str, *, beside: bool) -> Iterator[Side]:
     """One pass over a group (or on this device alone): fp32 sums stay fp32 under autocast, and what was sent has left
     at the end. beside: the scan has a stream of its own."""
-    if plan.transport is None and not torch.is_autocast_enabled(x.device.type):
+    if plan.transport is None and not autocasts(x.device):
         yield Side(None)
         return
     stream = None
@@ -104,7 +105,7 @@ def one_pass(x: Tensor, plan: Plan, phase: str, *, beside: bool) -> Iterator[Sid
             # Before waiting outputs: the next rank waits for what this stream computes.
             streams[x.device] = torch.cuda.Stream(x.device, priority=-1)
         stream = streams[x.device]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if plan.transport is None:
             yield Side(None)
         else:

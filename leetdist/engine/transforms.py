@@ -14,7 +14,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from leetdist.arguments import IN_MEMORY
+from leetdist.arguments import IN_MEMORY, transformed
 from leetdist.engine.autograd import ONCE
 
 # Of an op's arguments, as leetdist.engine.ops.Call has them: tensors first, then options.
@@ -28,12 +28,7 @@ NO_FORWARD_MODE = (
 
 def followed() -> bool:
     """Whether something of PyTorch's follows operations: a compiler, torch.func, forward mode, or a dispatch mode."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _Forward(_SingleLevelFunction):

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leetdist.arguments import transformed, without_autocast
 from leetdist.engine.checks import describe
 from leetdist.engine.inputs import a_head
-from leetdist.engine.ops import define
+from leetdist.engine.ops import define, without_numbers
 from leetdist.inference.checks import check_steps
+from leetdist.kernels.constant_decay.pytorch import decode
 from leetdist.operators.dispatch import decoder
 from leetdist.sequence.group import check_alone
 
@@ -118,13 +120,14 @@ def advance(
         compiled: Tensor = _steps_op(q, k, v, states, log_decay, float(scale), index, lengths, ages)
         return compiled
     check_alone("linear_attention_steps")
+    plain = transformed() or without_numbers(q)  # by operations, which all of PyTorch follows
     problem = describe(
-        q, k, v, log_decay,
+        q, k, v, log_decay, read_values=not plain,
         scale=scale, initial_state=None, return_state=True, cu_seqlens=None, method="auto", tile=None,
     )  # fmt: skip
     check_steps(q, k, v, states, index, lengths)
-    steps = decoder("steps", problem).function()
-    with torch.autocast(q.device.type, enabled=False):
+    steps = decode.steps if plain else decoder("steps", problem).function()
+    with without_autocast(q.device):
         o: Tensor = steps(q, k, v, states, log_decay, scale=problem.scale, index=index, lengths=lengths, ages=ages)
     return o
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leetdist.arguments import as_float
 from leetdist.mesh import all_sum, all_transports
+from leetdist.sequence.once import check_not_transformed
 
 if TYPE_CHECKING:
     from leetdist.mesh import Mesh
@@ -67,6 +68,8 @@ def reduce_loss(
     if not isinstance(gradients, str) or gradients not in ("mean", "sum"):
         raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
     transports = all_transports(mesh)
+    if transports:
+        check_not_transformed("reduce_loss over ranks", loss_sum)
     mine = torch.stack([loss_sum.detach().double().reshape(()), loss_sum.new_tensor(0.0).double() + n_tokens])
     everyone = all_sum(mine, transports)
     tokens = everyone[1] if total_tokens is None else everyone.new_tensor(0.0) + total_tokens
@@ -94,16 +97,28 @@ def _check_count(name: str, count: Any) -> None:
 class _Share(torch.autograd.Function):
     """The value is the whole job's; the gradient is this rank's."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, loss_sum: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
-        ctx.like = loss_sum.shape
+    def forward(loss_sum: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
         return mean.to(loss_sum.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        loss_sum, _, factor = inputs
+        ctx.save_for_backward(factor)
+        ctx.save_for_forward(factor)
+        ctx.like = loss_sum.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (factor,) = ctx.saved_tensors
         return (grad * factor).to(grad.dtype).reshape(ctx.like), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, loss_sum: Tensor, *_: None) -> Tensor:
+        (factor,) = ctx.saved_tensors
+        return (loss_sum * factor).to(loss_sum.dtype).reshape(())
 
 
 __all__ = ["reduce_loss"]

@@ -24,6 +24,7 @@ from torch.nn.attention.bias import causal_lower_right
 from leetdist.mesh import process_group
 from leetdist.sequence.group import resolve
 from leetdist.sequence.halo import agreed_lengths
+from leetdist.sequence.once import check_not_transformed
 from leetdist.sequence.shard import gather_sequence
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def softmax_attention(
     transport = resolve(group)
     if transport is None or transport.size == 1:
         return _causal(q, k, v, k.shape[2] - q.shape[2], score, boundaries, kept)
+    check_not_transformed("softmax attention over ranks", q, k, v)
     facts = {
         "dtype": q.dtype,
         "heads and their sizes": tuple((*x.shape[:2], x.shape[3]) for x in (q, k, v)),

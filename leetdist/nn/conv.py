@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_bool, check_plain, for_autograd
+from leetdist.arguments import as_bool, as_name, check_plain, for_autograd, transformed
 from leetdist.kernels.mamba.pytorch import conv
 from leetdist.operators.layer_steps import kernel
 from leetdist.sequence.documents import check_end, check_offsets, check_one_row, check_told_once, known_offsets
@@ -102,7 +102,10 @@ def causal_conv1d(
             before = initial
     x, before, weight = (for_autograd(part) for part in (x, before, weight))
     bias = None if bias is None else for_autograd(bias)
-    y = _CausalConv.apply(x, before, weight, bias, activation, documents, lengths, transport)
+    if transformed():
+        y = conv.followed_convolution(x, weight, bias, conv.Around(before, documents), activation is not None)
+    else:
+        y = _CausalConv.apply(x, before, weight, bias, activation, documents, lengths, transport)
     if not return_state:
         return y
     return y, _last_tokens(x, width, lengths, initial, cu_seqlens, transport)
@@ -238,8 +241,7 @@ def _check(
     for name, other in (("weight", weight), ("bias", bias), ("seq_idx", seq_idx)):
         if other is not None and other.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {other.device}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f'activation must be None or "silu", got {activation!r}')
+    as_name("activation", activation, ACTIVATIONS)
     as_bool("return_state", return_state)
     grad = torch.is_grad_enabled()
     if initial is not None:

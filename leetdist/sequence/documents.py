@@ -44,6 +44,7 @@ def known_offsets(cu_seqlens: Tensor | None) -> tuple[int, ...] | int | None:
     if cu_seqlens is None:
         return None
     read = cu_seqlens.is_cpu and not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor
+    read = read and not torch._C._functorch.is_functorch_wrapped_tensor(cu_seqlens)
     return tuple(cu_seqlens.tolist()) if read else len(cu_seqlens)
 
 

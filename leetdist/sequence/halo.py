@@ -13,7 +13,7 @@ from leetdist.arguments import as_int, check_plain
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.documents import check_end, check_offsets, known_offsets
 from leetdist.sequence.group import resolve
-from leetdist.sequence.once import differentiated_once
+from leetdist.sequence.once import check_not_transformed, differentiated_once
 from leetdist.sequence.shard import check_cut, dimension, swap
 from leetdist.sequence.transport import Transport
 
@@ -131,6 +131,7 @@ def before_shard(
 def tokens_of(x: Tensor, dim: int, lengths: tuple[int, ...], spans: Sequence[Span], transport: Transport) -> Tensor:
     """This rank's of the `spans`, one a rank, of the sequence of which the ranks hold `lengths`; zeros outside of it.
     Differentiable: what flows into copies of a token is summed in rank order."""
+    check_not_transformed("an exchange of tokens between ranks", x)
     found: Tensor = _TokensOf.apply(x, dim, lengths, tuple(spans), transport)
     return found
 

@@ -1,4 +1,4 @@
-"""Backward passes without a derivative, which say so."""
+"""Which of PyTorch's derivatives there are none of, and that calls say so."""
 
 from __future__ import annotations
 
@@ -8,8 +8,36 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from leetdist.arguments import transformed
 
 Gradients: TypeAlias = "tuple[Tensor | None, ...]"
+
+NO_LEGACY_VMAP = (
+    "leetdist: is_grads_batched=True and torch.autograd.functional's vectorize=True map a backward pass in a way that "
+    "no function of one's own can serve; torch.func.vmap, jacrev and jacfwd work"
+)
+
+
+def check_not_mapped(*incoming: Tensor | None) -> None:
+    """Of the gradients that come into a backward pass."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in incoming):
+        raise RuntimeError(NO_LEGACY_VMAP)
+
+
+def check_not_transformed(call: str, *tensors: Tensor) -> None:
+    """Of a call that autograd alone differentiates."""
+    if not transformed():
+        return
+    if torch._C._are_functorch_transforms_active() or any(unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            f"leetdist: {call} is differentiated by autograd only: torch.func's transforms, and forward mode, have no "
+            "rules for it. They have for linear_attention, and on one device for mamba_chunk_scan_combined and "
+            "causal_conv1d"
+        )
 
 
 def differentiated_once(name: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
@@ -23,6 +51,7 @@ def differentiated_once(name: str) -> Callable[[Callable[..., Gradients]], Calla
     def decorated(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         @wraps(backward)
         def checked(ctx: Any, *incoming: Tensor | None) -> Gradients:
+            check_not_mapped(*incoming)
             with torch.no_grad():
                 grads = backward(ctx, *incoming)
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # whose backward has no second one

@@ -13,7 +13,7 @@ from leetdist.arguments import as_int, check_plain
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.grid import default_tile, even_tile, shard_lengths
 from leetdist.sequence.group import resolve, warn_where_unjoined
-from leetdist.sequence.once import differentiated_once
+from leetdist.sequence.once import check_not_transformed, differentiated_once
 from leetdist.sequence.site import warn
 from leetdist.sequence.transport import Message, Transport
 
@@ -146,6 +146,7 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
                 "that is only looked at is detached first"
             )
     lengths = tuple(theirs[0] for theirs in everyone)
+    check_not_transformed("gather_sequence over ranks", x_local)
     whole: Tensor = _Gather.apply(x_local, dim, lengths, transport)
     return whole
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import leetdist
 from helpers import run_ranks, values
-from leetdist import mamba
 from leetdist.kernels.mamba.pytorch import scan
+from leetdist.mamba import passes
 from leetdist.reference import relative_error
 from leetdist.sequence.grid import shard_lengths
 
@@ -254,8 +254,8 @@ def test_outputs_take_the_place_of_what_they_are_made_of(monkeypatch: pytest.Mon
         places.append(o)
         return o.copy_(right(o, *given)) if spent else right(o, *given)
 
-    right, kernel = scan.scan_outputs, mamba.kernel
-    monkeypatch.setattr(mamba, "kernel", lambda step, *of: scan_outputs if step is right else kernel(step, *of))
+    right, kernel = scan.scan_outputs, passes.kernel
+    monkeypatch.setattr(passes, "kernel", lambda step, *of: scan_outputs if step is right else kernel(step, *of))
     for learnt, spent in (((), True), (("z",), False), (("D",), False)):
         given = {name: x.detach().requires_grad_(name in learnt) for name, x in inputs.items()}
         y, _ = ours(**given, **options)

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from leetdist.kernels.runtime.memo import keeps
+
 SHORT = 4096  # tokens
 
 
 def reused(make: Callable[..., Iterator[Any]], tokens: int, device: torch.device, *args: Any) -> Iterable[Any]:
     """What `make(device, *args)` yields, to be read only. On a GPU it is made anew: a graph may be capturing it."""
-    return _made(make, device, *args) if tokens <= SHORT and device.type == "cpu" else make(device, *args)
+    short = tokens <= SHORT and device.type == "cpu" and keeps()
+    return _made(make, device, *args) if short else make(device, *args)
 
 
 @lru_cache(maxsize=128)

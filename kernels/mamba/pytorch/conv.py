@@ -6,13 +6,13 @@ after the others, few enough to stay in the cache through all operations: they t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from leetdist.kernels.common.elementwise import by_parts, silu_, silu_gradient
+from leetdist.kernels.common.elementwise import by_parts, silu, silu_, silu_gradient
 
 # Numbers that a thread of a CPU takes at once.
 SLAB = 1 << 17
@@ -47,6 +47,14 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, around: Around, 
         sums = _sums(given, weight, bias, _part(around.documents, begin, end + width))
         y[:, begin:end] = silu_(sums) if activated else sums
     return y
+
+
+def followed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, around: Around, activated: bool) -> Tensor:
+    """`convolution`, its bits too, by operations that torch.func's transforms follow: nothing is written over."""
+    given = torch.cat((around.before, x), 1)
+    documents = _part(around.documents, 0, given.shape[1])
+    sums = _sums(given, weight, bias, documents, add=torch.add)
+    return (silu(sums) if activated else sums).to(x.dtype)
 
 
 def convolution_gradient(
@@ -96,9 +104,11 @@ def convolution_gradient(
 
 def _slabs(like: Tensor, tokens: int, least: int) -> Iterator[tuple[int, int]]:
     """Parts of so many tokens like (B, ..., C), of at least so many each but the last; one where it is a GPU's."""
-    rows = tokens
-    if by_parts(like):
-        rows = max(SLAB * torch.get_num_threads() // (len(like) * like.shape[2]), least, 1)
+    if not by_parts(like):
+        if tokens:
+            yield 0, tokens
+        return
+    rows = max(SLAB * torch.get_num_threads() // (len(like) * like.shape[2]), least, 1)
     for begin in range(0, tokens, max(rows, 1)):
         yield begin, min(begin + rows, tokens)
 
@@ -107,14 +117,20 @@ def _part(documents: Tensor | None, begin: int, end: int) -> Tensor | None:
     return None if documents is None else documents[:, begin:end]
 
 
-def _sums(given: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+def _sums(
+    given: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    add: Callable[..., Tensor] = Tensor.add_,
+) -> Tensor:
     """Of bias and taps, wide, of all tokens but the first W - 1 of `given`."""
     wide = torch.promote_types(given.dtype, torch.float32)
     first, *taps = weight.to(wide).unbind(1)
     seen, *others = _seen(given.to(wide), len(taps), documents)
-    total = (first * seen).add_(0.0 if bias is None else bias.to(wide))
+    total = add(first * seen, 0.0 if bias is None else bias.to(wide))
     for tap, x in zip(taps, others, strict=True):
-        total.add_(tap * x)
+        total = add(total, tap * x)
     return total
 
 

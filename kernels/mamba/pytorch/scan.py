@@ -163,6 +163,8 @@ def _skipped(o: Tensor, x: Tensor | None, D: Tensor | None) -> Tensor:
 
 def _rounded_product(x: Tensor, factor: Tensor) -> Tensor:
     """x times a wider factor, rounded to x's dtype without a wide copy between; contiguous."""
+    if torch.compiler.is_compiling():  # which writes none either, and torch.export takes no out=
+        return (x * factor).to(x.dtype)
     return torch.mul(x, factor, out=x.new_empty(x.shape))
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from leetdist.arguments import for_autograd
+from leetdist.arguments import autocasts, for_autograd, without_autocast
 from leetdist.kernels.constant_decay.pytorch.walk import LEAST
 from leetdist.kernels.runtime.settings import raw_settings
 from leetdist.operators import cost
@@ -83,7 +83,7 @@ def attention_on_one_device(
         initial_state = None if initial_state is None else for_autograd(initial_state)
     dtype = state_dtype(problem.dtype)
     decay = q.new_zeros(problem.heads) if log_decay is None else log_decay
-    plain = torch.autocast(q.device.type, enabled=False) if torch.is_autocast_enabled(q.device.type) else nullcontext()
+    plain = without_autocast(q.device) if autocasts(q.device) else nullcontext()
     with plain:
         decay = decay.to(dtype)
         if decay.ndim == 3:  # whose values nobody may have read
