@@ -52,7 +52,7 @@ def device_mesh(sequence: int | None = None, *, device_type: str | None = None) 
 
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    if device_type not in ("cuda", "cpu"):
+    if not isinstance(device_type, str) or device_type not in ("cuda", "cpu"):
         raise ValueError(f'device_type must be "cuda", "cpu" or None, got {device_type!r}')
     if device_type == "cuda" and not torch.cuda.is_available():
         raise ValueError('device_type is "cuda", and torch.cuda is not available')

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from leetdist.arguments import as_float, as_int, as_str, as_tile, check_plain
 from leetdist.engine.checks import DTYPES, METHODS, ONE_DEVICE, check_log_decay, check_written, describe
+from leetdist.engine.ops import without_numbers
 from leetdist.operators.problem import state_dtype
 
 
@@ -74,6 +75,8 @@ def host_values(x: Tensor | None) -> list[int] | None:
     """The values of a tensor in host memory; None where reading them would stop a stream or a trace."""
     if x is None or torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
         return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
     if x.layout is not torch.strided or x.dtype not in (torch.int32, torch.int64):
         return None  # no whole numbers to read: refused by name where that is checked
     return cast("list[int]", x.tolist())
@@ -107,10 +110,15 @@ def check_decay(log_decay: Tensor) -> None:
     check_plain("log_decay", log_decay, "a tensor or None")
     if log_decay.ndim != 1 or not log_decay.shape[0]:
         raise ValueError(f"log_decay must have shape (H,), got {tuple(log_decay.shape)}")
-    if log_decay.is_meta:
-        raise ValueError("log_decay must have values, got a tensor on the meta device")
+    _check_values("log_decay", log_decay)
     # Of a query's heads and device, all that is known.
     check_log_decay(log_decay, log_decay[None, :, None, None], log_decay.shape[0])
+
+
+def _check_values(name: str, x: Tensor) -> None:
+    if without_numbers(x):
+        what = "on the meta device" if x.is_meta else "of FakeTensorMode"
+        raise ValueError(f"{name} must have values, which a state is made of, got a tensor {what}")
 
 
 def check_state(state: Any) -> dict[str, Any]:
@@ -137,9 +145,9 @@ def check_state(state: Any) -> dict[str, Any]:
             raise ValueError(f"{name} must have shape {wanted}, as boundary and k have it, got {tuple(x.shape)}")
         if not x.shape[1] or heads % x.shape[1]:
             raise ValueError(f"{name} must have a number of heads that divides boundary's {heads}, got {x.shape[1]}")
-    if log_decay.ndim == 3 and log_decay.shape != (batch, heads, k.shape[2]):
+    if log_decay.shape not in ((heads,), (batch, heads, k.shape[2])):
         raise ValueError(
-            f"log_decay must have shape (H,), or (B, H, n) = ({batch}, {heads}, {k.shape[2]}), got "
+            f"log_decay must have shape (H,) = ({heads},), or (B, H, n) = ({batch}, {heads}, {k.shape[2]}), got "
             f"{tuple(log_decay.shape)}"
         )
     if k.shape[3] != dk:
@@ -213,6 +221,7 @@ def check_piece(
         scale=scale, initial_state=None if after is None else after[0], return_state=True,
         cu_seqlens=None, method=method, tile=tile,
     )  # fmt: skip
+    _check_values("q", q)
     if after is None:
         return
     _, keys, values = after

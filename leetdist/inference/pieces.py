@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from operator import attrgetter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from torch import Tensor
 from leetdist.engine.values import reads_values
 
 Piece: TypeAlias = tuple[Tensor, ...]  # q, k, v and, of a decay a token, log_decay
+
+
+def as_piece(given: Any) -> Piece:
+    """Whatever was given for a piece, for checks that ranks wait for to say what is wrong with it."""
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
 def kind_of(piece: Piece) -> Hashable:
@@ -97,4 +102,4 @@ def _dense(parts: list[Tensor]) -> list[Tensor]:
     return [x.contiguous() for x in parts] if len(parts) - 2 <= sum(dense) < len(parts) else parts
 
 
-__all__ = ["Piece", "as_one", "copied", "kind_of", "lengths_if_alike", "reads_log_decay", "token_major"]
+__all__ = ["Piece", "as_one", "as_piece", "copied", "kind_of", "lengths_if_alike", "reads_log_decay", "token_major"]

@@ -201,6 +201,11 @@ class Session:
         before = self.states, self.tokens, self._graph
         self.states, self.tokens, self._graph = [state.now for state in kept], kept[0].tokens, None
         try:
+            for block, theirs in zip(self.model.blocks, kept, strict=True):
+                if not getattr(block.attention, "by_token", False):
+                    heads = len(block.attention.log_decay(theirs.device))
+                    if theirs.boundary.shape[1] != heads:
+                        raise ValueError(f"the state has {theirs.boundary.shape[1]} heads, wanted {heads}")
             for block, mine, theirs in zip(self.model.blocks, self.keep().values(), kept, strict=True):
                 check_like(theirs, mine)
                 if theirs.boundary.shape[2] != block.attention.head_dim:

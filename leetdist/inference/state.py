@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.arguments import as_bool, as_float, check_device, check_plain
+from leetdist.arguments import as_bool, as_float, as_int, check_device, check_plain
 from leetdist.engine.checks import describe
 from leetdist.inference.checks import check_count, check_piece, check_rows, check_state
 from leetdist.kernels.runtime.settings import raw_settings
@@ -170,6 +170,8 @@ class State:
 
     def after(self, state: Tensor, tokens: int) -> State:
         """After `tokens` more tokens of decoding led to `state`; the tile grid begins anew at this token."""
+        check_plain("state", state)
+        tokens = as_int("tokens", tokens)
         parts = {**no_tokens(self.k, self.v, self.log_decay), **NO_CHUNKS}
         return replace(self, boundary=state, tokens=self.tokens + tokens, **parts)
 

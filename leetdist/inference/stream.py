@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
-from leetdist.arguments import check_device, check_plain
+from leetdist.arguments import as_str, check_device, check_plain
 from leetdist.inference.checks import check_count, check_decay, check_piece, check_shards, plain_options
-from leetdist.inference.pieces import Piece, as_one, copied, kind_of, lengths_if_alike, reads_log_decay
+from leetdist.inference.pieces import Piece, as_one, as_piece, copied, kind_of, lengths_if_alike, reads_log_decay
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
 from leetdist.inference.state import State, check_continues, into_open_tile, no_tokens, on_its_grid, run
@@ -89,7 +89,8 @@ def stream(
         check_continues(state, log_decay=log_decay, scale=scale, tile=tile, method=method)
         log_decay = None if state.by_token else state.log_decay
         scale, tile, method = state.scale, state.tile, state.method
-    options = plain_options(scale, LARGEST_TILE if tile is None else tile, "block" if method == "auto" else method)
+    method = "block" if as_str("method", method) == "auto" else method
+    options = plain_options(scale, LARGEST_TILE if tile is None else tile, method)
     if log_decay is not None:
         check_decay(log_decay)
     return Stream(log_decay, **options, state=state, device=device, transport=resolve(group))
@@ -184,10 +185,12 @@ class Stream:
         outputs are given. Slices of one tensor are not copied, and on Hopper nor are up to 232 pieces of the same
         strides (a decay a head). `state` and `tokens` are of what is computed. Not for host memory, nor under a group.
         """
-        pieces = iter(pieces)
-        if window is not None:
-            yield from self._in_windows(pieces, check_count("window", window, 1))
-            return
+        if not isinstance(pieces, Iterable) or isinstance(pieces, (Tensor, str, bytes)):
+            raise ValueError(f"pieces must be an iterable of (q, k, v), got {type(pieces).__name__}")
+        given = map(as_piece, pieces)
+        return self._each(given) if window is None else self._in_windows(given, check_count("window", window, 1))
+
+    def _each(self, pieces: Iterator[Piece]) -> Iterator[Tensor]:
         first = next(pieces, None)
         if first is None:
             return
@@ -326,7 +329,8 @@ class Stream:
         given, scale, tile, method = self._options
         state = None if self._state is None else self.state
         if len(piece) not in (3, 4):
-            raise ValueError(f"a piece must be q, k, v and perhaps log_decay, got {len(piece)} tensors")
+            what = f"{len(piece)} tensors" if len(piece) != 1 else f"one {type(piece[0]).__name__}"
+            raise ValueError(f"a piece must be q, k, v and perhaps log_decay, got {what}")
         q, k, v, *own = piece
         for name, x in zip(("q", "k", "v", "log_decay"), piece, strict=False):
             check_plain(name, x)

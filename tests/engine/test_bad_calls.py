@@ -138,7 +138,7 @@ def attention_rows(name: str, function: Callable[..., Any]) -> Iterator[Row]:
     yield bad("scale", "a tensor", torch.tensor(1.0), "scale .*item")
     for value in (16.0, "16", 0, -16, 8, 15, 48, True, LARGE, [16], (16,), np.float64(16), torch.tensor(16), 1.5):
         yield bad("tile", f"{type(value).__name__} {value}", value)
-    for value in (None, 3, True, "", "Block", "quadratic", b"block", ["block"], ("block",), {"block"}, tensor(2)):
+    for value in (None, 3, True, "", "Block", "quadratic", b"block", ["block"], ("block",), {"block"}, np.ones(2)):
         yield bad("method", f"{type(value).__name__} {value}", value)
     for value in ("fp32", "TF32", "", 32, True, torch.float32, ["high"], {"high"}, tensor(2)):
         yield bad("precision", f"{type(value).__name__} {value}", value)
@@ -226,7 +226,7 @@ def sequence_rows() -> Iterator[Row]:
         yield f"{name} number", lambda f=function: f(tensor(), 0, None), "dim must be in"
     for tile in (0, -1, 16.0, "16", True, [16]):
         yield f"shard_sequence tile {tile!r}", lambda t=tile: leetdist.shard_sequence(x, 0, None, tile=t), "tile"
-    for ranks in (0, -1, 1.0, "2", None, True, [2], 10**6):
+    for ranks in (0, -1, 1.0, "2", None, True, [2], 10**6, 1 << 70):
         yield f"virtual_ranks {ranks!r}", lambda r=ranks: leetdist.virtual_ranks(lambda group: 0, r), "ranks"
     yield "virtual_ranks function", lambda: leetdist.virtual_ranks(3, 2), "function must be callable"  # type: ignore[arg-type]
 
@@ -248,7 +248,7 @@ def sequence_rows() -> Iterator[Row]:
         yield f"sequence_parallel group {group!r}", lambda g=group, m=manager: m(g).__enter__(), "group must be"
     for sequence in (0, -1, 1.0, "1", True, [1]):
         yield f"device_mesh sequence {sequence!r}", lambda s=sequence: leetdist.device_mesh(s), "sequence"
-    for kind in ("tpu", "", 3, True, torch.device("cpu")):
+    for kind in ("tpu", "", 3, True, np.ones(2), torch.device("cpu")):
         yield f"device_mesh {kind!r}", lambda k=kind: leetdist.device_mesh(1, device_type=k), "device_type"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import leetdist
 
@@ -39,6 +41,11 @@ def pooled(**changes: Any) -> Tensor:
     return pool.steps(tokens(1), tokens(1), tokens(1), **({"index": torch.tensor([0])} | changes))
 
 
+def push_fakes() -> None:
+    with FakeTensorMode():
+        leetdist.stream(tile=16).push(tokens(3), tokens(3), tokens(3))
+
+
 def rows() -> Iterator[Row]:
     pair = torch.tensor([0, 1])
     odd = [("sparse", pair.to_sparse()), ("nested", torch.nested.nested_tensor([pair])), ("list", [0, 1])]
@@ -59,6 +66,36 @@ def rows() -> Iterator[Row]:
             yield f"push {name} {type(value).__name__}", lambda p=piece: pushed().push(*p), rf"^{name} must be"
     yield "push log_decay", lambda: leetdist.stream().push(*[tokens(3)] * 3, 1.0), "log_decay must be"
     yield "map pairs", lambda: list(pushed().map([(tokens(3), tokens(3))])), "a piece must be q, k, v"
+    for pieces in (None, 3, "pieces", b"x", tokens(3), torch.tensor(1.0), 1.5, object()):
+        yield f"map {type(pieces).__name__}", lambda p=pieces: list(pushed().map(p)), "^pieces must be an iterable of"
+        yield f"map {type(pieces).__name__} at once", lambda p=pieces: pushed().map(p, window=8), "^pieces must be"
+    yield "map window at once", lambda: pushed().map([], window=0), "window must be"
+    for piece in (None, 3, 0, 1.5, "x", {}, object(), [], tokens(3), torch.stack([tokens(3)] * 3), range(3)):
+        for window in (None, 8):
+            given = [[tokens(3)] * 3, piece]
+            what = f"map of {type(piece).__name__}, window {window}"
+            yield what, lambda g=given, w=window: list(pushed().map(g, window=w)), "^a piece must be q, k, v"
+            yield f"{what}, the first", lambda g=given, w=window: list(pushed().map(g[1:], window=w)), "^a piece must"
+    for method in (None, 3, ["block"], torch.ones(2), b"block"):
+        yield f"stream method {method!r}", lambda m=method: leetdist.stream(method=m), "method must be"
+    for state in (range(3), 3, None, [1.0], object(), leetdist.stream()):
+        one = [tokens(1)] * 3
+        what = f"step on {type(state).__name__}"
+        yield what, lambda s=state, o=one: leetdist.linear_attention_step(*o, s), "state must be a tensor"
+    for name, count in (("tokens", 1 << 70), ("tokens", 1.5), ("tokens", None), ("tokens", -40)):
+        state = pushed().state
+        yield f"after {count}", lambda s=state, c=count: s.after(s.boundary, c), f"{name} must be"
+    yield "after None", lambda: pushed().state.after(None, 1), "state must be"
+    for count in (1 << 70, 10**30):
+        yield f"{count} slots", lambda c=count: leetdist.StatePool(c, like=pushed().state), "slots must be"
+        yield f"{count} copies", lambda c=count: pushed().state.fork(c), "copies must be"
+        yield f"device {count}", lambda c=count: pushed().state.to(c), "device must be"
+    few = replace(pushed().state, k=tokens(4), v=tokens(4))
+    for shape in ((0,), (1,), (H + 1,)):
+        yield f"State of {shape}", lambda x=shape: replace(few, log_decay=-torch.ones(x)), "log_decay must have shape"
+    empty = tokens(3).to("meta")
+    yield "push on meta", lambda: leetdist.stream(tile=16).push(empty, empty, empty), "q must have values"
+    yield "push fakes", push_fakes, "q must have values"
     yield "stream scale", lambda: leetdist.stream(scale=10**400), "scale must be a finite number"
     yield "stream log_decay", lambda: leetdist.stream(-torch.ones(H, device="meta")), "log_decay must have values"
     for device in ("tpu", 3, [1]):
