@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leetdist.arguments import as_float
+from leetdist.arguments import as_bool, as_name, check_plain, is_memory
 from leetdist.kernels.common.elementwise import sigmoid, silu
-from leetdist.nn.checks import check_exact, check_sizes, check_x
+from leetdist.kernels.runtime.memo import keeps
+from leetdist.nn.checks import as_eps, as_size, check_exact, check_x, share_of
 from leetdist.nn.decay import log_decay
 from leetdist.nn.operator import attended
+from leetdist.sequence.documents import check_end, check_offsets
+from leetdist.sequence.group import is_alone
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -41,22 +44,22 @@ class _DecayAttention(nn.Module):
         exact: bool,
     ) -> None:
         super().__init__()
-        check_sizes(dim=dim, heads=heads)
-        self.dim, self.heads, self.group = dim, heads, group
+        self.dim, self.heads, self.group = as_size("dim", dim), as_size("heads", heads), group
         self.tile, self.exact = check_exact(tile, exact)
-        if not isinstance(decay, (str, Tensor)):
-            raise ValueError(f"decay must be a ladder's name or a tensor of log decays, got {decay!r}")
-        ladder = log_decay(decay, heads, layer, layers) if isinstance(decay, str) else decay.detach().float().cpu()
-        if learnable_decay and bool(ladder.isinf().any()):
+        learnable_decay = as_bool("learnable_decay", learnable_decay)
+        ladder = _ladder(decay, self.heads, layer, layers)
+        known = is_memory(ladder)  # what a fake tensor holds nobody can look at
+        if known and learnable_decay and bool(ladder.isinf().any()):
             raise ValueError(f"decay must be finite to be learnt (-inf forgets at once, for good), got {decay!r}")
-        if ladder.shape != (heads,) or not bool((ladder <= 0).all()):
-            raise ValueError(f"decay must be a ladder's name or (heads,) = ({heads},) log decays <= 0, got {decay!r}")
+        if ladder.shape != (self.heads,) or (known and not bool((ladder <= 0).all())):
+            wanted = f"a ladder's name or (heads,) = ({self.heads},) log decays <= 0"
+            raise ValueError(f"decay must be {wanted}, got {decay!r}")
         # No buffer: `model.bfloat16()` would round it, and slow heads would forget at another rate.
         self._ladder = self._placed = ladder
         self.log_slope_change: nn.Parameter | None = None
         if learnable_decay:
             # From the ladder, and so from 0: in bf16, where a model or FSDP2 casts it, a number near 0 is precise.
-            self.log_slope_change = nn.Parameter(torch.zeros(heads))
+            self.log_slope_change = nn.Parameter(torch.zeros(self.heads))
 
     @property
     def log_slope(self) -> nn.Parameter | None:
@@ -79,7 +82,10 @@ class _DecayAttention(nn.Module):
     def _place(self, device: torch.device) -> Tensor:
         if self._placed.device != device:
             with torch.inference_mode(False):  # kept, and so for training too
-                self._placed = self._ladder.to(device)
+                placed = self._ladder.to(device)
+            if not keeps():
+                return placed
+            self._placed = placed
         return self._placed
 
     def log_decay(self, device: torch.device) -> Tensor:
@@ -169,8 +175,8 @@ class LightningAttention(_DecayAttention):
         exact: bool = False,
     ) -> None:
         super().__init__(dim, heads, decay, layer, layers, learnable_decay, group, tile, exact)
-        check_sizes(head_dim=head_dim)
-        self.head_dim = head_dim or _divide(dim, heads)
+        dim, heads = self.dim, self.heads
+        self.head_dim = share_of("dim", dim, heads) if head_dim is None else as_size("head_dim", head_dim)
         inner = heads * self.head_dim
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
         self.output_gate = nn.Linear(dim, inner, bias=False)
@@ -257,18 +263,17 @@ class Retention(_DecayAttention):
         exact: bool = False,
     ) -> None:
         super().__init__(dim, heads, decay, layer, layers, learnable_decay, group, tile, exact)
-        if layout not in _LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}, got {layout!r}")
-        check_sizes(value_dim=value_dim, key_dim=key_dim)
-        value_dim, key_dim, fla = value_dim or 2 * dim, key_dim or dim, layout == "fla"
-        self.head_dim, self.rotary, self.layout = _divide(key_dim, heads), rotary, layout
+        dim, heads, fla = self.dim, self.heads, as_name("layout", layout, _LAYOUTS) == "fla"
+        value_dim = 2 * dim if value_dim is None else as_size("value_dim", value_dim)
+        key_dim = dim if key_dim is None else as_size("key_dim", key_dim)
+        self.head_dim, self.rotary, self.layout = share_of("key_dim", key_dim, heads), as_bool("rotary", rotary), layout
         self.q_proj = nn.Linear(dim, key_dim, bias=False)
         self.k_proj = nn.Linear(dim, key_dim, bias=False)
         self.v_proj = nn.Linear(dim, value_dim, bias=False)
-        eps = (1e-5 if fla else 1e-6) if eps is None else as_float("eps", eps)
+        eps = (1e-5 if fla else 1e-6) if eps is None else as_eps(eps)
         gate, norm, out_proj = _LAYOUTS[layout]
         self.add_module(gate, nn.Linear(dim, value_dim, bias=False))
-        self.add_module(norm, nn.RMSNorm(_divide(value_dim, heads), eps=eps, elementwise_affine=fla))
+        self.add_module(norm, nn.RMSNorm(share_of("value_dim", value_dim, heads), eps=eps, elementwise_affine=fla))
         self.add_module(out_proj, nn.Linear(value_dim, dim, bias=False))
 
     def forward(
@@ -280,12 +285,13 @@ class Retention(_DecayAttention):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """x: (B, N, dim), this rank's shard under a group; position_ids: (B or 1, N), global, for rotary layers."""
+        """x: (B, N, dim), this rank's shard under a group; position_ids: (B or 1, N), global, for rotary layers. None
+        is from 0 on, in each document of cu_seqlens."""
         check_x(x, self.dim)
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         gate, norm, out_proj = (getattr(self, name) for name in _LAYOUTS[self.layout])
         scaled = self.layout == "torchscale"
-        positions = self._positions(x, position_ids, continued=state is not None) if self.rotary or scaled else x
+        positions = self._positions(x, position_ids, cu_seqlens, state is not None) if self.rotary or scaled else x
         if self.rotary:
             angles, rotate = self._angles(positions), _rotate_halves if self.layout == "fla" else _rotate
             q, k = rotate(q, angles), rotate(k, angles)
@@ -295,15 +301,26 @@ class Retention(_DecayAttention):
         y = out_proj(silu(gate(x)) * norm(o).flatten(2))
         return y if final is None else (y, final)
 
-    def _positions(self, x: Tensor, position_ids: Tensor | None, continued: bool) -> Tensor:
-        """(B or 1, N)"""
+    def _positions(self, x: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, continued: bool) -> Tensor:
+        """(B or 1, N), of packed documents in each of them."""
         if position_ids is None:
-            if self.group is not None or continued:
+            if self.group is not None or not is_alone(None) or continued:
                 raise ValueError(
                     "position_ids must be given to a rotary layer whose x does not start the sequence on every rank: "
                     "(B or 1, N) positions in the whole sequence, as leetdist.shard_batch makes them"
                 )
-            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+            places = torch.arange(x.shape[1], device=x.device)
+            if cu_seqlens is not None:
+                check_offsets(cu_seqlens, x)
+                check_end(cu_seqlens, x.shape[1:2])
+                starts = cu_seqlens.to(x.device)
+                places = places - starts[torch.searchsorted(starts, places, right=True) - 1]
+            position_ids = places[None]
+        check_plain("position_ids", position_ids)
+        batch, tokens, _ = x.shape
+        if position_ids.shape not in ((tokens,), (1, tokens), (batch, tokens)) or position_ids.is_complex():
+            got = f"{position_ids.dtype} of shape {tuple(position_ids.shape)}"
+            raise ValueError(f"position_ids must be numbers of shape (B or 1, N) = ({batch} or 1, {tokens}), got {got}")
         return position_ids
 
     def _angles(self, position_ids: Tensor) -> Tensor:
@@ -346,10 +363,14 @@ def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
-def _divide(width: int, heads: int) -> int:
-    if width % heads:
-        raise ValueError(f"heads must divide the width {width}, got {heads}")
-    return width // heads
+def _ladder(decay: Any, heads: int, layer: int, layers: int) -> Tensor:
+    """(heads,) log decays on the CPU."""
+    if isinstance(decay, str):
+        return log_decay(decay, heads, layer, layers)
+    check_plain("decay", decay, "a ladder's name or a tensor of log decays")
+    if decay.is_meta or decay.is_complex():
+        raise ValueError(f"decay must be real numbers that are known, got {decay.dtype} on {decay.device}")
+    return decay.detach().float().cpu()
 
 
 __all__ = ["LightningAttention", "Retention"]

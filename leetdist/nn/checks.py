@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
-from leetdist.arguments import as_bool, as_int, as_tile
+from leetdist.arguments import as_bool, as_float, as_int, as_tile
+
+LARGEST = (1 << 31) - 1  # of what a layer has; what PyTorch says of more names no argument
 
 
 def check_exact(tile: Any, exact: Any) -> tuple[int | None, bool]:
@@ -14,11 +17,29 @@ def check_exact(tile: Any, exact: Any) -> tuple[int | None, bool]:
     return None if tile is None else as_tile(tile), as_bool("exact", exact)
 
 
-def check_sizes(**sizes: Any) -> None:
-    """Whole numbers of at least 1, by name; None is one that a layer chooses."""
-    for name, size in sizes.items():
-        if size is not None and as_int(name, size) < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+def as_size(name: str, value: Any) -> int:
+    """How many or how wide, at least 1, as a Python int."""
+    size: int = as_int(name, value)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    if size > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:,}, got {size:,}")
+    return size
+
+
+def share_of(name: str, width: int, heads: int) -> int:
+    """A head's part of a width."""
+    if width % heads:
+        raise ValueError(f"heads must divide the width {width}, got {heads}: {name} is {width}")
+    return width // heads
+
+
+def as_eps(value: Any) -> float:
+    """What a norm adds to a mean of squares."""
+    eps: float = as_float("eps", value)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
+    return eps
 
 
 def check_x(x: Tensor, dim: int) -> None:
@@ -28,4 +49,4 @@ def check_x(x: Tensor, dim: int) -> None:
         raise ValueError(f"x must have shape (B, N, dim) = (B, N, {dim}), got {got}")
 
 
-__all__ = ["check_exact", "check_sizes", "check_x"]
+__all__ = ["as_eps", "as_size", "check_exact", "check_x", "share_of"]

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from leetdist.arguments import as_int
+from leetdist.arguments import as_int, as_str, check_plain
 
 Ladder: TypeAlias = Callable[[int, int, int], list[float]]
 
@@ -31,7 +31,11 @@ def ladder(name: str) -> Callable[[Ladder], Ladder]:
     >>> del leetdist.nn.LADDERS["half"]
     """
 
+    as_str("name", name)
+
     def register(function: Ladder) -> Ladder:
+        if not callable(function):
+            raise ValueError(f"function must be callable, got {type(function).__name__}")
         LADDERS[name] = function
         return function
 
@@ -59,8 +63,7 @@ def log_decay(name: str, heads: int, layer: int = 0, layers: int = 1) -> Tensor:
     """
     if not isinstance(name, str) or name not in LADDERS:
         raise ValueError(f"decay must be one of {sorted(LADDERS)}, got {name!r}")
-    for place, number in (("heads", heads), ("layer", layer), ("layers", layers)):
-        as_int(place, number)
+    heads, layer, layers = as_int("heads", heads), as_int("layer", layer), as_int("layers", layers)
     if heads < 1 or not 0 <= layer < layers:
         raise ValueError(f"heads must be >= 1 and 0 <= layer < layers, got heads {heads}, layer {layer} of {layers}")
     # The device is named, because models are also built under `torch.device("meta")`.
@@ -141,7 +144,7 @@ def check_decays(model: nn.Module | Mapping[int, Tensor], name: str, *, layers: 
         layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if not isinstance(layers, int):
         raise ValueError(f"layers must be the number of layers of the model, which has no configuration, got {layers}")
-    decays = decays_of(model) if isinstance(model, nn.Module) else {i: -x.abs().flatten() for i, x in model.items()}
+    decays = decays_of(model) if isinstance(model, nn.Module) else _as_decays(model)
     differs = _differs(decays, name, layers)
     if differs is None:
         return
@@ -152,6 +155,15 @@ def check_decays(model: nn.Module | Mapping[int, Tensor], name: str, *, layers: 
         f"where the ladder has {wanted:.6g}; "
         + (f"those of {' and '.join(fitting)} fit all layers" if fitting else "no ladder of leetdist.nn.LADDERS fits")
     )
+
+
+def _as_decays(told: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Of slopes or log decays by layer."""
+    if not told:
+        raise ValueError("model must have decays of at least one layer, got none")
+    for layer, x in told.items():
+        check_plain(f"model[{layer!r}]", x, "a layer's decays, a tensor")
+    return {layer: -x.abs().flatten() for layer, x in told.items()}
 
 
 def _differs(decays: Mapping[int, Tensor], name: str, layers: int) -> tuple[int, int, float] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from leetdist.arguments import as_float
 from leetdist.kernels.common.elementwise import silu, softplus
-from leetdist.nn.checks import check_exact, check_sizes, check_x
+from leetdist.nn.checks import as_size, check_exact, check_x, share_of
 from leetdist.nn.operator import attended
 
 if TYPE_CHECKING:
@@ -66,21 +66,19 @@ class SimpleGLA(nn.Module):
         exact: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(dim=dim, heads=heads, value_dim=value_dim)
-        value_dim = dim if value_dim is None else value_dim
-        for width in (dim, value_dim):
-            if width % heads:
-                raise ValueError(f"heads must divide the width {width}, got {heads}")
+        dim, heads = as_size("dim", dim), as_size("heads", heads)
+        value_dim = dim if value_dim is None else as_size("value_dim", value_dim)
         if not 0 < as_float("normalizer", normalizer) < math.inf:
             raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
-        self.dim, self.heads, self.head_dim, self.normalizer, self.group = dim, heads, dim // heads, normalizer, group
+        self.dim, self.heads, self.head_dim = dim, heads, share_of("dim", dim, heads)
+        self.normalizer, self.group = normalizer, group
         self.tile, self.exact = check_exact(tile, exact)
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, value_dim, bias=False)
         self.gk_proj = nn.Linear(dim, heads)
         self.g_proj = nn.Linear(dim, value_dim, bias=False)
-        self.norm = nn.RMSNorm(value_dim // heads, eps=1e-5)
+        self.norm = nn.RMSNorm(share_of("value_dim", value_dim, heads), eps=1e-5)
         self.o_proj = nn.Linear(value_dim, dim, bias=False)
 
     def log_decay(self, x: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leetdist.arguments import as_float
+from leetdist.arguments import as_bool, as_float, check_plain
 from leetdist.inference.attend import TILE, attend
 from leetdist.kernels.common.elementwise import silu
 from leetdist.mamba import around, check_limits, decode, mamba_chunk_scan_combined
-from leetdist.nn.checks import check_exact, check_sizes, check_x
+from leetdist.nn.checks import LARGEST, as_eps, as_size, check_exact, check_x
 from leetdist.nn.conv import causal_conv1d
 from leetdist.sequence.group import resolve
 
@@ -96,12 +96,13 @@ class Mamba2(nn.Module):
     ) -> None:
         super().__init__()
         self.tile, self.exact = check_exact(tile, exact)
-        check_sizes(dim=dim, head_dim=head_dim, state=state, groups=groups, conv=conv, heads=heads)
-        if not 0 < as_float("expand", expand) * dim < math.inf:
-            raise ValueError(f"expand must be a positive number, got {expand}")
+        dim, head_dim = as_size("dim", dim), as_size("head_dim", head_dim)
+        state, groups, conv = as_size("state", state), as_size("groups", groups), as_size("conv", conv)
+        if not 0 < (wide := as_float("expand", expand) * dim) < LARGEST:
+            raise ValueError(f"expand must be a positive number, of a width of at most {LARGEST:,}, got {expand}")
         check_limits(dt_limit)
-        inner = int(expand * dim)
-        heads = heads or inner // head_dim
+        inner = int(wide)
+        heads = inner // head_dim if heads is None else as_size("heads", heads)
         if heads * head_dim != inner:
             raise ValueError(f"heads * head_dim must be expand * dim = {inner}, got {heads} * {head_dim}")
         if heads % groups:
@@ -109,9 +110,10 @@ class Mamba2(nn.Module):
         self.dim, self.heads, self.head_dim, self.state, self.groups = dim, heads, head_dim, state, groups
         self.dt_limit, self.group = dt_limit, group
         self.sizes = inner, inner + 2 * groups * state, heads
-        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=bias)
+        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=as_bool("bias", bias))
         # Its weights alone are used: a module, so that they have their names and PyTorch's initial values.
         channels = self.sizes[1]
+        conv_bias = as_bool("conv_bias", conv_bias)
         self.conv1d = nn.Conv1d(channels, channels, conv, groups=channels, padding=conv - 1, bias=conv_bias)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(heads)) for _ in range(3))
         self.norm = GatedRMSNorm(inner, inner // groups, eps)
@@ -138,7 +140,7 @@ class Mamba2(nn.Module):
         """x: (B, N, dim), this rank's shard under a group, as is seq_idx (B, N); cu_seqlens in the whole sequence.
         state: on the first rank; with return_state, every rank gets the one after the last token."""
         documents: dict[str, Any] = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
-        before, kept = (None, None) if state is None else state
+        before, kept = self._parts(x, state)
         keeps = self.exact and (state is not None or return_state)
         if keeps:
             transport = resolve(self.group)
@@ -154,8 +156,8 @@ class Mamba2(nn.Module):
         if keeps:
             y, ssm = self._exactly(**inputs, state=kept, return_state=return_state)
             scanned = (y, ssm) if return_state else y
-        elif state is not None and return_state and one and resolve(self.group) is None:
-            scanned = decode(**inputs, states=state.ssm, dt_limit=self.dt_limit, inplace=self.inplace)
+        elif kept is not None and return_state and one and resolve(self.group) is None:
+            scanned = decode(**inputs, states=kept, dt_limit=self.dt_limit, inplace=self.inplace)
         else:
             scanned = mamba_chunk_scan_combined(
                 **inputs, dt_softplus=True, dt_limit=self.dt_limit,
@@ -165,6 +167,30 @@ class Mamba2(nn.Module):
         y, ssm = scanned if return_state else (scanned, None)
         y = self.out_proj(self.norm(y.flatten(2), z))
         return y if last is None or ssm is None else (y, Mamba2State(last, ssm))
+
+    def _parts(self, x: Tensor, state: Any) -> tuple[Tensor | None, Any]:
+        """What the convolution and the scan go on from. Under a group both see to their own, so that all ranks know."""
+        if state is None:
+            return None, None
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            raise ValueError(f"state must be a Mamba2State, conv and ssm, got {type(state).__name__}")
+        conv, ssm = state
+        if resolve(self.group) is None:
+            check_x(x, self.dim)
+            if conv is not None:
+                wanted = len(x), self.conv1d.kernel_size[0] - 1, self.sizes[1]
+                check_plain("state.conv", conv, "a tensor or None")
+                if tuple(conv.shape) != wanted:
+                    raise ValueError(f"state.conv must have shape {wanted}, got {tuple(conv.shape)}")
+            if ssm is not None and not self.exact:
+                check_plain("state.ssm", ssm, "a tensor or None")
+                wanted = self.heads, self.head_dim, self.state
+                if ssm.ndim != 4 or tuple(ssm.shape[1:]) != wanted:
+                    raise ValueError(
+                        f"state.ssm must have shape (B or documents, H, P, S) = (..., {', '.join(map(str, wanted))}), "
+                        f"got {tuple(ssm.shape)}"
+                    )
+        return conv, ssm
 
     def _exactly(
         self, *, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Any, return_state: bool, **more: Tensor
@@ -220,7 +246,7 @@ class GatedRMSNorm(nn.Module):
 
     def __init__(self, width: int, size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        check_sizes(width=width, size=size)
+        width, size, eps = as_size("width", width), as_size("size", size), as_eps(eps)
         if width % size:
             raise ValueError(f"size must divide the width {width}, got {size}")
         self.size, self.eps = size, eps
@@ -232,6 +258,12 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x, gate: (..., width), to the same in x's dtype."""
+        width = len(self.weight)
+        for name, part in (("x", x), ("gate", gate)):
+            check_plain(name, part)
+            if part.ndim < 1 or part.shape != x.shape or part.shape[-1] != width or not part.is_floating_point():
+                got = f"{part.dtype} of shape {tuple(part.shape)}"
+                raise ValueError(f"{name} must be floating of shape (..., {width}), x and gate alike, got {got}")
         wide = torch.promote_types(x.dtype, torch.float32)
         y = (x.to(wide) * silu(gate.to(wide))).unflatten(-1, (-1, self.size))
         # One kernel on a GPU, whose rows do not depend on how many there are, as those of a mean do.

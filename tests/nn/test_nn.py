@@ -178,8 +178,13 @@ def test_rotary_without_positions_is_refused_under_a_group() -> None:
     def rank(group):
         Retention(32, 4, group=group)(torch.randn(1, 16, 32))
 
-    with pytest.raises(ValueError, match="position_ids must be given"):
-        leetdist.virtual_ranks(rank, 2)
+    def surrounded(group):
+        with leetdist.sequence_parallel(group):
+            Retention(32, 4)(torch.randn(1, 16, 32))
+
+    for function in (rank, surrounded):
+        with pytest.raises(ValueError, match="position_ids must be given"):
+            leetdist.virtual_ranks(function, 2)
 
 
 def test_bf16_leaves_the_decays_alone() -> None:

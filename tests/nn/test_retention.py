@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -116,6 +118,19 @@ def test_layouts_on_ranks_in_pieces_and_packed(layout: str) -> None:
         if layout == "torchscale":
             with pytest.raises(ValueError, match="position_ids must be given"):
                 layer(x[:, 60:], state=state)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("layout", ["leetdist", "torchscale", "fla"])
+def test_packed_documents_have_positions_of_their_own(layout: str, rotary: bool) -> None:
+    """Each document has its bits alone. (A large eps, which tells what the norm would undo.)"""
+    layer = Retention(32, 2, layout=layout, rotary=rotary, eps=1.0)
+    x, bounds = torch.randn(1, 40, 32), (0, 0, 5, 21, 21, 40)
+    packed = layer(x, cu_seqlens=torch.tensor(bounds))
+    alone = [layer(x[:, begin:end]) for begin, end in pairwise(bounds) if begin < end]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="cu_seqlens must end at"):
+        layer(x, cu_seqlens=torch.tensor([0, 39]))
 
 
 def test_a_wider_key_and_an_unknown_layout() -> None:
