@@ -85,6 +85,8 @@ CASES = [
     (128, (64, 128), FP16, True, False, (0, 3, 140, 140, 533)),
     (128, (128, 64), BF16, True, True, (0, 300)),
     (256, (48, 80), BF16, False, True, (0, 768)),
+    (256, (64, 64), FP16, False, False, (0, 600, 1112)),
+    (256, (96, 64), BF16, True, True, (0, 540)),
 ]
 
 
@@ -130,7 +132,7 @@ def test_what_is_not_finite_reaches_as_far(device: str, reverse: bool, transpose
         assert not found[0, 0, list(seen)].isfinite().all(-1).any()
 
 
-@pytest.mark.parametrize(("reverse", "transposed"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("reverse", "transposed"), [(False, False), (False, True), (True, False)])
 def test_what_is_not_finite_and_forgotten_ends_with_its_tile(device: str, reverse: bool, transposed: bool) -> None:
     """As with states in memory: of a tile, a head that decays leaves out the chunks far from where its state goes."""
     tiles = Tiles(256, (0, 600))
@@ -146,6 +148,20 @@ def test_what_is_not_finite_and_forgotten_ends_with_its_tile(device: str, revers
         assert not found.isfinite().all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_a_first_tile_leaves_out_stays_out(device: str, transposed: bool) -> None:
+    """Outputs of the tile itself see what its own sum does not, so the two are not one there, even from zero."""
+    tiles = Tiles(256, (0, 400))
+    x = [torch.zeros(1, 1, 400, 64, dtype=BF16, device=device) for _ in range(3)]
+    x[0][:], x[1][:, :, :64], x[2][:, :, :64] = 1.0, 1e18, 1e18
+    log_decay = torch.tensor([-0.87], device=device)
+    options: dict[str, Any] = {"reverse": False, "transposed": transposed, "scale": 0.3, "state_scale": 0.3}
+    found = rows.row_outputs(*x, log_decay, tiles, **options)
+    assert torch.equal(found, by_steps([*x, log_decay], tiles, **options, sum_scale=1.0))
+    assert found[:, :, 192:256].any()
+    assert not found[:, :, 256:].any()
+
+
 @ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(
     ("size", "tile", "dtype", "reverse", "transposed"),
@@ -156,7 +172,9 @@ def test_what_is_not_finite_and_forgotten_ends_with_its_tile(device: str, revers
         ((64, 64), 16, FP16, False, True),
         ((96, 112), 32, BF16, False, True),
         ((128, 128), 256, BF16, False, False),
+        ((128, 128), 256, BF16, False, True),
         ((128, 128), 256, BF16, True, True),
+        ((128, 128), 256, FP16, True, True),
         ((128, 128), 2048, FP16, True, False),
     ],
 )

@@ -10,6 +10,8 @@
 // -DLONG=1 -DLENGTH=64: tiles of several chunks, of which a block has 64 columns. The state that outputs read goes on from
 // chunk to chunk, as in tile_outputs.cu; beside it what the tile adds is summed, of the chunks that tile_states.cu reads.
 // The state at the tile's start, to which the fold adds that, waits in `starts`, where each thread reads what it wrote.
+// A tile's last chunk is but added, for the fold makes the next state; and in a first tile forward, which begins from
+// zero, what the state takes is what the tile adds, in one product, where no chunk is left out.
 // With -DTRANSPOSED=1 both are S = (b w)^T c, so that what is weighted is an operand in registers here too, and turned round
 // once a tile, through shared memory.
 //
@@ -50,15 +52,17 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
     tables.place(own, tile, log_decay TOKENS_), weights.place(unscaled, tile, log_decay TOKENS_);
     auto place = [&](int step) { return base + step % 2 * STAGE; };
     auto arrival = [&](int step) { return arrivals + step % 2 * 8; };
+    // Without a branch where a chunk holds several tiles: there are too few registers.
+    auto shared = [&](Offset share) { return LONG ? head_of(tile.head, share) : tile.head / int(share); };
     auto fetch_c = [&](int step) {
         if (step >= tile.chunks) return;
-        fetch<COLUMNS>(place(step) + 2 * ROWS_BYTES, c, tile.chunk(step, c_share, tile.own), arrival(step));
+        fetch<COLUMNS>(place(step) + 2 * ROWS_BYTES, c, tile.chunk_of(step, shared(c_share), tile.own), arrival(step));
     };
     auto fetch_a_and_b = [&](int step) {  // and c, whose place is free where outputs are not in it
         if (step >= tile.chunks) return;
         expect(arrival(step), STAGE);
-        fetch<STORED_ROWS>(place(step), a, tile.chunk(step, a_share), arrival(step));
-        fetch<STORED_ROWS>(place(step) + ROWS_BYTES, b, tile.chunk(step, b_share), arrival(step));
+        fetch<STORED_ROWS>(place(step), a, tile.chunk_of(step, shared(a_share)), arrival(step));
+        fetch<STORED_ROWS>(place(step) + ROWS_BYTES, b, tile.chunk_of(step, shared(b_share)), arrival(step));
         if (TURNED) fetch_c(step);
     };
     if (AGAIN) lost.start(state);
@@ -75,7 +79,7 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
     tables.set(scale, state_scale, LONG ? added_scale : 1.0f, LENGTH);
     if (LONG) weights.set(1.0f, CHUNK);
     const int tile_tokens = int(tile_chunks) * CHUNK, reached = LONG ? weights.reached(tile_tokens, int(tile_chunks)) : 0;
-    starts += Offset(blockIdx.x) * SUMS * EACH * THREADS + (TURNED ? 4 : 1) * thread;
+    starts += Offset(blockIdx.x) * SUMS * EACH * THREADS + 4 * thread;
 
     out += tile.batch * out_batch + tile.head * out_head + tile.start * out_token + tile.own;
     // Where a chunk's outputs are: where its c was; or, where products read c until the chunk's end, apart.
@@ -93,12 +97,14 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
         const Word a_i = place(step), b_i = a_i + ROWS_BYTES, c_i = b_i + ROWS_BYTES;
         const int count = tile.count(step);
         // Of the tile: its first token, and its chunks that are left, this one counted. Whether another tile follows, and
-        // whether this chunk adds to its state.
+        // whether this chunk adds to its state, and comes last; and whether this tile's own sum is all of the state.
         const int tile_first = LONG ? tile.first(step) & -tile_tokens : 0;  // which is a power of two
         const int before = (tile.first(step) - tile_first) / CHUNK;
         const int left = REVERSE ? before + 1 : int(tile_chunks) - before;
         const bool more = LONG && (REVERSE ? tile_first > 0 : tile_first + tile_tokens < tile.length);
-        const bool adds = more && left <= reached;
+        const bool adds = more && left <= reached, ends = more && left == 1;
+        const bool from_zero = REVERSE ? tile_first + tile_tokens >= tile.length : tile_first == 0;
+        const bool alike = !REVERSE && !TURNED && from_zero && reached == int(tile_chunks);
         wait_arrival(arrival(step), step / 2 & 1);
         if (AGAIN) {
             if (adds) kept.find<STORED_ROWS, false>(b_i, step, count, 0), kept.find<COLUMNS, true>(c_i, step, count, 0);
@@ -114,7 +120,7 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
         }
         meet();  // all have written the outputs of the chunk before, and read its scores
         wait_products<0>();  // for ptxas, which does not see that none is under way
-        if (thread == 0) fetch_a_and_b(step + 1);
+        if (!LONG && thread == 0) fetch_a_and_b(step + 1);
         write_chunk(step - 1);
 
         float scores[32], o_i[PARTS][LENGTH / 2];
@@ -140,11 +146,30 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
                 product(o_i[part], held[i], by_rows(a_i + first * 128) + along_rows(i), i);
             end_products();
         };
+        auto put = [&](int part, int first) {
+            here(o_i[part]), here(x[part]);
+            if (AGAIN) lost.mark(o_i[part], step, part, first);
+            const Word to = place_outputs(step) + part * BLOCK + first * 128 + place_transposed();
+#pragma unroll
+            for (int i = 0; i < LENGTH / 2; i += 8) {  // 16 tokens; a warp writes where it alone has read
+                Word y[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) y[j] = pack(o_i[part][i + 2 * j], o_i[part][i + 2 * j + 1]);
+                store_transposed(to + i / 8 * 16 * 128, y);
+            }
+        };
+        auto look = [&](const auto& numbers) {  // for what is not finite
+            float zero = 0.0f;
+#pragma unroll
+            for (int i = 0; i < int(sizeof numbers / sizeof numbers[0]); i++) zero = fmaf(numbers[i], 0.0f, zero);
+            if (!AGAIN && zero != 0.0f) again[blockIdx.x] = 1;
+        };
         begin_products();
 #pragma unroll
         for (int i = 0; i < STEPS; i++) product(scores, by_rows(a_i) + along_rows(i), by_rows(b_i) + along_rows(i), i);
         end_products();
         if (LONG) start_from_state(0, 0);
+        if (LONG && thread == 0) fetch_a_and_b(step + 1);  // here, as the products do not wait for it
         wait_products<LONG>();
         here(scores);
         tables.decay(scores, seen);
@@ -160,8 +185,7 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
                 if (!LONG) start_from_state(part, first);
-                const Word from_first = part * BLOCK + first * 128 + place_transposed();
-                load_left(c_i + from_first, x[part]);
+                load_left(c_i + part * BLOCK + first * 128 + place_transposed(), x[part]);
                 wait_products<0>();
                 here(o_i[part]), here(held);
                 tables.fade(o_i[part], units.unit, length);
@@ -171,21 +195,9 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
                 for (int i = 0; i < SUMMED; i++)
                     product(o_i[part], x[part][i], by_rows(seen + first * 128) + along_rows(first / 16 + i), 1);
                 end_products();
-                if (LONG) {
-                    weighted.set(x[0], tables.pairs);
-                    fade(state[0], tables.faded(count));
-                    start(state[0], weighted.high, b_i, weighted.low, b_i);
-                }
-                wait_products<LONG>();
-                here(o_i[part]), here(x[part]);
-                if (AGAIN) lost.mark(o_i[part], step, part, first);
-#pragma unroll
-                for (int i = 0; i < LENGTH / 2; i += 8) {  // 16 tokens; a warp writes where it alone has read
-                    Word y[4];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) y[j] = pack(o_i[part][i + 2 * j], o_i[part][i + 2 * j + 1]);
-                    store_transposed(place_outputs(step) + from_first + i / 8 * 16 * 128, y);
-                }
+                if (LONG) break;
+                wait_products<0>();
+                put(part, first);
             }
             if (LONG) break;
             if (TRANSPOSED) {
@@ -210,77 +222,108 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
                 for (int i = 0; i < HELD; i++) state[part][i] = fmaf(state[part][i], folded, sum_scale * sum[i]);
             }
         }
-        if (LONG) {
-            // What the tile adds has the weights of the state's products where these are not scaled.
-            if ((REVERSE && !TURNED) || !adds) wait_products<0>(), here(state[0]), here(weighted);
-            if (adds && TURNED) {
-                WeightedOf<SUMMED> left[SUMS];
+        // What the tile adds. alone: the state's product does not precede it, whose weights are the same forward; and there
+        // are too few registers for operands of two sums. meanwhile: called when all products before are done.
+        auto add = [&](bool alone, auto meanwhile) {
+            WeightedOf<SUMMED> left[SUMS];
+            if (!TURNED && (REVERSE || alone)) weighted.set(x[0], REVERSE ? weights.pairs : tables.pairs);
 #pragma unroll
-                for (int sum = 0; sum < SUMS; sum++) {
-                    load_left(b_i + sum * BLOCK + place_transposed(), x[0]);
-                    left[sum].set(x[0], weights.pairs);
-                    fade(added[sum], weights.faded(count));
+            for (int sum = 0; sum < SUMS; sum++) {
+                fade(added[sum], weights.faded(count));
+                if (TURNED) {
+                    Word y[SUMMED][4];
+                    load_left(b_i + sum * BLOCK + place_transposed(), y);
+                    left[sum].set(y, weights.pairs);
                     start(added[sum], left[sum].high, c_i, left[sum].low, c_i);
-                    wait_products<1>();  // those before
-                    if (sum == 0) here(state[0]), here(weighted);
-                    else here(added[sum - 1]), here(left[sum - 1]);
+                } else {
+                    start(added[sum], weighted.high, b_i, weighted.low, b_i);
                 }
-                wait_products<0>();
-                here(added[SUMS - 1]), here(left[SUMS - 1]);
-            } else if (adds) {
-                if (REVERSE) weighted.set(x[0], weights.pairs);
-                fade(added[0], weights.faded(count));
-                start(added[0], weighted.high, b_i, weighted.low, b_i);
-                wait_products<0>();
-                here(added[0]), here(state[0]), here(weighted), here(x[0]);
+                if (TURNED && alone) wait_products<0>();
+                else wait_products<1>();
+                if (sum == 0) meanwhile();
+                else here(added[sum - 1]), here(left[sum - 1]);
             }
-            publish();
-        }
-        // Here rather than behind the loop, where ptxas would spill in it.
-        if (!AGAIN && (step == tile.chunks - 1 || (LONG && left == 1))) {
-            float zero = 0.0f;
-#pragma unroll
-            for (int part = 0; part < PARTS; part++)
-#pragma unroll
-                for (int i = 0; i < HELD; i++) zero = fmaf(state[part][i], 0.0f, zero);
-            if (zero != 0.0f) again[blockIdx.x] = 1;
-        }
-        if (more && left == 1) {
-            const bool from_zero = REVERSE ? tile_first + tile_tokens >= tile.length : tile_first == 0;
+            wait_products<0>();
+            here(added[SUMS - 1]);
+            if (TURNED) here(left[SUMS - 1]);
+            else here(weighted);
+        };
+        // The next tile's state at its start, of `at_start` of this one's and the `sum` of what this one adds.
+        auto fold = [&](auto& at_start, auto& sum) {
+            constexpr int SUMS_ = sizeof sum / sizeof sum[0], EACH_ = sizeof sum[0] / sizeof sum[0][0];
             const float folded = weights.folded(min(tile_tokens, tile.length - tile_first));
-            if (TURNED) {
-                const int anew = thread_anew(), row = anew / 32 * 16 + anew % 32 / 4, column = anew % 4 * 2;
-                const Word to = a_i + turned(row, column), from = a_i + turned(column, row);
-                meet();  // all have read a, and b
+            const int anew = thread_anew(), row = anew / 32 * 16 + anew % 32 / 4, column = anew % 4 * 2;
+            const Word to = a_i + turned(row, column), from = a_i + turned(column, row);
+            if (TURNED) meet();  // all have read a, and b
 #pragma unroll
-                for (int sum = 0; sum < SUMS; sum++)
+            for (int number = 0; number < SUMS_; number++)
 #pragma unroll
-                    for (int i = 0; i < EACH; i += 4) {
-                        float* start = starts + (sum * EACH + i) * THREADS;
-                        float x[4] = {};
-                        if (!from_zero) load_four(start, x);
+                for (int i = 0; i < EACH_; i += 4) {
+                    float x[4];
 #pragma unroll
-                        for (int j = 0; j < 4; j++)
-                            x[j] = fmaf(x[j], folded, sum_scale * added[sum][i + j]), added[sum][i + j] = 0.0f;
-                        store_four(start, x[0], x[1], x[2], x[3]);
-                        const Word place = (to ^ i * 8) + 64 * sum * 256;
-                        store(place, x[0], x[1]), store(place + 8 * 256, x[2], x[3]);
+                    for (int j = 0; j < 4; j++) {
+                        x[j] = fmaf(at_start[number][i + j], folded, sum_scale * sum[number][i + j]);
+                        sum[number][i + j] = 0.0f;
                     }
+                    store_four(starts + (number * EACH_ + i) * THREADS, x[0], x[1], x[2], x[3]);
+                    const Word place = (to ^ i * 8) + 64 * number * 256;
+                    if (TURNED) store(place, x[0], x[1]), store(place + 8 * 256, x[2], x[3]);
+#pragma unroll
+                    for (int j = 0; j < 4 && !TURNED; j++) state[0][i + j] = x[j];
+                }
+            if (TURNED) {
                 meet();
 #pragma unroll
                 for (int i = 0; i < HELD; i++)
                     state[0][i] = load((from ^ (i % 2 ^ i / 2 % 2) * 32) + (i / 4 * 8 + i % 2) * 256);
                 publish();
-            } else {
-#pragma unroll
-                for (int i = 0; i < HELD; i++) {
-                    state[0][i] = fmaf(from_zero ? 0.0f : starts[i * THREADS], folded, sum_scale * added[0][i]);
-                    added[0][i] = 0.0f;
-                }
-#pragma unroll
-                for (int i = 0; i < HELD; i++) starts[i * THREADS] = state[0][i];
             }
             if (AGAIN) kept.start(state, false), meet(), lost.take(kept), meet();
+        };
+        // Looked here rather than behind the loop, where ptxas would spill in it.
+        if (!LONG) {
+#pragma unroll
+            for (int part = 0; part < PARTS; part++)
+                if (step == tile.chunks - 1) look(state[part]);
+        } else if (!ends || alike) {
+            weighted.set(x[0], tables.pairs);
+            fade(state[0], tables.faded(count));
+            start(state[0], weighted.high, b_i, weighted.low, b_i);
+            wait_products<1>();
+            put(0, 0);
+            const bool apart = adds && !alike;
+            if (!apart || (REVERSE && !TURNED)) wait_products<0>(), here(state[0]), here(weighted);
+            if (apart) add(false, [&] {
+                if (TURNED) here(state[0]), here(weighted);
+            });
+            here(state[0]);
+            publish();
+            if (step == tile.chunks - 1 || ends) look(state[0]);
+            float zeros[PARTS][HELD] = {};
+            if (ends) fold(zeros, state);
+        } else {
+            look(state[0]);
+            float at_start[SUMS][EACH];  // comes while products are under way
+            auto finish = [&] {
+                put(0, 0);
+#pragma unroll
+                for (int sum = 0; sum < SUMS; sum++)
+#pragma unroll
+                    for (int i = 0; i < EACH; i += 4) {
+                        float x[4] = {};
+                        if (!from_zero) load_four(starts + (sum * EACH + i) * THREADS, x);
+#pragma unroll
+                        for (int j = 0; j < 4; j++) at_start[sum][i + j] = x[j];
+                    }
+            };
+            if (TURNED) wait_products<0>(), finish();
+            add(true, [&] {
+                if (!TURNED) finish();
+            });
+            publish();
+#pragma unroll
+            for (int sum = 0; sum < SUMS; sum++) look(added[sum]);
+            fold(at_start, added);
         }
     }
     meet();
