@@ -65,6 +65,7 @@ __device__ __forceinline__ bool has_column(int column) { return !STATE_COLUMNS |
 #define TOKENS , Offset decay_batch, Offset decay_head, Offset together WEIGHT
 #define TOKENS_ , decay_batch, decay_head, together WEIGHT_
 #else
+#define TOKEN 0
 #define TOKENS
 #define TOKENS_
 #endif
@@ -102,7 +103,8 @@ struct Tile {
     }
     __device__ __forceinline__ int count(int step) const { return min(CHUNK, length - first(step)); }
     __device__ __forceinline__ Place chunk(int step, Offset share, int column = 0) const {
-        return chunk_of(step, LAST_FETCHES ? head_of(head, share) : head / int(share), column);
+        // Of a decay a token, kernels that have no branch to spare.
+        return chunk_of(step, LAST_FETCHES || !TOKEN ? head_of(head, share) : head / int(share), column);
     }
     __device__ __forceinline__ Place chunk_of(int step, int own_head, int column = 0) const {
         return {column, start + first(step), own_head, batch};

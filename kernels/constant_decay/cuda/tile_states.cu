@@ -10,8 +10,9 @@
 
 constexpr int STAGES = !LAST_FETCHES ? 3 : GROUPS == 1 ? 2 : 4;
 constexpr int STAGE = ROWS_BYTES + GROUPS * COLUMNS_BYTES;
-// Whether who has read a chunk last starts the next copy to its place while the products of the chunk behind it run.
-constexpr bool LATER = LAST_FETCHES && STAGES > 2;
+// Whether the next copy to a chunk's place starts while the products of the chunk behind it run.
+// (Of a decay a token, there are too few registers where one thread starts it.)
+constexpr bool LATER = STAGES > 2 && (LAST_FETCHES || !TOKEN);
 
 #ifndef ONWARD
 #define ONWARD 0
@@ -96,13 +97,13 @@ tile_states(OPERAND(b), OPERAND(c), float* out, Offset out_tile, TILES, Offset u
                 if (is_there(part, i)) to[8 * (i / 4) + i % 2 + (64 * part + i / 2 % 2 * 8) * STATE_ROWS] = state[part][i];
 #endif
     };
-    bool last = false;
+    bool last = LATER && !LAST_FETCHES && threadIdx.x == 0;  // who starts the next copy
     for (int step = 0; step < tile.chunks; step++) {
         const Word b_i = base + step % STAGES * STAGE, c_i = b_i + ROWS_BYTES + group_number() * COLUMNS_BYTES;
         const int count = tile.count(step);
         wait_arrival(arrivals + step % STAGES * 8, step / STAGES & 1);
         if (!LAST_FETCHES || count < CHUNK) meet();  // all have read the chunk before
-        if (!LAST_FETCHES && threadIdx.x == 0) fetch_chunk(step + STAGES - 1);
+        if (!LATER && !LAST_FETCHES && threadIdx.x == 0) fetch_chunk(step + STAGES - 1);
         if (count < CHUNK) {  // both warpgroups write the same zeros to b
             zero_rows<STORED_ROWS>(b_i, count), zero_rows<COLUMNS>(c_i, count);
             weights.set(1.0f, count);
