@@ -91,7 +91,7 @@ def rows() -> Iterator[Row]:
             yield f"ssm {type(value).__name__} {tokens.shape[1]}", run, r"^state\.ssm must"
 
     for name in (None, 3, [], object()):
-        yield f"ladder {name!r}", partial(nn.ladder, name), "^name must be a string"
+        yield f"ladder {type(name).__name__}", partial(nn.ladder, name), "^name must be a string"
     yield "ladder of none", lambda: nn.ladder("none of these")(3), "^function must be callable"
     yield "log_decay heads", partial(nn.log_decay, "tnl", LARGE), "^heads must be"
     yield "check_decays of nothing", partial(nn.check_decays, {}, "tnl", layers=1), "^model must have decays"
