@@ -15,38 +15,75 @@ __device__ __forceinline__ int sum_lanes(float (&sums)[16]) {
     exchange_sums<8>(sums), exchange_sums<4>(sums), exchange_sums<2>(sums);
     return threadIdx.x % 32 / 4 * 8 + 2 * (threadIdx.x % 4);
 }
-__device__ __forceinline__ void sum_lanes(float (&sums)[16], Word to) {
+// Of each token the sum over a warp's 16 columns of o, transposed, times x: of two tokens, the first of which is returned.
+__device__ __forceinline__ void add_columns(const float (&o)[32], const Word (&x)[4], int part, float (&sums)[16]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int at = 8 * part + i / 2 * 4 + i % 2;  // the second of a thread's columns is two numbers further on
+        sums[4 * part + i] = fmaf(o[at], unpack(x[i / 2 * 2], i % 2), o[at + 2] * unpack(x[i / 2 * 2 + 1], i % 2));
+    }
+}
+__device__ __forceinline__ int sum_columns(const float (&o)[32], const Word (&x)[4][4], float (&sums)[16]) {
+#pragma unroll
+    for (int part = 0; part < 4; part++) add_columns(o, x[part], part, sums);
+    return sum_lanes(sums);
+}
+// Of numbers that lie beside each other, two in each of four lanes, what there is before each of a lane's own; and in all.
+__device__ __forceinline__ float sum_before(float first, float second, float (&before)[2]) {
+    const int lane = threadIdx.x % 32;
+    const float own = first + second, beside = __shfl_xor_sync(0xffffffffu, own, 1);
+    const float far = __shfl_xor_sync(0xffffffffu, own + beside, 2);
+    before[0] = (lane & 1 ? beside : 0.0f) + (lane & 2 ? far : 0.0f);
+    before[1] = before[0] + first;
+    return own + beside + far;
+}
+// Of pairs x y of a row i and an earlier column j, those that pass over token t, i >= t > j: for each t the sum over a
+// warp's 16 rows, none of it a difference. Columns before these rows are added up over them, and then one after the other;
+// what each row has there in all passes on into the warp's own tokens, in two blocks of 8, up to itself.
+__device__ __forceinline__ void sum_passing(const float (&x)[32], const float (&y)[32], Word to) {
+    const int lane = threadIdx.x % 32, warp = thread_number() / 32, row = lane / 4, column = 2 * (lane % 4);
+    float sums[16], rows[2] = {}, own[8] = {};
+#pragma unroll
+    for (int part = 0; part < 4; part++) {  // behind the warp's own tokens x is 0
+        float m[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) m[i] = x[8 * part + i] * y[8 * part + i];
+        if (part == warp) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) own[i] = m[i];
+        } else {
+            rows[0] += m[0] + m[1] + (m[4] + m[5]), rows[1] += m[2] + m[3] + (m[6] + m[7]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[4 * part + i] = m[i / 2 * 4 + i % 2] + m[i / 2 * 4 + i % 2 + 2];
+    }
+#pragma unroll
+    for (int apart = 1; apart < 4; apart *= 2)
+#pragma unroll
+        for (int i = 0; i < 2; i++) rows[i] += __shfl_xor_sync(0xffffffffu, rows[i], apart);
+    float upper[2], lower[2], beside[2];
+    sum_before(own[0], own[1], upper);
+    const float in_lower = sum_before(own[2], own[3], lower);
+    sum_before(own[6], own[7], beside);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const bool passed = row >= column + i;
+        const float first = (passed ? rows[0] + upper[i] : 0.0f) + (rows[1] + lower[i]);
+        const float second = passed ? rows[1] + in_lower + beside[i] : 0.0f;
+#pragma unroll
+        for (int part = 0; part < 4; part++)
+            if (part == warp) sums[4 * part + i] = first, sums[4 * part + 2 + i] = second;
+    }
     const int token = sum_lanes(sums);
-    store(to + token * 4, sums[0], sums[1]);
-}
-// Of each token the sum over a warp's 16 columns of o, transposed, times x.
-__device__ __forceinline__ void sum_columns(const float (&o)[32], const Word (&x)[4][4], Word to) {
-    float sums[16];
+    float before = 0.0f, all = sums[0] + sums[1];
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const int at = i / 2 * 4 + i % 2;  // the second of a thread's columns is two numbers further on
-        sums[i] = fmaf(o[at], unpack(x[i / 4][i / 2 % 2 * 2], i % 2), o[at + 2] * unpack(x[i / 4][i / 2 % 2 * 2 + 1], i % 2));
+    for (int apart = 1; apart < 32; apart *= 2) {
+        const float others = __shfl_xor_sync(0xffffffffu, all, apart);
+        before += lane & apart ? others : 0.0f, all += others;
     }
-    sum_lanes(sums, to);
-}
-// Of each column the sum over those of a warp's 16 rows that are not earlier.
-__device__ __forceinline__ void sum_rows_from(const float (&x)[32], Word to) {
-    const int lane = threadIdx.x % 32, row = thread_number() / 32 * 16 + lane / 4;
-    float sums[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const int column = i / 2 * 8 + 2 * (lane % 4) + i % 2, at = i / 2 * 4 + i % 2;
-        sums[i] = (row >= column ? x[at] : 0.0f) + (row + 8 >= column ? x[at + 2] : 0.0f);
-    }
-    sum_lanes(sums, to);
-}
-// An operand on the right, by rows, that sums each row up to a column: 1 at row t and columns j < t.
-__device__ __forceinline__ void triangle(Word to) {
-    for (int i = threadIdx.x; i < 64 * 32; i += GROUPS * THREADS) {
-        const int row = i / 32, column = 2 * (i % 32);
-        store(to + row * 128 + ((column / 8 ^ row) & 7) * 16 + column % 8 * 2,
-              pack(column < row ? 1.0f : 0.0f, column + 1 < row ? 1.0f : 0.0f));
-    }
+    const bool earlier = lane < 8 * warp;
+    __syncwarp();  // all have read what lies there
+    store(to + token * 4, earlier ? before : sums[0], earlier ? before + sums[0] : sums[1]);
 }
 // Of x, from 8 `first` on, high, and low, the rest: 16-bit numbers, operands on the left.
 template <int n, int steps>

@@ -4,10 +4,9 @@
 //     early (-DREVERSE=0), with the state S      A_i = do_i (from_state S^T q_i)      the chunk's own pairs
 //     late (-DREVERSE=1), with its gradient R    B_j = v_j (to_state R^T k_j)         and dv, as paired_outputs.cu
 //
-// and, late, <S, R> at the tile's start. A and B are added up over a whole tile (flows.py), so the state is two 16-bit
+// and, late, <S, R> at the tile's start. A and B are added up over a whole tile (triton/added_up.py), so the state is two 16-bit
 // numbers in them, high + low. Pairs are M_ij = (q_i k_j) (do_i v_j) decay_ij; what passes over token t is the sum of those
-// with i >= t > j: with a matrix of ones and zeros on the right, as high + low again, and then over rows. None of it is a
-// difference of sums.
+// with i >= t > j (sum_passing).
 //
 // Each warp asks for a share of the next chunk (paired_outputs.cu): of what its warpgroup reads, and, if the other warpgroup
 // is there too, a block of 64 columns of a or b.
@@ -54,10 +53,9 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
 #pragma unroll
         for (int i = 0; i < HELD; i++) state[h][0][i] = states ? states[place_in_state(h, i)] : 0.0f;
 
-    // Two places of: a, b, and c and d of each head. Behind them scores, or early what sums them; sums of each warp,
-    // log-decays, tables and barriers.
-    const Word base = shared_memory(), seen = base + 2 * STAGE + (LATE ? group * BLOCK : 0);
-    const Word all_sums = base + 2 * STAGE + (LATE ? GROUPS : 1) * BLOCK;
+    // Two places of: a, b, and c and d of each head. Behind them scores, sums of each warp, log-decays, tables and barriers.
+    const Word base = shared_memory(), seen = base + 2 * STAGE + group * BLOCK;  // late
+    const Word all_sums = base + 2 * STAGE + (LATE ? GROUPS : 0) * BLOCK;
     constexpr int SUMS = WARPS * CHUNK * 4, KINDS = AGAIN ? 0 : LATE ? 1 : 2;
     const Word slots = all_sums + ALL * KINDS * SUMS, all_tables = slots + 2 * ALL * SLOT;
     const Word all_lost = all_tables + ALL * Tables::BYTES, arrivals = all_lost + ALL * Lost::BYTES, read = arrivals + 16;
@@ -112,7 +110,6 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
         for (int i = 0; i < 2; i++) init_arrival(arrivals + i * 8, GROUPS * WARPS + 2 * BLOCKS);
         for (int i = 0; i < 2 * BLOCKS; i++) store(read + i * 4, Word(0));
     }
-    if (!LATE) triangle(seen);
     publish();
     __syncthreads();
     fetch_share(0), fetch_rest(0);
@@ -223,20 +220,9 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
                 here(o_i);
                 tables(h).each(warp, [&](int part, const float (&by)[8]) {
 #pragma unroll
-                    for (int i = 0; i < 8; i++) o_i[8 * part + i] *= scores[8 * part + i] * by[i];
+                    for (int i = 0; i < 8; i++) o_i[8 * part + i] *= by[i];
                 });
-                Word high[4][4], low[4][4];
-                round_to(high, o_i), round_rest(low, o_i);
-                here(o_i), here(high), here(low);
-                begin_products();
-#pragma unroll
-                for (int i = 0; i < 4; i++) product(o_i, high[i], by_rows(seen) + along_rows(i), i);
-#pragma unroll
-                for (int i = 0; i < 4; i++) product(o_i, low[i], by_rows(seen) + along_rows(i), 1);
-                end_products();
-                wait_products<0>();
-                here(o_i), here(high), here(low);
-                sum_rows_from(o_i, sums_of(h, 1) + warp * CHUNK * 4);
+                sum_passing(o_i, scores, sums_of(h, 1) + warp * CHUNK * 4);
             }
             // Half of the state high, then low, in parts: each is made while the one before is multiplied.
             constexpr int AT_ONCE = 2, HALF_STATE = STEPS / 2 / AT_ONCE;
@@ -265,7 +251,9 @@ paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* st
             if (!AGAIN) {
                 load_left(place_d(step, h) + place_transposed(), x);
                 if (WEIGHTED && LATE) weigh(x, weights(step, h));
-                sum_columns(o_i, x, sums_of(h, 0) + warp * CHUNK * 4);
+                float sums[16];
+                const int token = sum_columns(o_i, x, sums);
+                store(sums_of(h, 0) + (warp * CHUNK + token) * 4, sums[0], sums[1]);
             }
             load_left(c_i + place_transposed(), x);
             if (LATE) {

@@ -170,7 +170,7 @@ def flows(
 def shared_memory(name: str, rows: int, late: bool, weighted: bool = False) -> int:
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernel."""
     heads = FOUR
-    chunks = 2 * (2 * rows // 64 + 2 * heads) + (GROUPS if late else 1)
+    chunks = 2 * (2 * rows // 64 + 2 * heads) + (GROUPS if late else 0)
     sums = 0 if name == hopper.AGAIN else 1 if late else 2
     own = sums * 4 * 64 * 4 + (4 if weighted else 2) * hopper.SLOT + hopper.TABLES["tile_outputs"][True]
     lost = 4 * (WIDTH + 4) if name == hopper.AGAIN else 0
