@@ -21,6 +21,7 @@ inline unsigned __float_as_uint(float x) {
 }
 inline float __int_as_float(int x) { return __uint_as_float(unsigned(x)); }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
 
 // ------------------------------------------------------------------------------------------------ warpgroups
 

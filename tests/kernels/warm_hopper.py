@@ -10,6 +10,7 @@ import torch
 
 from leetdist.kernels.constant_decay.cuda import hopper
 from leetdist.kernels.runtime import nvrtc
+from leetdist.kernels.token_decay.cuda import shared
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -32,12 +33,15 @@ def of_shared_heads() -> Iterator[Job]:
     for size, reverse, name in itertools.product((64, 128), (False, True), hopper.OUTPUTS):
         made = hopper.defines(name, 64, size, 1, torch.bfloat16, True, reverse, True)
         yield "token_decay/cuda/summed_outputs.cu", made
-        if reverse or name != hopper.AGAIN:
+        if reverse or (size == 64 and name != hopper.AGAIN):
             made = hopper.defines(name, size, 64, 2, torch.bfloat16, False, reverse, True)
             yield "token_decay/cuda/paired_gradients.cu", made
     for wide, reverse, name, cluster in itertools.product((False, True), (False, True), hopper.OUTPUTS, (1, 2)):
         made = hopper.defines(name, 64, 64, 2, torch.bfloat16, wide, reverse, True)
-        yield "token_decay/cuda/grouped_outputs.cu", (*made, ("CLUSTER", cluster))
+        made = *made, ("CLUSTER", cluster)
+        yield "token_decay/cuda/grouped_outputs.cu", made
+        if not reverse and name != hopper.AGAIN:
+            yield "token_decay/cuda/grouped_outputs.cu", made + shared.FLOWS
 
 
 if __name__ == "__main__":

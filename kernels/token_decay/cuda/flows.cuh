@@ -1,4 +1,5 @@
-// What paired_gradients.cu wants beside hopper_tile.cuh: sums over rows and columns that lie in several threads.
+// What paired_gradients.cu and grouped_outputs.cu want beside hopper_tile.cuh: sums over rows and columns that lie in
+// several threads.
 
 // Of 2 many sums, half stay with this thread, and half go to the one whose lane is 2 many apart.
 template <int many> __device__ __forceinline__ void exchange_sums(float (&sums)[16]) {
@@ -26,6 +27,15 @@ __device__ __forceinline__ void add_columns(const float (&o)[32], const Word (&x
 __device__ __forceinline__ int sum_columns(const float (&o)[32], const Word (&x)[4][4], float (&sums)[16]) {
 #pragma unroll
     for (int part = 0; part < 4; part++) add_columns(o, x[part], part, sums);
+    return sum_lanes(sums);
+}
+__device__ __forceinline__ int sum_columns(const float (&o)[32], Word x, float (&sums)[16]) {  // where load_left finds it
+#pragma unroll
+    for (int part = 0; part < 4; part++) {
+        Word own[4];
+        load_transposed(x + part * 16 * 128, own);
+        add_columns(o, own, part, sums);
+    }
     return sum_lanes(sums);
 }
 // Of numbers that lie beside each other, two in each of four lanes, what there is before each of a lane's own; and in all.
@@ -97,6 +107,56 @@ __device__ __forceinline__ void round_rest(Word (&low)[steps][4], const float (&
     for (int i = 0; i < 4 * steps; i++) {
         const float left = x[8 * first + 2 * i], right = x[8 * first + 2 * i + 1];
         low[i / 4][i % 4] = rest(left, right, pack(left, right));
+    }
+}
+// o = S^T a^T of half of the state, rounded, and after `between` also of what rounding has left of it: in parts, each of
+// which is made while others are multiplied.
+template <class F>
+__device__ __forceinline__ void product_twice(float (&o)[32], const float (&state)[HELD], Word a, F between) {
+    Word left[2][2][4];
+#pragma unroll
+    for (int part = 0; part < 4; part++) {
+        Word(&own)[2][4] = left[part % 2];
+        if (part < 2) round_to(own, state, 2 * part);
+        if (part == 2) wait_products<1>(), here(own);
+        if (part >= 2) round_rest(own, state, 2 * (part - 2));
+        if (part == 2) {
+            here(own);
+            wait_products<0>();
+            here(o), here(left[1]);
+            between();
+            here(o);
+        }
+        here(own);
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < 2; i++) product(o, own[i], by_rows(a) + along_rows(2 * (part % 2) + i), part + i);
+        end_products();
+    }
+    wait_products<0>();
+    here(o), here(left[0]), here(left[1]);
+}
+// Where a warp's sums of two tokens of each head lie, for each lane: of 32 rows of a chunk of 128 columns the 32 bytes that the
+// warp alone has read. And all warps' together, of which there are 8.
+__device__ __forceinline__ Word place_of_sums(Word chunk, int number) {
+    const int lane = threadIdx.x % 32;
+    return chunk + number / WARPS * BLOCK + lane * 128 + (number % WARPS ^ lane / 2 % 4) * 32;
+}
+template <int heads>
+__device__ __forceinline__ void add_up_warps(Word chunk, float* to, Offset of_head, int count) {
+    float sums[heads][2] = {};
+#pragma unroll
+    for (int number = 0; number < GROUPS * WARPS; number++)
+#pragma unroll
+        for (int h = 0; h < heads; h++) {
+            float x, y;
+            load(place_of_sums(chunk, number) + h * 8, x, y);
+            sums[h][0] += x, sums[h][1] += y;
+        }
+#pragma unroll
+    for (int i = 0; i < 2 * heads; i++) {
+        const int token = threadIdx.x % 32 * 2 + i % 2;
+        if (token < count) to[i / 2 * of_head + token] = sums[i / 2][i % 2];
     }
 }
 // What v gets by dv, which is the gradient of v times its weights, o here, and by do, of which it gets `skip` times: a warp's

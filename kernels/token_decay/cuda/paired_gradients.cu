@@ -6,7 +6,7 @@
 //
 // and, late, <S, R> at the tile's start. A and B are added up over a whole tile (triton/added_up.py), so the state is two 16-bit
 // numbers in them, high + low. Pairs are M_ij = (q_i k_j) (do_i v_j) decay_ij; what passes over token t is the sum of those
-// with i >= t > j (sum_passing).
+// with i >= t > j (sum_passing). With 128 rows the early pass is in the kernel of dq (grouped_outputs.cu), and not here.
 //
 // Each warp asks for a share of the next chunk (paired_outputs.cu): of what its warpgroup reads, and, if the other warpgroup
 // is there too, a block of 64 columns of a or b.

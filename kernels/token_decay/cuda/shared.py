@@ -22,6 +22,8 @@ GROUPS = {"grouped_outputs": 2, "shared_states": 4}  # warpgroups of a block, if
 GROUPED_COLUMNS = 128  # of grouped_outputs.cu
 WEIGHTED = (("WEIGHTED", 1),)  # what a kernel is compiled with that multiplies v by its weights
 SKIPPED = (("SKIPPED", 1),)  # and what paired_outputs.cu is that adds to the outputs what it is `skip`ped by
+FLOWS = (("FLOWS", 1),)  # and grouped_outputs.cu that leaves what the gradient of log_decay is a sum of
+Flows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def in_pairs(a: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
@@ -144,16 +146,23 @@ def summed_outputs(
     state_scale: float,
     out: Tensor | None,
     weight: Tensor | None = None,
+    flows: Flows | None = None,
 ) -> Tensor:
     """Those of leetdist.kernels.constant_decay.pytorch.block.tile_outputs added up over n heads: in a's dtype,
     (B, H / n, N, Dc), where that is all that share one of c's, and in fp32 where some are still to be added up. In
-    `out`, which an earlier call has returned, if given. weight: of b's tokens; reversed, of a's."""
+    `out`, which an earlier call has returned, if given. weight: of b's tokens; reversed, of a's.
+
+    flows, of dq with GROUPED_COLUMNS and fours of heads: q, and where to leave what the gradient of log_decay is a sum
+    of: A and pairs, (B, H, N) fp32, heads apart by the same distance in all batch entries, and which tiles' states are
+    not finite, (B, H, tiles.count) int32."""
     share = heads_of(log_decay) // c.shape[1]
     heads, cluster = added_up(share, c.shape[3])
     together = heads * cluster
     if out is None:
         out = empty_outputs(a, c, log_decay[:, ::together], a.dtype if together == share > HEADS else torch.float32)
     if not out.numel():
+        if flows is not None:
+            flows[-1].zero_()
         return out
     places = out.data_ptr(), *out.stride()[:3]
     programs = a.shape[0] * heads_of(log_decay) // heads * tiles.count
@@ -164,7 +173,7 @@ def summed_outputs(
     options = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "wide": out.dtype == torch.float32}
     _outputs(
         source, a, b, c, states, places, log_decay, tiles, columns, splits, heads=heads, cluster=cluster,
-        weight=weight, **options,  # type: ignore[arg-type]
+        weight=weight, flows=flows, **options,  # type: ignore[arg-type]
     )  # fmt: skip
     return out
 
@@ -185,6 +194,7 @@ def _outputs(
     cluster: int,
     weight: Tensor | None,
     skip: Tensor | None = None,
+    flows: Flows | None = None,
     wide: int,
     reverse: bool,
     scale: float,
@@ -204,10 +214,20 @@ def _outputs(
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
         *(() if skip is None else (skip.data_ptr(), *skip.stride(), 0)[:3]),
     )  # fmt: skip
+    left: tuple[bytes | int, ...] = ()
+    if flows is not None:
+        q, read, pairs, lost = flows
+        left = (
+            *hopper._operand(q, all_heads, kept),
+            read.data_ptr(), read.stride(1), pairs.data_ptr(), pairs.stride(1), lost.data_ptr(),
+        )  # fmt: skip
     for name in hopper.OUTPUTS:
         kind = a.dtype, wide, reverse, weight is not None, cluster
-        launch = _kernel(source, name, a.shape[3], columns, *kind, a.device, skipped=skip is not None)
-        launch((programs * splits,), hopper.THREADS * GROUPS.get(source, 1), *arguments)
+        more = () if name == hopper.AGAIN else left
+        launch = _kernel(
+            source, name, a.shape[3], columns, *kind, a.device, skipped=skip is not None, flows=len(more) > 0
+        )
+        launch((programs * splits,), hopper.THREADS * GROUPS.get(source, 1), *arguments, *more)
 
 
 def place_of_tiles(
@@ -244,6 +264,7 @@ def compile_for(
     share: int,
     *,
     weighted: bool = False,
+    flows: bool = False,
 ) -> None:
     """As leetdist.kernels.constant_decay.cuda.hopper.compile_for; share: how many heads share an operand at most."""
     if share % HEADS or columns % WIDTH:
@@ -256,8 +277,9 @@ def compile_for(
     held, _, _ = hopper.shares(programs // HEADS, rows, columns, hopper._multiprocessors(device))
     for name in hopper.OUTPUTS:
         if wide and rows == WIDTH and dtype == torch.bfloat16 and heads == FOUR:
-            wide_too = share != heads * cluster
-            _kernel("grouped_outputs", name, rows, columns // 2, dtype, wide_too, reverse, weighted, cluster, device)
+            kind = dtype, share != heads * cluster, reverse, weighted, cluster
+            flowing = flows and name != hopper.AGAIN
+            _kernel("grouped_outputs", name, rows, columns // 2, *kind, device, flows=flowing)
         elif wide and rows == WIDTH and dtype == torch.bfloat16:
             _kernel("summed_outputs", name, rows, held, dtype, True, reverse, weighted, 1, device)
         elif not wide and _together(HEADS, rows, columns, programs, device):
@@ -306,9 +328,11 @@ def _kernel(
     device: torch.device,
     *,
     skipped: bool = False,
+    flows: bool = False,
 ) -> cuda_launch.Kernel:
     made = hopper.defines(name, rows, columns, GROUPS.get(source, 1), dtype, wide, reverse, True)
     made += WEIGHTED * weighted + SKIPPED * skipped + (("CLUSTER", cluster),) * (source == "grouped_outputs")
+    made += FLOWS * flows
     return cuda_launch.kernel(
         f"token_decay/cuda/{source}.cu", source, device, made,
         shared_memory=shared_memory(source, name, rows, columns, weighted, skipped), features="a",

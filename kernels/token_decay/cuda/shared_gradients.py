@@ -22,7 +22,7 @@ from leetdist.kernels.runtime.tensor_map import MAP_BYTES
 from leetdist.kernels.token_decay.cuda import shared
 from leetdist.kernels.token_decay.cuda.gradients import _place, _placed
 from leetdist.kernels.token_decay.cuda.hopper import tile_outputs
-from leetdist.kernels.token_decay.cuda.shared import FOUR, WIDTH, place_of_tiles
+from leetdist.kernels.token_decay.cuda.shared import FOUR, GROUPED_COLUMNS, WIDTH, place_of_tiles
 
 GROUPS = 2  # warpgroups of a block
 
@@ -51,12 +51,17 @@ def early_gradients(
     whose second half is what goes from token to token. weight: of v (B, H, N) fp32, which all gradients then are of
     weight * v.
     """
-    options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": torch.float32}
-    dq = tile_outputs(do, v, k, states.mT, log_decay, tiles, out=out, weight=weight, **options)
     batch, heads, tokens = log_decay.shape
     read, pairs = (torch.empty(batch, heads, n, tokens, dtype=torch.float32, device=q.device) for n in (1, 2))
-    given = (q, k, v, do), states, None, log_decay, weight, tiles
-    _, lost = flows(*given, read[:, :, 0], pairs[:, :, 1], scale=scale)
+    sums = read[:, :, 0], pairs[:, :, 1]
+    outputs = do, v, k, states.mT, log_decay, tiles
+    options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out": out, "weight": weight}
+    if q.shape[3] == GROUPED_COLUMNS:
+        lost = torch.empty(batch, heads, tiles.count, dtype=torch.int32, device=q.device)
+        dq = shared.summed_outputs(*outputs, **options, flows=(q, *sums, lost))
+    else:
+        dq = tile_outputs(*outputs, **options, out_dtype=torch.float32)
+        _, lost = flows((q, k, v, do), states, None, log_decay, weight, tiles, *sums, scale=scale)
     return dq, {"read": read, "pairs": pairs, "early_lost": lost}
 
 
@@ -114,8 +119,11 @@ def compile_for(
 ) -> None:
     """See leetdist.kernels.constant_decay.cuda.hopper.compile_for."""
     late = step == "late_gradients"
-    shared.compile_for("tile_outputs", columns, rows, dtype, True, late, programs, device, share, weighted=weighted)
-    for name in hopper.OUTPUTS if late else hopper.OUTPUTS[:1]:
+    flowing = not late and rows == GROUPED_COLUMNS
+    shared.compile_for(
+        "tile_outputs", columns, rows, dtype, True, late, programs, device, share, weighted=weighted, flows=flowing
+    )
+    for name in hopper.OUTPUTS if late else hopper.OUTPUTS[: not flowing]:
         _kernel(name, rows, late, weighted, device)
 
 
