@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One would guess: a forward call with a cache and without position_ids goes on where the cache ends, as transformers'
-# attention models do, and hybrids such as Falcon-H1. It is so that Bamba counts its positions from 0 again in each such
-# call: its attention layers turn queries and keys by wrong angles, and the logits differ without a word. generate() is
-# right, for it gives the positions; a loop of one's own has to give position_ids as well.
+# attention models do, and hybrids such as Falcon-H1.
+# It is so that: Bamba counts its positions from 0 again in each such call. Its attention layers turn queries and keys by
+# wrong angles, and the logits differ without a word. generate() is right, for it gives the positions; a loop of one's own
+# has to give position_ids as well.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One would guess: a model with a cache takes the next tokens of a text one by one or several at a time, with the same
-# logits, as transformers' Mamba-2 and attention models do. It is so that transformers' Mamba, the first, begins its scan
-# from a state of zero whenever it is given more than one token, though the convolution goes on from the cache: a prompt
-# in pieces, or the next turn of a conversation, has other logits, and nothing is said. Give such a model the tokens one
-# by one, or all from the start.
+# logits, as transformers' Mamba-2 and attention models do.
+# It is so that: transformers' Mamba, the first, begins its scan from a state of zero whenever it is given more than one
+# token, though its convolution goes on from the cache: a prompt in pieces, or the next turn of a conversation, has other
+# logits, and nothing is said. Give such a model the tokens one by one, or all from the start.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
