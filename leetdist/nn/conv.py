@@ -15,7 +15,7 @@ from leetdist.operators.layer_steps import kernel
 from leetdist.sequence.documents import check_end, check_offsets, check_one_row, check_told_once, known_offsets
 from leetdist.sequence.group import resolve
 from leetdist.sequence.halo import agreed_lengths, before_shard, check_initial, tokens_of
-from leetdist.sequence.once import differentiated_once
+from leetdist.sequence.once import check_not_transformed, differentiated_once
 from leetdist.sequence.shard import gather_sequence
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def causal_conv1d(
     lengths: tuple[int, ...] = (tokens,)
     if transport is not None:
         lengths = agreed_lengths("causal_conv1d", tokens, facts, transport)
+        check_not_transformed("causal_conv1d over ranks", *(y for y in (x, weight, bias, initial) if y is not None))
     check_end(cu_seqlens, lengths)
     width = weight.shape[1] - 1
     documents = _documents(x, width, lengths, seq_idx, cu_seqlens, transport)
@@ -102,7 +103,7 @@ def causal_conv1d(
             before = initial
     x, before, weight = (for_autograd(part) for part in (x, before, weight))
     bias = None if bias is None else for_autograd(bias)
-    if transformed():
+    if transport is None and transformed():
         y = conv.followed_convolution(x, weight, bias, conv.Around(before, documents), activation is not None)
     else:
         y = _CausalConv.apply(x, before, weight, bias, activation, documents, lengths, transport)

@@ -166,6 +166,30 @@ def test_over_ranks_is_refused_in_words(name: str) -> None:
     assert len(leetdist.virtual_ranks(rank, 2)) == 2
 
 
+@pytest.mark.parametrize("name", OVER_RANKS)
+def test_over_ranks_beside_forward_mode(name: str) -> None:
+    """A level of forward mode that none of a call's tensors is in leaves its backward pass as it was."""
+
+    def rank(group: Any) -> Tensor:
+        return by_autograd(lambda x: OVER_RANKS[name](x, group), (group.rank + 1) * X)
+
+    expected = leetdist.virtual_ranks(rank, 2)
+    with forward_ad.dual_level():
+        found = leetdist.virtual_ranks(rank, 2)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_forward_mode_by_weights_over_ranks_is_refused_in_words() -> None:
+    def rank(group: Any) -> None:
+        with pytest.raises(RuntimeError, match="leetdist: causal_conv1d over ranks is differentiated by autograd"):
+            leetdist.nn.causal_conv1d(X, weight, group=group)
+
+    with forward_ad.dual_level():
+        weight = forward_ad.make_dual(WEIGHT, torch.ones_like(WEIGHT))
+        leetdist.virtual_ranks(rank, 2)
+
+
 def test_operators() -> None:
     """Those of a decay as `linear_attention` is; others have no rules."""
     q, decay = torch.randn(1, 2, 20, 8), {"log_decay": -torch.ones(2)}
