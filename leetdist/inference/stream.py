@@ -185,7 +185,8 @@ class Stream:
         outputs are given. Slices of one tensor are not copied, and on Hopper nor are up to 232 pieces of the same
         strides (a decay a head). `state` and `tokens` are of what is computed. Not for host memory, nor under a group.
         """
-        if not isinstance(pieces, Iterable) or isinstance(pieces, (Tensor, str, bytes)):
+        iterable = hasattr(pieces, "__iter__") or hasattr(pieces, "__getitem__")  # as torch's map-style datasets have
+        if not iterable or isinstance(pieces, (Tensor, str, bytes)):
             raise ValueError(f"pieces must be an iterable of (q, k, v), got {type(pieces).__name__}")
         given = map(as_piece, pieces)
         return self._each(given) if window is None else self._in_windows(given, check_count("window", window, 1))

@@ -151,6 +151,24 @@ def test_a_caller_may_record_gradients_between_pieces() -> None:
     assert not leetdist.stream(LOG_DECAY, tile=32).push(*tensors).requires_grad
 
 
+class Stored(torch.utils.data.Dataset[list[Tensor]]):
+    """Pieces by their numbers alone, up to an IndexError."""
+
+    def __init__(self, pieces: list[list[Tensor]]) -> None:
+        self.pieces = pieces
+
+    def __getitem__(self, number: int) -> list[Tensor]:
+        return self.pieces[number]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_pieces_of_a_dataset(window: int | None) -> None:
+    tensors = inputs(100)
+    stored = Stored(pieces_of(tensors, [30, 70]))
+    found = leetdist.stream(LOG_DECAY, tile=16).map(stored, window=window)
+    assert torch.equal(torch.cat(list(found), 2), leetdist.linear_attention(*tensors, LOG_DECAY, tile=16))
+
+
 def test_what_may_not_wait_is_refused() -> None:
     piece = inputs(40)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
