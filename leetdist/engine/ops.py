@@ -139,8 +139,7 @@ def linear_attention(
         options = options | {"scale": float(options["scale"])}
     else:
         # With a tensor that has no numbers, this rank alone makes the call.
-        numbers = isinstance(q, Tensor) and not q.is_meta and not _is_fake(q)
-        with told(by_name(group) if numbers else None, WHAT):
+        with told(None if without_numbers(q) else by_name(group), WHAT):
             options = canonical_options(**options)
             arguments = (q, k, v, log_decay, *(options[name] for name in OPTIONS), group, False, False)
             _check(Call(*arguments))

@@ -40,6 +40,16 @@ def mapped_options(group: Any, wrong: bool) -> Any:
     return torch.func.vmap(lambda q: leetdist.linear_attention(q, x, x, group=group, tile=TILE, scale=scale))(x[None])
 
 
+def mapped_numbers(group: Any, wrong: bool) -> Any:
+    """A q that is no tensor."""
+    x = numbers(1, 2, TOKENS, 8)
+
+    def call(y: Tensor) -> Any:
+        return leetdist.linear_attention(x.tolist() if wrong else y, x, y, group=group, tile=TILE)
+
+    return torch.func.vmap(call)(x[None])
+
+
 def operator_name(group: Any, wrong: bool) -> Any:
     x = numbers(1, 2, TOKENS, 8)
     name = "nothing" if wrong else "constant_decay"
@@ -103,7 +113,8 @@ def longer_prompt(group: Any, wrong: bool) -> Any:
 
 
 CALLS = {
-    attention: "Dk", mapped: "Dk", mapped_options: "scale must be", operator_name: "operator must be one of",
+    attention: "Dk", mapped: "Dk", mapped_options: "scale must be",
+    mapped_numbers: "q must be a tensor", operator_name: "operator must be one of",
     operator_gates: "gates of operator", no_gates: "gates of operator",
     gathered_gradient: "requires_grad", gathered_mode: "requires_grad", softmax: "heads and their sizes",
     softmax_gradient: "requires_grad", batch: "labels must have the shape",
