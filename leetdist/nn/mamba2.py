@@ -98,8 +98,8 @@ class Mamba2(nn.Module):
         self.tile, self.exact = check_exact(tile, exact)
         dim, head_dim = as_size("dim", dim), as_size("head_dim", head_dim)
         state, groups, conv = as_size("state", state), as_size("groups", groups), as_size("conv", conv)
-        if not 0 < (wide := as_float("expand", expand) * dim) < LARGEST:
-            raise ValueError(f"expand must be a positive number, of a width of at most {LARGEST:,}, got {expand}")
+        if not 1 <= (wide := as_float("expand", expand) * dim) < LARGEST:
+            raise ValueError(f"expand must be a positive number, of a width of 1 to {LARGEST:,}, got {expand}")
         check_limits(dt_limit)
         inner = int(wide)
         heads = inner // head_dim if heads is None else as_size("heads", heads)

@@ -63,7 +63,8 @@ def rows() -> Iterator[Row]:
         for what, decay in (("meta", torch.ones(2, device="meta")), ("complex", -torch.ones(2, dtype=torch.complex64)),
                             ("sparse", -torch.ones(2).to_sparse())):  # fmt: skip
             yield f"{kind} decay {what}", partial(KINDS[kind], decay=decay), "^decay must be"
-    yield "expand", partial(KINDS["Mamba2"], expand=1e30), "^expand must be"
+    for value in (1e30, 0.0, -2.0, 0.03, math.nan, math.inf):
+        yield f"expand {value}", partial(KINDS["Mamba2"], expand=value), "^expand must be"
 
     x, norm = torch.ones(2, 5, 32), nn.GatedRMSNorm(32, 16)
     for value in (None, 3, [1.0], torch.ones(()), torch.ones(2, 5, 16), torch.ones(5, 32), x.int(), x.to_sparse()):
