@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 def run(options: argparse.Namespace, rank: Rank) -> int:
     begin = time.perf_counter()
     with one_message():
-        if options.save_state:
+        if options.save_state and rank.first:
             check_path(options.save_state)  # now, not when a long prompt has been taken in
         session, text = _load(options, rank)
         prompt = "\n" if options.prompt is None else options.prompt

@@ -35,7 +35,7 @@ COLUMNS = {
     "lasp2_ms": "LASP-2 ms", "zeco_ms": "ZeCO ms",
 }  # fmt: skip
 TIMES = ("hop", "host", "launch")  # of a machine's constants
-PICTURES = (".pdf", ".png", ".svg")
+PICTURES = (".eps", ".jpg", ".pdf", ".png", ".svg", ".webp")
 DIGITS = {"us": 0, "mib": 1}  # of a column whose name ends so; 3 of others
 
 
@@ -144,11 +144,14 @@ def _given(machine: Machine, assignments: list[str], parser: argparse.ArgumentPa
 
 def _check_plot(path: Path, parser: argparse.ArgumentParser) -> None:
     """Before anything is computed."""
-    if path.suffix not in PICTURES or path.is_dir():
+    if path.suffix.lower() not in PICTURES or path.is_dir():
         parser.error(f"--plot {path}: must be a file whose name ends in {', '.join(PICTURES)}")
     with one_message():
         path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
         path.touch()
+        if not there:  # what fails before it is drawn leaves no empty picture
+            path.unlink()
 
 
 def _forgetting(job: Job) -> int:

@@ -25,6 +25,7 @@ from leetdist.launch.model import Config, LanguageModel
 from leetdist.launch.runtime import Rank
 
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SAVED = ("--save-state", "no/folder/here.safetensors")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -123,8 +124,8 @@ def test_usage_versions_and_a_name_that_is_none(capsys: pytest.CaptureFixture[st
         ("plan --ranks 4 --tokens 99 --set hop=nan", "--set hop=nan: must be finite and at least 0"),
         ("plan --ranks 4 --tokens 99 --set link=0", "--set link=0: must be finite and more than 0"),
         ("plan --ranks 4 --tokens 99 --set slots=0", "--set slots=0: must be finite and more than 0"),
-        ("plan --ranks 4 --tokens 99 --plot x.xyz", "--plot x.xyz: must be a file whose name ends in .pdf, .png, .svg"),
-        ("plan --ranks 4 --tokens 99 --plot .", "--plot .: must be a file whose name ends in .pdf, .png, .svg"),
+        ("plan --ranks 4 --tokens 99 --plot x.xyz", "--plot x.xyz: must be a file whose name ends in .eps, .jpg, .pdf"),
+        ("plan --ranks 4 --tokens 99 --plot .", "--plot .: must be a file whose name ends in .eps, .jpg, .pdf"),
         ("verify --ranks 2 --virtual 2", "argument --virtual: not allowed with argument --ranks"),
         ("generate --prompt x", "the following arguments are required: --model"),
         ("generate --model x --temperature -1", "argument --temperature: must be a number of at least 0, got '-1'"),
@@ -162,6 +163,14 @@ def test_a_plot_that_cannot_be_written_is_told_before_all(capsys: pytest.Capture
     (tmp_path / "file").touch()
     said = refused(capsys, "plan", "--ranks", "2", "--tokens", "99", "--plot", str(tmp_path / "file" / "plot.png"))
     assert "plot.png" in said or "file" in said
+
+
+def test_what_fails_before_a_plot_is_drawn_leaves_no_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Whatever the case of its name."""
+    plot = tmp_path / "PLOT.PNG"
+    said = refused(capsys, "plan", "--ranks", "2", "--tokens", "99", "--plot", str(plot), "--set", "hop=x")
+    assert "'x' is no number" in said
+    assert not plot.exists()
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,26 +254,22 @@ def test_a_run_ends_with_where_it_is_and_what_next(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "about", "more", "words"),
+    ("vocabulary", "about", "more", "rank", "words"),
     [
-        (
-            256,
-            {"tokenizer": "a/tokenizer"},
-            (),
-            "its tokens are not bytes, it was trained with --tokenizer a/tokenizer",
-        ),
-        (64, {}, (), "the prompt has token 120, and the model knows 64: give its own --tokenizer"),
-        (256, {}, ("--save-state", "no/folder/here.safetensors"), "path must be the name of a file in a folder"),
+        (256, {"tokenizer": "a/name"}, (), 0, "its tokens are not bytes, it was trained with --tokenizer a/name"),
+        (64, {}, (), 0, "the prompt has token 120, and the model knows 64: give its own --tokenizer"),
+        (256, {}, SAVED, 0, "path must be the name of a file in a folder"),
+        (64, {}, SAVED, 1, "the prompt has token 120"),  # the first rank saves, where the folder may be its host's
     ],
 )
 def test_generate_says_what_is_wrong_before_it_begins(
-    vocabulary: int, about: dict[str, str], more: tuple[str, ...], words: str, tmp_path: Path
+    vocabulary: int, about: dict[str, str], more: tuple[str, ...], rank: int, words: str, tmp_path: Path
 ) -> None:
     weights = LanguageModel(Config.preset("mini", vocabulary)).state_dict()
     write_atomically(tmp_path, 1, lambda folder: save_file(weights, folder / "model.safetensors"), about=about)
     options = COMMANDS["generate"].parser().parse_args(["--model", str(tmp_path), "--prompt", "x", *more])
     with pytest.raises(SystemExit, match=words):
-        generate.run(options, Rank(0, 1, torch.device("cpu"), "gloo"))
+        generate.run(options, Rank(rank, 1, torch.device("cpu"), "gloo"))
 
 
 def test_another_number_of_ranks_than_the_launchers_is_refused(
