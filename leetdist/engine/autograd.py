@@ -40,7 +40,7 @@ class LinearAttention(torch.autograd.Function):
         check_not_mapped(do, dfinal)
         # Under create_graph, or mapped (is_grads_batched), PyTorch has to see what can and cannot be done with it.
         seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        gradients = Gradients.apply if seen else _gradients
+        gradients = BackwardPass.apply if seen else _gradients
         *grads, dinitial = gradients(ctx.plan, do, dfinal, *ctx.saved_tensors)
         return dinitial, None, None, *grads
 
@@ -50,7 +50,7 @@ def _gradients(plan: Plan, do: Tensor | None, dfinal: Tensor | None, *saved: Ten
     return backward_pass(tuple(inputs), states, do, dfinal, plan, needs_gate_grads=plan.problem.needs_decay_grad)
 
 
-class Gradients(torch.autograd.Function):
+class BackwardPass(torch.autograd.Function):
     """The backward pass as a function of its own. It has no derivative, and is there to say so: autograd would take a
     pass that it does not see for a constant, and second derivatives for zeros."""
 
@@ -73,6 +73,6 @@ class Gradients(torch.autograd.Function):
             [x if dim is None or x is None else x.select(dim, i) for x, dim in zip(tensors, dims[1:], strict=True)]
             for i in range(info.batch_size)
         ]
-        passes = [Gradients.apply(plan, *one) for one in each]
+        passes = [BackwardPass.apply(plan, *one) for one in each]
         grads = [None if x[0] is None else torch.stack(x) for x in zip(*passes, strict=True)]
         return tuple(grads), tuple(None if x is None else 0 for x in grads)

@@ -76,13 +76,14 @@ def agree(
                 transport.alike(NOTHING - transport.rank, what)  # all ranks see that one knows nothing
             elif holds(known, transport, what, values=values, site=site, promised=lengths is not None):
                 return known
-        gathered = transport.gather_objects((mine, values, site, known and known.fingerprint), what)
-    return _settled(gathered, known, transport, what)
+        brought = transport.gather_objects((mine, values, site, known and known.fingerprint), what)
+    return _settled(brought, known, transport, what)
 
 
 @contextmanager
 def told(transport: Transport | None, what: str) -> Iterator[None]:
-    """What is checked before ranks `agree`: a ValueError inside is raised here and, told of, where others wait."""
+    """Around checks that come before `agree`: a ValueError inside is raised here, and also by the ranks that wait in
+    `agree`, which are told of it."""
     try:
         yield
     except ValueError as error:
@@ -135,11 +136,11 @@ def _broken(other: int, transport: Transport) -> Disagreement:
     )
 
 
-def _settled(gathered: list[Any], known: Agreement | None, transport: Transport, what: str) -> Agreement:
+def _settled(brought: list[Any], known: Agreement | None, transport: Transport, what: str) -> Agreement:
     """What follows from every rank's arguments, digest of values, site, and what it took for agreed (None: nothing)."""
-    for rank, (theirs, *_) in enumerate(gathered):
+    for rank, (theirs, *_) in enumerate(brought):
         _raise_if_bad(theirs, rank, transport)
-    everyone, values, sites, fingerprints = zip(*gathered, strict=True)
+    everyone, values, sites, fingerprints = zip(*brought, strict=True)
     _compare_sites([None if site is None else Site(*site) for site in sites], transport)
     differing = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
     if differing:
