@@ -132,6 +132,13 @@ def is_plain(x: Tensor) -> bool:
     return fake or (is_memory(x) and not torch.nn.parameter.is_lazy(x))
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether looking at the values of x costs little: not on a GPU, and not where it is traced, mapped or a fake."""
+    if torch.compiler.is_compiling() or not x.is_cpu or type(x) not in IN_MEMORY:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def is_memory(x: Tensor) -> bool:
     """Whether x's operations are those of ordinary tensors."""
     return bool(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_float, as_int, as_str, as_tile, check_plain
+from leetdist.arguments import as_float, as_int, as_str, as_tile, check_plain, is_readable
 from leetdist.engine.checks import DTYPES, METHODS, ONE_DEVICE, check_log_decay, check_written, describe
 from leetdist.engine.ops import without_numbers
 from leetdist.operators.problem import state_dtype
@@ -73,9 +73,7 @@ def check_steps(q: Tensor, k: Tensor, v: Tensor, states: Tensor, index: Tensor |
 
 def host_values(x: Tensor | None) -> list[int] | None:
     """The values of a tensor in host memory; None where reading them would stop a stream or a trace."""
-    if x is None or torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) is not Tensor:
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if x is None or not is_readable(x):
         return None
     if x.layout is not torch.strided or x.dtype not in (torch.int32, torch.int64):
         return None  # no whole numbers to read: refused by name where that is checked

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_float
+from leetdist.arguments import as_float, is_readable
 from leetdist.mesh import all_sum, all_transports
 from leetdist.sequence.once import check_not_transformed
 
@@ -83,12 +83,12 @@ def reduce_loss(
 
 
 def _check_count(name: str, count: Any) -> None:
-    """A number of tokens; of a tensor not its value, where that is on a GPU."""
+    """A number of tokens; of a tensor its value too, where that can be read."""
     if isinstance(count, Tensor):
         if count.numel() != 1 or count.is_complex() or count.dtype is torch.bool or count.is_meta:
             got = f"{count.dtype} of shape {tuple(count.shape)} on {count.device}"
             raise ValueError(f"{name} must be one number of tokens, got {got}")
-        if count.is_cpu:
+        if is_readable(count):
             _check_count(name, count.item())
     elif not 0 <= as_float(name, count) < math.inf:
         raise ValueError(f"{name} must be a number of tokens, at least 0, got {count!r}")

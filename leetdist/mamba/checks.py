@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_bool, as_float, as_int, check_plain
+from leetdist.arguments import as_bool, as_float, as_int, check_plain, is_readable
 from leetdist.sequence.documents import check_offsets, check_told_once
 
 
@@ -87,10 +87,10 @@ def check(
     for name, y in beside.items():
         if y is not None and y.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {y.device}")
-    if _readable(A) and not bool((A <= 0).all() & A.isfinite().all()):
+    if is_readable(A) and not bool((A <= 0).all() & A.isfinite().all()):
         raise ValueError(f"A must be finite and <= 0, as -exp(A_log) is, got {A.tolist()}")
     for name, y in (("dt", dt), ("dt_bias", dt_bias)):
-        if y is not None and _readable(y) and bool(y.isnan().any()):
+        if y is not None and is_readable(y) and bool(y.isnan().any()):
             raise ValueError(f"{name} must be numbers, got NaN")
     _check_states_and_documents(x, size, initial_states, seq_idx, cu_seqlens)
     if chunk_size is not None and as_int("chunk_size", chunk_size) < 1:
@@ -98,13 +98,6 @@ def check(
     as_bool("dt_softplus", dt_softplus)
     as_bool("return_final_states", return_final_states)
     check_limits(dt_limit)
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether looking at the values of x costs little: not on a GPU, and not where it is traced, mapped or a fake."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return False
-    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def _check_states_and_documents(

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from leetdist.arguments import check_plain
+from leetdist.arguments import check_plain, is_readable
 
 
 def check_form(cu_seqlens: Tensor, like: Tensor | None = None) -> None:
@@ -43,9 +43,7 @@ def known_offsets(cu_seqlens: Tensor | None) -> tuple[int, ...] | int | None:
     stream or break a graph."""
     if cu_seqlens is None:
         return None
-    read = cu_seqlens.is_cpu and not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor
-    read = read and not torch._C._functorch.is_functorch_wrapped_tensor(cu_seqlens)
-    return tuple(cu_seqlens.tolist()) if read else len(cu_seqlens)
+    return tuple(cu_seqlens.tolist()) if is_readable(cu_seqlens) else len(cu_seqlens)
 
 
 def check_end(cu_seqlens: Tensor | None, lengths: Sequence[int]) -> None:

@@ -95,6 +95,18 @@ def test_mapped_calls_have_the_bits_of_single_ones(name: str) -> None:
         assert relative_error(found, by_autograd(function, x)) < 2e-6
 
 
+def test_losses_of_samples_with_counts_of_their_own() -> None:
+    """The number of tokens is mapped too."""
+    losses, counts = torch.randn(3, 5), (torch.arange(5) < torch.tensor([[1], [5], [3]])).float()
+
+    def loss(x: Tensor, kept: Tensor) -> Tensor:
+        return leetdist.reduce_loss((x * kept).sum(), kept.sum(), None)
+
+    expected = (losses * counts).sum(1) / counts.sum(1)
+    torch.testing.assert_close(vmap(loss)(losses, counts), expected)
+    torch.testing.assert_close(vmap(grad(loss))(losses, counts), counts / counts.sum(1, keepdim=True))
+
+
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ("scan by dt", "scan by A", "scan by dt_bias")])
 def test_forward_mode(name: str) -> None:
     function, x = CALLS[name]
