@@ -152,8 +152,8 @@ def _around(problem: Problem, tokens: int) -> tuple[Choice, ...]:
         return ()
     kernels = kernels_for(replace(problem, weighted=True, skipped=True), tokens)
     within = [c for c in kernels.choices if c.use.step in WITHIN]
-    wanted = {step: problem.dv for step in SCAN} | {step: TAPS for step in CONVOLUTION}
-    beside = [choice_for(step, problem.device, problem.dtype, columns) for step, columns in wanted.items()]
+    steps = {step: problem.dv for step in SCAN} | {step: TAPS for step in CONVOLUTION}
+    beside = [choice_for(step, problem.device, problem.dtype, columns) for step, columns in steps.items()]
     return (*dict.fromkeys(within), *beside)
 
 
