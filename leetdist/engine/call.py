@@ -67,7 +67,7 @@ def apply_operator(
     torch.Size([1, 2, 100, 16])
     """
     transport = resolve(group)
-    with told(transport, WHAT):
+    with told(ops.shared(transport, q), WHAT):
         ordered = _ordered(operator, gates)
     options: dict[str, Any] = {
         "scale": scale,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, library
@@ -36,6 +36,9 @@ from leetdist.operators.problem import state_dtype
 from leetdist.sequence.agreement import told
 from leetdist.sequence.group import by_name
 from leetdist.sequence.shard import move
+
+if TYPE_CHECKING:
+    from leetdist.sequence.transport import Transport
 
 
 @dataclass(eq=False, slots=True)
@@ -125,6 +128,12 @@ def without_numbers(q: Any) -> bool:
     return isinstance(q, Tensor) and (q.is_meta or (type(q) is not Tensor and _is_fake(q)))
 
 
+def shared(transport: Transport | None, q: Any) -> Transport | None:
+    """What leads to the ranks that share a call; None of one whose tensors have no numbers, which this rank makes by
+    itself."""
+    return None if without_numbers(q) else transport
+
+
 def _is_fake(x: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -138,8 +147,7 @@ def linear_attention(
     if torch.compiler.is_compiling():
         options = options | {"scale": float(options["scale"])}
     else:
-        # With a tensor that has no numbers, this rank alone makes the call.
-        with told(None if without_numbers(q) else by_name(group), WHAT):
+        with told(shared(by_name(group), q), WHAT):
             options = canonical_options(**options)
             arguments = (q, k, v, log_decay, *(options[name] for name in OPTIONS), group, False, False)
             _check(Call(*arguments))

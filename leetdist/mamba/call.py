@@ -98,7 +98,7 @@ def mamba_chunk_scan_combined(
     True
     """
     transport = resolve(group)
-    with told(transport, "the arguments of mamba_chunk_scan_combined"):
+    with told(ops.shared(transport, x), "the arguments of mamba_chunk_scan_combined"):
         check(
             x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
             dt_softplus, dt_limit, return_final_states,

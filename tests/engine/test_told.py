@@ -145,6 +145,31 @@ def test_all_ranks(call: Callable[[Any, bool], Any]) -> None:
         assert CALLS[call] in words
 
 
+def linear(x: Tensor, group: Any) -> Any:
+    return leetdist.linear_attention(x, x[..., :4], x, group=group)
+
+
+def operator(x: Tensor, group: Any) -> Any:
+    return apply_operator("constant_decay", x, x, x, {}, group=group)
+
+
+def scan(x: Tensor, group: Any) -> Any:
+    return leetdist.mamba_chunk_scan_combined(x, x, x, x, x, group=group)
+
+
+@pytest.mark.parametrize("call", [linear, operator, scan])
+def test_a_call_without_numbers_is_one_ranks_own(call: Callable[[Tensor, Any], Any]) -> None:
+    """What is wrong with it the others are not told of, which are not in the call."""
+
+    def rank(group: Any) -> None:
+        if group.rank == 0:
+            with pytest.raises(ValueError, match=r"k must have|gates of operator|dt must have"):
+                call(torch.empty(1, 2, TOKENS, 8, device="meta"), group)
+        attention(group, False)
+
+    leetdist.virtual_ranks(rank, 2)
+
+
 # Which of a compiled call's arguments need a gradient, on rank 0 and on rank 1.
 LEARNT = {
     "q on one": ("q", ""), "log_decay on the other": ("", "log_decay"), "the initial state alone": ("initial_state", "")
