@@ -48,7 +48,7 @@ def event(cat: str, name: str, begin: float, end: float, number: int) -> dict[st
 
 
 def test_the_parts_of_a_step_add_up(spans: Any) -> None:
-    """A launch at 0 runs from 100; NCCL beside it and alone; a hop; a gap of a late host, and one of the GPU's own; and
+    """A launch at 0 runs from 100; NCCL beside it and alone; hops; a gap of a late host, and one of the GPU's own; and
     a graph, whose launch nobody traces, before a kernel that was launched in time."""
     events = [
         event("cuda_runtime", "cudaLaunchKernel", 0, 5, 1),
@@ -56,7 +56,8 @@ def test_the_parts_of_a_step_add_up(spans: Any) -> None:
         event("cuda_runtime", "cudaLaunchKernelExC", 10, 15, 2),
         event("kernel", "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 200, 450, 2),
         event("cuda_driver", "cuLaunchKernelEx", 20, 25, 3),
-        event("kernel", "_wait", 400, 500, 3),
+        event("kernel", "_look", 400, 440, 3),
+        event("kernel", "_wait", 440, 500, 3),
         event("cuda_runtime", "cudaLaunchKernel", 580, 585, 4),  # the GPU is idle since 500
         event("kernel", "nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", 600, 700, 4),
         event("kernel", "tile_outputs", 750, 800, 5),  # of a graph
@@ -77,7 +78,7 @@ def test_the_parts_of_a_step_add_up(spans: Any) -> None:
         "copies": 0.010,
     }  # fmt: skip
     assert found["kernels"][0][1:] == [1, 0.25]
-    assert found["launches"] == 7
+    assert found["launches"] == 8
 
 
 def test_a_trace_without_kernels_has_no_summary(spans: Any) -> None:

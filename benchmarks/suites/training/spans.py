@@ -11,7 +11,7 @@ from typing import Any
 # Kernels by what they are for; the first pattern that is found in a name counts.
 GROUPS = {
     "NCCL": r"nccl",
-    "hops": r"^_(put|wait|release)$",
+    "hops": r"^_(put|wait|look|release)$",  # a fold that takes a message by itself computes, though it may wait too
     "copies": r"^Mem(cpy|set)",
     "matrix products": r"nvjet|gemm|cutlass|cublas|xmma|splitK",
     "optimizer": r"multi_tensor_apply",
