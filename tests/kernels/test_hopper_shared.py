@@ -33,7 +33,7 @@ SPILLS = {
     "paired_gradients": 96,
     "summed_outputs": 100,
     "grouped_outputs": 32,
-    "flows": 96,
+    "flows": 104,
 }
 
 
@@ -261,6 +261,7 @@ COMPILED = [  # source, step, rows, columns, warpgroups, outputs in fp32, revers
     ("grouped_outputs", "tile_outputs", 64, 64, 2, False, True, 2),
     ("grouped_outputs", "flows", 64, 64, 2, False, False, 2),
     ("grouped_outputs", "flows", 64, 64, 2, False, False, 1),
+    ("grouped_outputs", "flows", 64, 64, 2, True, False, 1),
     ("grouped_outputs", "flows", 64, 64, 2, True, False, 2),
     ("grouped_outputs", "tile_outputs", 64, 64, 2, True, False, 1),
     ("grouped_outputs", AGAIN, 64, 64, 2, False, False, 2),

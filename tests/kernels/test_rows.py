@@ -162,6 +162,14 @@ def test_what_a_first_tile_leaves_out_stays_out(device: str, transposed: bool) -
     assert not found[:, :, 256:].any()
 
 
+def test_forward_has_one_scale() -> None:
+    """Else a first tile's own sum, which nothing has scaled, would not be what its outputs read."""
+    x = drawn("cpu", 600, (64, 64), BF16)
+    options: dict[str, Any] = {"reverse": False, "transposed": False, "scale": 0.3, "state_scale": 1.0}
+    with pytest.raises(ValueError, match=r"a scale of 0\.3, a state_scale of 1\.0; forward they are one"):
+        rows.row_outputs(*x, Tiles(256, (0, 600)), **options)
+
+
 @ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(
     ("size", "tile", "dtype", "reverse", "transposed"),

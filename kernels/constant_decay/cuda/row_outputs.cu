@@ -222,8 +222,9 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
                 for (int i = 0; i < HELD; i++) state[part][i] = fmaf(state[part][i], folded, sum_scale * sum[i]);
             }
         }
-        // What the tile adds. alone: the state's product does not precede it, whose weights are the same forward; and there
-        // are too few registers for operands of two sums. meanwhile: called when all products before are done.
+        // What the tile adds. alone: no product into the state is under way, which would have made the weights that it has
+        // too, forward; and of two sums one comes after the other, for there are too few registers for both's operands.
+        // meanwhile: called when all products before are done.
         auto add = [&](bool alone, auto meanwhile) {
             WeightedOf<SUMMED> left[SUMS];
             if (!TURNED && (REVERSE || alone)) weighted.set(x[0], REVERSE ? weights.pairs : tables.pairs);
@@ -280,7 +281,7 @@ row_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const __grid_constant__ Map o, B
             }
             if (AGAIN) kept.start(state, false), meet(), lost.take(kept), meet();
         };
-        // Looked here rather than behind the loop, where ptxas would spill in it.
+        // `look` here rather than behind the loop, for ptxas would then spill in it.
         if (!LONG) {
 #pragma unroll
             for (int part = 0; part < PARTS; part++)

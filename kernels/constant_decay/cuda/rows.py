@@ -36,7 +36,9 @@ def row_outputs(
     """(B, H, N, Dc) in a's dtype: `tile_outputs` of a, b, c from the states that `fold` makes of `tile_states` of b and
     c, times `sum_scale`. Each segment of `tiles` is a sequence that begins (`reverse`: ends) with a state of zero, its
     tiles of 16, 32, 64 or another power of two. transposed: the states are those of c and b, transposed, and the last
-    bits theirs."""
+    bits theirs. Forward, scale and state_scale are one: a first tile's own sum is the next one's state."""
+    if not reverse and scale != state_scale:
+        raise ValueError(f"row_outputs: got a scale of {scale}, a state_scale of {state_scale}; forward they are one")
     if out is None:
         out = empty_outputs(a, c, log_decay, a.dtype)
     one, several = tiles.up_to(tiles.size)

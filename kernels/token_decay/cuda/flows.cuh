@@ -1,5 +1,5 @@
 // What paired_gradients.cu and grouped_outputs.cu want beside hopper_tile.cuh: sums over rows and columns that lie in
-// several threads.
+// several threads, the state as two 16-bit numbers, and what is left of v's own gradient.
 
 // Of 2 many sums, half stay with this thread, and half go to the one whose lane is 2 many apart.
 template <int many> __device__ __forceinline__ void exchange_sums(float (&sums)[16]) {

@@ -33,8 +33,9 @@ static_assert(!LAST_FETCHES && (LATE || !AGAIN));
 extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 1)
 paired_gradients(OPERAND(a), OPERAND(b), OPERAND(c), OPERAND(d), const float* states, const float* starts,
                  const __grid_constant__ Map o, Bits* out, Offset out_batch, Offset out_head, Offset out_token,
-                 float* of_tokens, Offset of_head, float* pairs, Offset pairs_head, float* across, int* lost, float* of_weight, float* of_skip, const float* skip, TILES, float scale, float state_scale, float added_scale,
-                 int* again) {
+                 float* of_tokens, Offset of_head, float* pairs, Offset pairs_head, float* across, int* lost,
+                 float* of_weight, float* of_skip, const float* skip, TILES, float scale, float state_scale,
+                 float added_scale, int* again) {
     if (AGAIN && !again[blockIdx.x]) return;
     Tile tile(TILE);
     const int thread = thread_number(), group = __shfl_sync(0xffffffffu, group_number(), 0);

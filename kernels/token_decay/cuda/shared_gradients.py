@@ -1,7 +1,8 @@
 """All gradients of a decay a token where heads share q and k, in fours, and v has 64 columns (Mamba-2), in bf16.
 
-dq and dk are sums over heads (shared.py). Beside dv, paired_gradients.cu leaves what the gradient of log_decay is a sum
-of (leetdist.kernels.token_decay.triton.gradient), which leetdist.kernels.token_decay.triton.added_up adds up.
+dq and dk are sums over heads (shared.py). What the gradient of log_decay is a sum of
+(leetdist.kernels.token_decay.triton.gradient) is left by paired_gradients.cu, late beside dv, and early by dq's kernel
+where q and k have GROUPED_COLUMNS; leetdist.kernels.token_decay.triton.added_up adds it up.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def flows(
     sums: Sequence[Tensor] = (),
     skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A launch of paired_gradients.cu, early or (with `starts`) late.
+    """A launch of paired_gradients.cu, early (q and k of 64) or (with `starts`) late.
 
     operands: q, k, v, do, or late k, q, do, v; states: (B, H, tiles.count, Dk, 64) fp32, contiguous, those that the
     pass begins with, and `starts` what the early pass began with; of_tokens, pairs: (B, H, N) fp32, heads apart by the
