@@ -306,6 +306,7 @@ grouped_outputs(OPERAND(a), OPERAND(b), OPERAND(c), const float* states, Offset 
         publish();
         __syncwarp();
         if (__shfl_sync(0xffffffffu, lane == 0 && is_last_of(GROUPS * WARPS, read), 0)) {
+            __syncwarp();  // what the first lane has seen, all have
             add_up_warps<HEADS>(all_q, of_tokens + tile.first(step), of_head, count);
             __syncwarp();
             if (lane == 0) publish(), fetch_q(step + 1);
