@@ -31,7 +31,7 @@ from torch import Tensor
 
 import leetdist
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda import hopper, launches
 from leetdist.kernels.constant_decay.triton.fold import fold
 from leetdist.kernels.constant_decay.triton.step import step
 from leetdist.kernels.runtime.cuda_launch import Kernel, kernel
@@ -67,9 +67,9 @@ def compile_all(ways: list[str]) -> None:
     if "products" in ways:
         wanted += [("products", {"MODE": mode}) for mode in range(len(COUNTED))]
     sources = [source_of(source, **defines) for source, defines in wanted]
-    for name in ("tile_states", *hopper.OUTPUTS) if "short" in ways else ():
+    for name in ("tile_states", *launches.OUTPUTS) if "short" in ways else ():
         for columns in (64, 128):
-            made = hopper.defines(name, 128, columns, 1, torch.bfloat16, False, False, size=(128, 128))
+            made = launches.defines(name, 128, columns, 1, torch.bfloat16, False, False, size=(128, 128))
             sources.append((f"constant_decay/cuda/{name.split()[0]}.cu", made))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda found: cubin(found[0], "sm_90a", found[1]), sources))
@@ -231,15 +231,15 @@ def in_graph(call: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
 @contextmanager
 def shared_by(columns: int | None) -> Iterator[None]:
     """Blocks of the kernels in CUDA C++ hold so many columns of a tile's state, or as many as is usual (None)."""
-    usual = hopper.shares
+    usual = launches.shares
     if columns:
-        hopper.shares = lambda *_: (columns, 1, 128 // columns)
-    hopper.parts.cache_clear()
+        launches.shares = lambda *_: (columns, 1, 128 // columns)
+    launches.parts.cache_clear()
     try:
         yield
     finally:
-        hopper.shares = usual
-        hopper.parts.cache_clear()
+        launches.shares = usual
+        launches.parts.cache_clear()
 
 
 SHARED = ("states", "outputs, twice", "all three")

@@ -103,6 +103,12 @@ class Arguments(threading.local):
         self.values.pack_into(self.memory, 0, *arguments)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def bind() -> None:
     """The driver wants a current context, and a thread of autograd's, say, that did nothing yet has none."""
     index = torch.cuda.current_device()

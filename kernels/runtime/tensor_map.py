@@ -33,6 +33,11 @@ def tensor_map(address: int, kind: tuple[torch.dtype, torch.Size, tuple[int, ...
     return _maps[key]
 
 
+def map_of(x: torch.Tensor) -> TensorMap | None:
+    """The same of x (batch, heads, tokens, dim) itself."""
+    return tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride()))
+
+
 def _encode(address: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> TensorMap | None:
     described = None if address % 16 else _described(dtype, shape, strides)
     if described is None:

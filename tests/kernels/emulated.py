@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from leetdist.kernels.constant_decay.cuda import grouped, hopper, open_chunk, pieces, rows
+from leetdist.kernels.constant_decay.cuda import grouped, launches, open_chunk, pieces, rows
 from leetdist.kernels.runtime import cuda_launch, nvrtc, tensor_map
 from leetdist.kernels.token_decay.cuda import shared, shared_gradients
 
@@ -97,11 +97,11 @@ def near() -> None:
 
 @contextmanager
 def emulated(multiprocessors: int = 132) -> Iterator[None]:
-    """`hopper`'s functions run on CPU tensors."""
+    """The launches of the kernels for Hopper run on CPU tensors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensor_map, "_maps", {})
         patch.setattr(tensor_map, "_encode", _encode)
-        patch.setattr(hopper, "_multiprocessors", lambda device: multiprocessors)
+        patch.setattr(cuda_launch, "multiprocessors", lambda device: multiprocessors)
         patch.setattr(cuda_launch, "kernel", _kernel)
         _forget()
         try:
@@ -111,7 +111,8 @@ def emulated(multiprocessors: int = 132) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for module in (grouped, hopper, open_chunk, pieces, rows, shared, shared_gradients):
+    launches.kernel.cache_clear()
+    for module in (grouped, open_chunk, pieces, rows, shared, shared_gradients):
         module._kernel.cache_clear()
     open_chunk._rows.cache_clear()
 

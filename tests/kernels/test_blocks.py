@@ -18,6 +18,7 @@ from leetdist.kernels.common import blocks
 from leetdist.kernels.common.blocks import blocks_of, in_blocks
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant_hopper
+from leetdist.kernels.constant_decay.cuda import launches
 from leetdist.kernels.constant_decay.pytorch import block as constant_exact
 from leetdist.kernels.runtime import triton_release
 from leetdist.kernels.token_decay.cuda import hopper as token_hopper
@@ -126,8 +127,8 @@ def test_warpgroups_that_share_chunks_have_the_bits_of_one(
             out = kernels.tile_outputs(a, b, c, states, log_decay, tiles, **options)
             found.append((out, kernels.tile_states(b, c, log_decay, tiles, reverse=reverse)))
     programs = 2 * tiles.count
-    assert constant_hopper.parts(programs, rows, columns, 0)[0].groups == groups
-    assert constant_hopper.parts(programs, rows, columns, 1000)[0].groups == 1
+    assert launches.parts(programs, rows, columns, 0)[0].groups == groups
+    assert launches.parts(programs, rows, columns, 1000)[0].groups == 1
     for some, one in zip(*found, strict=True):
         assert torch.equal(some.isnan(), one.isnan())
         assert torch.equal(some.nan_to_num(), one.nan_to_num())

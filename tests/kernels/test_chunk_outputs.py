@@ -17,7 +17,7 @@ from torch import Tensor
 
 from leetdist.kernels.common.memory import zero_states
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda import hopper, launches
 from leetdist.kernels.constant_decay.pytorch import block
 from leetdist.kernels.token_decay.pytorch import block as by_token
 from leetdist.reference import relative_error
@@ -82,7 +82,7 @@ def test_bits_of_the_kernel_with_states(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     walked: list[int] = []
-    real = hopper.walking
+    real = launches.walking
     monkeypatch.setattr(hopper, "walking", lambda *sizes: walked.append(real(*sizes)) or walked[-1])
     x = drawn(device, rows, columns, dtype, gates=gates, of_b=of_b)
     options: dict[str, Any] = {"reverse": reverse, "wide": wide}
@@ -158,13 +158,13 @@ def test_tiles_up_to() -> None:
     ],
 )
 def test_compiles_and_fits(rows: int, columns: int, wide: bool, reverse: bool, token: bool) -> None:
-    part = hopper.all_columns(columns)
-    held = hopper.walked_rows(rows), part.columns, part.groups
-    made = hopper.defines(hopper.CHUNK_OUTPUTS, *held, BF16, wide, reverse, token, size=(rows, columns))
+    part = launches.all_columns(columns)
+    held = launches.walked_rows(rows), part.columns, part.groups
+    made = launches.defines(launches.CHUNK_OUTPUTS, *held, BF16, wide, reverse, token, size=(rows, columns))
     said = ptxas.report("constant_decay/cuda/chunk_outputs.cu", "sm_90a", made)
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
     assert int(spilled[1]) == 0, said
     assert "serialized" not in said, said
-    blocks = hopper.walking(rows, columns, 1)
-    assert blocks * (hopper.shared_memory(hopper.CHUNK_OUTPUTS, *held, token) + OWN) <= SHARED_MEMORY
+    blocks = launches.walking(rows, columns, 1)
+    assert blocks * (launches.shared_memory(launches.CHUNK_OUTPUTS, *held, token) + OWN) <= SHARED_MEMORY

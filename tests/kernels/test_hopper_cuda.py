@@ -9,7 +9,8 @@ import ptxas
 import pytest
 import torch
 
-from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda import launches
+from leetdist.kernels.constant_decay.cuda.operands import operand_arguments
 from leetdist.kernels.runtime import cuda_launch, nvrtc, tensor_map
 
 # Bytes of a multiprocessor's shared memory, and what a block takes of it beside what it asks for.
@@ -37,14 +38,14 @@ OF_SIZES = [  # rows, columns, warpgroups, dtype, outputs in fp32, reversed, a d
 ]
 # The second look is compiled for fewer: of each number of rows and warpgroups, dtype and direction.
 COMPILED = [(name, *size) for name in ("tile_states", "tile_outputs") for size in OF_SIZES]
-COMPILED += [(hopper.AGAIN, *size) for size in OF_SIZES[2::4]]
+COMPILED += [(launches.AGAIN, *size) for size in OF_SIZES[2::4]]
 
 
 def test_all_fit():
     for rows, columns, groups, *_, token in OF_SIZES:
-        for name in ("tile_states", *hopper.OUTPUTS):
-            blocks = 1 if name == hopper.AGAIN else 2 // groups  # to a multiprocessor
-            assert blocks * (hopper.shared_memory(name, rows, columns, groups, token) + OWN) <= SHARED_MEMORY
+        for name in ("tile_states", *launches.OUTPUTS):
+            blocks = 1 if name == launches.AGAIN else 2 // groups  # to a multiprocessor
+            assert blocks * (launches.shared_memory(name, rows, columns, groups, token) + OWN) <= SHARED_MEMORY
 
 
 @ptxas.NEEDS_NVRTC
@@ -53,11 +54,11 @@ def test_compiles(name, rows, columns, groups, dtype, wide, reverse, token):
     said = ptxas.report(
         f"constant_decay/cuda/{name.split()[0]}.cu",
         "sm_90a",
-        hopper.defines(name, rows, columns, groups, dtype, wide, reverse, token),
+        launches.defines(name, rows, columns, groups, dtype, wide, reverse, token),
     )
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
-    assert name == hopper.AGAIN or int(spilled[1]) <= SPILLS[wide], said
+    assert name == launches.AGAIN or int(spilled[1]) <= SPILLS[wide], said
     assert "serialized" not in said, said
 
 
@@ -77,12 +78,12 @@ def test_compiles(name, rows, columns, groups, dtype, wide, reverse, token):
 @pytest.mark.parametrize("name", ["tile_states", "tile_outputs"])
 def test_other_sizes_compile_and_fit(name, size, dtype, wide, onto, token):
     """Fewer rows and columns than are walked, an odd number of warpgroups, and outputs that are added to others."""
-    for part in hopper.parts(4096, *size, 132):
-        held = hopper.walked_rows(size[0]), part.columns, part.groups
-        made = hopper.defines(name, *held, dtype, wide, onto, token, size=size, first=part.first, onto=onto)
+    for part in launches.parts(4096, *size, 132):
+        held = launches.walked_rows(size[0]), part.columns, part.groups
+        made = launches.defines(name, *held, dtype, wide, onto, token, size=size, first=part.first, onto=onto)
         said = ptxas.report(f"constant_decay/cuda/{name}.cu", "sm_90a", made)
         blocks = 2 if part.groups == 1 else 1
-        assert blocks * (hopper.shared_memory(name, *held, token) + OWN) <= SHARED_MEMORY
+        assert blocks * (launches.shared_memory(name, *held, token) + OWN) <= SHARED_MEMORY
         spilled = re.search(r"(\d+) bytes spill stores", said)
         assert spilled, said
         assert int(spilled[1]) <= SPILLS[wide], said
@@ -93,12 +94,12 @@ def test_other_sizes_compile_and_fit(name, size, dtype, wide, onto, token):
 @pytest.mark.parametrize("rows", [64, 128, 192, 256])
 @pytest.mark.parametrize("columns", [8, 64, 96, 128, 192, 256, 320, 512])
 def test_shares_cover_all_columns(columns, rows, programs):
-    held, groups, splits = hopper.shares(programs, rows, columns, multiprocessors=132)
+    held, groups, splits = launches.shares(programs, rows, columns, multiprocessors=132)
     assert held * groups * splits == 64 * -(-columns // 64)
     assert held * rows <= 128 * 128  # what the registers of a warpgroup hold
     assert groups * splits <= max(4, -(-columns // 64))
     first = 0
-    for part in hopper.parts(programs, rows, columns, 132):
+    for part in launches.parts(programs, rows, columns, 132):
         assert part.first == first
         first += part.columns * part.groups * part.splits
     assert first == held * groups * splits
@@ -140,7 +141,7 @@ def test_copies_of_what_the_copy_engine_cannot_read_live_until_the_launch(monkey
     )
     wrong = [torch.randn(1, 2, 16, 65)[..., 1:] for _ in range(3)]
     kept: list[torch.Tensor] = []
-    maps = [hopper._operand(x, 4, kept) for x in wrong]
+    maps = [operand_arguments(x, 4, kept) for x in wrong]
     assert maps == [(b"%d" % x.data_ptr(), 2) for x in kept]
     assert len({found for found, _ in maps}) == 3
     assert all(torch.equal(x, y) for x, y in zip(kept, wrong, strict=True))

@@ -20,7 +20,7 @@ import leetdist
 from leetdist.kernels.common.memory import zero_states
 from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import grouped, hopper
+from leetdist.kernels.constant_decay.cuda import grouped, hopper, launches
 from leetdist.kernels.token_decay.cuda import hopper as token
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -122,7 +122,7 @@ def test_a_decay_a_token_adds_up_within_the_heads_that_are_wanted(monkeypatch: p
 
 
 @ptxas.NEEDS_NVRTC
-@pytest.mark.parametrize("name", hopper.OUTPUTS)
+@pytest.mark.parametrize("name", launches.OUTPUTS)
 @pytest.mark.parametrize(("cluster", "wide"), [(1, True), (2, True), (2, False)])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_compiles_and_fits(dtype, cluster, wide, name):
@@ -131,7 +131,7 @@ def test_compiles_and_fits(dtype, cluster, wide, name):
     assert grouped.shared_memory(name, cluster) + OWN <= SHARED_MEMORY
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
-    assert name == hopper.AGAIN or int(spilled[1]) <= SPILLS[False], said
+    assert name == launches.AGAIN or int(spilled[1]) <= SPILLS[False], said
     assert "serialized" not in said, said
 
 

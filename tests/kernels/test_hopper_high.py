@@ -17,7 +17,7 @@ from test_hopper_cuda import OWN, SHARED_MEMORY, SPILLS
 
 from leetdist.kernels.common.memory import zero_states
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import high, hopper
+from leetdist.kernels.constant_decay.cuda import high, launches
 from leetdist.kernels.constant_decay.pytorch import block as exact
 from leetdist.reference import relative_error
 
@@ -48,15 +48,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         (256, 2, BF16, False, True),
     ],
 )
-@pytest.mark.parametrize("name", hopper.OUTPUTS)
+@pytest.mark.parametrize("name", launches.OUTPUTS)
 def test_compiles_and_fits(name: str, rows: int, groups: int, dtype: torch.dtype, wide: bool, reverse: bool) -> None:
-    made = hopper.defines(name, rows, 64, groups, dtype, wide, reverse, high=True)
+    made = launches.defines(name, rows, 64, groups, dtype, wide, reverse, high=True)
     said = ptxas.report("constant_decay/cuda/tile_outputs.cu", "sm_90a", made)
-    blocks = 1 if name == hopper.AGAIN or groups == 2 else 2  # to a multiprocessor
-    assert blocks * (hopper.shared_memory(name, rows, 64, groups, high=True) + OWN) <= SHARED_MEMORY
+    blocks = 1 if name == launches.AGAIN or groups == 2 else 2  # to a multiprocessor
+    assert blocks * (launches.shared_memory(name, rows, 64, groups, high=True) + OWN) <= SHARED_MEMORY
     spilled = re.search(r"(\d+) bytes spill stores", said)
     assert spilled, said
-    assert name == hopper.AGAIN or int(spilled[1]) <= SPILLS[wide], said
+    assert name == launches.AGAIN or int(spilled[1]) <= SPILLS[wide], said
     assert "serialized" not in said, said
 
 
@@ -97,8 +97,8 @@ def test_how_the_work_is_split_changes_no_bit(device: str, reverse: bool) -> Non
     if device == "cpu":
         with emulated(1000):
             again.append(high.tile_outputs(a, b, c, states, log_decay, PACKED, **options))
-        assert hopper.parts(6, 64, 128, 1, True)[0].groups == 2
-        assert hopper.parts(6, 64, 128, 1000, True)[0].groups == 1
+        assert launches.parts(6, 64, 128, 1, True)[0].groups == 2
+        assert launches.parts(6, 64, 128, 1000, True)[0].groups == 1
     for out in again:
         assert torch.equal(out, whole[:1])
     nothing = zero_states((1, 2, PACKED.count, 64, 128), FP32, a.device)

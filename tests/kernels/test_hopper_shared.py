@@ -21,6 +21,8 @@ import leetdist
 from leetdist.kernels.common.sums import sum_shared
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as alone
+from leetdist.kernels.constant_decay.cuda import launches
+from leetdist.kernels.runtime import cuda_launch
 from leetdist.kernels.token_decay.cuda import hopper, shared, shared_gradients
 from leetdist.kernels.token_decay.pytorch import block as exact
 from leetdist.reference import relative_error
@@ -39,7 +41,7 @@ SPILLS = {
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, ON_A_GPU])])
 def on_either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(alone, "_multiprocessors", lambda device: 1)  # enough tiles for pairs
+    monkeypatch.setattr(cuda_launch, "multiprocessors", lambda device: 1)  # enough tiles for pairs
     with emulated(1) if request.param == "emulated" else nullcontext():
         yield "cuda" if request.param == "cuda" else "cpu"
 
@@ -247,7 +249,7 @@ def test_a_call_of_mamba2s_shape_has_its_bits_on_ranks():
         assert x.isfinite().all() == (name == "dv")  # which does not read v
 
 
-AGAIN = alone.AGAIN
+AGAIN = launches.AGAIN
 COMPILED = [  # source, step, rows, columns, warpgroups, outputs in fp32, reversed, blocks to a cluster
     ("shared_states", "tile_states", 128, 64, 4, False, True, None),
     ("paired_outputs", "tile_outputs", 128, 64, 1, False, False, None),
@@ -275,7 +277,7 @@ def test_compiles_and_fits(source, name, rows, columns, groups, wide, reverse, c
     weighted, skipped = bool(weighted), weighted == "and skipped"
     if skipped and (source != "paired_outputs" or reverse):
         pytest.skip("o alone")
-    made = alone.defines(name, rows, columns, groups, BF16, wide, reverse, True)
+    made = launches.defines(name, rows, columns, groups, BF16, wide, reverse, True)
     made += shared.WEIGHTED * weighted + shared.SKIPPED * skipped
     made = made if cluster is None else (*made, ("CLUSTER", cluster))
     made += shared.FLOWS * (name == "flows")

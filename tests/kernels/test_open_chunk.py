@@ -19,7 +19,7 @@ from test_hopper_cuda import OWN, SHARED_MEMORY
 from leetdist.kernels.common.open_tiles import OpenTiles
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper as constant
-from leetdist.kernels.constant_decay.cuda import open_chunk
+from leetdist.kernels.constant_decay.cuda import launches, open_chunk
 from leetdist.kernels.token_decay.cuda import hopper as by_token
 from leetdist.kernels.token_decay.pytorch.block import transitions
 
@@ -256,7 +256,7 @@ def test_compiles_and_fits(rows, columns, dtype, token):
 @ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize("token", [False, True])
 def test_what_goes_on_from_a_state_compiles_without_spills(token):
-    made = constant.defines(constant.ONWARD, 128, 128, 1, BF16, False, False, token)
+    made = launches.defines(launches.ONWARD, 128, 128, 1, BF16, False, False, token)
     said = ptxas.report("constant_decay/cuda/tile_states.cu", "sm_90a", made)
     assert " 0 bytes spill stores" in said, said
     assert "serialized" not in said, said

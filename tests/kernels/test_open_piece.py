@@ -20,6 +20,7 @@ from leetdist.inference.running import Running
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.cuda import hopper, open_chunk
 from leetdist.kernels.constant_decay.pytorch import open_chunk as in_pytorch
+from leetdist.kernels.runtime import cuda_launch
 from leetdist.kernels.token_decay.cuda import open_chunk as by_token
 from leetdist.operators import opened
 
@@ -83,7 +84,7 @@ def test_outputs_of_a_long_piece_are_walked_in_parts(
 ) -> None:
     """Of several chunks, each from the state that the states' walk passed there; the last part may be empty. What is no
     number is seen by later tokens alone, of its column or, of k, of all."""
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(cuda_launch, "multiprocessors", lambda device: multiprocessors)
     *tensors, g = draw("cpu", 1, 500, rows, 64, torch.bfloat16, token)
     if bad:
         tensors[2][:, 1, 40, 7], tensors[1][:, :, 310, 3] = math.nan, math.inf

@@ -16,7 +16,7 @@ from test_open_chunk import ON_A_GPU, TILE, draw
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper, pieces
+from leetdist.kernels.constant_decay.cuda import hopper, launches, pieces
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -94,8 +94,8 @@ def test_pieces_that_no_map_knows(device: str) -> None:
 )
 @pytest.mark.parametrize(("name", "way"), [("tile_states", 1), ("tile_outputs", 1), ("tile_outputs", 2)])
 def test_compiles_and_fits(name: str, way: int, rows: int, columns: int, groups: int, dtype: torch.dtype) -> None:
-    made = hopper.defines(name, rows, columns, groups, dtype, False, False, pieces=way)
-    memory = hopper.shared_memory(name, rows, columns, groups, pieces=way)
+    made = launches.defines(name, rows, columns, groups, dtype, False, False, pieces=way)
+    memory = launches.shared_memory(name, rows, columns, groups, pieces=way)
     assert 2 // groups * (memory + OWN) <= SHARED_MEMORY
     said = ptxas.report(f"constant_decay/cuda/{name}.cu", "sm_90a", made)
     spilled = re.search(r"(\d+) bytes spill stores", said)

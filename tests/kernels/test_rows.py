@@ -16,7 +16,7 @@ from test_hopper_cuda import OWN, SHARED_MEMORY
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper, rows
+from leetdist.kernels.constant_decay.cuda import hopper, launches, rows
 from leetdist.kernels.constant_decay.pytorch import block
 from leetdist.reference import relative_error
 
@@ -190,12 +190,12 @@ def test_compiles_and_fits(
     size: tuple[int, int], tile: int, dtype: torch.dtype, reverse: bool, transposed: bool
 ) -> None:
     (part,) = rows.parts(4096, *size, tile, 132)
-    for name in hopper.OUTPUTS:
+    for name in launches.OUTPUTS:
         made = rows.defines(name, size, part, dtype, reverse, transposed, tile)
         said = ptxas.report("constant_decay/cuda/row_outputs.cu", "sm_90a", made)
         assert "serialized" not in said, said
         spilled = re.search(r"(\d+) bytes spill stores", said)
         assert spilled, said
-        assert name == hopper.AGAIN or int(spilled[1]) <= 128, said
-    held = hopper.walked_rows(size[0]), part.columns, part.groups
+        assert name == launches.AGAIN or int(spilled[1]) <= 128, said
+    held = launches.walked_rows(size[0]), part.columns, part.groups
     assert 2 * (rows.shared_memory("tile_outputs", *held, transposed, tile) + OWN) <= SHARED_MEMORY

@@ -12,8 +12,9 @@ from torch import Tensor
 from leetdist.kernels.common.blocks import taking
 from leetdist.kernels.common.memory import empty_outputs, heads_of
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda import hopper, launches
 from leetdist.kernels.constant_decay.cuda.hopper import configuration, tile_states
+from leetdist.kernels.constant_decay.cuda.operands import operand_arguments, tile_arguments
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.runtime import cuda_launch
 
@@ -70,7 +71,7 @@ def compile_for(
     hopper.compile_for(step, rows, columns, dtype, wide, reverse, programs, device, share=share, onto=onto)
     if step == "tile_outputs" and wide and rows == columns == SIZE and share % GROUPS == 0:
         cluster = 1 if share % 4 else 2
-        for name in hopper.OUTPUTS:
+        for name in launches.OUTPUTS:
             _kernel(name, cluster, dtype, share != 4, reverse, device)
 
 
@@ -110,32 +111,32 @@ def summed_outputs(
     blocks = a.shape[0] * every // GROUPS * tiles.count
     again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
     kept: list[Tensor] = []
-    place = hopper._tiles(tiles, log_decay, cluster, a, b, c)
+    place = tile_arguments(tiles, log_decay, cluster, a, b, c)
     arguments = (
-        *(x for operand in (a, b, c) for x in hopper._operand(operand, every, kept)),
+        *(x for operand in (a, b, c) for x in operand_arguments(operand, every, kept)),
         states.data_ptr(), *states.stride(), out.data_ptr(), *out.stride()[:3],
         *place[:2], every // together, *place[3:],
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
     )  # fmt: skip
-    for name in hopper.OUTPUTS:
+    for name in launches.OUTPUTS:
         launch = _kernel(name, cluster, a.dtype, wide, reverse, a.device)
-        launch((blocks,), GROUPS * hopper.THREADS, *arguments)
+        launch((blocks,), GROUPS * launches.THREADS, *arguments)
     return out
 
 
 def shared_memory(name: str, cluster: int) -> int:
     """Bytes that a block asks for: two chunks of a, and of b and c of each head; scores; what is handed over, and what
     is sent."""
-    operands = 2 * (SIZE + GROUPS * 2 * SIZE) // 64 * hopper.BLOCK
+    operands = 2 * (SIZE + GROUPS * 2 * SIZE) // 64 * launches.BLOCK
     numbers = 64 * 64 * 4
-    lost = 4 * (SIZE + 4) if name == hopper.AGAIN else 0
-    tables = GROUPS * (hopper.TABLES["tile_outputs"][False] + lost)
-    return operands + GROUPS * hopper.BLOCK + numbers * cluster + tables + hopper.BARRIERS
+    lost = 4 * (SIZE + 4) if name == launches.AGAIN else 0
+    tables = GROUPS * (launches.TABLES["tile_outputs"][False] + lost)
+    return operands + GROUPS * launches.BLOCK + numbers * cluster + tables + launches.BARRIERS
 
 
 def defines(name: str, cluster: int, dtype: torch.dtype, wide: bool, reverse: bool) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with."""
-    return *hopper.defines(name, SIZE, SIZE, GROUPS, dtype, wide, reverse), ("CLUSTER", cluster)
+    return *launches.defines(name, SIZE, SIZE, GROUPS, dtype, wide, reverse), ("CLUSTER", cluster)
 
 
 @cache

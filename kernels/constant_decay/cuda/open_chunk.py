@@ -175,7 +175,7 @@ def _open_piece(
     heads = walked.shape[1]
     o = q.new_empty(batch, heads, CHUNK + tokens, v.shape[3])
     options: dict[str, Any] = {"reverse": False, "scale": scale, "state_scale": scale, "out_dtype": q.dtype, "out": o}
-    chunks, marks = ceil_div(CHUNK - 1 + tokens, CHUNK), hopper._multiprocessors(q.device) // (batch * heads)
+    chunks, marks = ceil_div(CHUNK - 1 + tokens, CHUNK), cuda_launch.multiprocessors(q.device) // (batch * heads)
     if own is None or min(chunks, marks) < 2:
         tile_outputs(behind_q, behind_k, behind_v, walked[:, :, None], log_decay, Tiles(tile, (0, all_)), **options)
         if own is not None:
@@ -247,7 +247,7 @@ def open_steps(
     assert open_.walked is not None
     assert open_.own is not None
     assert open_.held is not None
-    columns = columns_of(batch * heads, rows, dim, hopper._multiprocessors(q.device))
+    columns = columns_of(batch * heads, rows, dim, cuda_launch.multiprocessors(q.device))
     decays: tuple[int, ...]
     if log_decay is None:
         assert open_.keep is not None
@@ -273,7 +273,7 @@ def held(walked: Tensor, dtype: torch.dtype) -> Tensor:
     products take them, in the order of threads, (B, H, Dk * Dv), in fp16 with a unit a column behind 16 of them."""
     (batch, heads, rows, dim), walked = walked.shape, walked.contiguous()
     made = walked.new_empty(batch, heads, dim * (rows + 2 * (dtype == torch.float16)), dtype=dtype)
-    columns = columns_of(batch * heads, rows, dim, hopper._multiprocessors(walked.device))
+    columns = columns_of(batch * heads, rows, dim, cuda_launch.multiprocessors(walked.device))
     launch = _kernel("open_held", rows, columns, dim // columns, dtype, False, walked.device)
     if made.numel():
         launch((batch * heads * (dim // columns),), 2 * columns, walked.data_ptr(), made.data_ptr())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leetdist.kernels.common.tiles import ceil_div
 from leetdist.kernels.runtime import cuda_launch
-from leetdist.kernels.runtime.tensor_map import TensorMap, tensor_map
+from leetdist.kernels.runtime.tensor_map import TensorMap, map_of, tensor_map
 
 CHUNK = 64  # tokens
 MOST = 232  # pieces, whose places are arguments of a launch: of 4,096 bytes
@@ -76,7 +76,7 @@ def fetched(*operands: Operand) -> tuple[int, tuple[int | TensorMap, ...]]:
 
 
 def _map(x: Tensor) -> TensorMap:
-    found = tensor_map(x.data_ptr(), (x.dtype, x.shape, x.stride()))
+    found = map_of(x)
     assert found is not None
     return found
 

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from leetdist.kernels.common.memory import empty_outputs, heads_of, zero_states
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.kernels.constant_decay.cuda import hopper
-from leetdist.kernels.constant_decay.cuda.hopper import Part, configuration
+from leetdist.kernels.constant_decay.cuda import hopper, launches
+from leetdist.kernels.constant_decay.cuda.hopper import configuration
+from leetdist.kernels.constant_decay.cuda.launches import Part
+from leetdist.kernels.constant_decay.cuda.operands import operand_arguments, tile_arguments
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.runtime import cuda_launch
+from leetdist.kernels.runtime.tensor_map import map_of
 
 __all__ = ["compile_for", "configuration", "row_outputs"]
 
@@ -55,23 +58,23 @@ def row_outputs(
         return out
     kept: list[Tensor] = []
     target = out
-    if hopper._map(out) is None:
+    if map_of(out) is None:
         target = out.clone(memory_format=torch.contiguous_format)  # which other tiles have written to
-    operands = (x for operand in (a, b, c) for x in hopper._operand(operand, heads, kept))
-    places = *operands, hopper._map(target), target.data_ptr(), *target.stride()[:3]
-    for part in parts(programs, *size, tiles.size, hopper._multiprocessors(c.device)):
-        blocks, long = programs * part.splits, tiles.size > hopper.CHUNK
+    operands = (x for operand in (a, b, c) for x in operand_arguments(operand, heads, kept))
+    places = *operands, map_of(target), target.data_ptr(), *target.stride()[:3]
+    for part in parts(programs, *size, tiles.size, cuda_launch.multiprocessors(c.device)):
+        blocks, long = programs * part.splits, tiles.size > launches.CHUNK
         again = torch.empty(blocks, dtype=torch.int32, device=a.device)  # written by every block
         held = ceil_div(size[0], 64) * 64 * part.columns
         starts = torch.empty(blocks, held, dtype=torch.float32, device=a.device) if long else None
         arguments = (
-            *places, *hopper._tiles(rows, log_decay, part.splits, a, b, c),
+            *places, *tile_arguments(rows, log_decay, part.splits, a, b, c),
             float(scale), float(state_scale), float(sum_scale), scale_of_added(float(scale), float(state_scale)),
-            tiles.size // hopper.CHUNK, 0 if starts is None else starts.data_ptr(), again.data_ptr(),
+            tiles.size // launches.CHUNK, 0 if starts is None else starts.data_ptr(), again.data_ptr(),
         )  # fmt: skip
-        for name in hopper.OUTPUTS:
+        for name in launches.OUTPUTS:
             launch = _kernel(name, size, part, a.dtype, reverse, transposed, tiles.size, a.device)
-            launch((blocks,), hopper.THREADS, *arguments)
+            launch((blocks,), launches.THREADS, *arguments)
     if target is not out:
         out.copy_(target)
     return out
@@ -80,9 +83,9 @@ def row_outputs(
 def parts(programs: int, rows: int, columns: int, tile: int, multiprocessors: int) -> tuple[Part, ...]:
     """The launches: those of outputs with states, but in tiles of several chunks what they add takes the registers of
     64 columns."""
-    if tile > hopper.CHUNK:
+    if tile > launches.CHUNK:
         return (Part(64, 1, ceil_div(columns, 64)),)
-    return hopper.parts(programs, rows, columns, multiprocessors)
+    return launches.parts(programs, rows, columns, multiprocessors)
 
 
 def compile_for(
@@ -100,20 +103,19 @@ def compile_for(
     tile: int,
 ) -> None:
     """Compile the kernels that so many sequences of all heads will launch, and those of one tile."""
-    hopper._kernel(
-        hopper.CHUNK_OUTPUTS, (rows, columns), hopper.all_columns(columns), dtype, False, reverse, False, device
-    )
-    for part in parts(programs, rows, columns, tile, hopper._multiprocessors(device)):
-        for name in hopper.OUTPUTS:
-            _kernel(name, (rows, columns), part, dtype, reverse, transposed, tile, device)
+    size = rows, columns
+    launches.kernel(launches.CHUNK_OUTPUTS, size, launches.all_columns(columns), dtype, False, reverse, False, device)
+    for part in parts(programs, rows, columns, tile, cuda_launch.multiprocessors(device)):
+        for name in launches.OUTPUTS:
+            _kernel(name, size, part, dtype, reverse, transposed, tile, device)
 
 
 def shared_memory(name: str, rows: int, columns: int, groups: int, transposed: bool, tile: int) -> int:
     """Bytes that a block asks for."""
-    found = hopper.shared_memory(name, rows, columns, groups)
-    if tile > hopper.CHUNK:  # a second table of weights, and of what is lost; two chunks of outputs
-        found += hopper.TABLES["tile_states"][0] + 4 * (columns + 4) * (name == hopper.AGAIN)
-        found += 2 * hopper.BLOCK * transposed
+    found = launches.shared_memory(name, rows, columns, groups)
+    if tile > launches.CHUNK:  # a second table of weights, and of what is lost; two chunks of outputs
+        found += launches.TABLES["tile_states"][0] + 4 * (columns + 4) * (name == launches.AGAIN)
+        found += 2 * launches.BLOCK * transposed
     return found
 
 
@@ -127,10 +129,10 @@ def defines(
     tile: int,
 ) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with."""
-    held = hopper.walked_rows(size[0]), part.columns, part.groups
-    made = hopper.defines(name, *held, dtype, False, reverse, size=size, first=part.first)
-    long = (("LONG", 1),) * (tile > hopper.CHUNK)
-    return *made, ("LENGTH", min(tile, hopper.CHUNK)), ("TRANSPOSED", int(transposed)), *long
+    held = launches.walked_rows(size[0]), part.columns, part.groups
+    made = launches.defines(name, *held, dtype, False, reverse, size=size, first=part.first)
+    long = (("LONG", 1),) * (tile > launches.CHUNK)
+    return *made, ("LENGTH", min(tile, launches.CHUNK)), ("TRANSPOSED", int(transposed)), *long
 
 
 @cache
@@ -144,7 +146,7 @@ def _kernel(
     tile: int,
     device: torch.device,
 ) -> cuda_launch.Kernel:
-    held = hopper.walked_rows(size[0]), part.columns, part.groups
+    held = launches.walked_rows(size[0]), part.columns, part.groups
     return cuda_launch.kernel(
         "constant_decay/cuda/row_outputs.cu", "row_outputs", device,
         defines(name, size, part, dtype, reverse, transposed, tile),

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from leetdist.kernels.common.memory import address_of, empty_outputs
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda import hopper, launches
+from leetdist.kernels.constant_decay.cuda.operands import operand_arguments, tile_arguments
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.runtime import cuda_launch
-from leetdist.kernels.runtime.tensor_map import MAP_BYTES
+from leetdist.kernels.runtime.tensor_map import MAP_BYTES, map_of
 
 SIZE, GROUPS = 128, 2  # of a head, and warpgroups that share it, beside that which fetches
 AHEAD = 2  # chunks from the next one to the one that comes into the second cache; 0: none does
-NAMES = ("gradients", "gradients again")  # the second for tiles with NaNs and infinities, as hopper.AGAIN
+NAMES = ("gradients", "gradients again")  # the second for tiles with NaNs and infinities, as launches.AGAIN
 
 configuration = hopper.configuration
 
@@ -48,10 +49,10 @@ def early_gradients(
     batch, heads, tokens, _ = q.shape
     read = torch.empty(batch, heads, 2, tokens, dtype=torch.float32, device=q.device)
     lost = torch.empty(batch * heads * tiles.count, dtype=torch.int32, device=q.device)
-    dq = _place(do, k, log_decay, out)
+    dq = place_of(do, k, log_decay, out)
     sums, scales = (states, read, read), (float(scale), float(scale), 1.0)
     _launch((q, k, v, do), sums, (dq, dq), log_decay, tiles, lost, scales, reverse=False)
-    return _placed(dq, out), {"read": read, "early_lost": lost}
+    return placed(dq, out), {"read": read, "early_lost": lost}
 
 
 def late_gradients(
@@ -78,7 +79,7 @@ def late_gradients(
     written = torch.empty(batch, heads, 2, tokens, dtype=torch.float32, device=q.device)
     across = torch.empty(batch, heads, tiles.count, dtype=torch.float32, device=q.device)
     lost = torch.empty(batch * heads * tiles.count, dtype=torch.int32, device=q.device)
-    dk, dv = _place(v, q, log_decay, outs[0]), _place(k, do, log_decay, outs[1])
+    dk, dv = place_of(v, q, log_decay, outs[0]), place_of(k, do, log_decay, outs[1])
     scales = float(scale), 1.0, scale_of_added(float(scale), 1.0)
     _launch(
         (q, k, v, do), (ends, written, across), (dk, dv), log_decay, tiles, lost, scales, reverse=True, starts=states
@@ -87,7 +88,7 @@ def late_gradients(
         q, k, v, do, states, ends, log_decay, tiles, kept["read"], written, across, (kept["early_lost"], lost),
         scale=scale, out=outs[2],
     )  # fmt: skip
-    return _placed(dk, outs[0]), _placed(dv, outs[1]), grad
+    return placed(dk, outs[0]), placed(dv, outs[1]), grad
 
 
 def compile_for(
@@ -124,24 +125,25 @@ def _launch(
         return
     heads, kept = log_decay.shape[1], []  # type: ignore[var-annotated]
     begin, of_tokens, across = sums
-    arguments: list[Any] = [x for operand in operands for x in hopper._operand(operand, heads, kept)]
+    arguments: list[Any] = [x for operand in operands for x in operand_arguments(operand, heads, kept)]
     arguments += [address_of(x) for x in (begin, begin if starts is None else starts)]
     for out in outs:
-        arguments += [hopper._map(out) or bytes(MAP_BYTES), out.data_ptr(), *out.stride()[:3]]
-    arguments += [of_tokens.data_ptr(), across.data_ptr(), *hopper._tiles(tiles, log_decay, 1, *operands)]
+        arguments += [map_of(out) or bytes(MAP_BYTES), out.data_ptr(), *out.stride()[:3]]
+    arguments += [of_tokens.data_ptr(), across.data_ptr(), *tile_arguments(tiles, log_decay, 1, *operands)]
     for name in NAMES:
         launch = _kernel(name, reverse, begin.device)
-        launch((lost.numel(),), (GROUPS + 1) * hopper.THREADS, *arguments, *scales, lost.data_ptr())
+        launch((lost.numel(),), (GROUPS + 1) * launches.THREADS, *arguments, *scales, lost.data_ptr())
 
 
-def _place(like: Tensor, other: Tensor, log_decay: Tensor, out: Tensor | None) -> Tensor:
+def place_of(like: Tensor, other: Tensor, log_decay: Tensor, out: Tensor | None) -> Tensor:
     """Where a gradient is written: in `out`, where the copy engine can."""
     if out is None:
         return empty_outputs(like, other, log_decay, like.dtype)
-    return out if hopper._map(out) is not None else torch.empty_like(out, memory_format=torch.contiguous_format)
+    return out if map_of(out) is not None else torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
-def _placed(grad: Tensor, out: Tensor | None) -> Tensor:
+def placed(grad: Tensor, out: Tensor | None) -> Tensor:
+    """The gradient, in `out` if that is given."""
     return grad if out is None or grad is out else out.copy_(grad)
 
 
@@ -149,15 +151,15 @@ def shared_memory(name: str, reverse: bool) -> int:
     """Bytes that a block asks for: two chunks of four operands, the state twice in 16 bits; late also the scores that a
     warpgroup hands the other, and what sums them."""
     blocks = 2 * 4 * SIZE // 64 + 2 * 4 + (3 if reverse else 0)
-    tables = GROUPS * hopper.TABLES["tile_outputs"][True] + 2 * hopper.SLOT + (4 * 64 * 4 if reverse else 0)
+    tables = GROUPS * launches.TABLES["tile_outputs"][True] + 2 * launches.SLOT + (4 * 64 * 4 if reverse else 0)
     lost = GROUPS * 4 * (SIZE + 4) if name == NAMES[1] else 0
-    return blocks * hopper.BLOCK + tables + lost + hopper.BARRIERS
+    return blocks * launches.BLOCK + tables + lost + launches.BARRIERS
 
 
 def defines(name: str, reverse: bool) -> tuple[tuple[str, int], ...]:
     """What a kernel is compiled with."""
-    again = hopper.AGAIN if name == NAMES[1] else name
-    return *hopper.defines(again, SIZE, 64, GROUPS, torch.bfloat16, False, reverse, True), ("AHEAD", AHEAD)
+    again = launches.AGAIN if name == NAMES[1] else name
+    return *launches.defines(again, SIZE, 64, GROUPS, torch.bfloat16, False, reverse, True), ("AHEAD", AHEAD)
 
 
 @cache

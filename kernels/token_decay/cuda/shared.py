@@ -11,9 +11,11 @@ from torch import Tensor
 
 from leetdist.kernels.common.memory import empty_outputs, empty_states, heads_of
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda import launches
+from leetdist.kernels.constant_decay.cuda.operands import operand_arguments, tile_arguments
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.runtime import cuda_launch
+from leetdist.kernels.runtime.tensor_map import map_of
 
 HEADS = 2  # of a warpgroup
 WIDTH = 64  # columns, or rows, of a head's state, of which two are as large as one of 128
@@ -43,7 +45,7 @@ def in_fours(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
 
 
 def _together(heads: int, rows: int, columns: int, programs: int, device: torch.device) -> bool:
-    return rows in (64, 128) and columns == WIDTH and programs // heads > hopper._multiprocessors(device)
+    return rows in (64, 128) and columns == WIDTH and programs // heads > cuda_launch.multiprocessors(device)
 
 
 def shared_states(
@@ -68,8 +70,8 @@ def shared_states(
     kind = b.dtype, False, reverse, weight is not None, 1
     launch = _kernel("shared_states", "tile_states", b.shape[3], c.shape[3], *kind, b.device)
     launch(
-        (b.shape[0] * heads // FOUR * tiles.count,), FOUR * hopper.THREADS,
-        *hopper._operand(b, heads, kept), *hopper._operand(c, heads, kept), out.data_ptr(),
+        (b.shape[0] * heads // FOUR * tiles.count,), FOUR * launches.THREADS,
+        *operand_arguments(b, heads, kept), *operand_arguments(c, heads, kept), out.data_ptr(),
         *place_of_tiles(tiles, log_decay, 1, FOUR, b, weight=weight, kept=kept), tiles.unread(reverse, to_end),
         float(scale),
     )  # fmt: skip
@@ -99,9 +101,9 @@ def paired_outputs(
     if not out.numel():
         return out
     target = out
-    if hopper._map(out) is None:
+    if map_of(out) is None:
         target = torch.empty_like(out, memory_format=torch.contiguous_format)
-    place = hopper._map(target)
+    place = map_of(target)
     assert place is not None
     places: tuple[bytes | int, ...] = (place, target.data_ptr(), *target.stride()[:3])
     options = {"reverse": reverse, "scale": scale, "state_scale": state_scale}
@@ -168,7 +170,7 @@ def summed_outputs(
     programs = a.shape[0] * heads_of(log_decay) // heads * tiles.count
     columns, splits = c.shape[3] // 2, 1
     if heads == HEADS:
-        columns, _, splits = hopper.shares(programs, a.shape[3], c.shape[3], hopper._multiprocessors(c.device))
+        columns, _, splits = launches.shares(programs, a.shape[3], c.shape[3], cuda_launch.multiprocessors(c.device))
     source = "summed_outputs" if heads == HEADS else "grouped_outputs"
     options = {"reverse": reverse, "scale": scale, "state_scale": state_scale, "wide": out.dtype == torch.float32}
     _outputs(
@@ -208,7 +210,7 @@ def _outputs(
     again = torch.empty(programs * splits, dtype=torch.int32, device=a.device)  # written by every block
     sharing = (a, b) if source == "paired_outputs" else (c,)
     arguments = (
-        *(x for operand in (a, b, c) for x in hopper._operand(operand, all_heads, kept)),
+        *(x for operand in (a, b, c) for x in operand_arguments(operand, all_heads, kept)),
         states.data_ptr(), *states.stride(), *places,
         *place_of_tiles(tiles, log_decay, splits, heads, *sharing, weight=weight, kept=kept),
         float(scale), float(state_scale), scale_of_added(float(scale), float(state_scale)), again.data_ptr(),
@@ -218,16 +220,16 @@ def _outputs(
     if flows is not None:
         q, read, pairs, lost = flows
         left = (
-            *hopper._operand(q, all_heads, kept),
+            *operand_arguments(q, all_heads, kept),
             read.data_ptr(), read.stride(1), pairs.data_ptr(), pairs.stride(1), lost.data_ptr(),
         )  # fmt: skip
-    for name in hopper.OUTPUTS:
+    for name in launches.OUTPUTS:
         kind = a.dtype, wide, reverse, weight is not None, cluster
-        more = () if name == hopper.AGAIN else left
+        more = () if name == launches.AGAIN else left
         launch = _kernel(
             source, name, a.shape[3], columns, *kind, a.device, skipped=skip is not None, flows=len(more) > 0
         )
-        launch((programs * splits,), hopper.THREADS * GROUPS.get(source, 1), *arguments, *more)
+        launch((programs * splits,), launches.THREADS * GROUPS.get(source, 1), *arguments, *more)
 
 
 def place_of_tiles(
@@ -241,7 +243,7 @@ def place_of_tiles(
 ) -> tuple[int, ...]:
     """Where the tiles are, of so many heads at a time, and the weights, if any. Heads that share these operands come
     one after the other, tile by tile, in consecutive blocks, which a cluster is made of."""
-    *place, _ = hopper._tiles(tiles, log_decay, splits, *sharing)
+    *place, _ = tile_arguments(tiles, log_decay, splits, *sharing)
     place[2] //= heads
     found = *place, heads_of(log_decay) // max(x.shape[1] for x in sharing) // heads
     if weight is None:
@@ -274,11 +276,11 @@ def compile_for(
             _kernel("shared_states", step, rows, columns, dtype, False, reverse, weighted, 1, device)
         return
     heads, cluster = added_up(share, columns)
-    held, _, _ = hopper.shares(programs // HEADS, rows, columns, hopper._multiprocessors(device))
-    for name in hopper.OUTPUTS:
+    held, _, _ = launches.shares(programs // HEADS, rows, columns, cuda_launch.multiprocessors(device))
+    for name in launches.OUTPUTS:
         if wide and rows == WIDTH and dtype == torch.bfloat16 and heads == FOUR:
             kind = dtype, share != heads * cluster, reverse, weighted, cluster
-            flowing = flows and name != hopper.AGAIN
+            flowing = flows and name != launches.AGAIN
             _kernel("grouped_outputs", name, rows, columns // 2, *kind, device, flows=flowing)
         elif wide and rows == WIDTH and dtype == torch.bfloat16:
             _kernel("summed_outputs", name, rows, held, dtype, True, reverse, weighted, 1, device)
@@ -288,7 +290,7 @@ def compile_for(
 
 def compile_skipped(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
     """As `compile_for`, of outputs that are `skip`ped by something."""
-    for name in hopper.OUTPUTS:
+    for name in launches.OUTPUTS:
         _kernel("paired_outputs", name, rows, columns, dtype, False, False, True, 1, device, skipped=True)
 
 
@@ -298,20 +300,20 @@ def shared_memory(
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernels."""
     heads = HEADS if source in ("paired_outputs", "summed_outputs") else FOUR
     if source == "shared_states":
-        operands, slots, tables = 4 * (rows + heads * columns), 4, hopper.TABLES["tile_states"][True]
+        operands, slots, tables = 4 * (rows + heads * columns), 4, launches.TABLES["tile_states"][True]
     elif (
         source == "grouped_outputs"
     ):  # of 128 columns; with two warpgroups' scores, and two places of what each is sent
         operands, slots = 2 * (heads * 2 * rows + 2 * columns) + 2 * 64 + 2 * 2 * 64, 2
-        tables = hopper.TABLES["tile_outputs"][True]
+        tables = launches.TABLES["tile_outputs"][True]
     else:
         own, common = (2 * rows, columns) if source == "summed_outputs" else (columns, 2 * rows)
         operands, slots = 2 * (heads * own + common) + 64, 2  # and scores
-        tables = hopper.TABLES["tile_outputs"][True]
-    lost = 4 * (columns + 4) if name == hopper.AGAIN else 0
+        tables = launches.TABLES["tile_outputs"][True]
+    lost = 4 * (columns + 4) if name == launches.AGAIN else 0
     slots *= 2 if weighted else 1
-    own = tables + slots * hopper.SLOT + lost + 4 * columns * skipped
-    return operands // 64 * hopper.BLOCK + hopper.BARRIERS + heads * own
+    own = tables + slots * launches.SLOT + lost + 4 * columns * skipped
+    return operands // 64 * launches.BLOCK + launches.BARRIERS + heads * own
 
 
 @cache
@@ -330,7 +332,7 @@ def _kernel(
     skipped: bool = False,
     flows: bool = False,
 ) -> cuda_launch.Kernel:
-    made = hopper.defines(name, rows, columns, GROUPS.get(source, 1), dtype, wide, reverse, True)
+    made = launches.defines(name, rows, columns, GROUPS.get(source, 1), dtype, wide, reverse, True)
     made += WEIGHTED * weighted + SKIPPED * skipped + (("CLUSTER", cluster),) * (source == "grouped_outputs")
     made += FLOWS * flows
     return cuda_launch.kernel(

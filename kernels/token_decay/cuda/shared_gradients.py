@@ -16,12 +16,13 @@ from torch import Tensor
 
 from leetdist.kernels.common.memory import address_of
 from leetdist.kernels.common.tiles import Tiles
-from leetdist.kernels.constant_decay.cuda import hopper
+from leetdist.kernels.constant_decay.cuda import hopper, launches
+from leetdist.kernels.constant_decay.cuda.operands import operand_arguments
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.runtime import cuda_launch
-from leetdist.kernels.runtime.tensor_map import MAP_BYTES
+from leetdist.kernels.runtime.tensor_map import MAP_BYTES, map_of
 from leetdist.kernels.token_decay.cuda import shared
-from leetdist.kernels.token_decay.cuda.gradients import _place, _placed
+from leetdist.kernels.token_decay.cuda.gradients import place_of, placed
 from leetdist.kernels.token_decay.cuda.hopper import tile_outputs
 from leetdist.kernels.token_decay.cuda.shared import FOUR, GROUPED_COLUMNS, WIDTH, place_of_tiles
 
@@ -93,7 +94,7 @@ def late_gradients(
 
     options: dict[str, Any] = {"reverse": True, "scale": scale, "state_scale": 1.0, "out_dtype": torch.float32}
     dk = tile_outputs(v, do, q, ends.mT, log_decay, tiles, out=outs[0], weight=weight, **options)
-    dv, written = _place(k, do, log_decay, outs[1]), kept["pairs"]
+    dv, written = place_of(k, do, log_decay, outs[1]), kept["pairs"]
     given = (k, q, do, v), ends, states, log_decay, weight, tiles
     # A given place has sums of other tiles too.
     sums = [states.new_empty(log_decay.shape) if out is None else out.contiguous() for out in outs[3:]]
@@ -102,7 +103,7 @@ def late_gradients(
         q, k, v, do, states, ends, log_decay, tiles, kept["read"], written, across, (kept["early_lost"], lost),
         scale=scale, out=outs[2], weight=weight,
     )  # fmt: skip
-    return dk, _placed(dv, outs[1]), grad, *(_placed(x, out) for x, out in zip(sums, outs[3:], strict=True))
+    return dk, placed(dv, outs[1]), grad, *(placed(x, out) for x, out in zip(sums, outs[3:], strict=True))
 
 
 def compile_for(
@@ -124,7 +125,7 @@ def compile_for(
     shared.compile_for(
         "tile_outputs", columns, rows, dtype, True, late, programs, device, share, weighted=weighted, flows=flowing
     )
-    for name in hopper.OUTPUTS if late else hopper.OUTPUTS[: not flowing]:
+    for name in launches.OUTPUTS if late else launches.OUTPUTS[: not flowing]:
         _kernel(name, rows, late, weighted, device)
 
 
@@ -162,17 +163,17 @@ def flows(
     kept: list[Tensor] = []
     scales = (float(scale), 1.0, scale_of_added(float(scale), 1.0)) if late else (float(scale), float(scale), 1.0)
     before = (
-        *(x for operand in operands for x in hopper._operand(operand, heads, kept)),
+        *(x for operand in operands for x in operand_arguments(operand, heads, kept)),
         *(address_of(x) for x in (states, states if starts is None else starts)),
-        *((bytes(MAP_BYTES), 0, 0, 0, 0) if out is None else (hopper._map(out), out.data_ptr(), *out.stride()[:3])),
+        *((bytes(MAP_BYTES), 0, 0, 0, 0) if out is None else (map_of(out), out.data_ptr(), *out.stride()[:3])),
         of_tokens.data_ptr(), of_tokens.stride(1), *((0, 0) if pairs is None else (pairs.data_ptr(), pairs.stride(1))),
         across.data_ptr(), lost.data_ptr(),
         *([x.data_ptr() for x in sums] + [0, 0])[:2], 0 if skip is None else skip.data_ptr(),
     )  # fmt: skip
-    for name in hopper.OUTPUTS if late else hopper.OUTPUTS[:1]:
+    for name in launches.OUTPUTS if late else launches.OUTPUTS[:1]:
         place = place_of_tiles(tiles, log_decay, 1, FOUR, *operands[:2], weight=weight, kept=kept)
         launch = _kernel(name, operands[0].shape[3], late, weight is not None, states.device)
-        launch((blocks,), GROUPS * hopper.THREADS, *before, *place, *scales, again.data_ptr())
+        launch((blocks,), GROUPS * launches.THREADS, *before, *place, *scales, again.data_ptr())
     return across, lost
 
 
@@ -180,15 +181,15 @@ def shared_memory(name: str, rows: int, late: bool, weighted: bool = False) -> i
     """Bytes that a block asks for; how many chunks there are of each operand is as in the kernel."""
     heads = FOUR
     chunks = 2 * (2 * rows // 64 + 2 * heads) + (GROUPS if late else 0)
-    sums = 0 if name == hopper.AGAIN else 1 if late else 2
-    own = sums * 4 * 64 * 4 + (4 if weighted else 2) * hopper.SLOT + hopper.TABLES["tile_outputs"][True]
-    lost = 4 * (WIDTH + 4) if name == hopper.AGAIN else 0
-    return chunks * hopper.BLOCK + heads * (own + lost) + 1024 + 64  # where blocks begin, and barriers
+    sums = 0 if name == launches.AGAIN else 1 if late else 2
+    own = sums * 4 * 64 * 4 + (4 if weighted else 2) * launches.SLOT + launches.TABLES["tile_outputs"][True]
+    lost = 4 * (WIDTH + 4) if name == launches.AGAIN else 0
+    return chunks * launches.BLOCK + heads * (own + lost) + 1024 + 64  # where blocks begin, and barriers
 
 
 @cache
 def _kernel(name: str, rows: int, late: bool, weighted: bool, device: torch.device) -> cuda_launch.Kernel:
-    made = hopper.defines(name, rows, WIDTH, GROUPS, torch.bfloat16, False, late, True) + shared.WEIGHTED * weighted
+    made = launches.defines(name, rows, WIDTH, GROUPS, torch.bfloat16, False, late, True) + shared.WEIGHTED * weighted
     return cuda_launch.kernel(
         "token_decay/cuda/paired_gradients.cu", "paired_gradients", device, made,
         shared_memory=shared_memory(name, rows, late, weighted), features="a",
