@@ -30,6 +30,7 @@ import torch
 
 import leetdist
 from helpers import FRAMEWORKS, free_port, serve
+from leetdist.launch.commands import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -113,6 +114,23 @@ def test_runnable_bash_blocks_run(block: Block, tmp_path: Path) -> None:
         timeout=SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_quick_start_installs_what_commands_and_tutorials_import() -> None:
+    (line,) = (line for line in (DOCS / "quickstart.md").read_text().splitlines() if "the tutorials use" in line)
+    sources = [path.read_text() for path in (ROOT / "launch").glob("*.py")]
+    sources += [
+        block.code for page in PAGES if "tutorials/" in page for block in blocks(page) if block.language == "python"
+    ]
+    modules = {
+        name.partition(".")[0]
+        for source in sources
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([x.name for x in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    wanted = {EXTRAS[module] for module in modules & EXTRAS.keys()}
+    assert {"accelerate", "transformers"} <= wanted <= set(re.findall(r"\w+", line))
 
 
 @pytest.mark.parametrize(("language", "code"), [("python", "assert 1 == 2"), ("pycon", ">>> 1\n2\n")])
