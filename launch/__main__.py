@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import select
 import sys
 
 import leetdist
@@ -26,7 +27,27 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code of the command that the arguments name."""
+    """The exit code of the command that the arguments name; 1, and no traceback, where what reads its output, as `head`
+    does, has ended before it."""
+    try:
+        code = _main(argv)
+        print(end="", flush=True)  # also where there is no standard output
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        code = 1
+    return code
+
+
+def _unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    end = select.poll()
+    end.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in end.poll(0))
+
+
+def _main(argv: list[str] | None) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         if os.environ.get("LOCAL_RANK", "0") == "0":

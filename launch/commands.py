@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -26,6 +27,7 @@ EXTRAS = {
 }  # fmt: skip
 # How long a host's other ranks leave it to the first to say what is wrong; its launcher then ends them.
 LATER_SECONDS = 3.0
+MOST = 2**62  # of a whole number: what sizes are made of fits into 64 bits
 
 
 def after_the_first() -> None:
@@ -44,15 +46,16 @@ def in_words(error: Exception) -> str:
     )
 
 
-def command() -> str:
-    """What a person types to get this leetdist: its name where the shell finds it, else this Python and the module."""
+def command(*arguments: object) -> str:
+    """What a person types to get this leetdist: its name where the shell finds it, else this Python and the module; and
+    the arguments, as the shell reads them."""
     python = Path(sys.executable)
     found = shutil.which("leetdist")
     if found is not None and Path(found).parent == python.parent:
-        return "leetdist"
+        return shlex.join(["leetdist", *map(str, arguments)])
     with contextlib.suppress(ValueError):
         python = python.relative_to(Path.cwd())
-    return f"{python} -m leetdist.launch"
+    return shlex.join([str(python), "-m", "leetdist.launch", *map(str, arguments)])
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -83,11 +86,11 @@ class Arguments(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            super().print_help(file)
+            print(self.format_help(), end="", file=file, flush=True)  # argparse passes over a reader that is gone
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """An argument's type: a whole number that is at least `least`."""
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """An argument's type: a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -96,9 +99,14 @@ def whole(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if number < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return number
 
     return parse
+
+
+_seed = whole(0, 2**32 - 1)  # numpy's, the narrowest of those that are set
 
 
 def number(text: str) -> float:
@@ -164,7 +172,7 @@ def verify() -> Arguments:
         help="instead: one call's outputs on the ranks against prefill in pieces, decoding and drafts, token by token",
     )  # fmt: skip
     parser.add_argument("--long", type=whole(1), metavar="N", help="add a case of N tokens, 8 heads, 128 x 128, bf16")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the random inputs")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the random inputs")
     _json(parser)
     return parser
 
@@ -295,7 +303,7 @@ def generate() -> Arguments:
     add("--tokens", type=whole(1), default=200, help="how many to produce")
     add("--temperature", type=number, default=0.0, help="of the draw; 0 takes the likeliest token")
     add("--top-k", type=whole(0), default=0, help="draw from the k likeliest tokens only; 0: from all")
-    add("--seed", type=whole(0), default=0, help="of the draw")
+    add("--seed", type=_seed, default=0, help="of the draw")
     add("--everywhere", action="store_true", help="every rank goes on from the prompt, with a draw of its own")
     add("--save-state", metavar="FILE", help="keep the state after the prompt in this file")
     add("--load-state", metavar="FILE", help="go on from a state kept with --save-state, before the prompt")
@@ -346,7 +354,7 @@ def train() -> Arguments:
     add("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, if there is one")
     add("--changed", nargs="+", default=[], metavar="OPTION", help="resume although these options are others: text ...")
     add("--trust", nargs="+", default=[], metavar="NAME", help="let the checkpoint unpickle this: module.name ...")
-    add("--seed", type=whole(0), default=0, help="of the model and of the order of the text")
+    add("--seed", type=_seed, default=0, help="of the model and of the order of the text")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # of the deepspeed launcher
     return parser
 

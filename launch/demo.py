@@ -231,10 +231,11 @@ def show(options: argparse.Namespace, rank: Rank, report: Report) -> None:
     for name, value in rows.items():
         first, *rest = textwrap.wrap(value, 88) or [""]
         print("\n".join([f"  {name:<20} {first}", *(" " * 23 + line for line in rest)]))
+    further = commands.command("generate", "--model", options.out, "--prompt", f"{report.word} ", "--temperature", 0.7)
     print(
         f"\n  Trained on {options.tokens:,} bytes for {options.steps} steps, it can spell a little of them and knows "
         f"nothing else.\n  Kept in {report.saved}; it goes on with\n\n"
-        f'    {commands.command()} generate --model {options.out} --prompt "{report.word} " --temperature 0.7\n\n'
+        f"    {further}\n\n"
         f"  It knows more of it after --steps 500. To train on a text of your own: {commands.command()} train "
         f"--text FILE --ranks {rank.size}"
     )

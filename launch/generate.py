@@ -124,6 +124,8 @@ def _load(options: argparse.Namespace, rank: Rank) -> tuple[Continues, Text]:
         return HuggingFace(model), text
     language_model, text = load_language_model(folder, rank.device, dtype, options.tokenizer, options.trust)
     session = Session(language_model, group, piece=options.piece)
+    if (options.load_state or options.save_state) and not session.in_files:
+        raise SystemExit(f"{options.model}: --load-state and --save-state are for layers of one state each")
     if options.load_state:
         session.resume(load_states(options.load_state, model=_identity(session), device=rank.device))
         if not options.json:
@@ -154,10 +156,12 @@ def _tokens(session: Continues, prompt: Tensor, options: argparse.Namespace, ran
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One token from (1, vocab) logits: the likeliest for temperature 0."""
+    """One token from (1, vocab) logits: the likeliest for temperature 0, and for one so low that they overflow."""
     if temperature == 0:
         return logits.argmax(-1)
     scaled = logits.float().cpu() / temperature
+    if scaled.amax().isinf():
+        return logits.argmax(-1)
     if top_k:
         least = scaled.topk(min(top_k, scaled.shape[-1])).values[..., -1:]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)

@@ -166,13 +166,14 @@ def main(argv: list[str] | None = None) -> int:
         with one_message():
             running.enter_context(checkpoint.sole_user(options.out))
             about = described(options, tokens)
-            resumed = resume(accelerator, about, options) if options.resume else ""
+            resumed = resume(accelerator, about, options) if options.resume else None
+        further = f", from step {progress.step}" if resumed else ""
         progress.begin(
             f"{parameters / 1e6:.1f}M parameters, {len(tokens):,} tokens of text, {options.batch} x "
             f"{options.tokens:,} a step; {mesh.size()} ranks, {mesh['sp'].size()} a sequence, "
-            f"{accelerator.distributed_type.value}, {accelerator.device}{resumed}"
+            f"{accelerator.distributed_type.value}, {accelerator.device}{further}"
         )
-        saved = None
+        saved = resumed if progress.step >= options.steps else None  # nothing is left to train
         while progress.step < options.steps:
             for batch in loader:
                 for group in optimizer.param_groups:
@@ -195,17 +196,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def resume(accelerator: Accelerator, about: dict[str, Any], options: argparse.Namespace) -> str:
+def resume(accelerator: Accelerator, about: dict[str, Any], options: argparse.Namespace) -> Path | None:
     """Load the newest whole checkpoint, if there is one, and say what goes on otherwise than before."""
     newest = checkpoint.latest(options.out, together=True)
     if newest is None:
-        return ""
-    step, path = newest
+        return None
+    _, path = newest
     checkpoint.check(path, options.trust)
     for words in differences(checkpoint.about(path), about, options.changed, path):
         accelerator.print(f"not as before: {words}", flush=True)
     accelerator.load_state(str(path))
-    return f", from step {step}"
+    return path
 
 
 def closing(saved: Path | None, options: argparse.Namespace) -> str:
@@ -213,8 +214,8 @@ def closing(saved: Path | None, options: argparse.Namespace) -> str:
     figures = f"metrics: {options.out / 'metrics.jsonl'}"
     if saved is None:
         return f"nothing saved (--save-every {options.save_every}); {figures}"
-    tokenizer = f" --tokenizer {options.tokenizer}" if options.tokenizer else ""
-    further = f"{commands.command()} generate --model {options.out}{tokenizer} --prompt 'Once upon a time'"
+    tokenizer = ["--tokenizer", options.tokenizer] if options.tokenizer else []
+    further = commands.command("generate", "--model", options.out, *tokenizer, "--prompt", "Once upon a time")
     if options.model not in PRESETS:
         further = "the same command with --resume and more --steps goes on"
     return f"saved: {saved}; {figures}\n{further}"

@@ -216,8 +216,13 @@ class Session:
             self.states, self.tokens, self._graph = before
             raise
 
+    @property
+    def in_files(self) -> bool:
+        """Whether `keep` and `resume` take the model's states: each is one tensor, or a `State`."""
+        return not any(hasattr(block.attention, "state_type") for block in self.model.blocks)
+
     def _check_files(self, name: str, verb: str) -> None:
-        if any(hasattr(block.attention, "state_type") for block in self.model.blocks):
+        if not self.in_files:
             raise ValueError(
                 f"{name}: the states of these layers are several tensors each: {verb} session.states yourself"
             )

@@ -131,6 +131,9 @@ def test_usage_versions_and_a_name_that_is_none(capsys: pytest.CaptureFixture[st
         ("generate --model x --temperature -1", "argument --temperature: must be a number of at least 0, got '-1'"),
         ("generate --model x --timeout-hours 0", "argument --timeout-hours: must be more than 0, got '0'"),
         ("train --lr nan", "argument --lr: must be a number of at least 0, got 'nan'"),
+        ("train --seed 4294967296", "argument --seed: must be at most 4294967295, got 4294967296"),
+        ("verify --seed 18446744073709551616", "argument --seed: must be at most 4294967295, got 18446744073709551616"),
+        ("bench --tokens 10000000000000000000", "argument --tokens: must be at most 4611686018427387904, got "),
         ("bench --dtype int8", "argument --dtype: invalid choice: 'int8' (choose from "),
     ],
 )
@@ -196,7 +199,14 @@ def test_the_demo_trains_compares_keeps_and_is_gone_on_from(operator: str, compa
     assert "tokens on each rank: 128, 172" in done.stdout
     assert f"yes, bit for bit (o, state, d{compared}; 2 of 2 ranks hold tokens)" in " ".join(done.stdout.split())
     (line,) = (line.strip() for line in done.stdout.splitlines() if " generate --model" in line)
-    assert line == f'{command()} generate --model {tmp_path / "out"} --prompt "one " --temperature 0.7'
+    assert line == f"{command()} generate --model {tmp_path / 'out'} --prompt 'one ' --temperature 0.7"
+    unkept = ("--prompt", "one ", "--save-state", tmp_path / "state")  # told of before the prompt is taken in
+    kept = leetdist("generate", "--model", tmp_path / "out", "--tokens", 1, *unkept)
+    assert (kept.returncode, (tmp_path / "state").exists()) == ((0, True) if operator == "lightning" else (1, False))
+    if operator == "mamba2":
+        assert (
+            kept.stdout.strip() == f"{tmp_path / 'out'}: --load-state and --save-state are for layers of one state each"
+        )
     goes_on = leetdist("generate", "--model", tmp_path / "out", "--prompt", "one ", "--tokens", 7, "--json")
     found = json.loads(goes_on.stdout)
     assert (found["prompt_tokens"], found["tokens"], found["ranks"], len(found["texts"])) == (4, 7, 1, 1)
@@ -254,6 +264,30 @@ def test_a_run_ends_with_where_it_is_and_what_next(tmp_path: Path) -> None:
     options = COMMANDS["train"].parser().parse_args(["--out", str(tmp_path), "--model", "a/model"])
     assert "--resume" in closing(tmp_path, options)
     assert closing(None, options).startswith("nothing saved (--save-every 100)")
+    options = COMMANDS["train"].parser().parse_args(["--out", "a run/x", "--tokenizer", "a name"])
+    advised = shlex.split(closing(tmp_path, options).splitlines()[1])
+    assert advised[-7:] == ["generate", "--model", "a run/x", "--tokenizer", "a name", "--prompt", "Once upon a time"]
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("plan", "--ranks", "4", "--tokens", "99"), ("plan", "--help")])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_ends_first_is_no_fault(arguments: tuple[str, ...], buffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "leetdist.launch", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": buffered},
+        stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-30])
+def test_a_temperature_that_overflows_takes_the_likeliest(temperature: float) -> None:
+    low = torch.tensor([[-3.0, -1.0, -2.0, -torch.inf]])
+    for logits in (low, low + 9, low.bfloat16()):
+        assert int(generate._draw(logits, temperature, 0, torch.Generator())) == 1
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,13 @@ def test_a_run_that_is_out_of_time_stops_and_saves(tmp_path: Path) -> None:
     arguments = ("--steps", "5", "--seconds", "0", "--save-every", "0", "--out", str(tmp_path))
     values(run_ranks(train, 2, *arguments, frameworks=True))
     assert [line["step"] for line in metrics(tmp_path)] == [1]
-    assert (tmp_path / "step-00000001" / "model.safetensors").exists()
+    saved = tmp_path / "step-00000001"
+    assert (saved / "model.safetensors").exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "leetdist.launch", "train", *ARGUMENTS, "--steps", "1", "--resume", "--out", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(LAUNCH.parent)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert f"saved: {saved};" in done.stdout, done.stdout + done.stderr  # nothing is left to train
 
 
 def test_a_transformers_model_from_a_folder(tmp_path: Path) -> None:
