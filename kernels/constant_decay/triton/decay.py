@@ -110,7 +110,7 @@ def _times_state(a, state, DOUBLE: tl.constexpr):
     fp16's mantissa and fp32's range.
     """
     if a.dtype == tl.float16:
-        wide, high = a.to(tl.float32), _rounded_to_tf32(state)
+        wide, high = a.to(tl.float32), rounded_to_tf32(state)
         product = tl.dot(wide, state - high, acc=tl.dot(wide, high, input_precision="tf32"), input_precision="tf32")
     elif a.dtype == tl.bfloat16:
         high = state.to(tl.bfloat16)
@@ -135,7 +135,7 @@ def _weighted_sum(k, weight, v, DOUBLE: tl.constexpr):
 
 
 @triton.jit
-def _rounded_to_tf32(x):
+def rounded_to_tf32(x):
     """x to the nearest tf32; the matrix units would cut the low bits off, at twice the error and always toward zero."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 

@@ -59,7 +59,7 @@ def tile_states(
         tile_states_kernel,
         (batch * heads * tiles.count, 1, 1),
         (
-            _descriptor(b, chunk), _descriptor(c, chunk), log_decay, out, table, heads, heads // b.shape[1],
+            descriptor_of(b, chunk), descriptor_of(c, chunk), log_decay, out, table, heads, heads // b.shape[1],
             heads // c.shape[1], b.shape[2], tiles.count, tiles.size, tiles.unread(reverse, to_end), scale,
         ),
         {
@@ -96,7 +96,7 @@ def tile_outputs(
     programs = batch * heads * tiles.count
     again = torch.empty(programs, dtype=torch.int32, device=a.device)  # written by every program
     arguments = (
-        _descriptor(a, chunk), _descriptor(b, chunk), _descriptor(c, chunk), states, log_decay, out, again, table,
+        descriptor_of(a, chunk), descriptor_of(b, chunk), descriptor_of(c, chunk), states, log_decay, out, again, table,
         *out.stride()[:3], *states.stride(), heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
         a.shape[2], tiles.count, tiles.size, scale, state_scale, scale_of_added(scale, state_scale),
     )  # fmt: skip
@@ -126,7 +126,7 @@ def _block(rows: int, columns: int) -> tuple[list[int], gl.NVMMASharedLayout]:
     return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # and fp16
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+def descriptor_of(x: Tensor, rows: int) -> TensorDescriptor:
     """Bulk copies of `rows` tokens of one head of x (B, H, N, D), bf16 or fp16."""
     strides = _strides(x)
     if x.data_ptr() % 16 or any(stride % 8 or stride == 0 for stride in strides):

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from leetdist.kernels.constant_decay.pytorch import walk
-from leetdist.kernels.constant_decay.triton.hopper_lost import _clean, _lost_before, _mark, _not_finite, _say
+from leetdist.kernels.constant_decay.triton.hopper_lost import clean, lost_before, mark, not_finite, say
 from leetdist.kernels.runtime.gluon import async_load, barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -23,19 +23,19 @@ COUNTS = ["tokens", "tiles", "tile_size"]
 
 
 @gluon.jit
-def _exp2(x):
+def exp2(x):
     """2^x; below 2^-126, zero."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def _bounded(log_decay):
+def bounded(log_decay):
     """A log-decay: -inf means the same as LEAST, but gamma^0 would be NaN. NaN stays."""
     return gl.where(log_decay < LEAST, LEAST, log_decay)
 
 
 @gluon.jit
-def _span(table, tile, tokens, tile_size, REGULAR: gl.constexpr):
+def span(table, tile, tokens, tile_size, REGULAR: gl.constexpr):
     """First token and number of tokens of a tile."""
     if REGULAR:
         start = tile * tile_size
@@ -71,7 +71,7 @@ def _fetch(desc, batch, head, token, ready, shared, more):
 
 
 @gluon.jit
-def _zero_rows(shared, count, layout: gl.constexpr):
+def zero_rows(shared, count, layout: gl.constexpr):
     """Zero the rows from `count` on: they are another document's, or nobody's."""
     x = shared.load(layout)
     row = gl.arange(0, shared.shape[0], gl.SliceLayout(1, layout))
@@ -80,9 +80,9 @@ def _zero_rows(shared, count, layout: gl.constexpr):
 
 @gluon.jit
 def _zero_chunk(a, b, c, count, layout: gl.constexpr):
-    _zero_rows(a, count, layout)
-    _zero_rows(b, count, layout)
-    _zero_rows(c, count, layout)
+    zero_rows(a, count, layout)
+    zero_rows(b, count, layout)
+    zero_rows(c, count, layout)
     fence_async_shared()
     barrier()
 
@@ -119,7 +119,7 @@ def _decayed(
     column = _counted(zero, CHUNK, gl.SliceLayout(0, SCORES), num_warps)[None, :]
     distance = column - row if REVERSE else row - column
     shifted = (distance + 0x4B000000).to(gl.float32, bitcast=True)
-    decay = gl.where(distance >= 0, _exp2(gl.fma(shifted, g + gl.zeros_like(shifted), g * -8388608.0)), 0.0)
+    decay = gl.where(distance >= 0, exp2(gl.fma(shifted, g + gl.zeros_like(shifted), g * -8388608.0)), 0.0)
     return (scores * decay * scale).to(dtype)
 
 
@@ -137,7 +137,7 @@ def _two_parts(x, dtype: gl.constexpr):
 @gluon.jit
 def _weighted(b, g, exponent, scale, LEFT: gl.constexpr):
     """b^T, each token times scale gamma^exponent, in two parts."""
-    weight = _exp2(g * exponent.to(gl.float32)) * scale
+    weight = exp2(g * exponent.to(gl.float32)) * scale
     return _two_parts(b.permute((1, 0)).load(LEFT).to(gl.float32) * weight[None, :], b.dtype)
 
 
@@ -171,7 +171,7 @@ def _from_state(g, state_scale, count, CHUNK: gl.constexpr, REVERSE: gl.constexp
     """(CHUNK, 1): state_scale gamma^(steps from the state at the chunk's start to each token)."""
     token = gl.arange(0, CHUNK, gl.SliceLayout(1, WIDE))
     exponent = gl.maximum(count - 1 - token, 0) if REVERSE else token + 1
-    return (_exp2(g * exponent.to(gl.float32)) * state_scale)[:, None]
+    return (exp2(g * exponent.to(gl.float32)) * state_scale)[:, None]
 
 
 @gluon.jit
@@ -197,9 +197,9 @@ def tile_states_kernel(
 
     program = gl.program_id(0).to(gl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, (program // tiles // heads).to(gl.int32)
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     b_head, c_head = (head // b_share).to(gl.int32), (head // c_share).to(gl.int32)
-    log_gamma = _bounded(gl.load(log_decay + head))
+    log_gamma = bounded(gl.load(log_decay + head))
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
     reach = gl.minimum(FP32_RANGE / gl.maximum(-log_gamma, 1e-9), tile_size * 1.0).to(gl.int32)
     all_chunks = gl.cdiv(length, CHUNK)
@@ -229,8 +229,8 @@ def tile_states_kernel(
         b_i, c_i = b_ring.index(stage).reshape([CHUNK, ROWS]), c_ring.index(stage).reshape([CHUNK, COLUMNS])
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if length - offset < CHUNK:
-            _zero_rows(b_i, length - offset, FLAT)
-            _zero_rows(c_i, length - offset, FLAT)
+            zero_rows(b_i, length - offset, FLAT)
+            zero_rows(c_i, length - offset, FLAT)
             fence_async_shared()
             barrier()
         token = offset + gl.arange(0, CHUNK, gl.SliceLayout(0, LEFT))
@@ -288,7 +288,7 @@ def tile_outputs_kernel(
         if gl.load(again) == 0:
             return
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     chunks = gl.cdiv(length, CHUNK)
     first = start.to(gl.int32)
     batch32 = batch.to(gl.int32)
@@ -314,16 +314,16 @@ def tile_outputs_kernel(
         _fetch(b, batch32, b_head, where, bar, b_ring.index(s), s < chunks)
         _fetch(c, batch32, c_head, where, bar, c_ring.index(s), s < chunks)
 
-    g = _bounded(gl.load(log_decay + head)) * LOG2E
+    g = bounded(gl.load(log_decay + head)) * LOG2E
     states += batch * state_batch + head * state_head + tile * state_tile
     i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))[:, None]
     j = gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
     state = gl.load(states + i * state_row + j * state_column)
     if AGAIN:
-        lost_from = _lost_before(
+        lost_from = lost_before(
             states, state_row, state_column, ROWS, COLUMNS, 0, CHUNK, [ROWS, COLUMNS], WIDE, num_warps
         )  # fmt: skip
-        state = gl.where(_not_finite(state), 0.0, state)
+        state = gl.where(not_finite(state), 0.0, state)
     unit = _hold(held, state)
     fence_async_shared()
 
@@ -337,20 +337,20 @@ def tile_outputs_kernel(
         a_i, b_i = a_ring.index(stage).reshape([CHUNK, ROWS]), b_ring.index(stage).reshape([CHUNK, ROWS])
         c_i = c_ring.index(stage).reshape([CHUNK, COLUMNS])
         # All that touches the state comes before products start: ptxas serializes them otherwise.
-        state = state * _exp2(g * count.to(gl.float32))
+        state = state * exp2(g * count.to(gl.float32))
         barrier()  # all have read the chunk before, and written its outputs and `held`
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         if count < CHUNK:
             _zero_chunk(a_i, b_i, c_i, count, FLAT)
         if AGAIN:
-            lost_from = _clean(b_i, c_i, lost_from, REVERSE, FLAT, WIDE, num_warps)
+            lost_from = clean(b_i, c_i, lost_from, REVERSE, FLAT, WIDE, num_warps)
             fence_async_shared()
             barrier()
         # The products of a chunk, with other work for the time that they take. First the scores:
         scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
         scores = warpgroup_mma(a_i, b_i.permute((1, 0)), scores, use_acc=False, is_async=True)
         # The same number, but the compiler does not know.
-        g = _bounded(gl.load(log_decay + head, volatile=True)) * LOG2E
+        g = bounded(gl.load(log_decay + head, volatile=True)) * LOG2E
         if step > 0:
             free = (step - 1) % STAGES
             if BY_ROWS:
@@ -381,7 +381,7 @@ def tile_outputs_kernel(
         before, count_before = start + offset, count
         o, seen = warpgroup_mma_wait(0, [o, seen])
         if AGAIN:
-            o, lost_from = _mark(o, lost_from, REVERSE, WIDE)
+            o, lost_from = mark(o, lost_from, REVERSE, WIDE)
         if BY_ROWS:
             a_i.store(o.to(dtype))
         else:
@@ -393,4 +393,4 @@ def tile_outputs_kernel(
         x = a_ring.index((chunks - 1) % STAGES).reshape([CHUNK, ROWS]).load(STORE)
         _write(x, out, before, out_token, count_before, STORE)
     if not AGAIN:
-        _say(again, state)
+        say(again, state)

@@ -23,25 +23,25 @@ def _whole_columns(bits, num_warps):
 
 
 @gluon.jit
-def _not_finite(x):
+def not_finite(x):
     return (gl.abs(x.to(gl.float32)) < INFINITY) == 0
 
 
 @gluon.jit
-def _say(again, state):
+def say(again, state):
     """Whether there is something in a tile's last state that is not finite."""
-    gl.store(again, gl.max(gl.max(_not_finite(state).to(gl.int32), 1), 0))
+    gl.store(again, gl.max(gl.max(not_finite(state).to(gl.int32), 1), 0))
 
 
 @gluon.jit
-def _lost_before(states, row, column, rows, columns, first, CHUNK: gl.constexpr, STATE: gl.constexpr,
+def lost_before(states, row, column, rows, columns, first, CHUNK: gl.constexpr, STATE: gl.constexpr,
                  WIDE: gl.constexpr, num_warps: gl.constexpr):  # fmt: skip
     """(columns,): 0 where the state at a tile's start is not finite, else CHUNK."""
     LOOK: gl.constexpr = _whole_columns(32, num_warps)
     i = gl.arange(0, STATE[0], gl.SliceLayout(1, LOOK))[:, None]
     j = first + gl.arange(0, STATE[1], gl.SliceLayout(0, LOOK))[None, :]
     state = gl.load(states + i * row + j * column, mask=(i < rows) & (j < columns), other=0.0)
-    lost = gl.where(gl.max(_not_finite(state).to(gl.int32), 0) > 0, 0, CHUNK)
+    lost = gl.where(gl.max(not_finite(state).to(gl.int32), 0) > 0, 0, CHUNK)
     return gl.convert_layout(lost, gl.SliceLayout(0, WIDE))
 
 
@@ -53,24 +53,24 @@ def _walked(CHUNK: gl.constexpr, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _clean(b, c, lost, REVERSE: gl.constexpr, ROWS: gl.constexpr, WIDE: gl.constexpr, num_warps: gl.constexpr):
+def clean(b, c, lost, REVERSE: gl.constexpr, ROWS: gl.constexpr, WIDE: gl.constexpr, num_warps: gl.constexpr):
     """Put 0 for what is not finite in a chunk of b and c. (columns,): the place from which on each column is lost, the
     chunk's length where it is not; `lost`: what was before. ROWS: a layout of b with whole rows a warp."""
     CHUNK: gl.constexpr = c.shape[0]
     LOOK: gl.constexpr = _whole_columns(c.dtype.primitive_bitwidth, num_warps)
     b_values = b.load(ROWS)
-    bad = _not_finite(b_values)
+    bad = not_finite(b_values)
     b.store(gl.where(bad, gl.zeros_like(b_values), b_values))
     bad_rows = gl.convert_layout(gl.max(bad.to(gl.int32), 1), gl.SliceLayout(1, LOOK))[:, None] > 0
     c_values = c.load(LOOK)
-    bad = _not_finite(c_values)
+    bad = not_finite(c_values)
     c.store(gl.where(bad, gl.zeros_like(c_values), c_values))
     places = gl.where(bad | bad_rows, _walked(CHUNK, REVERSE, LOOK), CHUNK)
     return gl.minimum(lost, gl.convert_layout(gl.min(places, 0), gl.SliceLayout(0, WIDE)))
 
 
 @gluon.jit
-def _mark(o, lost, REVERSE: gl.constexpr, WIDE: gl.constexpr):
+def mark(o, lost, REVERSE: gl.constexpr, WIDE: gl.constexpr):
     """NaN for a chunk's outputs that are lost; and what is lost from the chunk's end on."""
     CHUNK: gl.constexpr = o.shape[0]
     o = gl.where(_walked(CHUNK, REVERSE, WIDE) >= lost[None, :], float("nan"), o)

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from leetdist.kernels.constant_decay.triton.hopper_kernels import LOG2E, _bounded, _exp2
+from leetdist.kernels.constant_decay.triton.hopper_kernels import LOG2E, bounded, exp2
 from leetdist.kernels.runtime.gluon import async_load
 
 # As in leetdist.kernels.constant_decay.triton.parts, which says what units are.
@@ -99,7 +99,7 @@ def _product(
 
 @gluon.jit
 def _powers(g, exponent):
-    return _exp2(g * gl.maximum(exponent, 0).to(gl.float32))
+    return exp2(g * gl.maximum(exponent, 0).to(gl.float32))
 
 
 @gluon.jit
@@ -124,14 +124,14 @@ def _lost(g, count):
     series = 1.0 + y / 8
     for n in gl.static_range(6):
         series = 1.0 + y * series * (1.0 / (7 - n))
-    return gl.where(y > -0.5, y * series, _exp2(g * count.to(gl.float32)) - 1.0)
+    return gl.where(y > -0.5, y * series, exp2(g * count.to(gl.float32)) - 1.0)
 
 
 @gluon.jit
 def _reread(log_decay, head):
     """log2 gamma, and 0. The compiler knows neither, so that it computes what depends on them (decays, addresses) anew
     in each chunk. Held from one to the next, they would spill: 1,000 bytes a thread, and 40 like this."""
-    g = _bounded(gl.load(log_decay + head, volatile=True)) * LOG2E
+    g = bounded(gl.load(log_decay + head, volatile=True)) * LOG2E
     return g, gl.where(g > 0, 1, 0)
 
 

@@ -13,7 +13,7 @@ from leetdist.kernels.common.memory import empty_outputs, empty_states
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.constant_decay.triton.configs import Parts, padded, parts_of
-from leetdist.kernels.constant_decay.triton.hopper import _descriptor
+from leetdist.kernels.constant_decay.triton.hopper import descriptor_of
 from leetdist.kernels.constant_decay.triton.hopper_wide_kernels import tile_outputs_kernel, tile_states_kernel
 from leetdist.kernels.runtime.triton_launch import launch
 
@@ -127,7 +127,7 @@ def configuration(rows: int, columns: int, dtype: torch.dtype, tile: int, precis
 
 def _operand(x: Tensor, width: int) -> TensorDescriptor:
     """Bulk copies of CHUNK tokens and `width` columns, zero outside."""
-    found = _descriptor(x, CHUNK)
+    found = descriptor_of(x, CHUNK)
     found.block_shape = [1, 1, CHUNK, width]
     found.layout = _layout(width, x.dtype)
     found.key = (CHUNK, width, x.dtype)

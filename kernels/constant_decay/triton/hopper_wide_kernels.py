@@ -11,8 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
-from leetdist.kernels.constant_decay.triton.hopper_kernels import COUNTS, FP32_RANGE, _span, _zero_rows
-from leetdist.kernels.constant_decay.triton.hopper_lost import _clean, _lost_before, _mark, _not_finite, _say
+from leetdist.kernels.constant_decay.triton.hopper_kernels import COUNTS, FP32_RANGE, span, zero_rows
+from leetdist.kernels.constant_decay.triton.hopper_lost import clean, lost_before, mark, not_finite, say
 from leetdist.kernels.constant_decay.triton.hopper_parts import (
     LARGE,
     SMALLEST,
@@ -64,8 +64,8 @@ def _weigh(
     b_i, c_i = _matrix(_raw(b_shared, b, CHUNK)), _matrix(_raw(c_shared, c, CHUNK))
     weighted = reinterpret(c_shared, c_shared.dtype, [2, CHUNK, c_shared.shape[1]], c_shared.layout)
     if count < CHUNK:
-        _zero_rows(b_i, count, LONG)
-        _zero_rows(c_i, count, SHORT)
+        zero_rows(b_i, count, LONG)
+        zero_rows(c_i, count, SHORT)
         barrier()
     c_values = c_i.load(SHORT).to(gl.float32) * _to_state(g, count, zero, CHUNK, REVERSE, SHORT)
     if UNITS:
@@ -97,7 +97,7 @@ def tile_states_kernel(
 
     program, column = _place(columns, COLUMNS)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     log_gamma = gl.load(log_decay + head)
     # Tokens so far from the state that gamma^distance is 0 in fp32 are not read: with the usual slopes, half of them.
     reach = gl.minimum(FP32_RANGE / gl.maximum(-log_gamma, 1e-9), tile_size * 1.0).to(gl.int32)
@@ -201,7 +201,7 @@ def tile_outputs_kernel(
             return
     program, column = _place(columns, COLUMNS)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     chunks = gl.cdiv(length, CHUNK)
     offset = (chunks - 1) * CHUNK if REVERSE else 0
 
@@ -239,10 +239,10 @@ def tile_outputs_kernel(
     k = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, STATE))[None, :]
     state = gl.load(states + i * state_row + k * state_column, mask=(i < rows) & (k < columns), other=0.0)
     if AGAIN:
-        lost_from = _lost_before(
+        lost_from = lost_before(
             states, state_row, state_column, rows, columns, column, CHUNK, [ROWS, COLUMNS], WIDE, num_warps
         )  # fmt: skip
-        state = gl.where(_not_finite(state), 0.0, state)
+        state = gl.where(not_finite(state), 0.0, state)
     unit = _hold(held, state, STATE_PARTS, 0)
     out += batch * out_batch + head * out_head
     if onto is not None:
@@ -260,7 +260,7 @@ def tile_outputs_kernel(
         mbarrier.wait(a_ready, step & 1)
         a_i = _matrix(a_raw)
         if count < CHUNK:
-            _zero_rows(a_i, count, LONG)
+            zero_rows(a_i, count, LONG)
             barrier()
         if UNITS:
             a_values = a_i.load(LONG)
@@ -277,11 +277,11 @@ def tile_outputs_kernel(
         mbarrier.wait(ready, step & 1)
         b_i, c_i = _matrix(b_raw), _matrix(reinterpret(c_held, a.dtype, [1, 1, CHUNK, COLUMNS], c.layout))
         if count < CHUNK:
-            _zero_rows(b_i, count, LONG)
-            _zero_rows(c_i, count, SHORT)
+            zero_rows(b_i, count, LONG)
+            zero_rows(c_i, count, SHORT)
             barrier()
         if AGAIN:
-            lost_from = _clean(b_i, c_i, lost_from, REVERSE, LONG, WIDE, num_warps)
+            lost_from = clean(b_i, c_i, lost_from, REVERSE, LONG, WIDE, num_warps)
             barrier()
         c_values = c_i.load(SHORT).to(gl.float32)
         if UNITS:
@@ -360,7 +360,7 @@ def tile_outputs_kernel(
         if UNITS:
             near = o + near * near_unit[:, None]
         if AGAIN:
-            near, lost_from = _mark(near, lost_from, REVERSE, WIDE)
+            near, lost_from = mark(near, lost_from, REVERSE, WIDE)
         j = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, WIDE))[None, :]
         here = (token < inside)[:, None] & (j < columns)
         if onto is not None:
@@ -368,4 +368,4 @@ def tile_outputs_kernel(
         pointers = out + before * out_token + (token[:, None] * out_token + j)
         gl.store(pointers, near.to(out.dtype.element_ty), mask=here)
     if not AGAIN:
-        _say(again, state)
+        say(again, state)

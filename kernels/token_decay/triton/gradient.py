@@ -32,7 +32,7 @@ from torch import Tensor
 from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import Config, padded
-from leetdist.kernels.constant_decay.triton.decay import _rounded_to_tf32
+from leetdist.kernels.constant_decay.triton.decay import rounded_to_tf32
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
 from leetdist.kernels.constant_decay.triton.parts import in_parts, load_chunk, product, unit
 from leetdist.kernels.constant_decay.triton.weights import (
@@ -359,7 +359,7 @@ def _sums_before_columns(x, CHUNK: tl.constexpr, PARTS: tl.constexpr):
     if PARTS == 2:
         return tl.dot(x, before, input_precision="ieee")
     else:
-        return tl.dot(_rounded_to_tf32(x), before, input_precision="tf32")
+        return tl.dot(rounded_to_tf32(x), before, input_precision="tf32")
 
 
 @triton.jit
