@@ -29,7 +29,7 @@ import leetdist
 from leetdist.engine.planning import plan_call
 from leetdist.launch.runtime import joined
 from leetdist.sequence.group import resolve
-from leetdist.sequence.symmetric import SLOTS
+from leetdist.sequence.inboxes import SLOTS
 from leetdist.testing.equality import lightning_slopes
 
 IN_A_ROW = 20

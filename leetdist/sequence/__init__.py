@@ -3,7 +3,8 @@
 - grid, documents, shard, halo: where tokens lie, and moving them. once: backward passes without a derivative.
 - agreement, encoding, site: what ranks must have in common.
 - transport: the interface of what carries messages; virtual (threads), p2p (gloo, NCCL) and symmetric (one-sided copies
-  within a node) are the ones there are, and group chooses. A new one has virtual's shape (docs/extending.md).
+  within a node, into inboxes) are the ones there are, and group chooses. A new one has virtual's shape
+  (docs/extending.md).
 - memory, mailbox, ledger: what ranks of one host tell each other without messages. board, blame: who died, failed or is
   late. pipeline: how many lanes to use, by a model of hops. copies: groups in copied and pickled modules.
 """

@@ -71,7 +71,7 @@ def test_tiles_that_nobody_reads(bounds: tuple[int, ...]) -> None:
 def test_folds_that_take_and_hand_on_by_themselves(by_token: bool, reverse: bool) -> None:
     """Ranks of some tiles each, in one process: the bits of one fold, twice, and all flags ready for another."""
     from leetdist.kernels.common import hop
-    from leetdist.sequence.symmetric import Box
+    from leetdist.sequence.inboxes import Box
 
     device, size, heads, shape = "cuda" if torch.cuda.is_available() else "cpu", 16, 2, (1, 2, 32, 64)
     cuts = (0, 3, 20, 37)

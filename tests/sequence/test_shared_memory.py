@@ -17,21 +17,22 @@ from torch.distributed import HashStore
 
 from leetdist.sequence import mailbox as mailboxes
 from leetdist.sequence.board import Board
+from leetdist.sequence.inboxes import SLOTS, Box, Inboxes, Renumbered
 from leetdist.sequence.ledger import CALLS, Ledger
 from leetdist.sequence.mailbox import Gone, Mailbox
 from leetdist.sequence.memory import Process, attach, create
-from leetdist.sequence.symmetric import SLOTS, Box, Home, Inboxes, Renumbered, _obstacle
+from leetdist.sequence.symmetric import Home, why_not
 
 
 def test_where_symmetric_memory_can_be() -> None:
     one, two = Home("a", "0"), Home("a", "1")
-    assert _obstacle([one, two]) is None
-    assert _obstacle([one, one]) == "ranks 0 and 1 share a GPU"
-    assert _obstacle([replace(one, may_share=True)] * 2) is None
-    assert _obstacle([one, Home("a", None)]) == "rank 1 has no GPU"
-    assert _obstacle([one, Home("b", "0")]) == "no two ranks are on one host"
-    assert _obstacle([one, two, Home("b", "0")]) is None
-    assert "rank 1 has no direct access" in str(_obstacle([one, replace(two, reaches=False)]))
+    assert why_not([one, two]) is None
+    assert why_not([one, one]) == "ranks 0 and 1 share a GPU"
+    assert why_not([replace(one, may_share=True)] * 2) is None
+    assert why_not([one, Home("a", None)]) == "rank 1 has no GPU"
+    assert why_not([one, Home("b", "0")]) == "no two ranks are on one host"
+    assert why_not([one, two, Home("b", "0")]) is None
+    assert "rank 1 has no direct access" in str(why_not([one, replace(two, reaches=False)]))
 
 
 def test_symmetric_boxes() -> None:
