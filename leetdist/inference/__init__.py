@@ -6,5 +6,5 @@
 - steps, pool: decoding of many requests, on states in one tensor. exact: the same with the bits of one call.
 - session: a language model in the middle of a text. attend: the operator in layers that train and decode with one set
   of bits.
-- checks: what all of these ask of their arguments.
+- checks: what all of these ask of their arguments. state_checks: what they ask of states that are given back to them.
 """

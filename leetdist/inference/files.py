@@ -15,7 +15,8 @@ from torch import Tensor
 
 from leetdist.arguments import check_device
 from leetdist.inference.checks import check_path
-from leetdist.inference.state import TENSORS, State, check_like, check_states, check_whole
+from leetdist.inference.state import TENSORS, State
+from leetdist.inference.state_checks import check_like, check_states, check_whole
 
 FORMAT = "leetdist.states/1"
 FIELDS = ("tokens", "tile", "scale", "method")

@@ -11,7 +11,8 @@ from torch import Tensor
 from leetdist.arguments import as_bool
 from leetdist.inference.checks import check_count, host_values
 from leetdist.inference.exact import exact_advance, open_tiles, rows_of, taken
-from leetdist.inference.state import State, check_like, check_whole
+from leetdist.inference.state import State
+from leetdist.inference.state_checks import check_like, check_whole
 from leetdist.inference.steps import advance
 from leetdist.kernels.common.open_tiles import written
 

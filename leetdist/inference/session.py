@@ -12,7 +12,8 @@ from torch import Tensor
 from leetdist.inference.attend import TILE
 from leetdist.inference.checks import check_count, check_tokens
 from leetdist.inference.pool import StatePool
-from leetdist.inference.state import State, check_like, check_states
+from leetdist.inference.state import State
+from leetdist.inference.state_checks import check_like, check_states
 from leetdist.sequence.agreement import checksum, gathered
 from leetdist.sequence.grid import LARGEST_TILE, default_tile, shard_lengths
 from leetdist.sequence.group import alone, resolve, sequence_parallel

@@ -16,7 +16,8 @@ from leetdist.inference.checks import check_count, check_decay, check_piece, che
 from leetdist.inference.pieces import Piece, as_one, as_piece, copied, kind_of, lengths_if_alike, reads_log_decay
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
-from leetdist.inference.state import State, check_continues, into_open_tile, no_tokens, on_its_grid, run
+from leetdist.inference.state import State, into_open_tile, no_tokens, on_its_grid, run
+from leetdist.inference.state_checks import check_continues
 from leetdist.inference.windows import Windows, whole_tiles_apart
 from leetdist.operators.problem import state_dtype
 from leetdist.sequence.grid import LARGEST_TILE

@@ -19,7 +19,7 @@ from leetdist.kernels.constant_decay.triton import block, decay, fleet, fold, op
 from leetdist.kernels.constant_decay.triton.configs import block_config, padded, parts_of  # noqa: E402
 from leetdist.kernels.runtime import triton_release  # noqa: E402
 from leetdist.kernels.runtime.settings import OF_TRITON  # noqa: E402
-from leetdist.kernels.token_decay.triton import added_up, by_head, gradient, sums  # noqa: E402
+from leetdist.kernels.token_decay.triton import added_up, by_head, gradient, gradient_kernels, sums  # noqa: E402
 
 # Shared memory that one program may use, bytes: the CUDA programming guide's table of compute capabilities.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -118,7 +118,11 @@ def of_gradient(rows: int, columns: int, dtype: torch.dtype):
     constants["PARTS"] = 2 if dtype == torch.float32 else 1
     inside = gradient.inside_warps(found, rows, dtype), 1, {**constants, "FIRST": True}
     walk = found.warps, found.stages, constants
-    return [(gradient._keep_states, *walk), (gradient._add_inside, *inside), (gradient._add_behind, *walk)]
+    return [
+        (gradient_kernels.keep_states_kernel, *walk),
+        (gradient_kernels.add_inside_kernel, *inside),
+        (gradient_kernels.add_behind_kernel, *walk),
+    ]
 
 
 def fits(architecture: int, dtype: torch.dtype, rows: int, columns: int, *, reverse: bool, by_token: bool) -> None:

@@ -15,15 +15,15 @@ from compiling import SPILLS, assembled, spilled  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from leetdist.kernels.mamba.triton import conv, scan  # noqa: E402
+from leetdist.kernels.mamba.triton import conv, scan, scan_kernels  # noqa: E402
 
 HALF = {"x", "v", "dv", "dskip", "dx", "dy", "o", "z", "y", "dz", "before", "x_after", "dy_after", "dbefore"}
 COUNTS = {"tokens", "heads", "width", "segments", "channels", "later"}
 NAMES = {"documents": "*i64", "starts": "*i1", "least": "fp32", "most": "fp32"}
 KERNELS: dict[Any, dict[str, Any]] = {
-    scan._steps_gradient: {"SOFTPLUS": True, "TOKENS": scan.TURNED, "HEADS": scan.TURNED},
-    scan._products_gradient: {"WIDE": False, "TOKENS": 32, "COLUMNS": 64, "SEGMENT_": scan.SEGMENT},
-    scan._scan_outputs: {"WIDE": False, "TOKENS": 64, "COLUMNS": 64},
+    scan_kernels.steps_gradient_kernel: {"SOFTPLUS": True, "TOKENS": scan.TURNED, "HEADS": scan.TURNED},
+    scan_kernels.products_gradient_kernel: {"WIDE": False, "TOKENS": 32, "COLUMNS": 64, "SEGMENT_": scan.SEGMENT},
+    scan_kernels.outputs_kernel: {"WIDE": False, "TOKENS": 64, "COLUMNS": 64},
     conv._convolution_gradient: {
         "W": 2, "ACTIVATED": True, "TOKENS_": conv.TOKENS_BACK, "CHANNELS_": conv.CHANNELS, "SEGMENT_": conv.SEGMENT,
     },

@@ -23,7 +23,8 @@ from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
 from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
 from leetdist.kernels.runtime.triton_launch import launch
-from leetdist.kernels.token_decay.triton.gradient import add_behind, add_inside, gradient_config, keep_states
+from leetdist.kernels.token_decay.triton.gradient import gradient_config
+from leetdist.kernels.token_decay.triton.gradient_kernels import add_behind, add_inside, keep_states
 from leetdist.kernels.token_decay.triton.sums import token_sums
 
 CHUNK = tl.constexpr(64)  # of what is added up, as gradients.cu's
