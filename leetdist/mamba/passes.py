@@ -27,19 +27,24 @@ def with_attention(
     *,
     weighted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and states where there are some, of `attend(v, log_decay, weight, skip)`. weighted: v = dt x is not written, x
-    and its weight dt are what there is of it, and skip is D, which it adds x times if no z follows; else both None."""
+    """y, and the states if `attend(v, log_decay, weight, skip)` returns some.
+
+    weighted: v = dt x is not written. `attend` gets x in its place, with dt as its weight, and D as skip: where no z
+    follows, it adds D x to the outputs itself. Otherwise weight and skip are None.
+    """
     x, dt, A = (for_autograd(y) for y in (x, dt, A))
     D, z, dt_bias = (None if y is None else for_autograd(y) for y in (D, z, dt_bias))
     wide = torch.promote_types(x.dtype, torch.float32)
     A = A.to(wide)
     bias, D = (None if y is None else y.to(wide) for y in (dt_bias, D))
-    if transformed():
-        return _by_operations(attend, x, dt, A, D, z, bias, starts, steps)
+    if transformed():  # PyTorch's own operations have the same numbers, and what follows these knows no other
+        own, log_decay = scan.scan_steps(dt, A, bias, starts, steps)
+        v = (x * own.transpose(1, 2)[..., None]).to(x.dtype)
+        o, states = _outputs_and_states(attend(v.transpose(1, 2), log_decay, None, None))
+        return scan.scan_outputs(o.transpose(1, 2), None if D is None else x, D, z), states
     v, log_decay, weight, skipped = _Inputs.apply(x, dt, A, bias, D, starts, steps, weighted)
-    attended = attend(v.transpose(1, 2), log_decay, weight, D if weighted else None)
+    o, states = _outputs_and_states(attend(v.transpose(1, 2), log_decay, weight, D if weighted else None))
     D, added = None if D is None else D.detach(), weighted and z is None
-    o, states = attended if isinstance(attended, tuple) else (attended, None)
     y = o.transpose(1, 2)
     if D is not None or z is not None:
         given = y, skipped, None if added else D, z
@@ -51,24 +56,9 @@ def with_attention(
     return y, states
 
 
-def _by_operations(
-    attend: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Any],
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    starts: Tensor | None,
-    steps: scan.Steps,
-) -> tuple[Tensor, Tensor | None]:
-    """The same numbers by PyTorch's own operations, for all that follows these and knows no function of autograd's
-    below."""
-    own, log_decay = scan.scan_steps(dt, A, bias, starts, steps)
-    v = (x * own.transpose(1, 2)[..., None]).to(x.dtype)
-    attended = attend(v.transpose(1, 2), log_decay, None, None)
-    o, states = attended if isinstance(attended, tuple) else (attended, None)
-    return scan.scan_outputs(o.transpose(1, 2), None if D is None else x, D, z), states
+def _outputs_and_states(attended: Any) -> tuple[Tensor, Tensor | None]:
+    """What `attend` has returned, with the states of after the last token where it was asked for them."""
+    return attended if isinstance(attended, tuple) else (attended, None)
 
 
 class _Inputs(torch.autograd.Function):
