@@ -98,12 +98,12 @@ def linear_attention(
         k: (B, H, N, Dk), same dtype and device. Each of q, k and v may have fewer heads, of a number that divides the
             largest, H: then consecutive heads share one.
         v: (B, H, N, Dv).
-        log_decay: natural log of the decay, <= 0, fp32: (H,) or (H, 1, 1), the same for all tokens, or (B, H, N), one
-            a token, by which the state before it decays; -inf starts anew. None is no decay. Positive values and NaN
-            are a ValueError; but where those of (B, H, N), or of (H,) that are learnt, are on a GPU, whose stream
-            reading them would stop, outputs are NaN from such a token on (of such a head), unless
-            LEETDIST_CHECK_VALUES=1 asks for the reading. Under a group (B, H, N) is this rank's shard, like q, and so
-            is its gradient.
+        log_decay: natural log of the decay, <= 0, fp32; None is no decay. (H,) or (H, 1, 1) is one decay a head, the
+            same for all tokens. (B, H, N) is one a token, by which the state before that token decays; -inf makes the
+            state start anew. Under a group (B, H, N) is this rank's shard, like q, and so is its gradient.
+            A positive value or NaN is a ValueError where the host reads the values. Of those on a GPU it does not read
+            (B, H, N), nor (H,) that are learnt, because that would stop the stream: there outputs are NaN from such a
+            token on, or of such a head. LEETDIST_CHECK_VALUES=1 has them read all the same.
         scale: factor of the output.
         initial_state: (B, H, Dk, Dv) fp32, or (documents, H, Dk, Dv) with `cu_seqlens`; None is zero. Under a group it
             is given on the first rank only.
@@ -173,9 +173,10 @@ def linear_attention_step(
 ) -> tuple[Tensor, Any]:
     """One token of decoding: `state = gamma state + k v^T`, `o = scale * q^T state`; differentiable.
 
-    On a GPU, without gradients, one kernel that reads and writes the state once; a CUDA graph can capture it. The
-    state is rounded once a token: after 65,536 tokens that add to it, it is off by 4e-6 (fp32). One to which nothing is
-    added cannot lose less than half a unit of its last place a token, so it forgets slower than a decay under 1e-5.
+    On a GPU, without gradients, this is one kernel, which reads and writes the state once and can be captured in a CUDA
+    graph. The state is rounded once a token: after 65,536 tokens that add to it, it is off by 4e-6 (fp32). Where
+    nothing is added, a loss of less than half a unit of the last place is rounded away, so that under a decay of less
+    than 1e-5 a token a state forgets more slowly than it should.
 
     Args:
         q: (B, H, 1, Dk), fp32, bf16, fp16 or fp64.

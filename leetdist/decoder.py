@@ -46,7 +46,7 @@ def causal_linear_decoder(
     Args:
         q, k: (B, H, N, rank), fp32, fp16, bf16 or fp64.
         v: (B, H, N, dim), same dtype and device.
-        is_mask_weight: decay at all; without it `gamma` must be None.
+        is_mask_weight: whether there is a decay; without one `gamma` must be None.
         gamma: (H,), any floating dtype; at least 0 with `is_need_exp`, from 0 to 1 without.
         is_need_exp: whether the decay is exp(-gamma).
         attn_method: one of LeetDecoding's names: "vanilla", "recursion", "block-based", "causal_dot_product",

@@ -48,11 +48,12 @@ def explain(
     tile: int | None = None,
     precision: str | None = None,
 ) -> str:
-    """How `linear_attention` with the same arguments would be computed: method, kernels, tile, shards, and why.
+    """How `linear_attention` with the same arguments would be computed, and why: method, kernels, tile and shards.
 
-    Kernels have a name, a version and a configuration; for each that was asked before them, why not. On a GPU they are
-    compiled, as by the call, for one that cannot be is not what would run. With a decay a token, so have those that
-    `mamba_chunk_scan_combined` runs around such a call, where q is C, k is B and v is x, and `causal_conv1d`.
+    Each kernel is told by name, version and configuration, with the reasons why those that were asked before it do not
+    serve. On a GPU the kernels are compiled, as by the call: one that cannot be compiled is not what would run. With a
+    decay a token the text also has the kernels that `mamba_chunk_scan_combined` runs around such a call, where q is C,
+    k is B and v is x, and those of `causal_conv1d`.
 
     Args:
         q, k, v, log_decay, and the options: as `linear_attention` takes them, (B, H, N, D) tensors, fp32, bf16, fp16 or

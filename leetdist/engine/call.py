@@ -115,9 +115,12 @@ def run(
     skip: Tensor | None = None,
     gated: bool = False,
 ) -> tuple[Tensor, Any]:
-    """o and the final state, None where it is not asked for. given: q, k, v, log_decay; options: as `describe`'s;
-    operator, gates: as `plan_call`'s; weight: of each token's v, beside a decay a token, and `skip`, which needs a
-    weight (leetdist.operators.token_decay)."""
+    """One call, from arguments to results: o, and the final state, or None where it is not asked for.
+
+    given: q, k, v, log_decay. options: those of `describe`. operator, gates: as for `plan_call`. With a decay a token:
+    weight, a factor of each token's v; skip, which needs a weight (leetdist.operators.token_decay has the meaning of
+    both); gated, whether the caller adds skip to the outputs itself, beside a gate.
+    """
     q = given[0]
     if transport is None and gates is None and weight is None and options["cu_seqlens"] is None:
         tensors = *given, options["initial_state"]

@@ -20,9 +20,9 @@ from leetdist.kernels.common.open_tiles import written
 class StatePool:
     """Slots for the states of many requests of one operator, which decode together wherever their slots are.
 
-    Requests come (`put`), fork, and go (`take`, `release`) while others decode; a step names its slots by index and
-    changes them in place, so nothing is gathered, and a CUDA graph of a step serves any requests: write their slots
-    into the captured index, and `pool.idle` with length 0 into what is left over.
+    Requests come (`put`), fork, and go (`take`, `release`) while others decode. A step names its slots by index and
+    changes them in place, so that nothing is gathered. One CUDA graph of a step serves any requests: write their slots
+    into the captured index, and `pool.idle`, with length 0, for the rows that are left over.
 
     Args:
         slots: how many requests fit.
@@ -37,11 +37,12 @@ class StatePool:
             half of it at four tokens a call (fp32: 2e-6; tests/inference/test_inference_decode.py holds them to it).
             An exact pool has fp32 states (fp64 for fp64 inputs).
 
-    A slot takes one fp32 state; of an exact pool three (the state at the open tile's start, that at the open chunk's,
-    and what the tile adds) and the keys and values of a chunk of 64 tokens (128 on a CPU): with heads of 128 in bf16
-    64 + 64 + 64 + 32 KiB a head, instead of 64. A tile of one chunk needs one state: 64 + 32 KiB. An exact step reads
-    one state and the open tokens, and writes these alone; at a chunk's end it writes states. On Hopper the state at
-    the open chunk's start is there as products take it too, rounded (32 KiB more), and a step reads that alone.
+    Memory: a slot takes one fp32 state. A slot of an exact pool takes three (the state at the open tile's start, that
+    at the open chunk's start, and what the tile adds), and the keys and values of a chunk of 64 tokens (128 on a CPU):
+    with heads of 128 in bf16 that is 64 + 64 + 64 + 32 KiB a head, instead of 64. Where the tile is one chunk long, one
+    state is enough: 64 + 32 KiB. An exact step reads one state and the open tokens, and writes new tokens only; at a
+    chunk's end it writes states. On Hopper the state at the open chunk's start is kept rounded as well, as products
+    take it (32 KiB more), and a step reads that one alone.
 
     Attributes:
         states: (slots + 1, H, Dk, Dv), the last one being `idle`; of an exact pool those at the open tiles' starts.

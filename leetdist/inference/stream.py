@@ -47,9 +47,10 @@ def stream(
 
     The outputs are, bit for bit, those of one call over the whole sequence with the same `tile` and `method`, however
     it is cut.
-    `stream.push(q, k, v)` takes a piece and returns its outputs at once; `stream.map(pieces)` does so for an iterator
-    of pieces, whose copies to and from `device` overlap with compute, and with `window=` it computes short ones many at
-    a time. `stream.state` is what there is to keep: a `State`, to save, fork, decode from, or to go on from with
+
+    `stream.push(q, k, v)` takes a piece and returns its outputs at once. `stream.map(pieces)` does so for an iterator
+    of pieces, and copies them to and from `device` while others are computed; with `window=` it computes many short
+    pieces at a time. `stream.state` is what there is to keep: a `State`, to save, fork, decode from, or go on from with
     `stream(state=...)`.
 
     A piece that ends inside a tile costs up to a chunk of work again with the next one (64 or 128 tokens; with methods
@@ -181,10 +182,11 @@ class Stream:
     def map(self, pieces: Iterable[Piece], *, window: int | None = None) -> Iterator[Tensor]:
         """The outputs of each piece in turn. A piece may be overwritten once the next one is asked for.
 
-        window: tokens that may wait, for short pieces of a long sequence that need not have their outputs at once: from
-        so many on they are computed in one call, up to the end of a tile. Each piece must stay as it is until its
-        outputs are given. Slices of one tensor are not copied, and on Hopper nor are up to 232 pieces of the same
-        strides (a decay a head). `state` and `tokens` are of what is computed. Not for host memory, nor under a group.
+        window: for short pieces of a long sequence whose outputs are not needed at once. They wait until so many tokens
+        are there, and are computed in one call, up to the end of a tile. Each piece must stay as it is until its
+        outputs are given. Slices of one tensor are not copied, nor are, on Hopper and with a decay a head, up to 232
+        pieces of the same strides. `state` and `tokens` tell what is computed so far. Not for host memory, nor under a
+        group.
         """
         iterable = hasattr(pieces, "__iter__") or hasattr(pieces, "__getitem__")  # as torch's map-style datasets have
         if not iterable or isinstance(pieces, (Tensor, str, bytes)):

@@ -44,11 +44,13 @@ def parallelize(
 ) -> M:
     """Make a model work on shards of its sequences: the layers it knows get `mesh`'s sequence ranks. In place.
 
-    Knows `leetdist.nn`'s layers; transformers' MiniMax, xLSTM, Mamba2 and its hybrids (Bamba, FalconH1,
-    GraniteMoeHybrid, NemotronH, Zamba2) with their softmax layers, and other transformers models that have softmax
-    attention only (docs of `leetdist.integrations.transformers`), also within PEFT's adapters; and what `register`
-    adds. Call it before DDP, `fully_shard`, `accelerator.prepare` or `deepspeed.initialize`. The model then takes what
+    Call it before DDP, `fully_shard`, `accelerator.prepare` or `deepspeed.initialize`. The model then takes what
     `shard_batch` makes.
+
+    It knows the layers of `leetdist.nn`; transformers' MiniMax, xLSTM, Mamba2 and its hybrids (Bamba, FalconH1,
+    GraniteMoeHybrid, NemotronH, Zamba2) with their softmax layers; other transformers models that have softmax
+    attention only (docs of `leetdist.integrations.transformers`); all of these within PEFT's adapters, too; and what
+    `register` adds.
 
     A transformers model's own `loss` becomes the mean over all ranks, as `reduce_loss` computes it, and
     `generate` takes the whole prompt on every rank, shards it inside, and returns the same tokens on all.
@@ -62,9 +64,9 @@ def parallelize(
         exact: training, prefill, drafts and decoding of all linear layers have one set of bits (what else it takes:
             docs/reinforcement-learning.md); False leaves each what it has.
 
-    Layers are told by what they do, on a few tokens and on a small copy of the model: with the known layers kept from
-    mixing, a part of a sequence must give what it gives within the whole. A layer that cannot be called so, in a model
-    that cannot be called so either, is refused.
+    Whether a layer that it does not know mixes tokens is tried, on a few tokens, and on a small copy of the model: with
+    the known layers kept from mixing, a part of a sequence must give what it gives within the whole. A layer that
+    cannot be called so, in a model that cannot be called so either, is refused.
 
     Returns:
         the model. Called again with the same mesh, it changes nothing; for another one, `unparallelize` comes first.

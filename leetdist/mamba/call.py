@@ -51,11 +51,12 @@ def mamba_chunk_scan_combined(
 
         S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        y_t = (S_t C_t + D x_t) silu(z_t)
 
-    It is `linear_attention` with a decay a token: q = C, k = B, v = dt x (rounded to x's dtype, but written to memory
-    only where no kernel of the pass makes the product for itself, and then for that pass), log_decay = dt A. So
-    the result on P ranks is, bit for bit, the shards of the result on one device: y, the final states, and the
-    gradients of x, dt, B, C, z and initial_states. Those of A, D and dt_bias are each rank's share, which add up to
-    the whole. Differentiable once.
+    It is `linear_attention` with a decay a token: q = C, k = B, v = dt x, log_decay = dt A. The product dt x is rounded
+    to x's dtype. It is written to memory only in a pass whose kernels do not make it for themselves.
+
+    So the result on P ranks is, bit for bit, the shards of the result on one device: y, the final states, and the
+    gradients of x, dt, B, C, z and initial_states. The gradients of A, D and dt_bias are each rank's share, and add up
+    to the whole. Differentiable once.
 
     Args:
         x: (B, N, H, P), this rank's shard under a group, as are dt, B, C, z and seq_idx; fp32, bf16, fp16 or fp64.

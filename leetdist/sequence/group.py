@@ -82,10 +82,10 @@ def sequence_parallel(
 
     Args:
         group: a ProcessGroup, a 1-D DeviceMesh, or a virtual group; its ranks hold consecutive shards in rank order.
-        lengths: tokens on each rank, in rank order, a promise for all calls inside: what the ranks agreed on for a
-            shape is then not waited for again, which spares each call its messages between the hosts. A rank that
-            breaks the promise gets a ValueError, and so do the others on one host, some of them in their next call; who
-            waits for it already, or is on another host, a timeout.
+        lengths: tokens on each rank, in rank order: a promise that they hold for all calls inside. What the ranks have
+            agreed on for a shape is then not waited for again, which spares each call its messages between the hosts.
+            A rank that breaks the promise gets a ValueError. So do the other ranks of its host, some of them in their
+            next call only; a rank that already waits for it, or is on another host, gets a timeout.
         timeout: seconds that a rank of this group waits for another, from now on; None keeps what the group has (its
             own, or LEETDIST_TIMEOUT). With NCCL, a timeout makes the host wait for every receive. In symmetric memory
             it is the GPU that waits: it prints which rank waited for which, and the program ends with a CUDA error.
