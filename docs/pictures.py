@@ -244,8 +244,7 @@ def traced() -> list[dict[str, Any]]:
         file = Path(folder, "trace.json")
         trace.start(str(file))
         leetdist.virtual_ranks(rank, ranks=4)
-        trace.save()
-        trace._file = None
+        trace.stop()
         return [event for event in json.loads(file.read_text() + "]") if event["ph"] == "X"]
 
 

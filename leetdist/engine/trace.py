@@ -53,6 +53,13 @@ def start(file: str) -> None:
     _file = file
 
 
+def stop() -> None:
+    """Save what was recorded, and trace no more."""
+    global _file
+    save()
+    _file = None
+
+
 def save() -> None:
     """Write what was recorded so far, and forget it."""
     global _spans

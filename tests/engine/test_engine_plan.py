@@ -141,6 +141,8 @@ def test_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):  # the second time, ranks append to what is there
         leetdist.virtual_ranks(lambda group: compute(case, tensors, group), 3)
         trace.save()
+    trace.stop()
+    assert not trace.on()
     events = json.loads((tmp_path / "trace.json").read_text() + "]")
     spans = [event for event in events if event["ph"] == "X"]
     assert {event["pid"] for event in spans} == {0, 1, 2}
