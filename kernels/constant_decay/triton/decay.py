@@ -12,7 +12,7 @@ from torch import Tensor
 from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _decay_of, _powers, _span, _table
+from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table, decay_of, powers
 from leetdist.kernels.constant_decay.triton.parts import load_chunk, to_state
 from leetdist.kernels.runtime.triton_launch import launch
 
@@ -156,7 +156,7 @@ def _decay_gradient(
     k += batch * k_batch + head // k_share * k_head
     v += batch * v_batch + head // v_share * v_head
     do += batch * do_batch + head * do_head
-    g = _decay_of(log_decay, head)
+    g = decay_of(log_decay, head)
 
     i, j = tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
     inside = (i < rows) & (j < columns)
@@ -174,17 +174,17 @@ def _decay_gradient(
         k_i = load_chunk(k, k_token, start + offset, count, 0, rows, CHUNK, ROWS)
         v_i = load_chunk(v, v_token, start + offset, count, column, columns, CHUNK, COLUMNS)
         do_i = load_chunk(do, do_token, start + offset, count, column, columns, CHUNK, COLUMNS)
-        scores = _product(q_i, tl.trans(k_i), DOUBLE) * (_powers(g, distance) * scale)
+        scores = _product(q_i, tl.trans(k_i), DOUBLE) * (powers(g, distance) * scale)
         seen = _product(do_i, tl.trans(v_i), DOUBLE)
         near = tl.sum(tl.where(distance > 0, scores * seen * distance.to(tl.float32), 0.0), 1)
         steps = (position + 1).to(tl.float32)
         far = _times_state(q_i, slope, DOUBLE) + _times_state(q_i, state, DOUBLE) * steps[:, None]
-        far = tl.sum(far * do_i.to(far.dtype), 1) * _powers(g, position + 1) * scale
+        far = tl.sum(far * do_i.to(far.dtype), 1) * powers(g, position + 1) * scale
         total += near.to(tl.float64) + far.to(tl.float64)
         # One factor of gamma is left to the sum, so that 16-bit weights do not all vanish under a strong decay.
         left = tl.maximum(count - 1 - position, 0)
-        weight = _powers(g, left - 1) * left.to(tl.float32)
-        across = _powers(g, count)
+        weight = powers(g, left - 1) * left.to(tl.float32)
+        across = powers(g, count)
         slope = (slope + state * count.to(tl.float32)) * across
         slope += _weighted_sum(k_i, weight, v_i, DOUBLE) * tl.exp(g)
         state = state * across + _weighted_sum(k_i, to_state(g, count, False, CHUNK), v_i, DOUBLE)

@@ -95,14 +95,14 @@ def _span(table, tile, tokens, tile_size, REGULAR: tl.constexpr):
 
 
 @triton.jit
-def _decay_of(log_decay, head):
+def decay_of(log_decay, head):
     """A head's log-decay. Of -inf, which means the same as LEAST, gamma^0 would be NaN. NaN stays."""
     g = tl.load(log_decay + head)
     return tl.where(g < LEAST, LEAST, g)
 
 
 @triton.jit
-def _powers(log_decay, exponent):
+def powers(log_decay, exponent):
     """gamma^exponent; exponents below zero belong to tokens that are not there, and must not overflow."""
     return tl.exp(log_decay * tl.maximum(exponent, 0).to(tl.float32))
 
@@ -130,7 +130,7 @@ def _fold(
     if BY_TOKEN:
         log_decay += (batch * heads + head) * tiles
     else:
-        g = _decay_of(log_decay, head)
+        g = decay_of(log_decay, head)
     states += (batch * heads + head) * tiles * size + element
     first, end = tl.load(segments + segment), tl.load(segments + segment + 1)
 
@@ -163,7 +163,7 @@ def _fold(
             step = begin + ahead
             tile = _tile_of(step, first, end, REVERSE)
             tl.store(states + tile * size, carry, mask=tl.where(step < count, inside, False))
-            keep = lasts[ahead] if BY_TOKEN else _powers(g, lasts[ahead])
+            keep = lasts[ahead] if BY_TOKEN else powers(g, lasts[ahead])
             then = tl.fma(carry, tl.zeros_like(carry) + keep, added[ahead])
             carry = tl.where(step < count, then, carry)
     tl.store(final + program * size + element, carry, mask=tl.where(to_end == 1, inside, False))

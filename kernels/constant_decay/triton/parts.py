@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leetdist.kernels.constant_decay.triton.fold import _powers
+from leetdist.kernels.constant_decay.triton.fold import powers
 
 # The largest number is from 2^13 to 2^14 units; fp16 ends at 2^16, and has all its bits down to 2^-14.
 LARGE = tl.constexpr(8192.0)
@@ -111,4 +111,4 @@ def not_finite(x):
 def to_state(log_decay, count, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
     """(CHUNK,): gamma^(steps from each token to the state at the chunk's end)."""
     i = tl.arange(0, CHUNK)
-    return _powers(log_decay, i + 1 if REVERSE else count - 1 - i)
+    return powers(log_decay, i + 1 if REVERSE else count - 1 - i)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leetdist.kernels.constant_decay.triton.fold import _decay_of, _powers
+from leetdist.kernels.constant_decay.triton.fold import decay_of, powers
 from leetdist.kernels.constant_decay.triton.parts import expm1, lost, to_state
 
 # Tokens of a tile after which sums start anew; every chunk of these kernels divides it.
@@ -23,7 +23,7 @@ def gate_of(log_decay, batch, head, heads, start, tokens, BY_TOKEN: tl.constexpr
     if BY_TOKEN:
         return log_decay.to(tl.pointer_type(tl.int64), bitcast=True) + ((batch * heads + head) * tokens + start)
     else:
-        return _decay_of(log_decay, head)
+        return decay_of(log_decay, head)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def seen_weights(gate, offset, count, distance, REVERSE: tl.constexpr, CHUNK: tl
         else:
             return _exp_between(high_j, low_j, high_i, low_i)
     else:
-        return _powers(gate, distance)
+        return powers(gate, distance)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def weights_from_state(gate, offset, count, REVERSE: tl.constexpr, CHUNK: tl.con
     if BY_TOKEN:
         return _to_edge(gate, offset, count, i, not REVERSE)
     else:
-        return _powers(gate, count - 1 - i if REVERSE else i + 1)
+        return powers(gate, count - 1 - i if REVERSE else i + 1)
 
 
 @triton.jit
