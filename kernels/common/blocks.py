@@ -1,9 +1,10 @@
 """States with more rows than a kernel takes, block by block of rows.
 
-Linear attention has no softmax, so its outputs are the sum of what blocks of q's and k's columns, the rows of the
-state, say by themselves, and so is the gradient of the decays; what a tile adds to the state has each row for itself.
-Blocks come in one order, and outputs are added up in fp32: each block's kernel adds what those before it have said
-(`onto`) to its own before it rounds. The state's columns, which are v's, kernels take in any number.
+The rows of the state are the columns of q and k. Linear attention has no softmax, so its outputs are a sum of what
+each block of rows gives by itself, and so is the gradient of the decays. What a tile adds to the state needs no sum:
+each row of it stands by itself. Blocks come in one order, and outputs are added up in fp32: each block's kernel adds
+what the blocks before it have given (`onto`) to its own outputs before it rounds. Columns of the state, which are v's,
+a kernel takes in any number.
 """
 
 from __future__ import annotations

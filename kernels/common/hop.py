@@ -2,11 +2,12 @@
 
 `put` waits until the slot is free, writes into the other GPU's memory and raises its flags; `wait` waits for them;
 `release` says that the slot is free again. Every piece of a message has flags of its own, so programs wait for nobody
-of their own grid, and a kernel that computes piece by piece (the fold) takes what comes, and hands on what it has, by
-itself: one launch, behind a `look` for the first piece. Without that, all places of the GPU might wait, those too that
-a kernel needs which the sender waits for (a library's that runs on both, say); once the first piece has come, the
-sender waits for nobody any more. A flag is taken by whoever waits for it, so the same launches, replayed by a CUDA
-graph, work again.
+of their own grid. A flag is taken by whoever waits for it, so the same launches, replayed by a CUDA graph, work again.
+
+A kernel that computes piece by piece (the fold) takes what comes and hands on what it has by itself: one launch, behind
+a `look` for the first piece. The look is needed because programs that wait might hold all places of this GPU, and with
+them those of a kernel that the sender waits for (a library's that runs on both GPUs, say). Once the first piece has
+come, the sender waits for nobody any more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Calls on one device that want no derivative of what they do, and the two passes of compiled graphs. What such a call
-launches follows from how its tensors lie and from its options, so one that was made before is found by one look at
-those (leetdist.kernels.runtime.replay): nothing is checked, planned or laid out again.
+"""The short way for calls that were made before: those on one device that record no gradient, and the two passes of
+compiled graphs.
+
+What such a call launches follows from its options and from how its tensors lie in memory. So one look at those finds
+the call that was made before (leetdist.kernels.runtime.replay), and nothing is checked, planned or laid out again.
 
 Tensors: q, k, v, log_decay, initial_state, as callers have them. Options: canonical (leetdist.engine.inputs), in the
 order of OPTIONS.

@@ -1,4 +1,4 @@
-"""Which of PyTorch's derivatives there are none of, and that calls say so."""
+"""Derivatives that do not exist here, such as second ones: a call that is asked for one says so."""
 
 from __future__ import annotations
 

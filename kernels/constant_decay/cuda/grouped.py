@@ -1,5 +1,5 @@
-"""The kernels for Hopper of hopper.py; and of outputs that are wanted for their sum over heads alone, as dk and dv of
-grouped heads are, summed_outputs.cu, where heads of 128 share a."""
+"""The kernels for Hopper of hopper.py, and beside them summed_outputs.cu: outputs that are wanted for their sum over
+heads alone, as dk and dv of grouped heads are, where heads of 128 share the operand a."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""What the outputs' kernels for Hopper want to walk a tile again without what is not finite in it (AGAIN). In Gluon.
+"""NaNs and infinities in the kernels of outputs for Hopper: a second walk of the tiles that hold some. In Gluon.
 
-A score of 0 times a NaN or an infinity of a later token is NaN. Whatever of b, c and the states is not finite is in the
-last state too, so that programs that find such a thing there say so in `again`. The same kernel, compiled with AGAIN,
-follows and walks their tiles again, with 0 in its place and NaN for the outputs that see it: of a row of b in all
-columns, of c and of the state in its own, from its token on in the order of the walk. All others get the same products
-in the same order. Programs return at once where there is nothing to do. It is another compilation because ptxas, given
-both walks, spills in the first.
+A NaN or an infinity of a later token must not reach an earlier output, but a score of 0 times it is NaN. Whatever of b,
+c and the states is not finite is in a tile's last state too, so a program looks there, and says in `again` what it has
+found. The same kernel, compiled with AGAIN, follows, and returns at once where nothing was found. Where something was,
+it walks the tile again with 0 in its place, and puts NaN into the outputs that see it, from its token on in the order
+of the walk: into all columns for a row of b, into its own column for a number of c or of the state. All other outputs
+get the same products in the same order. It is a compilation of its own because ptxas, given both walks, spills in the
+first.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """All gradients of a decay a head that is learnt, by the two passes of a decay a token
-(kernels/token_decay/cuda/gradients.cu), heads of 128 in bf16: a decay a head is one that all tokens have, and its
-gradient what theirs add up to.
+(kernels/token_decay/cuda/gradients.cu), heads of 128 in bf16.
 
-Gradients of tokens take what crosses their chunk from that of the chunk before. What is lost there has one sign for
-long, and cancels in no sum: a head's gradient is off by up to 8e-4 in tiles of 4,096 tokens, and by 2e-2 in tiles of
-16,384, which are refused.
+A decay a head is one that all of its tokens have, and its gradient is the sum of theirs. But the passes take what
+crosses a chunk from what crosses the chunk before, and lose a little each time. That keeps one sign for long, so that
+the sum over tokens does not cancel it: a head's gradient is off by up to 8e-4 in tiles of 4,096 tokens, and by 2e-2 in
+tiles of 16,384, which are refused.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""Launches for heads that share operands: some of them beside each other in a block (shared_states.cu,
-paired_outputs.cu), with the bits that each has by itself; and outputs that are wanted for their sum over heads alone
-(summed_outputs.cu, of two heads; grouped_outputs.cu, of four or eight)."""
+"""Launches for heads that share operands, which a block then reads once for several heads.
+
+States (shared_states.cu) and outputs (paired_outputs.cu) have the bits that each head has by itself. Outputs that are
+wanted for their sum over heads alone, as gradients of what heads share are, are added up by a block (two heads in
+summed_outputs.cu, four in grouped_outputs.cu), or by two of them (eight).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """All gradients of a decay a token where heads share q and k, in fours, and v has 64 columns (Mamba-2), in bf16.
 
-dq and dk are sums over heads (shared.py). What the gradient of log_decay is a sum of
-(leetdist.kernels.token_decay.triton.gradient) is left by paired_gradients.cu, late beside dv, and early by dq's kernel
-where q and k have GROUPED_COLUMNS; leetdist.kernels.token_decay.triton.added_up adds it up.
+dq and dk are sums over heads (shared.py). The terms of the gradient of log_decay
+(leetdist.kernels.token_decay.triton.gradient says which there are) are left in memory on the way: late by
+paired_gradients.cu, beside dv; early by the same, or by dq's kernel where q and k have GROUPED_COLUMNS.
+leetdist.kernels.token_decay.triton.added_up adds them up.
 """
 
 from __future__ import annotations

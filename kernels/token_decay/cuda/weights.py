@@ -1,7 +1,9 @@
-"""v times its weights where the kernels for heads that share q and k (shared.py, shared_gradients.py) make the product
-themselves, on its way from shared memory to a product: a tensor as large as v is neither written nor read. And a number
-a head, or a head's column, times v, which the kernel of the outputs adds to them. The kernel of dv can leave the
-gradients of v itself, of the weights, and of a number a head."""
+"""v times its weights, by the kernels that read v (for heads that share q and k: shared.py, shared_gradients.py).
+
+They make the product themselves, on v's way from shared memory to the matrix units, so that no tensor as large as v is
+written and read. The kernel of the outputs can also add v itself to them, times a number a head or a head's column
+(skip). The kernel of dv can leave the gradients of v itself, of the weights, and of a number a head.
+"""
 
 from __future__ import annotations
 

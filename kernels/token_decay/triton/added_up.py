@@ -1,8 +1,8 @@
 """The gradient of a decay a token from what two passes over each tile leave (kernels/token_decay/cuda/gradients.cu).
 
-In the terms of leetdist.kernels.token_decay.triton.gradient, A, B and M of each token are there, and Phi, which is
-<S, R> at the start of each tile. E follows from chunk to chunk, for all that enters a chunk leaves it, but for what its
-tokens read, and with what they write:
+By the names of leetdist.kernels.token_decay.triton.gradient, the passes leave A, B and M of each token, and Phi, which
+is <S, R> at the start of each tile. E follows from chunk to chunk: what leaves a chunk is what has entered it, less
+what its tokens read, plus what they write.
 
     E = Phi - sum_i A_i      Phi of the next chunk = E + sum_j B_j
 
