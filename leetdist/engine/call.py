@@ -114,12 +114,13 @@ def run(
     weight: Tensor | None = None,
     skip: Tensor | None = None,
     gated: bool = False,
+    around: tuple[tuple[str, str], ...] = (),
 ) -> tuple[Tensor, Any]:
     """One call, from arguments to results: o, and the final state, or None where it is not asked for.
 
     given: q, k, v, log_decay. options: those of `describe`. operator, gates: as for `plan_call`. With a decay a token:
     weight, a factor of each token's v; skip, which needs a weight (leetdist.operators.token_decay has the meaning of
-    both); gated, whether the caller adds skip to the outputs itself, beside a gate.
+    both); gated, whether the caller adds skip to the outputs itself, beside a gate. around: as `Problem`'s.
     """
     q = given[0]
     if transport is None and gates is None and weight is None and options["cu_seqlens"] is None:
@@ -131,7 +132,7 @@ def run(
             return repeats.forward(tensors, asked, read=True)[:2]
     if weight is not None:
         options = options | {
-            "weighted": True, "skipped": skip is not None, "gated": gated,
+            "weighted": True, "skipped": skip is not None, "gated": gated, "around": around,
             "factor_grads": skip is None or skip.ndim == 1,
         }  # fmt: skip
     captured = (

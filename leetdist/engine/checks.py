@@ -42,6 +42,7 @@ def describe(
     skipped: bool = False,
     gated: bool = False,
     factor_grads: bool = False,
+    around: tuple[tuple[str, str], ...] = (),
     rank: int = 0,
     ranks: int = 1,
     sharded: bool = False,
@@ -97,6 +98,7 @@ def describe(
         skipped=skipped,
         gated=gated,
         factor_grads=factor_grads,
+        around=around,
         sees_grads=sees_grads,
         traced_grad=traced_grads[0],
         traced_initial_grad=traced_grads[1],
@@ -135,10 +137,15 @@ def check_options(
 
 def check_agreement(everyone: Sequence[Problem]) -> None:
     """ValueError, the same on every rank, that says who differs in what."""
-    for rank, theirs in enumerate(everyone):
-        if not isinstance(theirs, Problem):
-            raise ValueError(f"linear_attention: rank {rank} makes another call of the group")
     first = everyone[0]
+    for rank, theirs in enumerate(everyone):
+        if not isinstance(theirs, Problem) or dict(theirs.around).keys() != dict(first.around).keys():
+            raise ValueError(f"linear_attention: rank {rank} makes another call of the group")
+        for (name, other), (_, ours) in zip(theirs.around, first.around, strict=True):
+            if other != ours:
+                raise ValueError(
+                    f"the ranks of the group disagree on {name}: rank {rank} has {other}, rank 0 has {ours}"
+                )
     check_cut([problem.sharded_from for problem in everyone])
     only_here = {
         "tokens", "has_initial", "needs_initial_grad", "grad_mode", "captured", "sharded_from", "traced_initial_grad"

@@ -122,11 +122,23 @@ def mamba_chunk_scan_combined(
         if weight is None:
             return linear_attention(*given, **options, group=group)
         more = {"scale": 1.0, "method": "auto", **options}
-        return run(given, more, transport, weight=weight, skip=skip, gated=z is not None)
+        return run(given, more, transport, weight=weight, skip=skip, gated=z is not None, around=alike)
 
     steps = Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
+    alike = () if transport is None else _alike(steps, D, z, dt_bias)
     y, states = with_attention(attend, x, dt, A, D, z, dt_bias, starts, steps, weighted=not ops.wanted(x))
     return y if states is None else (y, states.mT)
+
+
+def _alike(steps: Steps, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> tuple[tuple[str, str], ...]:
+    """What all ranks must have alike and the attention does not see, by name."""
+    given = {"D": D, "dt_bias": dt_bias}
+    return (
+        ("dt_softplus", str(steps.softplus)),
+        ("dt_limit", str(steps[1:])),
+        ("z", "None" if z is None else "a tensor"),
+        *((name, "None" if x is None else f"a tensor of shape {tuple(x.shape)}") for name, x in given.items()),
+    )
 
 
 def decode(

@@ -258,6 +258,7 @@ def _check(
         "W": weight.shape[1],
         "dtype": x.dtype,
         "activation": activation,
+        "bias": "None" if bias is None else "a tensor",
         "return_state": return_state,
         "seq_idx": seq_idx is not None,
         "cu_seqlens": known_offsets(cu_seqlens),

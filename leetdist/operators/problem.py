@@ -48,6 +48,7 @@ class Problem:
     weighted: bool = False  # v stands for itself times a number a token (leetdist.operators.token_decay)
     skipped: bool = False  # and itself times a number a head, or a head's column, is added to the outputs
     gated: bool = False  # and that by whoever takes the outputs, which it is then a gate of
+    around: tuple[tuple[str, str], ...] = ()  # of a call around this one: what its ranks must have alike, by name
     factor_grads: bool = False  # whether gradients of v, its weight and that number are asked for, not of the product
     gates: tuple[tuple[int, ...], ...] = ()  # shapes of the operator's other inputs, without batch and tokens
     sees_grads: bool = True  # whether it is known what gradients will be asked for, which an op is not

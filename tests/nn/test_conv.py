@@ -222,6 +222,15 @@ def test_documents_are_the_same_on_all_ranks() -> None:
     leetdist.virtual_ranks(rank, 2)
 
 
+def test_a_bias_is_that_of_all_ranks() -> None:
+    def rank(group):
+        bias = torch.ones(9) if group.rank else None
+        with pytest.raises(ValueError, match="rank 1 has bias a tensor, rank 0 has None"):
+            causal_conv1d(torch.zeros(1, 16, 9), torch.ones(9, 4), bias, group=group)
+
+    leetdist.virtual_ranks(rank, 2)
+
+
 def on_processes(rank: int, inputs, dy) -> tuple[torch.Tensor, torch.Tensor]:
     mine = inputs | {"x": inputs["x"].split((60, 7), 1)[rank].clone().requires_grad_()}
     y = causal_conv1d(**mine, activation="silu", group=dist.group.WORLD)
