@@ -119,15 +119,8 @@ def poison(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def forgotten() -> Iterator[Callable[[], None]]:
     """Nothing is remembered of which kernels compute what, before and after; called, neither in between."""
-    from leetdist.engine import planning
-    from leetdist.operators import composition, dispatch, methods
+    from helpers import forget_kernels
 
-    def forget() -> None:
-        for known in (methods._kernels_for, composition._composed, dispatch._backend_of, planning._local_plan):
-            known.cache_clear()
-        for table in (dispatch._failed, dispatch._works, dispatch._told, dispatch._decoders, planning._plans):
-            table.clear()
-
-    forget()
-    yield forget
-    forget()
+    forget_kernels()
+    yield forget_kernels
+    forget_kernels()

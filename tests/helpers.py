@@ -169,3 +169,14 @@ def assert_leaves_out_the_last(
     kernels.fold(whole, None, log_decay, tiles, reverse=reverse)
     kernels.fold(states, None, log_decay, tiles, reverse=reverse, to_end=False)
     assert torch.equal(states, whole)
+
+
+def forget_kernels() -> None:
+    """Let go of what is remembered of who computes a kind of call."""
+    from leetdist.engine import planning
+    from leetdist.operators import composition, dispatch, methods
+
+    for known in (methods._kernels_for, composition._composed, dispatch._backend_of, planning._local_plan):
+        known.cache_clear()
+    for table in (dispatch._failed, dispatch._works, dispatch._told, dispatch._decoders, planning._plans):
+        table.clear()

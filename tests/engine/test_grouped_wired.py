@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.engine import planning
+from helpers import forget_kernels
 from leetdist.kernels.constant_decay.pytorch import block
 from leetdist.operators.implementations import CANDIDATES, PYTORCH, Implementation
-from leetdist.operators.methods import _kernels_for
 
 MODULE = "leetdist.kernels.constant_decay.stand_in"
 TILE = 32
@@ -46,14 +45,9 @@ def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setitem(sys.modules, MODULE, module)
     here = Implementation("stand-in", "stand_in", lambda facts: None)
     monkeypatch.setitem(CANDIDATES, "tile_outputs", (here,))
-    forget()
+    forget_kernels()
     yield heard
-    forget()
-
-
-def forget() -> None:
-    _kernels_for.cache_clear()
-    planning._plans.clear()
+    forget_kernels()
 
 
 def gradients(given: list[Tensor], log_decay: Tensor, own: slice = slice(None), **options: Any) -> list[Tensor]:
@@ -80,6 +74,6 @@ def test_what_is_left_is_added_up(told, documents, monkeypatch):
         parts = zip(*leetdist.virtual_ranks(rank, ranks), strict=True)
         assert all(torch.equal(torch.cat(x, 2), y) for x, y in zip(parts, whole, strict=True))
     monkeypatch.setitem(CANDIDATES, "tile_outputs", (PYTORCH,))
-    forget()
+    forget_kernels()
     for x, y in zip(gradients(given, log_decay, **options), whole, strict=True):
         assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)

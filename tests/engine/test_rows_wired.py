@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.engine import planning
+from helpers import forget_kernels
 from leetdist.kernels.common.tiles import Tiles
 from leetdist.kernels.constant_decay.pytorch import block
 from leetdist.kernels.runtime.settings import Settings
@@ -22,7 +22,6 @@ from leetdist.operators import dispatch, refusals
 from leetdist.operators.choice import Use
 from leetdist.operators.facts import Facts, Machine
 from leetdist.operators.implementations import CANDIDATES, CUDA_HOPPER_ROWS, PYTORCH, Implementation
-from leetdist.operators.methods import _kernels_for
 
 MODULE = "leetdist.kernels.constant_decay.stand_in"
 TILE = 32
@@ -67,14 +66,9 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]
     monkeypatch.setitem(sys.modules, MODULE, module)
     monkeypatch.setitem(CANDIDATES, "row_outputs", (Implementation("stand-in", "stand_in", refusal),))
     monkeypatch.setattr(dispatch, "CUDA_HOPPER", PYTORCH)
-    forget()
+    forget_kernels()
     yield heard
-    forget()
-
-
-def forget() -> None:
-    _kernels_for.cache_clear()
-    planning._plans.clear()
+    forget_kernels()
 
 
 def drawn(batch: int, *heads: int) -> list[Tensor]:
@@ -99,7 +93,7 @@ def test_outputs_and_gradients(walked, documents, monkeypatch):
         text = leetdist.explain(*given[:3], log_decay, tile=TILE, method="block")
         assert "outputs of whole sequences by stand-in" in text
     monkeypatch.setitem(CANDIDATES, "row_outputs", ())
-    forget()
+    forget_kernels()
     plain = gradients(given, log_decay, **options)
     assert all(torch.equal(x, y) for x, y in zip(found, plain, strict=True))
     assert len(walked) == 4

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 import leetdist
-from leetdist.engine import planning
+from helpers import forget_kernels
 from leetdist.kernels.constant_decay.pytorch import block as constant_block
 from leetdist.kernels.token_decay.pytorch import block as token_block
 from leetdist.operators.facts import Facts
 from leetdist.operators.implementations import CANDIDATES, Implementation
-from leetdist.operators.methods import _kernels_for
 
 BLOCKS = {"token_decay": token_block, "constant_decay": constant_block}
 OPERATORS = tuple(BLOCKS)
@@ -66,15 +65,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     here = tuple(Implementation("stand-in", "stand_in", refusal, operator=operator) for operator in OPERATORS)
     for step in ("early_gradients", "late_gradients"):
         monkeypatch.setitem(CANDIDATES, step, here)
-    forget()
+    forget_kernels()
     yield asked
-    forget()
-
-
-def forget() -> None:
-    """Who computes a kind of call is remembered."""
-    _kernels_for.cache_clear()
-    planning._plans.clear()
+    forget_kernels()
 
 
 def gradients(given: list[Tensor], own: slice = slice(None), **options: Any) -> list[Tensor]:
@@ -95,7 +88,7 @@ def one_by_one(given: list[Tensor], **options: Any) -> list[Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         for step in ("early_gradients", "late_gradients"):
             patch.setitem(CANDIDATES, step, ())
-        forget()
+        forget_kernels()
         return gradients(given, **options)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import leetdist
+from helpers import forget_kernels
 from leetdist.engine import planning
 from leetdist.engine.call import run
 from leetdist.kernels.runtime.settings import Settings
@@ -22,7 +23,6 @@ from leetdist.operators.choice import Use
 from leetdist.operators.dispatch import choose
 from leetdist.operators.facts import Facts, Machine
 from leetdist.operators.implementations import CANDIDATES, Implementation
-from leetdist.operators.methods import _kernels_for
 from leetdist.reference import relative_error
 from leetdist.sequence.group import resolve
 
@@ -94,16 +94,10 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setitem(CANDIDATES, step, (who,))
         for step in ("weighted_values", "skipped_outputs"):
             monkeypatch.setitem(CANDIDATES, step, (weigher, *PYTORCH[step]))
-    forget()
+    forget_kernels()
     weighed.clear()
     yield request.param
-    forget()
-
-
-def forget() -> None:
-    """Who computes a kind of call is remembered."""
-    _kernels_for.cache_clear()
-    planning._plans.clear()
+    forget_kernels()
 
 
 def draw(heads: int = 4) -> list[Tensor]:
@@ -135,7 +129,7 @@ def test_bits_of_the_product_on_ranks(kernels: str, ranks: int, monkeypatch: pyt
     with pytest.MonkeyPatch.context() as patch:  # the same product by PyTorch's kernels
         for step, candidates in PYTORCH.items():
             patch.setitem(CANDIDATES, step, candidates)
-        forget()
+        forget_kernels()
         q, k, v, do, g, weight = given
         expected = with_gradients([q, k, block.weighted_values(v, weight), do, g])
     if kernels == "stand-in":  # v's own gradient, beside which the weight has one
@@ -209,7 +203,7 @@ def test_gradients_of_x_and_of_what_it_is_multiplied_by(kernels: str, case: str,
     with pytest.MonkeyPatch.context() as patch:
         for step, candidates in PYTORCH.items():
             patch.setitem(CANDIDATES, step, candidates)
-        forget()
+        forget_kernels()
         wanted, exact = call(slice(None), torch.float32, **more), call(slice(None), torch.float64, **more)
     for name, y, same, right in zip(("y", "dx", "ddt", "dA", "dB", "dC", "dD"), found, wanted, exact, strict=True):
         assert relative_error(y, right) < 2e-6, name
