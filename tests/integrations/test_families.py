@@ -92,13 +92,15 @@ def packed(model: Any, mesh: Any, name: str) -> None:
 
 
 def generated(model: Any, name: str) -> None:
-    """Greedy tokens after a prompt with padding, and after too few tokens to share. Theirs without a cache, because
-    transformers' own steps do not keep dt within its limits, as its prefill does."""
+    """Greedy tokens after a prompt with padding, also inside, and after too few tokens to share. Theirs without
+    a cache, because transformers' own steps do not keep dt within its limits, as its prefill does."""
     ids = batch_of()["input_ids"]
     padded = torch.ones_like(ids)
     padded[0, :7] = 0
+    inside = padded.clone()
+    inside[0, 60:80] = 0
     theirs = tiny(name)
-    for prompt, mask in ((ids, padded), (ids[:, :2], torch.ones_like(ids[:, :2]))):
+    for prompt, mask in ((ids, padded), (ids, inside), (ids[:, :2], torch.ones_like(ids[:, :2]))):
         if name in DEAF_TO_PADDING and not mask.all() and model._leetdist_mesh is not None:
             with pytest.raises(ValueError, match="does not hand what a call says of padding on"):
                 model.generate(prompt, attention_mask=mask, **GREEDY)
