@@ -173,8 +173,10 @@ def test_hops_compile(architecture: int) -> None:
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 def test_sums_compile(architecture: int) -> None:
     constants = {"REGULAR": False, "ROWS": 16, "ANCHOR_": 64}
-    for others in (("sums", "only"), ("keep", "only"), ("keep",)):
-        compiled(sums._sums, architecture, 4, 1, torch.float32, **constants, **dict.fromkeys(others))
+    for others in ((), ("only",)):
+        compiled(sums._token_sums, architecture, 4, 1, torch.float32, **constants, **dict.fromkeys(others))
+    for size in (sums.LEAST_BLOCK, sums.MOST_BLOCK):
+        compiled(sums._transitions, architecture, size // 512, 1, torch.float32, REGULAR=True, BLOCK=size)
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)

@@ -215,6 +215,26 @@ def test_sums_of_any_order_are_two_numbers():
     assert relative_error(keep, plain.transitions((g / 100).double(), tiles)) < 1e-7
 
 
+@on_both
+@pytest.mark.parametrize("bounds", [(0, 9000), (0, 1, 70, 70, 5000, 9000)])
+def test_transitions_are_exact_sums_rounded_once(bounds):
+    """Of tiles of any length, and decays of any strength, in units of 2^-44; of a NaN, or a step up, NaN."""
+    tiles, heads = Tiles(8192, bounds), ("weak", "usual", "mixed", "new starts", "strong")
+    g = torch.cat([decays(kind, 1, 9000) for kind in heads], 1)
+    g[0, 1, ::7] *= 1e-9
+    g[0, 4] = g[0, 4].clamp_max(0)
+    wide = torch.stack((g, g), -1)[..., 0]
+    units = (g.cpu().double().clamp_min(-128) * 2.0**44).long()
+    exact = [[sum(row[at : at + n].tolist()) for at, n in tiles.spans] for row in units[0]]
+    found = triton_block.transitions(wide, tiles)
+    assert torch.equal(found.cpu()[0].double(), (torch.tensor(exact).double() * 2.0**-44).exp().float().double())
+    g[0, 0, 8999], g[0, 1, 0] = math.nan, 1e-30
+    bad = triton_block.transitions(g, tiles).isnan()
+    assert bad.sum() == 2
+    assert bad[0, 0, -1]
+    assert bad[0, 1, 0]
+
+
 @pytest.mark.gpu
 @pytest.mark.real_empty  # what a recorded call may not do
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
