@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from weakref import WeakKeyDictionary, WeakSet, finalize
 
+import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
@@ -42,6 +43,8 @@ class _Scope(threading.local):
 
 
 _scope = _Scope()
+# Whether this process has shared calls by a `sequence_parallel` so far, in any thread.
+_surrounded = False
 # What serves a process group lives as long as the group; a compiled graph knows it by name.
 _of_group: WeakKeyDictionary[dist.ProcessGroup, Transport] = WeakKeyDictionary()
 _making: WeakKeyDictionary[dist.ProcessGroup, threading.Lock] = WeakKeyDictionary()
@@ -125,6 +128,9 @@ def sequence_parallel(
         if not 0 < seconds < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
         served.seconds = seconds
+    if served.size > 1 and not torch.compiler.is_compiling():
+        global _surrounded
+        _surrounded = True
     with _inside(served, lengths):
         yield
 
@@ -181,9 +187,22 @@ def warn_where_unjoined() -> None:
         warn(f"leetdist: nothing is sharded, group is None. {words}")
 
 
+def _warn_where_left() -> None:
+    """A call without a group, in a backward pass: activation checkpointing recomputes it after its `sequence_parallel`,
+    or on a GPU in another thread."""
+    if _surrounded and torch._C._current_graph_task_id() != -1:
+        warn(
+            "leetdist: this call, recomputed in a backward pass, has no group, while a sequence_parallel surrounded "
+            "others: if it was one of them, its gradients are those of this rank's tokens alone. Pass group= to the "
+            "call or the layer"
+        )
+
+
 def resolve(group: Group | None, transport: str | None = None) -> Transport | None:
     """The transport of a group; of the surrounding `sequence_parallel` for None; None for neither."""
     if group is None:
+        if _scope.transport is None and not torch.compiler.is_compiling():
+            _warn_where_left()
         return _scope.transport
     if isinstance(group, Transport):
         return _served_by(group, transport)

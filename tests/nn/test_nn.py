@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -172,6 +174,25 @@ def test_sharded_layer_equals_whole(name: str, ranks: int, dtype: torch.dtype, b
     for key, grad in expected.items():
         error = relative_error(sum(grads[key] for _, grads in results), grad)
         assert error <= bound, f"{key}: relative error {error:.1e}"
+
+
+def test_recomputing_after_a_sequence_parallel_warns() -> None:
+    layer, words = LAYERS["lightning"](), ".* recomputed in a backward pass, has no group"
+
+    def recomputed(group, *, inside: bool) -> None:
+        x = torch.randn(1, 16, 32, requires_grad=True)
+        with leetdist.sequence_parallel(group):
+            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+            if inside:
+                y.sum().backward()
+        if not inside:
+            y.sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", words)
+        leetdist.virtual_ranks(partial(recomputed, inside=True), 2)
+    with pytest.warns(UserWarning, match=words):
+        leetdist.virtual_ranks(partial(recomputed, inside=False), 2)
 
 
 def test_rotary_without_positions_is_refused_under_a_group() -> None:
