@@ -135,6 +135,10 @@ class Tiles:
             return _table.__wrapped__(self, device)
         return self._tables.setdefault(("tiles", device), _table(self, device))
 
+    def needed_table(self, device: torch.device) -> torch.Tensor | None:
+        """`table`; None where tiles are `regular`, and a kernel needs none."""
+        return None if self.regular else self.table(device)
+
     def segment_table(self, device: torch.device) -> torch.Tensor:
         """(num_segments + 1,) int64 on `device`: `first_tile`."""
         if not keeps():

@@ -43,7 +43,7 @@ def tile_outputs(
         out = empty_outputs(a, c, log_decay, out_dtype)
     if out.numel():
         width, threads, held = _shape(rows)
-        table = None if tiles.regular else tiles.table(a.device)
+        table = tiles.needed_table(a.device)
         decay = log_decay.float().contiguous()
         vector = _vector(a, b, c) if states.data_ptr() % 16 == 0 else 1
         launch = kernel(

@@ -17,7 +17,7 @@ from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.pytorch.block import scale_of_added
 from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded, parts_of
 from leetdist.kernels.constant_decay.triton.decay import decay_gradient
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table, fold
+from leetdist.kernels.constant_decay.triton.fold import fold
 from leetdist.kernels.constant_decay.triton.parts import (
     LARGE,
     SMALLEST,
@@ -30,6 +30,7 @@ from leetdist.kernels.constant_decay.triton.parts import (
     unit,
     units,
 )
+from leetdist.kernels.constant_decay.triton.tiles import COUNTS, span
 from leetdist.kernels.constant_decay.triton.weights import (
     gate_of,
     lost_across,
@@ -75,7 +76,7 @@ def tile_states(
             _tile_states,
             grid,
             (
-                b, c, log_decay, out, _table(tiles, b.device),
+                b, c, log_decay, out, tiles.needed_table(b.device),
                 *b.stride()[:3], *c.stride()[:3], out.stride(2), heads, heads // b.shape[1], heads // c.shape[1],
                 b.shape[2], tiles.count, tiles.size, unread, rows, columns, scale,
             ),
@@ -119,7 +120,7 @@ def tile_outputs(
             _tile_outputs,
             grid,
             (
-                a, b, c, states, log_decay, out, onto, _table(tiles, a.device),
+                a, b, c, states, log_decay, out, onto, tiles.needed_table(a.device),
                 *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3],
                 *((0, 0, 0) if onto is None else onto.stride()[:3]), *states.stride(),
                 heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
@@ -161,7 +162,7 @@ def _tile_states(
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     row, column = tl.program_id(1) * ROWS, tl.program_id(2) * COLUMNS
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     b += batch * b_batch + head // b_share * b_head
     c += batch * c_batch + head // c_share * c_head
     gate = gate_of(log_decay, batch, head, heads, start, tokens, BY_TOKEN)
@@ -325,7 +326,7 @@ def _tile_outputs(
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     column = tl.program_id(1) * COLUMNS
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     a += batch * a_batch + head // a_share * a_head
     b += batch * b_batch + head // b_share * b_head
     c += batch * c_batch + head // c_share * c_head

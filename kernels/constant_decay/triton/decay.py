@@ -12,8 +12,8 @@ from torch import Tensor
 from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import Config, block_config, padded
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table, decay_of, powers
 from leetdist.kernels.constant_decay.triton.parts import load_chunk, to_state
+from leetdist.kernels.constant_decay.triton.tiles import COUNTS, decay_of, powers, span
 from leetdist.kernels.runtime.triton_launch import launch
 
 PART = 256  # tiles that a program of `_sum_blocks` has
@@ -44,7 +44,7 @@ def decay_gradient(
             (batch * heads * tiles.count, blocks),
             (
                 q, k, v, do, states, step_of(states), state_grads, step_of(state_grads), log_decay, out,
-                _table(tiles, q.device),
+                tiles.needed_table(q.device),
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
                 heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
                 q.shape[2], tiles.count, tiles.size, rows, columns, scale,
@@ -151,7 +151,7 @@ def _decay_gradient(
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
     column = tl.program_id(1) * COLUMNS
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     q += batch * q_batch + head // q_share * q_head
     k += batch * k_batch + head // k_share * k_head
     v += batch * v_batch + head // v_share * v_head

@@ -10,7 +10,7 @@ from torch import Tensor
 from leetdist.kernels.common.memory import empty_outputs
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
+from leetdist.kernels.constant_decay.triton.tiles import COUNTS, span
 from leetdist.kernels.runtime.triton_launch import launch
 
 # Elements of the state that a program, one warp, keeps in its registers: 128 of a thread's 255.
@@ -46,7 +46,7 @@ def tile_outputs(
             _fleet_outputs,
             (batch * heads * tiles.count, ceil_div(columns, held)),
             (
-                a, b, c, states, decays.float(), out, _table(tiles, a.device),
+                a, b, c, states, decays.float(), out, tiles.needed_table(a.device),
                 *a.stride()[:3], *b.stride()[:3], *c.stride()[:3], *out.stride()[:3], *states.stride(),
                 heads, heads // a.shape[1], heads // b.shape[1], heads // c.shape[1],
                 a.shape[2], tiles.count, tiles.size, rows, columns, scale, state_scale,
@@ -77,7 +77,7 @@ def _fleet_outputs(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     i, j = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first = start + (length - 1 if REVERSE else 0)
     step = -1 if REVERSE else 1

@@ -1,4 +1,4 @@
-"""The fold over tiles in Triton, and what its kernel shares with those of constant_decay.triton.block."""
+"""The fold over tiles in Triton."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from torch import Tensor
 from leetdist.kernels.common.hop import LEAST as LEAST_BLOCK
 from leetdist.kernels.common.hop import TIMED, Hop, Way, await_flag, look, raise_flag
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.kernels.constant_decay.pytorch import walk
+from leetdist.kernels.constant_decay.triton.tiles import COUNTS, decay_of, powers, span
 from leetdist.kernels.runtime.triton_launch import launch
 
-LEAST = tl.constexpr(walk.LEAST)
 # Numbers that a program loads before it needs the first.
 AHEAD = 8192
-# Arguments that change from call to call and are in no address: no kernel is compiled anew for a special value.
-COUNTS = ["tokens", "tiles", "tile_size", "unread", "to_end"]
 
 
 def fold(
@@ -61,7 +58,7 @@ def fold(
             (
                 states, states if initial is None else initial.contiguous(), target,
                 log_decay, segments,
-                _table(tiles, states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size,
+                tiles.needed_table(states.device), heads, tiles.num_segments, tiles.num_tokens, tiles.count, tiles.size,
                 int(to_end or leaving is not None), dk * dv, *_flags(arriving), *_flags(leaving),
             ),
             {
@@ -76,35 +73,6 @@ def fold(
 
 def _flags(way: Way | None) -> tuple[Any, ...]:
     return (None, None, 0, 0.0, 0.0) if way is None else (way.full, way.free, *way.patience)
-
-
-def _table(tiles: Tiles, device: torch.device) -> Tensor | None:
-    return None if tiles.regular else tiles.table(device)
-
-
-@triton.jit
-def _span(table, tile, tokens, tile_size, REGULAR: tl.constexpr):
-    """First token and number of tokens of a tile."""
-    if REGULAR:
-        start = tile.to(tl.int64) * tile_size
-        length = tl.minimum(tokens - start, tile_size)
-    else:
-        start = tl.load(table + 2 * tile)
-        length = tl.load(table + 2 * tile + 1)
-    return start, length.to(tl.int32)
-
-
-@triton.jit
-def decay_of(log_decay, head):
-    """A head's log-decay. Of -inf, which means the same as LEAST, gamma^0 would be NaN. NaN stays."""
-    g = tl.load(log_decay + head)
-    return tl.where(g < LEAST, LEAST, g)
-
-
-@triton.jit
-def powers(log_decay, exponent):
-    """gamma^exponent; exponents below zero belong to tokens that are not there, and must not overflow."""
-    return tl.exp(log_decay * tl.maximum(exponent, 0).to(tl.float32))
 
 
 @triton.jit
@@ -150,7 +118,7 @@ def _fold(
                 last = tl.load(log_decay + tile, mask=step < count, other=0.0)
             else:
                 there = _tile_of(tl.minimum(step, count - 1), first, end, REVERSE)
-                _, last = _span(table, there, tokens, tile_size, REGULAR)
+                _, last = span(table, there, tokens, tile_size, REGULAR)
             lasts += (last,)  # type: ignore[assignment]
         if ARRIVES or LEAVES:
             if begin == 0:  # behind the loads, which wait for nobody

@@ -54,7 +54,7 @@ def tile_states(
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
     chunk, warps = chunk_and_warps("states", rows)
-    table = None if tiles.regular else tiles.table(b.device)
+    table = tiles.needed_table(b.device)
     launch(
         tile_states_kernel,
         (batch * heads * tiles.count, 1, 1),
@@ -92,7 +92,7 @@ def tile_outputs(
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
     chunk, warps = chunk_and_warps("outputs", rows)
-    table = None if tiles.regular else tiles.table(a.device)
+    table = tiles.needed_table(a.device)
     programs = batch * heads * tiles.count
     again = torch.empty(programs, dtype=torch.int32, device=a.device)  # written by every program
     arguments = (

@@ -53,7 +53,7 @@ def tile_states(
     batch, heads = b.shape[0], log_decay.shape[0]
     rows, columns = b.shape[3], c.shape[3]
     held_rows, held_columns, warps = block(rows, columns, parts)
-    table = None if tiles.regular else tiles.table(b.device)
+    table = tiles.needed_table(b.device)
     launch(
         tile_states_kernel,
         (batch * heads * tiles.count * ceil_div(columns, held_columns), 1, 1),
@@ -96,7 +96,7 @@ def tile_outputs(
     batch, heads = a.shape[0], log_decay.shape[0]
     rows, columns = a.shape[3], c.shape[3]
     held_rows, held_columns, warps = block(rows, columns, parts)
-    table = None if tiles.regular else tiles.table(a.device)
+    table = tiles.needed_table(a.device)
     programs = batch * heads * tiles.count * ceil_div(columns, held_columns)
     again = torch.empty(programs, dtype=torch.int32, device=a.device)  # written by every program
     arguments = (

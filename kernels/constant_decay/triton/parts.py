@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leetdist.kernels.constant_decay.triton.fold import powers
+from leetdist.kernels.constant_decay.triton.tiles import powers
 
 # The largest number is from 2^13 to 2^14 units; fp16 ends at 2^16, and has all its bits down to 2^-14.
 LARGE = tl.constexpr(8192.0)

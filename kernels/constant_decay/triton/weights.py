@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leetdist.kernels.constant_decay.triton.fold import decay_of, powers
 from leetdist.kernels.constant_decay.triton.parts import expm1, lost, to_state
+from leetdist.kernels.constant_decay.triton.tiles import decay_of, powers
 
 # Tokens of a tile after which sums start anew; every chunk of these kernels divides it.
 ANCHOR = tl.constexpr(64)

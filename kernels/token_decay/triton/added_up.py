@@ -21,7 +21,7 @@ from torch import Tensor
 from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import padded
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
+from leetdist.kernels.constant_decay.triton.tiles import COUNTS, span
 from leetdist.kernels.runtime.triton_launch import launch
 from leetdist.kernels.token_decay.triton.gradient import gradient_config
 from leetdist.kernels.token_decay.triton.gradient_kernels import add_behind, add_inside, keep_states
@@ -65,7 +65,7 @@ def added_up(
     if not out.numel():
         return out
     target = out.contiguous()  # of other tiles too
-    tasks, table = batch * heads * tiles.count, _table(tiles, q.device)
+    tasks, table = batch * heads * tiles.count, tiles.needed_table(q.device)
     counts = heads, tokens, tiles.count, tiles.size
     launch(
         _add_up, (tasks,), (log_decay, read, written, across, *lost, target, table, *log_decay.stride(), *counts),
@@ -103,7 +103,7 @@ def _add_up(
     """One tile, so many chunks at a time; late_lost becomes what is lost in either pass."""
     program = tl.program_id(0).to(tl.int64)
     tile, row = program % tiles, program // tiles
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     tl.store(late_lost + program, tl.load(late_lost + program) | tl.load(early_lost + program))
     log_decay += row // heads * decay_batch + row % heads * decay_head + start * decay_token
     read += READ * row * tokens + start

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
+from leetdist.kernels.constant_decay.triton.tiles import COUNTS, span
 from leetdist.kernels.runtime.triton_launch import launch
 
 BLOCK = 1024  # tokens that a program sees at a time
@@ -30,7 +30,7 @@ def of_tiles(x: Tensor, tiles: Tiles) -> Tensor:
     out = torch.empty(batch, heads, tiles.count, dtype=torch.float64, device=x.device)
     if out.numel():
         launch(
-            _of_tiles, (out.numel(),), (x, out, _table(tiles, x.device), tokens, tiles.count, tiles.size),
+            _of_tiles, (out.numel(),), (x, out, tiles.needed_table(x.device), tokens, tiles.count, tiles.size),
             {"REGULAR": tiles.regular, "BLOCK_": BLOCK}, num_warps=4,
         )  # fmt: skip
     return out
@@ -48,7 +48,7 @@ def _of_tokens(log_decay, out, tokens, BLOCK_: tl.constexpr):
 def _of_tiles(x, out, table, tokens, tiles, tile_size, REGULAR: tl.constexpr, BLOCK_: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     tile, row = program % tiles, program // tiles
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     x += row * tokens + start
     total = tl.zeros((BLOCK_,), tl.float64)
     for offset in range(0, length, BLOCK_):

@@ -30,7 +30,6 @@ from torch import Tensor
 from leetdist.kernels.common.memory import step_of
 from leetdist.kernels.common.tiles import Tiles, ceil_div
 from leetdist.kernels.constant_decay.triton.configs import Config, padded
-from leetdist.kernels.constant_decay.triton.fold import _table
 from leetdist.kernels.runtime.triton_launch import launch
 from leetdist.kernels.token_decay.triton.gradient_kernels import (
     add_behind_kernel,
@@ -76,7 +75,7 @@ def decay_gradient(
     )
     kept = torch.empty(together, chunks, place, dtype=torch.float16 if parts == 2 else q.dtype, device=q.device)
     units = torch.empty(together, chunks, dtype=torch.float32, device=q.device)
-    sums, table = sums_of(log_decay, tiles), _table(tiles, q.device)
+    sums, table = sums_of(log_decay, tiles), tiles.needed_table(q.device)
     constants = {
         "REGULAR": tiles.regular, "CHUNK": config.chunk, "ROWS": padded(rows), "COLUMNS": config.columns,
         "PARTS": parts,

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from leetdist.kernels.constant_decay.triton.decay import rounded_to_tf32
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span
 from leetdist.kernels.constant_decay.triton.parts import in_parts, load_chunk, product, unit
+from leetdist.kernels.constant_decay.triton.tiles import COUNTS, span
 from leetdist.kernels.constant_decay.triton.weights import (
     gate_of,
     lost_across,
@@ -46,7 +46,7 @@ def keep_states(
     """The state at each chunk's start, and its unit."""
     dtype: tl.constexpr = kept.dtype.element_ty
     tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
     k += batch * k_batch + head // k_share * k_head + start * k_token
     v += batch * v_batch + head // v_share * v_head + start * v_token
@@ -101,7 +101,7 @@ def add_inside(
     """Of a chunk: M and A, what goes from tokens to tokens, and from the state at its start to tokens."""
     dtype: tl.constexpr = kept.dtype.element_ty
     tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
     q += batch * q_batch + head // q_share * q_head + start * q_token
     k += batch * k_batch + head // k_share * k_head + start * k_token
@@ -169,7 +169,7 @@ def add_behind(
     """Of a tile, backwards with the gradient of the state: B and E, what goes to the state at each chunk's end."""
     dtype: tl.constexpr = kept.dtype.element_ty
     tile, head, batch = task % tiles, task // tiles % heads, task // tiles // heads
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     gate = gate_of(log_decay, batch, head, heads, start, tokens, True)
     q += batch * q_batch + head // q_share * q_head + start * q_token
     k += batch * k_batch + head // k_share * k_head + start * k_token

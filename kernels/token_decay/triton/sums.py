@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leetdist.kernels.common.tiles import Tiles, ceil_div
-from leetdist.kernels.constant_decay.triton.fold import COUNTS, _span, _table
+from leetdist.kernels.constant_decay.triton.tiles import COUNTS, span
 from leetdist.kernels.constant_decay.triton.weights import ANCHOR
 from leetdist.kernels.runtime.triton_launch import launch
 
@@ -61,7 +61,7 @@ def transitions(log_decay: Tensor, tiles: Tiles) -> Tensor:
 
 def _places(log_decay: Tensor, tiles: Tiles) -> tuple[Any, ...]:
     _, heads, tokens = log_decay.shape
-    return _table(tiles, log_decay.device), *log_decay.stride(), heads, tokens, tiles.count, tiles.size
+    return tiles.needed_table(log_decay.device), *log_decay.stride(), heads, tokens, tiles.count, tiles.size
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _token_sums(
         if tl.load(only + program) == 0:
             return
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     log_decay += batch * decay_batch + head * decay_head + start * decay_token
     sums += 2 * ((batch * heads + head) * tokens + start)
     for offset in range(0, length, ROWS * ANCHOR_):
@@ -102,7 +102,7 @@ def _transitions(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = _span(table, tile, tokens, tile_size, REGULAR)
+    start, length = span(table, tile, tokens, tile_size, REGULAR)
     log_decay += batch * decay_batch + head * decay_head + start * decay_token
     # Lane by lane, and over lanes but once, in fp64: exact up to 2^53 units, 512, of which exp is 0 in fp32 by far.
     total = tl.zeros((BLOCK,), tl.float64)
