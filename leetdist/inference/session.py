@@ -87,15 +87,22 @@ class Session:
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
-        """Take in (B, N) tokens, the same on every rank; the next one's logits, (B, vocab), on every rank."""
+        """Take in (B, N) tokens, the same on every rank; the next one's logits, (B, vocab), on every rank.
+
+        All of them, or where a piece fails none."""
         self._check_prompt(tokens)
-        if self.exact:
-            self.states = _each(self.states, _as_state)
-        for piece in self._pieces(tokens):
-            last = self._piece(piece)
-            self.tokens += piece.shape[1]
-        self._graph = None
-        return self._logits(last)
+        before = self.states, self.tokens, self._graph
+        try:
+            self._graph = None
+            if self.exact:
+                self.states = _each(self.states, _as_state)
+            for piece in self._pieces(tokens):
+                last = self._piece(piece)
+                self.tokens += piece.shape[1]
+            return self._logits(last)
+        except BaseException:
+            self.states, self.tokens, self._graph = before
+            raise
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:

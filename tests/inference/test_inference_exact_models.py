@@ -198,6 +198,39 @@ def test_what_exact_layers_refuse() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_prompt_that_fails_is_not_taken_in(exact: bool, ranks: int) -> None:
+    """Neither the pieces before the one that fails: the same prompt again would follow upon them."""
+    model = LanguageModel(Config(vocab=61, dim=DIM, layers=2, heads=2, hidden=96))
+    if exact:
+        for block in model.blocks:
+            block.attention = leetdist.nn.LightningAttention(DIM, 2, exact=True, tile=16)
+    first, second = torch.randint(61, (1, 40)), torch.randint(61, (1, 90))
+
+    def rank(group: Any) -> tuple[torch.Tensor, ...]:
+        session, told = leetdist.Session(model, group, piece=16), []
+        for prompt, piece in ((first, 32), (second, 39 if exact else 32)):
+            with pytest.raises(IndexError):  # from a piece on, and so on each rank
+                session.prefill(torch.where(torch.arange(90) < piece, second, 61))
+            told.append(session.prefill(prompt))
+            told.append(session.step(prompt[:, :1]))
+        assert session.tokens == 132
+        return tuple(told)
+
+    def undisturbed(group: Any) -> tuple[torch.Tensor, ...]:
+        session = leetdist.Session(model, group, piece=16)
+        calls = (
+            (session.prefill, prompt) if n else (session.step, prompt[:, :1])
+            for prompt in (first, second)
+            for n in (1, 0)
+        )
+        return tuple(call(tokens) for call, tokens in calls)
+
+    for found, wanted in zip(*(leetdist.virtual_ranks(f, ranks) for f in (rank, undisturbed)), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
 def test_a_group_of_one_rank_steps_as_no_group_does() -> None:
     for layer in (leetdist.nn.SimpleGLA(DIM, heads=2), leetdist.nn.LightningAttention(DIM, heads=2)):
         x = torch.randn(1, 30, DIM)
