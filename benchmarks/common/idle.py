@@ -166,7 +166,7 @@ class Echo(Transport):
     def place(self) -> Hashable:
         return ()
 
-    def gather_objects(self, mine: Any, what: str) -> list[Any]:
+    def swap_objects(self, mine: tuple[str, Any], what: str) -> list[tuple[str, Any]]:
         return [mine, mine]
 
     def alike(self, number: int, what: str) -> bool:

@@ -76,7 +76,8 @@ def agree(
                 transport.alike(NOTHING - transport.rank, what)  # all ranks see that one knows nothing
             elif holds(known, transport, what, values=values, site=site, promised=lengths is not None):
                 return known
-        brought = transport.gather_objects((mine, values, site, known and known.fingerprint), what)
+        message = (mine, values, site, known and known.fingerprint)
+        brought = transport.gather_objects(message, what, fails=isinstance(mine, ValueError))
     return _settled(brought, known, transport, what)
 
 
@@ -96,7 +97,7 @@ def gathered(mine: Any, transport: Transport, what: str) -> list[Any]:
     """Every rank's `mine`, plain values, on every rank; a ValueError instead is raised there and, told of, elsewhere.
     For what is asked once, where nothing is worth remembering."""
     with transport.call("agreement"):
-        everyone = transport.gather_objects(mine, what)
+        everyone = transport.gather_objects(mine, what, fails=isinstance(mine, ValueError))
     for rank, theirs in enumerate(everyone):
         _raise_if_bad(theirs, rank, transport)
     return everyone

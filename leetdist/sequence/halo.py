@@ -202,8 +202,6 @@ def agreed_lengths(
         mine = (call, tokens, transport.cut_from(tokens), tuple(facts.items()))
     everyone = agree(mine, transport, f"the arguments of {call}").everyone
     for rank, theirs in enumerate(everyone):
-        if not isinstance(theirs, tuple) or theirs[0] != call:
-            raise ValueError(f"{call}: rank {rank} makes another call of the group")
         for (name, value), (_, first) in zip(theirs[3], everyone[0][3], strict=True):
             if value != first:
                 raise ValueError(f"{call}: rank {rank} has {name} {value}, rank 0 has {first}")

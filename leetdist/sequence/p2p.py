@@ -162,7 +162,7 @@ class PointToPoint(Transport):
     def _capturing(self) -> bool:
         return not self.staged and torch.cuda.is_current_stream_capturing()
 
-    def gather_objects(self, mine: Any, what: str) -> list[Any]:
+    def swap_objects(self, mine: tuple[str, Any], what: str) -> list[tuple[str, Any]]:
         # Lengths first, then bytes: two small messages to each rank, no collective, so that a rank that does not answer
         # is known by its number.
         data = torch.frombuffer(bytearray(encode(mine)), dtype=torch.uint8)

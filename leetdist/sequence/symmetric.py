@@ -79,8 +79,8 @@ class Symmetric(Transport):
     def flush(self) -> None:
         self.under.flush()
 
-    def gather_objects(self, mine: Any, what: str) -> list[Any]:
-        return self.under.gather_objects(mine, what)
+    def swap_objects(self, mine: tuple[str, Any], what: str) -> list[tuple[str, Any]]:
+        return self.under.swap_objects(mine, what)
 
     def alike(self, number: int, what: str) -> bool:
         return self.under.alike(number, what)

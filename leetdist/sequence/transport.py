@@ -76,9 +76,21 @@ class Transport(ABC):
     def flush(self) -> None:
         """After this, what was sent may change."""
 
+    def gather_objects(self, mine: Any, what: str, *, fails: bool = False) -> list[Any]:
+        """Every rank's object, on every rank, over the host. ValueError, on every rank, where one asks for another
+        `what`: in another call an object has another meaning. fails: mine tells of an error, and so to all that ask."""
+        everyone = self.swap_objects(("" if fails else what, mine), what)
+        for rank, (theirs, _) in enumerate(everyone):
+            if not fails and theirs not in ("", what):
+                raise ValueError(
+                    f"rank {rank} of {self.size} makes another call of the group: it asks for {theirs!r}, and rank "
+                    f"{self.rank} for {what!r}"
+                )
+        return [theirs for _, theirs in everyone]
+
     @abstractmethod
-    def gather_objects(self, mine: Any, what: str) -> list[Any]:
-        """Every rank's object, on every rank, over the host."""
+    def swap_objects(self, mine: tuple[str, Any], what: str) -> list[tuple[str, Any]]:
+        """Send an object to every other rank and take theirs, over the host; in rank order."""
 
     def alike(self, number: int, what: str) -> bool:
         """Whether all ranks have come with this number; the same answer on every rank, over the host.

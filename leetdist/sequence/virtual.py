@@ -122,7 +122,7 @@ class VirtualGroup(Transport):
     def flush(self) -> None:
         pass
 
-    def gather_objects(self, mine: Any, what: str) -> list[Any]:
+    def swap_objects(self, mine: tuple[str, Any], what: str) -> list[tuple[str, Any]]:
         for rank in self.others():
             self.hub.put(self.rank, rank, mine, "object")
         everyone = [mine] * self.size
@@ -157,6 +157,7 @@ class _Hub:
         self.failure: tuple[int | None, BaseException] | None = None  # the first; of no rank: the caller's
         self.ended: set[int] = set()
         self.boxes: defaultdict[tuple[int, int, str], deque[Any]] = defaultdict(deque)
+        self.waits: dict[int, tuple[int, str, str]] = {}  # on whom a rank waits, for which kind of message, for what
         self.lock = threading.Lock()
         self.changed = [threading.Condition(self.lock) for _ in range(size)]  # for each rank that may wait
         self.all_ended = threading.Condition(self.lock)
@@ -170,22 +171,42 @@ class _Hub:
     def take(self, source: int, to: int, what: str, kind: str, seconds: float) -> Any:
         with self.lock:  # also to make the box, or two threads make two, and what is in one is lost
             box = self.boxes[source, to, kind]
-            begin = time.monotonic()
-            while not box:
-                self._check(to, f"waited on rank {source} for {what}, and ")
-                if source in self.ended:
-                    raise RuntimeError(
-                        f"leetdist: rank {source} of {self.size} has returned, and rank {to} still waits for {what} "
-                        f"of it: it made fewer calls of the group"
-                    )
-                left = begin + seconds - time.monotonic()
-                if left <= 0:
-                    raise RuntimeError(
-                        f"leetdist: rank {source} of {self.size} does not answer. Rank {to} waited {seconds:.1f} s "
-                        f"for {what}"
-                    )
-                self.changed[to].wait(left)
-            return box.popleft()
+            until = time.monotonic() + seconds
+            self.waits[to] = source, kind, what
+            try:
+                while not box:
+                    self._check(to, f"waited on rank {source} for {what}, and ")
+                    if source in self.ended:
+                        raise RuntimeError(
+                            f"leetdist: rank {source} of {self.size} has returned, and rank {to} still waits for "
+                            f"{what} of it: it made fewer calls of the group"
+                        )
+                    self._check_step(to)
+                    left = until - time.monotonic()
+                    if left <= 0:
+                        raise RuntimeError(
+                            f"leetdist: rank {source} of {self.size} does not answer. Rank {to} waited {seconds:.1f} s "
+                            f"for {what}"
+                        )
+                    self.changed[to].wait(left)
+                return box.popleft()
+            finally:
+                self.waits.pop(to, None)
+
+    def _check_step(self, rank: int) -> None:
+        """Ranks that wait for each other do so for ever."""
+        ring, on = [rank], self.waits[rank][0]
+        while on not in ring and on in self.waits:
+            source, kind, _ = self.waits[on]
+            if self.boxes[source, on, kind]:
+                return
+            ring.append(on)
+            on = source
+        if on == rank:
+            told = "; ".join(
+                f"rank {each} waits for rank {self.waits[each][0]} for {self.waits[each][2]}" for each in ring
+            )
+            raise RuntimeError(f"leetdist: the ranks make different calls of the group: {told}")
 
     def _check(self, rank: int, doing: str = "") -> None:
         if self.failure is None:

@@ -29,9 +29,9 @@ class Count:
             monkeypatch.setattr(VirtualGroup, name, self.counting(name, getattr(VirtualGroup, name)))
 
     def counting(self, name: str, real: Any) -> Any:
-        def counted(group: VirtualGroup, *args: Any) -> Any:
+        def counted(group: VirtualGroup, *args: Any, **options: Any) -> Any:
             self.calls[name] += 1
-            return real(group, *args)
+            return real(group, *args, **options)
 
         return counted
 

@@ -1,12 +1,19 @@
-"""The mailboxes of virtual ranks, used by their threads at once."""
+"""The mailboxes of virtual ranks, used by their threads at once, and by calls that do not belong together."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
+
+import leetdist
+from leetdist.launch.model import Config, LanguageModel
 from leetdist.sequence.virtual import _Hub
 
 
@@ -31,3 +38,42 @@ def test_a_box_is_made_once() -> None:
         assert hub.take(0, 1, "a message", "object", 2.0) == "message"
     finally:
         sender.join()
+
+
+def attends(group: Any) -> None:
+    x = torch.randn(1, 2, 64, 16)
+    leetdist.linear_attention(x, x, x, group=group)
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "linear_attention": attends,
+    "gather_sequence": lambda group: leetdist.gather_sequence(torch.zeros(1, 64, 8), 1, group),
+    "halo": lambda group: leetdist.halo(torch.zeros(1, 64, 8), 1, group, width=2),
+    "causal_conv1d": lambda group: leetdist.nn.causal_conv1d(torch.zeros(1, 64, 8), torch.zeros(8, 4), group=group),
+    "shard_batch": lambda group: leetdist.shard_batch({"input_ids": torch.zeros(1, 64, dtype=torch.int64)}, group),
+    "reduce_loss": lambda group: leetdist.reduce_loss(torch.tensor(2.0), 3, group),
+    "stream": lambda group: leetdist.stream(tile=16, group=group).push(*torch.zeros(3, 1, 2, 64, 16)),
+    "prefill": lambda group: leetdist.Session(MODEL, group).prefill(torch.zeros(1, 64, dtype=torch.int64)),
+}
+MODEL = LanguageModel(Config(dim=32, layers=1, heads=2, hidden=64))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("pair", list(itertools.combinations(CALLS, 2)), ids="-".join)
+def test_two_calls_at_once_are_told_from_each_other(pair: tuple[str, str], ranks: int) -> None:
+    """Neither takes for its own what the other says, nor waits for it in vain."""
+    words = "makes another call of the group: it asks for|the ranks make different calls of the group: rank"
+    begin = time.monotonic()
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        leetdist.virtual_ranks(lambda group: CALLS[pair[group.rank == 1]](group), ranks)
+    assert time.monotonic() - begin < 5
+
+
+def test_ranks_that_wait_in_a_ring_are_told() -> None:
+    def rank(group: Any) -> None:
+        group.receive(torch.empty(1), (group.rank + 1) % group.size, "a word")
+
+    with pytest.raises(
+        RuntimeError, match=r"rank . waits for rank . for a word; rank . waits for rank . for a word; rank"
+    ):
+        leetdist.virtual_ranks(rank, 3)
