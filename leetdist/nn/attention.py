@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from leetdist.arguments import as_bool, as_name, check_plain, is_memory
 from leetdist.kernels.common.elementwise import sigmoid, silu
 from leetdist.kernels.runtime.memo import keeps
-from leetdist.nn.checks import as_eps, as_size, check_exact, check_x, share_of
+from leetdist.nn.checks import as_eps, as_size, check_exact, check_x, refuse, share_of
 from leetdist.nn.decay import log_decay
 from leetdist.nn.operator import attended
 from leetdist.sequence.documents import check_end, check_offsets
@@ -192,7 +192,7 @@ class LightningAttention(_DecayAttention):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group. state: (B, H, D, D) fp32, on the first rank."""
-        check_x(x, self.dim)
+        check_x(x, self.dim, self.group)
         qkv = silu(self.qkv_proj(x)).unflatten(-1, (self.heads, 3 * self.head_dim))
         q, k, v = qkv.chunk(3, -1)
         o, final = self.attend(q, k, v, 1.0, state, return_state, cu_seqlens)
@@ -287,7 +287,7 @@ class Retention(_DecayAttention):
     ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group; position_ids: (B or 1, N), global, for rotary layers. None
         is from 0 on, in each document of cu_seqlens."""
-        check_x(x, self.dim)
+        check_x(x, self.dim, self.group)
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         gate, norm, out_proj = (getattr(self, name) for name in _LAYOUTS[self.layout])
         scaled = self.layout == "torchscale"
@@ -305,10 +305,11 @@ class Retention(_DecayAttention):
         """(B or 1, N), of packed documents in each of them."""
         if position_ids is None:
             if self.group is not None or not is_alone(None) or continued:
-                raise ValueError(
+                refuse(
                     "position_ids must be given to a rotary layer whose x does not start the sequence on every rank: "
-                    "(B or 1, N) positions in the whole sequence, as leetdist.shard_batch makes them"
-                )
+                    "(B or 1, N) positions in the whole sequence, as leetdist.shard_batch makes them",
+                    x, self.group,
+                )  # fmt: skip
             places = torch.arange(x.shape[1], device=x.device)
             if cu_seqlens is not None:
                 check_offsets(cu_seqlens, x)
@@ -320,7 +321,8 @@ class Retention(_DecayAttention):
         batch, tokens, _ = x.shape
         if position_ids.shape not in ((tokens,), (1, tokens), (batch, tokens)) or position_ids.is_complex():
             got = f"{position_ids.dtype} of shape {tuple(position_ids.shape)}"
-            raise ValueError(f"position_ids must be numbers of shape (B or 1, N) = ({batch} or 1, {tokens}), got {got}")
+            words = f"position_ids must be numbers of shape (B or 1, N) = ({batch} or 1, {tokens}), got {got}"
+            refuse(words, x, self.group)
         return position_ids
 
     def _angles(self, position_ids: Tensor) -> Tensor:

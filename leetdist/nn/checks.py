@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from leetdist.arguments import as_bool, as_float, as_int, as_tile
+from leetdist.arguments import as_bool, as_float, as_int, as_tile, is_memory
+from leetdist.sequence.agreement import told
+from leetdist.sequence.group import resolve
+
+if TYPE_CHECKING:
+    from leetdist.sequence.group import Group
 
 LARGEST = (1 << 31) - 1  # of what a layer has; what PyTorch says of more names no argument
 
@@ -42,11 +47,18 @@ def as_eps(value: Any) -> float:
     return eps
 
 
-def check_x(x: Tensor, dim: int) -> None:
-    """A layer's input."""
+def check_x(x: Tensor, dim: int, group: Group | None) -> None:
+    """The input of a layer with this group."""
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != dim:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must have shape (B, N, dim) = (B, N, {dim}), got {got}")
+        refuse(f"x must have shape (B, N, dim) = (B, N, {dim}), got {got}", x, group)
 
 
-__all__ = ["as_eps", "as_size", "check_exact", "check_x", "share_of"]
+def refuse(words: str, x: Any, group: Group | None) -> NoReturn:
+    """A ValueError in a layer called with x, of which the group's other ranks, that wait in the layer, are told."""
+    numberless = isinstance(x, Tensor) and (x.is_meta or not is_memory(x))  # a call that this rank makes by itself
+    with told(None if numberless else resolve(group), "the arguments of a layer"):
+        raise ValueError(words)
+
+
+__all__ = ["as_eps", "as_size", "check_exact", "check_x", "refuse", "share_of"]

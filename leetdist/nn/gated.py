@@ -97,7 +97,7 @@ class SimpleGLA(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """x: (B, N, dim), this rank's shard under a group. state: (B, H, Dk, Dv) fp32, on the first rank."""
-        check_x(x, self.dim)
+        check_x(x, self.dim, self.group)
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)

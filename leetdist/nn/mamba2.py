@@ -13,7 +13,7 @@ from leetdist.arguments import as_bool, as_float, check_plain
 from leetdist.inference.attend import TILE, attend
 from leetdist.kernels.common.elementwise import silu
 from leetdist.mamba import around, check_limits, decode, mamba_chunk_scan_combined
-from leetdist.nn.checks import LARGEST, as_eps, as_size, check_exact, check_x
+from leetdist.nn.checks import LARGEST, as_eps, as_size, check_exact, check_x, refuse
 from leetdist.nn.conv import causal_conv1d
 from leetdist.sequence.group import resolve
 
@@ -145,9 +145,8 @@ class Mamba2(nn.Module):
         if keeps:
             transport = resolve(self.group)
             if seq_idx is not None or cu_seqlens is not None:
-                raise ValueError(
-                    "seq_idx and cu_seqlens must be None where an exact layer keeps a state, of one sequence"
-                )
+                words = "seq_idx and cu_seqlens must be None where an exact layer keeps a state, of one sequence"
+                refuse(words, x, self.group)
             if transport is not None and transport.rank > 0:
                 before = None  # which every rank has, and the first one needs
         z, inputs, last = self.scan_inputs(x, initial=before, return_state=return_state, **documents)
@@ -173,10 +172,10 @@ class Mamba2(nn.Module):
         if state is None:
             return None, None
         if not isinstance(state, (tuple, list)) or len(state) != 2:
-            raise ValueError(f"state must be a Mamba2State, conv and ssm, got {type(state).__name__}")
+            refuse(f"state must be a Mamba2State, conv and ssm, got {type(state).__name__}", x, self.group)
         conv, ssm = state
         if resolve(self.group) is None:
-            check_x(x, self.dim)
+            check_x(x, self.dim, self.group)
             if conv is not None:
                 wanted = len(x), self.conv1d.kernel_size[0] - 1, self.sizes[1]
                 check_plain("state.conv", conv, "a tensor or None")
@@ -214,7 +213,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         """Of x (B, N, dim): the gate (B, N, width), what `mamba_chunk_scan_combined` takes, by name, and with
         return_state what of it the convolution keeps; `initial` is what it kept."""
-        check_x(x, self.dim)
+        check_x(x, self.dim, self.group)
         z, inputs, dt = self.in_proj(x).split(self.sizes, -1)
         convolved: Any = causal_conv1d(
             inputs, self.conv1d.weight[:, 0], self.conv1d.bias,

@@ -138,3 +138,29 @@ def test_a_mamba2_without_a_part_of_its_state() -> None:
     for state in ((None, None), (torch.zeros_like(conv), None), (None, torch.zeros_like(ssm))):
         found, _ = layer(x, state=leetdist.nn.Mamba2State(*state), return_state=True)
         torch.testing.assert_close(found, y)
+
+
+SHARED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    *((name, {}, {"x": torch.zeros(1, 16, 31)}, "x must have shape") for name in ("LightningAttention", "SimpleGLA")),
+    ("Mamba2", {}, {"x": torch.zeros(1, 32)}, "x must have shape"),
+    ("Retention", {"position_ids": torch.arange(16)}, {"x": torch.zeros(1, 16, 31)}, "x must have shape"),
+    ("Mamba2", {}, {"state": torch.zeros(1)}, "state must be a Mamba2State"),
+    ("Mamba2", {"exact": True, "return_state": True}, {"cu_seqlens": torch.tensor([0, 32])}, "must be None where"),
+    ("Retention", {"position_ids": torch.arange(16)}, {"position_ids": None}, "position_ids must be given"),
+    ("Retention", {"position_ids": torch.arange(16)}, {"position_ids": torch.arange(3)}, "position_ids must be numb"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "change", "words"), SHARED, ids=[f"{row[0]}, {row[3]}" for row in SHARED])
+def test_what_a_layer_refuses_on_one_rank_is_told_to_all(
+    name: str, options: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    layer = KINDS[name](tile=16, exact=options.get("exact", False))
+    given = {"x": torch.zeros(1, 16, 32)} | {key: x for key, x in options.items() if key != "exact"}
+
+    def rank(group: Any) -> None:
+        mine = given | (change if group.rank == 1 else {})
+        with leetdist.sequence_parallel(group), torch.no_grad(), pytest.raises(ValueError, match=words):
+            layer(**mine)
+
+    leetdist.virtual_ranks(rank, 2)
