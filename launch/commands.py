@@ -27,6 +27,7 @@ EXTRAS = {
 }  # fmt: skip
 # How long a host's other ranks leave it to the first to say what is wrong; its launcher then ends them.
 LATER_SECONDS = 3.0
+MOST_HOURS = 100_000  # that ranks wait: eleven years, which sockets' milliseconds take
 MOST = 2**62  # of a whole number: what sizes are made of fits into 64 bits
 
 
@@ -125,6 +126,14 @@ def positive(text: str) -> float:
     value = number(text)
     if not value:
         raise argparse.ArgumentTypeError(f"must be more than 0, got {text!r}")
+    return value
+
+
+def hours(text: str) -> float:
+    """An argument's type: hours that processes can wait."""
+    value = positive(text)
+    if value > MOST_HOURS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_HOURS:,}, got {text!r}")
     return value
 
 
@@ -312,7 +321,7 @@ def generate() -> Arguments:
     add("--trust", nargs="+", default=[], metavar="NAME", help="let the checkpoint unpickle this: module.name ...")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     _device(parser)
-    add("--timeout-hours", type=positive, default=24.0, help="how long ranks wait for each other")
+    add("--timeout-hours", type=hours, default=24.0, help="how long ranks wait for each other")
     _json(parser)
     return parser
 

@@ -20,7 +20,7 @@ from leetdist.sequence import copies as _copies  # noqa: F401  groups in copied 
 from leetdist.sequence.p2p import PointToPoint
 from leetdist.sequence.site import warn
 from leetdist.sequence.symmetric import connect
-from leetdist.sequence.transport import Transport
+from leetdist.sequence.transport import Transport, check_seconds
 from leetdist.sequence.virtual import by_name as virtual_by_name
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def sequence_parallel(
         seconds = as_float("timeout", timeout)
         if not 0 < seconds < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
-        served.seconds = seconds
+        served.seconds = check_seconds("timeout", seconds)
     if served.size > 1 and not torch.compiler.is_compiling():
         global _surrounded
         _surrounded = True

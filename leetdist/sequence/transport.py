@@ -30,6 +30,7 @@ Message: TypeAlias = "tuple[Tensor, int]"  # a tensor, and the rank it goes to o
 
 
 KINDS = 512  # of calls that are remembered
+MOST_SECONDS = 1e9  # of a timeout, 31 years: a thread's wait overflows at nine times as many
 
 
 class Unanswered(RuntimeError):
@@ -247,4 +248,11 @@ def timeout_seconds() -> float | None:
         seconds = 0.0
     if not 0 < seconds < math.inf:
         raise ValueError(f"LEETDIST_TIMEOUT must be a positive number of seconds, got {value!r}")
+    return check_seconds("LEETDIST_TIMEOUT", seconds)
+
+
+def check_seconds(name: str, seconds: float) -> float:
+    """The seconds; ValueError where they are more than waits of the system can be told."""
+    if seconds > MOST_SECONDS:
+        raise ValueError(f"{name} must be at most {MOST_SECONDS:,.0f} seconds, got {seconds}")
     return seconds

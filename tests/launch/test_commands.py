@@ -130,6 +130,7 @@ def test_usage_versions_and_a_name_that_is_none(capsys: pytest.CaptureFixture[st
         ("generate --prompt x", "the following arguments are required: --model"),
         ("generate --model x --temperature -1", "argument --temperature: must be a number of at least 0, got '-1'"),
         ("generate --model x --timeout-hours 0", "argument --timeout-hours: must be more than 0, got '0'"),
+        ("generate --model x --timeout-hours 1e8", "argument --timeout-hours: must be at most 100,000, got '1e8'"),
         ("train --lr nan", "argument --lr: must be a number of at least 0, got 'nan'"),
         ("train --seed 4294967296", "argument --seed: must be at most 4294967295, got 4294967296"),
         ("verify --seed 18446744073709551616", "argument --seed: must be at most 4294967295, got 18446744073709551616"),

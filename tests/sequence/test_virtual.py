@@ -77,3 +77,18 @@ def test_ranks_that_wait_in_a_ring_are_told() -> None:
         RuntimeError, match=r"rank . waits for rank . for a word; rank . waits for rank . for a word; rank"
     ):
         leetdist.virtual_ranks(rank, 3)
+
+
+@pytest.mark.parametrize("seconds", [1e10, 1e30])
+def test_a_timeout_that_no_wait_can_have_is_refused(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rank(group: Any) -> None:
+        with leetdist.sequence_parallel(group, timeout=seconds):
+            attends(group)
+
+    with pytest.raises(ValueError, match="timeout must be at most 1,000,000,000 seconds"):
+        leetdist.virtual_ranks(rank, 2)
+    monkeypatch.setenv("LEETDIST_TIMEOUT", str(seconds))
+    with pytest.raises(ValueError, match="LEETDIST_TIMEOUT must be at most 1,000,000,000 seconds"):
+        leetdist.virtual_ranks(attends, 2)
+    monkeypatch.setenv("LEETDIST_TIMEOUT", "1e9")
+    leetdist.virtual_ranks(attends, 2)
