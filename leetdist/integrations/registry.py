@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
-from leetdist.nn.attention import _DecayAttention
+from leetdist.nn.attention import DecayAttention
 from leetdist.nn.gated import SimpleGLA
 from leetdist.nn.mamba2 import Mamba2
 
@@ -53,10 +53,10 @@ def handler_of(module: nn.Module) -> Handler | None:
     return next((_handlers[kind] for kind in type(module).__mro__ if kind in _handlers), None)
 
 
-@register(_DecayAttention)
+@register(DecayAttention)
 @register(SimpleGLA)
 @register(Mamba2)
-def _ours(module: _DecayAttention | SimpleGLA | Mamba2, group: Group | None) -> None:
+def _ours(module: DecayAttention | SimpleGLA | Mamba2, group: Group | None) -> None:
     module.group = group
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from leetdist.sequence.group import Group
 
 
-class _DecayAttention(nn.Module):
+class DecayAttention(nn.Module):
     """What the layers share: the heads' decays, and the call of the operator.
 
     `group` belongs to the module and not to a surrounding context, so that a recomputation under activation
@@ -125,7 +125,7 @@ class _DecayAttention(nn.Module):
         return o.transpose(1, 2), final
 
 
-class LightningAttention(_DecayAttention):
+class LightningAttention(DecayAttention):
     """Lightning attention with a sigmoid gate and a norm, as in TransNormerLLM and MiniMax-01.
 
         q, k, v = silu(qkv_proj(x))      y = out_proj(sigmoid(output_gate(x)) * norm(attention(q, k, v)))
@@ -203,7 +203,7 @@ class LightningAttention(_DecayAttention):
         return y if final is None else (y, final)
 
 
-class Retention(_DecayAttention):
+class Retention(DecayAttention):
     """RetNet's multi-scale retention: a decay a head, a norm a head, a swish gate.
 
         q, k = rotate(q_proj(x)), rotate(k_proj(x)) / sqrt(D)      v = v_proj(x)

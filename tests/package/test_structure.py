@@ -149,6 +149,29 @@ def test_no_circles_in_benchmarks() -> None:
     assert not in_circles(graph)
 
 
+def foreign(text: str) -> set[str]:
+    """Private names of other modules of the package that a module imports, or reads from what it imports."""
+    tree, found, imported_names = ast.parse(text), set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("leetdist."):
+            for alias in node.names:
+                imported_names[alias.asname or alias.name] = alias.name
+    found |= {name for name in imported_names.values() if name.startswith("_")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported_names:
+            found |= {f"{node.value.id}.{node.attr}"} if re.match(r"_(?!_)", node.attr) else set()
+    return found
+
+
+def test_private_names_stay_at_home() -> None:
+    assert foreign("from leetdist.engine import plan\nfrom leetdist.api import _x, y\nplan._z, plan.z, self._z") == {
+        "_x",
+        "plan._z",
+    }
+    wrong = {name: found for name, path in modules().items() if (found := foreign(path.read_text()))}
+    assert not wrong
+
+
 def test_contributing_lists_every_folder() -> None:
     """Each folder of the package's modules, from the top down as they import each other, with a file that is there."""
     text = (ROOT / "CONTRIBUTING.md").read_text()

@@ -15,7 +15,7 @@ SMALLEST = gl.constexpr(2.0**-126)
 
 
 @gluon.constexpr_function
-def _accumulator(rows, columns, num_warps):
+def accumulator(rows, columns, num_warps):
     """The warpgroups share the rows, or, of 64, which is a warpgroup's least, the columns."""
     if rows >= 16 * num_warps:
         return gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, columns, 16])
@@ -23,7 +23,7 @@ def _accumulator(rows, columns, num_warps):
 
 
 @gluon.constexpr_function
-def _by_rows(columns, bits, num_warps):
+def by_rows(columns, bits, num_warps):
     """16 bytes a thread, whole rows a warp."""
     vector = 128 // bits
     threads = min(32, columns // vector)
@@ -31,7 +31,7 @@ def _by_rows(columns, bits, num_warps):
 
 
 @gluon.constexpr_function
-def _shared(rows, columns, dtype):
+def shared_layout(rows, columns, dtype):
     return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
 
 
@@ -43,13 +43,13 @@ def _unit_of(largest):
 
 
 @gluon.jit
-def _unit(x):
+def unit_of_block(x):
     """The unit of a block, and its inverse."""
     return _unit_of(gl.max(gl.abs(x), None))
 
 
 @gluon.jit
-def _units(x, LAYOUT: gl.constexpr):
+def units_of_rows(x, LAYOUT: gl.constexpr):
     """The units of the rows, and their inverses. A warp has whole rows, and the bits of what is not negative are in its
     order: of integers, lanes have the largest in one instruction, of floats in ten that wait for each other."""
     ROWS: gl.constexpr = x.shape[0]
@@ -60,7 +60,7 @@ def _units(x, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _put(shared, x, PARTS: gl.constexpr, zero):
+def put(shared, x, PARTS: gl.constexpr, zero):
     """Store x as the sum of 16-bit numbers."""
     large = x.to(shared.dtype)
     shared.index(zero).store(large)
@@ -69,7 +69,7 @@ def _put(shared, x, PARTS: gl.constexpr, zero):
 
 
 @gluon.jit
-def _matrix(shared):
+def matrix(shared):
     """What bulk copies bring, (1, 1, rows, columns), as a matrix."""
     return shared.reshape([shared.shape[2], shared.shape[3]])
 
@@ -83,7 +83,7 @@ def _part(x, number, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
-def _product(
+def product(
     a, A_PARTS: gl.constexpr, b, B_PARTS: gl.constexpr, total, zero,
     ADD: gl.constexpr, A: gl.constexpr = False, B: gl.constexpr = False,
 ):  # fmt: skip
@@ -98,19 +98,19 @@ def _product(
 
 
 @gluon.jit
-def _powers(g, exponent):
+def powers(g, exponent):
     return exp2(g * gl.maximum(exponent, 0).to(gl.float32))
 
 
 @gluon.jit
-def _to_state(g, count, zero, CHUNK: gl.constexpr, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
+def to_state(g, count, zero, CHUNK: gl.constexpr, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
     """(CHUNK, 1): gamma^(steps from each token to the state at the chunk's end)."""
     i = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT)) + zero
-    return _powers(g, i + 1 if REVERSE else count - 1 - i)[:, None]
+    return powers(g, i + 1 if REVERSE else count - 1 - i)[:, None]
 
 
 @gluon.jit
-def _seen_from(zero, CHUNK: gl.constexpr, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
+def seen_from(zero, CHUNK: gl.constexpr, REVERSE: gl.constexpr, LAYOUT: gl.constexpr):
     """(CHUNK, CHUNK): steps from token i to each token j that it sees, below zero for others."""
     i = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))[:, None] + zero
     j = gl.arange(0, CHUNK, gl.SliceLayout(0, LAYOUT))[None, :]
@@ -118,7 +118,7 @@ def _seen_from(zero, CHUNK: gl.constexpr, REVERSE: gl.constexpr, LAYOUT: gl.cons
 
 
 @gluon.jit
-def _lost(g, count):
+def lost_across(g, count):
     """See leetdist.kernels.constant_decay.triton.parts.lost; g = log2 gamma."""
     y = g * (count.to(gl.float32) * 0.6931471805599453)
     series = 1.0 + y / 8
@@ -128,7 +128,7 @@ def _lost(g, count):
 
 
 @gluon.jit
-def _reread(log_decay, head):
+def reread(log_decay, head):
     """log2 gamma, and 0. The compiler knows neither, so that it computes what depends on them (decays, addresses) anew
     in each chunk. Held from one to the next, they would spill: 1,000 bytes a thread, and 40 like this."""
     g = bounded(gl.load(log_decay + head, volatile=True)) * LOG2E
@@ -136,17 +136,17 @@ def _reread(log_decay, head):
 
 
 @gluon.jit
-def _hold(held, state, PARTS: gl.constexpr, zero):
+def hold(held, state, PARTS: gl.constexpr, zero):
     """Store the state as an operand, and return its unit."""
     unit = 1.0
     if held.dtype == gl.float16:  # a state can exceed fp16's range: it grows with the sequence
-        unit, inverse = _unit(state)
-        _put(held, state * inverse, PARTS, zero)
+        unit, inverse = unit_of_block(state)
+        put(held, state * inverse, PARTS, zero)
     else:
-        _put(held, state, PARTS, zero)
+        put(held, state, PARTS, zero)
     return unit
 
 
 @gluon.jit
-def _fetch(desc, batch, head, token, column, ready, shared, more):
+def fetch(desc, batch, head, token, column, ready, shared, more):
     async_load(desc, [batch, head, token, column], ready, shared, pred=more)

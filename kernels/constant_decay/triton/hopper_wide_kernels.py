@@ -16,21 +16,21 @@ from leetdist.kernels.constant_decay.triton.hopper_lost import clean, lost_befor
 from leetdist.kernels.constant_decay.triton.hopper_parts import (
     LARGE,
     SMALLEST,
-    _accumulator,
-    _by_rows,
-    _fetch,
-    _hold,
-    _lost,
-    _matrix,
-    _powers,
-    _product,
-    _put,
-    _reread,
-    _seen_from,
-    _shared,
-    _to_state,
-    _unit,
-    _units,
+    accumulator,
+    by_rows,
+    fetch,
+    hold,
+    lost_across,
+    matrix,
+    powers,
+    product,
+    put,
+    reread,
+    seen_from,
+    shared_layout,
+    to_state,
+    unit_of_block,
+    units_of_rows,
 )
 from leetdist.kernels.runtime.gluon import barrier, reinterpret
 
@@ -59,27 +59,27 @@ def _weigh(
     UNITS: gl.constexpr = b.dtype == gl.float32
     CHUNK: gl.constexpr = c_shared.shape[0] // 2
     BITS: gl.constexpr = b.dtype.primitive_bitwidth
-    LONG: gl.constexpr = _by_rows(b_shared.shape[1], BITS, num_warps)
-    SHORT: gl.constexpr = _by_rows(c_shared.shape[1], BITS, num_warps)
-    b_i, c_i = _matrix(_raw(b_shared, b, CHUNK)), _matrix(_raw(c_shared, c, CHUNK))
+    LONG: gl.constexpr = by_rows(b_shared.shape[1], BITS, num_warps)
+    SHORT: gl.constexpr = by_rows(c_shared.shape[1], BITS, num_warps)
+    b_i, c_i = matrix(_raw(b_shared, b, CHUNK)), matrix(_raw(c_shared, c, CHUNK))
     weighted = reinterpret(c_shared, c_shared.dtype, [2, CHUNK, c_shared.shape[1]], c_shared.layout)
     if count < CHUNK:
         zero_rows(b_i, count, LONG)
         zero_rows(c_i, count, SHORT)
         barrier()
-    c_values = c_i.load(SHORT).to(gl.float32) * _to_state(g, count, zero, CHUNK, REVERSE, SHORT)
+    c_values = c_i.load(SHORT).to(gl.float32) * to_state(g, count, zero, CHUNK, REVERSE, SHORT)
     if UNITS:
         b_values = b_i.load(LONG)
-        b_unit, b_inverse = _unit(b_values)
-        c_unit, c_inverse = _unit(c_values)
+        b_unit, b_inverse = unit_of_block(b_values)
+        c_unit, c_inverse = unit_of_block(c_values)
         barrier()  # all have read what the parts take the place of
         b_held = reinterpret(b_shared, b_shared.dtype, [2, CHUNK, b_shared.shape[1]], b_shared.layout)
-        _put(b_held, b_values * b_inverse, PARTS, zero)
-        _put(weighted, c_values * c_inverse, WEIGHTED_PARTS, zero)
+        put(b_held, b_values * b_inverse, PARTS, zero)
+        put(weighted, c_values * c_inverse, WEIGHTED_PARTS, zero)
         unit = b_unit * c_unit * scale
     else:
         barrier()
-        _put(weighted, c_values * scale, WEIGHTED_PARTS, zero)
+        put(weighted, c_values * scale, WEIGHTED_PARTS, zero)
         unit = scale
     return unit
 
@@ -93,7 +93,7 @@ def tile_states_kernel(
 ):  # fmt: skip
     UNITS: gl.constexpr = b.dtype == gl.float32
     dtype: gl.constexpr = gl.float16 if UNITS else b.dtype
-    STATE: gl.constexpr = _accumulator(ROWS, COLUMNS, num_warps)
+    STATE: gl.constexpr = accumulator(ROWS, COLUMNS, num_warps)
 
     program, column = _place(columns, COLUMNS)
     tile, head, batch = program % tiles, program // tiles % heads, program // tiles // heads
@@ -109,8 +109,8 @@ def tile_states_kernel(
 
     # Bulk copies put b and c where their parts, and c's weighted, are going to be.
     SIZE: gl.constexpr = 2 if UNITS else 1
-    B_SHARED: gl.constexpr = _shared(CHUNK, ROWS, dtype)
-    C_SHARED: gl.constexpr = _shared(CHUNK, COLUMNS, dtype)
+    B_SHARED: gl.constexpr = shared_layout(CHUNK, ROWS, dtype)
+    C_SHARED: gl.constexpr = shared_layout(CHUNK, COLUMNS, dtype)
     b_ring = gl.allocate_shared_memory(dtype, [STAGES, SIZE * CHUNK, ROWS], B_SHARED)
     c_ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * CHUNK, COLUMNS], C_SHARED)
     BYTES: gl.constexpr = (ROWS + COLUMNS) * CHUNK * b.dtype.primitive_bitwidth // 8
@@ -123,11 +123,11 @@ def tile_states_kernel(
     for s in gl.static_range(STAGES):
         where, more, bar = origin + s * stride, s < chunks, ready.index(s)
         mbarrier.expect(bar, BYTES, pred=more)
-        _fetch(b, row, b_head, where, 0, bar, _raw(b_ring.index(s), b, CHUNK), more)
-        _fetch(c, row, c_head, where, column, bar, _raw(c_ring.index(s), c, CHUNK), more)
+        fetch(b, row, b_head, where, 0, bar, _raw(b_ring.index(s), b, CHUNK), more)
+        fetch(c, row, c_head, where, column, bar, _raw(c_ring.index(s), c, CHUNK), more)
 
     state = gl.zeros([ROWS, COLUMNS], gl.float32, STATE)
-    g, zero = _reread(log_decay, head)
+    g, zero = reread(log_decay, head)
     count = gl.minimum(length - offset, CHUNK)
     mbarrier.wait(ready.index(0), 0, pred=chunks > 0)
     unit = _weigh(
@@ -144,13 +144,13 @@ def tile_states_kernel(
             added = gl.zeros([ROWS, COLUMNS], gl.float32, STATE)
         else:
             added = state
-        added = _product(b_held, PARTS, weighted, WEIGHTED_PARTS, added, zero, not UNITS, A=True)
+        added = product(b_held, PARTS, weighted, WEIGHTED_PARTS, added, zero, not UNITS, A=True)
         # Meanwhile, the next chunk (or, after the last, what is left of another).
         more = step + 1 < chunks
-        g, zero = _reread(log_decay, head)
+        g, zero = reread(log_decay, head)
         offset += stride
         count = gl.where(more, gl.minimum(length - offset, CHUNK), CHUNK)
-        lost = gl.where(more, _lost(g, count), 0.0)
+        lost = gl.where(more, lost_across(g, count), 0.0)
         mbarrier.wait(ready.index(following), ((step + 1) // STAGES) & 1, pred=more)
         next_unit = _weigh(
             b_ring.index(following), c_ring.index(following), b, c, g, count, scale, zero,
@@ -167,8 +167,8 @@ def tile_states_kernel(
         barrier()  # all have read this chunk and written the next
         where, more, bar = origin + (step + STAGES) * stride, step + STAGES < chunks, ready.index(stage)
         mbarrier.expect(bar, BYTES, pred=more)
-        _fetch(b, row, b_head, where, 0, bar, _raw(b_ring.index(stage), b, CHUNK), more)
-        _fetch(c, row, c_head, where, column, bar, _raw(c_ring.index(stage), c, CHUNK), more)
+        fetch(b, row, b_head, where, 0, bar, _raw(b_ring.index(stage), b, CHUNK), more)
+        fetch(c, row, c_head, where, column, bar, _raw(c_ring.index(stage), c, CHUNK), more)
 
     i = gl.arange(0, ROWS, gl.SliceLayout(1, STATE))[:, None]
     j = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, STATE))[None, :]
@@ -187,11 +187,11 @@ def tile_outputs_kernel(
 ):  # fmt: skip
     UNITS: gl.constexpr = a.dtype == gl.float32
     dtype: gl.constexpr = gl.float16 if UNITS else a.dtype
-    WIDE: gl.constexpr = _accumulator(CHUNK, COLUMNS, num_warps)
-    SCORES: gl.constexpr = _accumulator(CHUNK, CHUNK, num_warps)
-    STATE: gl.constexpr = _accumulator(ROWS, COLUMNS, num_warps)
-    LONG: gl.constexpr = _by_rows(ROWS, a.dtype.primitive_bitwidth, num_warps)
-    SHORT: gl.constexpr = _by_rows(COLUMNS, a.dtype.primitive_bitwidth, num_warps)
+    WIDE: gl.constexpr = accumulator(CHUNK, COLUMNS, num_warps)
+    SCORES: gl.constexpr = accumulator(CHUNK, CHUNK, num_warps)
+    STATE: gl.constexpr = accumulator(ROWS, COLUMNS, num_warps)
+    LONG: gl.constexpr = by_rows(ROWS, a.dtype.primitive_bitwidth, num_warps)
+    SHORT: gl.constexpr = by_rows(COLUMNS, a.dtype.primitive_bitwidth, num_warps)
     # Bulk copies put fp32 numbers where their two parts are going to be.
     SIZE: gl.constexpr = 2 if UNITS else 1
 
@@ -205,12 +205,12 @@ def tile_outputs_kernel(
     chunks = gl.cdiv(length, CHUNK)
     offset = (chunks - 1) * CHUNK if REVERSE else 0
 
-    a_held = gl.allocate_shared_memory(dtype, [SIZE, CHUNK, ROWS], _shared(CHUNK, ROWS, dtype))
-    b_held = gl.allocate_shared_memory(dtype, [SIZE, CHUNK, ROWS], _shared(CHUNK, ROWS, dtype))
-    C_SHARED: gl.constexpr = _shared(CHUNK, COLUMNS, dtype)
+    a_held = gl.allocate_shared_memory(dtype, [SIZE, CHUNK, ROWS], shared_layout(CHUNK, ROWS, dtype))
+    b_held = gl.allocate_shared_memory(dtype, [SIZE, CHUNK, ROWS], shared_layout(CHUNK, ROWS, dtype))
+    C_SHARED: gl.constexpr = shared_layout(CHUNK, COLUMNS, dtype)
     c_ring = gl.allocate_shared_memory(dtype, [2, SIZE * CHUNK, COLUMNS], C_SHARED)
-    seen = gl.allocate_shared_memory(dtype, [SCORE_PARTS, CHUNK, CHUNK], _shared(CHUNK, CHUNK, dtype))
-    held = gl.allocate_shared_memory(dtype, [STATE_PARTS, ROWS, COLUMNS], _shared(ROWS, COLUMNS, dtype))
+    seen = gl.allocate_shared_memory(dtype, [SCORE_PARTS, CHUNK, CHUNK], shared_layout(CHUNK, CHUNK, dtype))
+    held = gl.allocate_shared_memory(dtype, [STATE_PARTS, ROWS, COLUMNS], shared_layout(ROWS, COLUMNS, dtype))
     if UNITS:
         units = gl.allocate_shared_memory(gl.float32, [2, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     else:
@@ -228,11 +228,11 @@ def tile_outputs_kernel(
     a_head = (head // a_share).to(gl.int32)
     b_head, c_head = (head // b_share).to(gl.int32), (head // c_share).to(gl.int32)
     mbarrier.expect(a_ready, A_BYTES, pred=more)
-    _fetch(a, row, a_head, where, 0, a_ready, a_raw, more)
+    fetch(a, row, a_head, where, 0, a_ready, a_raw, more)
     mbarrier.expect(ready, BYTES, pred=more)
-    _fetch(b, row, b_head, where, 0, ready, b_raw, more)
+    fetch(b, row, b_head, where, 0, ready, b_raw, more)
     c_raw = reinterpret(c_ring.index(0), a.dtype, [1, 1, CHUNK, COLUMNS], c.layout)
-    _fetch(c, row, c_head, where, column, ready, c_raw, more)
+    fetch(c, row, c_head, where, column, ready, c_raw, more)
 
     states += batch * state_batch + head * state_head + tile * state_tile
     i = gl.arange(0, ROWS, gl.SliceLayout(1, STATE))[:, None]
@@ -243,39 +243,39 @@ def tile_outputs_kernel(
             states, state_row, state_column, rows, columns, column, CHUNK, [ROWS, COLUMNS], WIDE, num_warps
         )  # fmt: skip
         state = gl.where(not_finite(state), 0.0, state)
-    unit = _hold(held, state, STATE_PARTS, 0)
+    unit = hold(held, state, STATE_PARTS, 0)
     out += batch * out_batch + head * out_head
     if onto is not None:
         onto += batch * onto_batch + head * onto_head
 
     for step in range(chunks):
-        g, zero = _reread(log_decay, head)
+        g, zero = reread(log_decay, head)
         c_held = reinterpret(c_ring.index(step % 2 + zero), dtype, [SIZE, CHUNK, COLUMNS], C_SHARED)
         if UNITS:
             weighted = reinterpret(c_ring.index((step + 1) % 2 + zero), dtype, [SIZE, CHUNK, COLUMNS], C_SHARED)
         count = gl.minimum(length - offset, CHUNK)
-        weight = _to_state(g, count, zero, CHUNK, REVERSE, SHORT)
-        lost = _lost(g, count)
+        weight = to_state(g, count, zero, CHUNK, REVERSE, SHORT)
+        lost = lost_across(g, count)
         state += state * lost
         mbarrier.wait(a_ready, step & 1)
-        a_i = _matrix(a_raw)
+        a_i = matrix(a_raw)
         if count < CHUNK:
             zero_rows(a_i, count, LONG)
             barrier()
         if UNITS:
             a_values = a_i.load(LONG)
-            a_unit, a_inverse = _units(a_values, LONG)
+            a_unit, a_inverse = units_of_rows(a_values, LONG)
             barrier()  # all have read what the parts take the place of
             units.index(0).store(a_unit)
-            _put(a_held, a_values * a_inverse[:, None], PARTS, zero)
+            put(a_held, a_values * a_inverse[:, None], PARTS, zero)
             fence_async_shared()
             barrier()
             # Under way while b's parts are made, as the scores are while c's are. With 256 rows it would spill.
             o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
-            o = _product(a_held, PARTS, held, STATE_PARTS, o, zero, False)
+            o = product(a_held, PARTS, held, STATE_PARTS, o, zero, False)
 
         mbarrier.wait(ready, step & 1)
-        b_i, c_i = _matrix(b_raw), _matrix(reinterpret(c_held, a.dtype, [1, 1, CHUNK, COLUMNS], c.layout))
+        b_i, c_i = matrix(b_raw), matrix(reinterpret(c_held, a.dtype, [1, 1, CHUNK, COLUMNS], c.layout))
         if count < CHUNK:
             zero_rows(b_i, count, LONG)
             zero_rows(c_i, count, SHORT)
@@ -286,38 +286,38 @@ def tile_outputs_kernel(
         c_values = c_i.load(SHORT).to(gl.float32)
         if UNITS:
             b_values = b_i.load(LONG)
-            b_unit, b_inverse = _units(b_values, LONG)
+            b_unit, b_inverse = units_of_rows(b_values, LONG)
             barrier()
-            _put(b_held, b_values * b_inverse[:, None], PARTS, zero)
+            put(b_held, b_values * b_inverse[:, None], PARTS, zero)
         else:
-            _put(weighted, c_values * (weight * added_scale), WEIGHTED_PARTS, zero)
+            put(weighted, c_values * (weight * added_scale), WEIGHTED_PARTS, zero)
         fence_async_shared()
         barrier()
         if not UNITS:
             o = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
-            o = _product(a_held, PARTS, held, STATE_PARTS, o, zero, False)
+            o = product(a_held, PARTS, held, STATE_PARTS, o, zero, False)
         scores = gl.zeros([CHUNK, CHUNK], gl.float32, SCORES)
-        scores = _product(a_held, PARTS, b_held, PARTS, scores, zero, False, B=True)
+        scores = product(a_held, PARTS, b_held, PARTS, scores, zero, False, B=True)
         if UNITS:
-            c_unit, c_inverse = _units(c_values, SHORT)
+            c_unit, c_inverse = units_of_rows(c_values, SHORT)
             bc_unit = gl.convert_layout(b_unit, gl.SliceLayout(1, SHORT)) * c_unit
             added_unit = gl.maximum(gl.max(bc_unit, 0), SMALLEST)
             units.index(1).store(bc_unit)
             c_values *= c_inverse[:, None]
             weight *= (bc_unit / added_unit)[:, None]
-            _put(c_held, c_values, PARTS, zero)
-            _put(weighted, c_values * weight, WEIGHTED_PARTS, zero)
+            put(c_held, c_values, PARTS, zero)
+            put(weighted, c_values * weight, WEIGHTED_PARTS, zero)
             fence_async_shared()
             barrier()
             # Apart from the state: the matrix units cut each sum off toward zero, which would add up.
             added = gl.zeros([ROWS, COLUMNS], gl.float32, STATE)
         else:
             added = state
-        added = _product(b_held, PARTS, weighted, WEIGHTED_PARTS, added, zero, not UNITS, A=True)
-        distance = _seen_from(zero, CHUNK, REVERSE, SCORES)
-        decay = gl.where(distance >= 0, _powers(g, distance), 0.0) * scale
+        added = product(b_held, PARTS, weighted, WEIGHTED_PARTS, added, zero, not UNITS, A=True)
+        distance = seen_from(zero, CHUNK, REVERSE, SCORES)
+        decay = gl.where(distance >= 0, powers(g, distance), 0.0) * scale
         token = gl.arange(0, CHUNK, gl.SliceLayout(1, WIDE)) + zero
-        from_state = _powers(g, count - 1 - token if REVERSE else token + 1) * (state_scale * unit)
+        from_state = powers(g, count - 1 - token if REVERSE else token + 1) * (state_scale * unit)
         if UNITS:
             # The largest that a token sees; and a score in such units is below 4 LARGE^2 ROWS.
             bc_unit = units.index(1).load(gl.SliceLayout(0, SCORES))[None, :]
@@ -327,7 +327,7 @@ def tile_outputs_kernel(
             near_unit = a_unit * gl.convert_layout(largest, gl.SliceLayout(1, WIDE)) * (LARGE * ROWS)
             from_state *= a_unit
         scores = warpgroup_mma_wait(PARTS + WEIGHTED_PARTS - 1, [scores])
-        _put(seen, scores * decay, SCORE_PARTS, zero)
+        put(seen, scores * decay, SCORE_PARTS, zero)
         fence_async_shared()
         if UNITS:
             o = warpgroup_mma_wait(PARTS + WEIGHTED_PARTS - 1, [o])
@@ -339,23 +339,23 @@ def tile_outputs_kernel(
         offset += -CHUNK if REVERSE else CHUNK
         where, more = (start + offset).to(gl.int32), step + 1 < chunks
         mbarrier.expect(a_ready, A_BYTES, pred=more)
-        _fetch(a, row, a_head, where, 0, a_ready, a_raw, more)
+        fetch(a, row, a_head, where, 0, a_ready, a_raw, more)
         if UNITS:
             near = gl.zeros([CHUNK, COLUMNS], gl.float32, WIDE)
-            near = _product(seen, SCORE_PARTS, c_held, PARTS, near, zero, False)
+            near = product(seen, SCORE_PARTS, c_held, PARTS, near, zero, False)
             o = o * from_state[:, None]
             added = warpgroup_mma_wait(SCORE_PARTS + PARTS - 1, [added])
             barrier()  # all have read b, and c weighted
         mbarrier.expect(ready, BYTES, pred=more)
-        _fetch(b, row, b_head, where, 0, ready, b_raw, more)
+        fetch(b, row, b_head, where, 0, ready, b_raw, more)
         c_raw = reinterpret(c_ring.index((step + 1) % 2 + zero), a.dtype, [1, 1, CHUNK, COLUMNS], c.layout)
-        _fetch(c, row, c_head, where, column, ready, c_raw, more)
+        fetch(c, row, c_head, where, column, ready, c_raw, more)
         if UNITS:
             state += added * (added_unit * added_scale)
         else:
-            near = _product(seen, SCORE_PARTS, c_held, PARTS, o * from_state[:, None], zero, True)
+            near = product(seen, SCORE_PARTS, c_held, PARTS, o * from_state[:, None], zero, True)
             state = added
-        unit = _hold(held, state, STATE_PARTS, zero)
+        unit = hold(held, state, STATE_PARTS, zero)
         near = warpgroup_mma_wait(0, [near])
         if UNITS:
             near = o + near * near_unit[:, None]
