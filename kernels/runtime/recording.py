@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _thread = threading.local()
@@ -81,6 +82,15 @@ class TensorStep:
     tensors: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class LibraryCall:
+    """A library's function that gives the current stream something, as a launch does: function(stream, *addresses), of
+    tensors that the call has taken, or parts of them."""
+
+    function: Callable[..., None]
+    tensors: tuple[Tensor, ...]
+
+
 def take(step: Callable[[], Any] | HostStep, *, aside: bool = False) -> None:
     """Do a step of the host, and note it. aside: see HostStep."""
     event = step if isinstance(step, HostStep) else HostStep(step, aside)
@@ -101,7 +111,14 @@ def take_with(step: Callable[..., Any], *tensors: Tensor) -> None:
     _take(TensorStep(step, tensors), step, *tensors)
 
 
-def _take(event: HostStep | TensorStep, step: Callable[..., Any], *given: Tensor) -> None:
+def call_library(function: Callable[..., None], *tensors: Tensor) -> None:
+    """Call a library's function, and note it."""
+    device = tensors[0].device
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    _take(LibraryCall(function, tensors), partial(function, stream, *[x.data_ptr() for x in tensors]))
+
+
+def _take(event: HostStep | TensorStep | LibraryCall, step: Callable[..., Any], *given: Tensor) -> None:
     events = _thread.__dict__.get("events")
     if events is None:
         step(*given)
@@ -131,7 +148,7 @@ def the_same(name: Hashable, take: Callable[[], Tensor]) -> Tensor:
     return found
 
 
-def note(event: TritonLaunch | CudaLaunch | HostStep | TensorStep) -> None:
+def note(event: TritonLaunch | CudaLaunch | HostStep | TensorStep | LibraryCall) -> None:
     events = _thread.__dict__.get("events")
     if events is not None:
         events.append(event)

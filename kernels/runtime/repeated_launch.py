@@ -75,6 +75,17 @@ class TritonStep:
             handed.function(*handed.before, stream, *handed.after, *arguments)
 
 
+@dataclass(eq=False)
+class LibraryStep:
+    """One call of a library's function, and its addresses: the source of each, and bytes that are added to it."""
+
+    function: Callable[..., None]
+    addresses: list[tuple[int, int]]
+
+    def __call__(self, stream: int, sources: tuple[int, ...]) -> None:
+        self.function(stream, *[sources[source] + after for source, after in self.addresses])
+
+
 class Unclear(Exception):
     """An address of which the call's tensors do not say where it will be in another call."""
 
@@ -121,6 +132,16 @@ def cuda_step(launched: recording.CudaLaunch, sources: Sources) -> CudaStep:
             step.addresses.append((place, argument.source, 0))
         elif isinstance(argument, int) and (found := sources.of(argument)) is not None:
             step.addresses.append((place, *found))
+    return step
+
+
+def library_step(called: recording.LibraryCall, sources: Sources) -> LibraryStep:
+    step = LibraryStep(called.function, [])
+    for x in called.tensors:
+        found = sources.of(x.data_ptr())
+        if found is None:
+            raise Unclear
+        step.addresses.append(found)
     return step
 
 

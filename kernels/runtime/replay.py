@@ -28,11 +28,13 @@ from leetdist.kernels.runtime.graphs import Graphs, in_graphs
 from leetdist.kernels.runtime.memo import Memo
 from leetdist.kernels.runtime.repeated_launch import (
     CudaStep,
+    LibraryStep,
     Sources,
     TritonStep,
     Unclear,
     cuda_step,
     extent,
+    library_step,
     triton_step,
 )
 
@@ -114,7 +116,7 @@ class Message:
         return {x if isinstance(x, int) else x.place for x in self.given if not isinstance(x, Tensor)}
 
 
-Action: TypeAlias = TritonStep | CudaStep | Message | recording.HostStep
+Action: TypeAlias = TritonStep | CudaStep | LibraryStep | Message | recording.HostStep
 
 
 @dataclass(eq=False)
@@ -266,6 +268,8 @@ def _replay(recorder: Recorder, outputs: tuple[Tensor | None, ...], inputs: list
             action = event
         elif isinstance(event, recording.TensorStep):
             action = Message(event.step, [given(x) for x in event.tensors])
+        elif isinstance(event, recording.LibraryCall):
+            action = library_step(event, sources)
         elif isinstance(event, recording.CudaLaunch):
             action = cuda_step(event, sources)
         else:

@@ -124,6 +124,31 @@ def test_no_tensor_of_the_recorded_call_is_kept(kernel: Kernel, monkeypatch: pyt
 
 
 @pytest.mark.real_empty
+def test_calls_of_a_library_are_repeated(kernel: Kernel) -> None:
+    """With the stream, and where the tensors of a call are now; not where one of them is none of the call's."""
+    calls: list[tuple[int, ...]] = []
+
+    def passed(*given: int) -> None:
+        calls.append(given)
+
+    def outputs(a: Tensor, elsewhere: Tensor | None) -> tuple[Tensor, ...]:
+        out = torch.empty(8)
+        recording.call_library(passed, a, out[2:])
+        if elsewhere is not None:
+            recording.call_library(passed, TABLE)
+        return (out,)
+
+    for fixed in (None, TABLE.float()):
+        for _ in range(2):
+            replay.repeated(outputs, (torch.randn(4), fixed))
+    assert [found is None for found in replay._kinds.values()] == [False, True]
+    assert len(calls) == 2 * (1 + 2)
+    a = torch.randn(4)
+    (out,) = replay.repeated(outputs, (a, None))
+    assert calls[-1] == (7, a.data_ptr(), out.data_ptr() + 2 * 4)
+
+
+@pytest.mark.real_empty
 def test_what_triton_alone_can_launch_is_not_repeated(kernel: Kernel) -> None:
     def outputs(a: Tensor) -> tuple[Tensor, ...]:
         recording.note(recording.TritonLaunch(None, (5, 1, 1), (a,)))
