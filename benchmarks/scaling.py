@@ -54,7 +54,7 @@ class Bench:
         self.cuda = me.device.type == "cuda"
         name = torch.cuda.get_device_name() if self.cuda else "CPU"
         self.report = Report(f"{me.size} x {name}, torch {torch.__version__}")
-        self.kinds = ["p2p", "symmetric"] if self.cuda else ["p2p"]
+        self.kinds = args.transports if self.cuda else ["p2p"]
         self.groups: list[tuple[str, int]] = []
         self.transports: dict[tuple[str, int], Any] = {}
 
@@ -352,6 +352,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--graphs", nargs="*", default=[], choices=("p2p", "symmetric"), help="measure CUDA graphs of the calls too"
     )
+    both = ("p2p", "symmetric")
+    parser.add_argument("--transports", nargs="+", default=both, choices=both, help="on GPUs")
     args = parser.parse_args(argv)
     if args.device is None:
         needs_gpu(parser, "--device cpu --tokens 8192 --weak 4096 --heads 4 --dim 64 runs on a CPU")

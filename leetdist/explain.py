@@ -130,8 +130,8 @@ def _lines(problem: Problem, plan: Plan | None) -> str:
         }
         if plan.transport is not None:
             lines["states"] = (
-                f"by {plan.transport.kind}, {plan.sent_bytes():,} bytes from this rank in the forward scan, heads in "
-                f"{len(plan.lanes)} lane{'s' if len(plan.lanes) > 1 else ''}"
+                f"by {plan.transport.carrier}, {plan.sent_bytes():,} bytes from this rank in the forward scan, "
+                f"heads in {len(plan.lanes)} lane{'s' if len(plan.lanes) > 1 else ''}"
             )
             lines["hops"] = _hops(plan)
     indented = {name: text.replace("\n", "\n" + 9 * " ") for name, text in lines.items() if text}

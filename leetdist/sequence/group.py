@@ -229,7 +229,11 @@ def _make(group: dist.ProcessGroup, wanted: str | None) -> Transport:
         if old not in c10d._world.pg_map:  # somebody still holds it
             transport.close()
             del _of_group[old]
-    made = _of_group[group] = connect(PointToPoint(group), wanted)
+    under = PointToPoint(group)
+    made = connect(under, wanted)
+    if made is under:  # it carries the states
+        under.take_nccl()
+    _of_group[group] = made
     finalize(group, made.close).atexit = False
     return made
 

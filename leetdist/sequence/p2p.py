@@ -21,6 +21,7 @@ from leetdist.kernels.runtime import recording
 from leetdist.sequence import memory
 from leetdist.sequence.blame import ByStore, OnBoard, Verdict, judge
 from leetdist.sequence.board import Board
+from leetdist.sequence.direct import Direct, connect
 from leetdist.sequence.encoding import decode, encode
 from leetdist.sequence.ledger import Ledger
 from leetdist.sequence.mailbox import Gone, Mailbox
@@ -60,6 +61,7 @@ class PointToPoint(Transport):
         self.captured: list[Sent] = []  # by a CUDA graph in the making, which may wait for nothing else
         self.mailbox: Mailbox | None = None
         self.ledger: Ledger | None = None
+        self.direct: Direct | None = None
         self.processes: list[memory.Process] = []
         with self.call("set-up"):
             if not self.staged:
@@ -80,6 +82,12 @@ class PointToPoint(Transport):
             self.board = Board(shared[letters + calls :], self.rank)
             self.board.begin("set-up")
 
+    def take_nccl(self) -> None:
+        """Tensors on GPUs go by NCCL's own calls from now on, where all ranks can; they call this together."""
+        if not self.staged and self.size > 1:
+            with self.call("set-up"):
+                self.direct = connect(self, torch.device("cuda", torch.cuda.current_device()))
+
     @property
     def group(self) -> dist.ProcessGroup:
         group = self._group()
@@ -88,40 +96,73 @@ class PointToPoint(Transport):
         return group
 
     @property
+    def carrier(self) -> str:
+        return self.kind if self.direct is None else f"{self.kind} (NCCL's own calls)"
+
+    @property
     def host_group(self) -> Any:
         return self.companion or self.group
 
     def close(self) -> None:
         super().close()
-        self.companion = self.mailbox = self.ledger = None
+        if self.direct is not None:
+            self.direct.close()
+        self.companion = self.mailbox = self.ledger = self.direct = None
         self.pending, self.captured = [], []
 
     def send(self, tensor: Tensor, to: int, what: str) -> None:
-        if tensor.numel():
+        if not tensor.numel():
+            return
+        if self.direct is not None and self.direct.serves(tensor):
+            recording.refuse()
+            self.direct.send(tensor, to, what)
+        else:
             sent = self._send(self.group, self._outgoing(tensor), to, what, TENSORS)
-            (self.captured if self._capturing() else self.pending).append(sent)
+            (self.captured if self.capturing() else self.pending).append(sent)
 
     def receive(self, tensor: Tensor, source: int, what: str) -> Tensor:
         if not tensor.numel():
             return tensor
         buffer = self._incoming(tensor)
-        self._receive(self.group, buffer, source, what, TENSORS)
+        if self.direct is not None and self.direct.serves(tensor):
+            recording.refuse()
+            self.direct.receive(buffer, source, what)
+        else:
+            self._receive(self.group, buffer, source, what, TENSORS)
         return tensor if buffer is tensor else tensor.copy_(buffer)
 
     def send_state(self, tensor: Tensor, to: int, what: str) -> None:
         """By NCCL, the stream waits until it has left: NCCL's kernel takes most of a multiprocessor, and the blocks of
         what follows would take every place that comes free before it."""
+        direct = self.direct is not None and self.direct.serves(tensor)
 
         def step(tensor: Tensor) -> None:
             self.send(tensor, to, what)
-            if not self.staged and tensor.numel():
-                (self.captured if self._capturing() else self.pending)[-1][0].wait()
+            if not direct and not self.staged and tensor.numel():
+                (self.captured if self.capturing() else self.pending)[-1][0].wait()
 
-        recording.take_with(step, tensor)
+        if self.direct is not None and direct and tensor.numel() and tensor.is_contiguous():
+            self.direct.send(tensor, to, what)
+        else:
+            recording.take_with(step, tensor)
+
+    @contextlib.contextmanager
+    def receive_state(self, shape: tuple[int, ...], like: Tensor, source: int, what: str) -> Iterator[Tensor]:
+        if self.direct is None or not self.direct.serves(like):
+            with super().receive_state(shape, like, source, what) as state:
+                yield state
+            return
+        state = like.new_empty(shape)
+        if state.numel():
+            self.direct.receive(state, source, what)
+        yield state
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], what: str) -> None:
         if self.staged:
             return super().exchange(outgoing, incoming, what)
+        if self.direct is not None and all(self.direct.serves(x) for x, _ in (*outgoing, *incoming)):
+            recording.refuse()
+            return self.direct.exchange(outgoing, incoming, what)
         # Two ranks that both send first, each waiting for the other to receive, would wait forever on NCCL, whose
         # sends are in line with its receives: it has to be told of all of them at once.
         ops, filled = [], []
@@ -133,7 +174,7 @@ class PointToPoint(Transport):
                 filled.append((tensor, self._incoming(tensor)))
                 ops.append(dist.P2POp(dist.irecv, filled[-1][1], group=self.group, group_peer=source))
         if ops:
-            with self._blame(ops[0].group_peer, f"in an exchange of {what}"):
+            with self.blame(ops[0].group_peer, f"in an exchange of {what}"):
                 for work in dist.batch_isend_irecv(ops):
                     self._wait(work)
         for tensor, buffer in filled:
@@ -144,7 +185,7 @@ class PointToPoint(Transport):
         if not self.pending and not self.captured:
             return None
         # A graph ends only when all that it began has ended.
-        if self._capturing():
+        if self.capturing():
             captured, self.captured = self.captured, []
             return self._taken(captured)
         # What NCCL is given it also keeps (below): the stream need not wait until a neighbour has taken it.
@@ -159,7 +200,7 @@ class PointToPoint(Transport):
     def place(self) -> Hashable | None:
         return None if self.staged else ()
 
-    def _capturing(self) -> bool:
+    def capturing(self) -> bool:
         return not self.staged and torch.cuda.is_current_stream_capturing()
 
     def swap_objects(self, mine: tuple[str, Any], what: str) -> list[tuple[str, Any]]:
@@ -187,7 +228,7 @@ class PointToPoint(Transport):
         try:
             return self.mailbox.alike(number, self.patience(), self.board, f"for {what}")
         except Gone as error:
-            raise self._unanswered(error.rank, f"for {what}", error.seconds, error) from error
+            raise self.unanswered(error.rank, f"for {what}", error.seconds, error) from error
 
     def tell(self, number: int) -> int | None:
         return None if self.ledger is None else self.ledger.tell(number)
@@ -215,18 +256,18 @@ class PointToPoint(Transport):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     def _send(self, group: Any, tensor: Tensor, to: int, what: str, tag: int) -> Sent:
-        with self._blame(to, f"to take {what}"):
+        with self.blame(to, f"to take {what}"):
             work = group.send([tensor], to, tag)
         return work, tensor, to, what
 
     def _taken(self, sent: list[Sent]) -> None:
         """Wait until these have left."""
         for work, _, to, what in sent:
-            with self._blame(to, f"to take {what}"):
+            with self.blame(to, f"to take {what}"):
                 self._wait(work)
 
     def _receive(self, group: Any, buffer: Tensor, source: int, what: str, tag: int) -> Tensor:
-        with self._blame(source, f"for {what}"):
+        with self.blame(source, f"for {what}"):
             self._wait(group.recv([buffer], source, tag))
         return buffer
 
@@ -247,7 +288,7 @@ class PointToPoint(Transport):
                 yield
             except RuntimeError as error:
                 waited = time.monotonic() - begin
-                raise self._unanswered(self._absent(), f"for {what}", waited, error) from error
+                raise self.unanswered(self._absent(), f"for {what}", waited, error) from error
 
     def _absent(self) -> int:
         """A rank that is not in a collective call with this one, as far as the others can see; else a neighbour."""
@@ -257,7 +298,7 @@ class PointToPoint(Transport):
         return (self.rank + 1) % self.size
 
     @contextlib.contextmanager
-    def _blame(self, other: int, what: str) -> Iterator[None]:
+    def blame(self, other: int, what: str) -> Iterator[None]:
         """Turn a backend's error into one that names the rank at fault. other: whom this rank waits for."""
         begin = time.monotonic()
         self.board.wait(other, what)
@@ -266,10 +307,20 @@ class PointToPoint(Transport):
         except Unanswered:
             raise
         except RuntimeError as error:
-            raise self._unanswered(other, what, time.monotonic() - begin, error) from error
+            raise self.unanswered(other, what, time.monotonic() - begin, error) from error
         self.board.go_on()
 
-    def _unanswered(self, other: int, what: str, waited: float, error: RuntimeError) -> Unanswered:
+    def unanswered(self, other: int, what: str, waited: float, error: RuntimeError) -> Unanswered:
+        """The error to raise. What is under way by NCCL is given up: else the program would wait for its GPU."""
+        if self.direct is not None:
+            self.direct.watch.stop()
+        found = self.fault(other, what, waited, error)
+        if self.direct is not None:
+            self.direct.give_up()
+        return found
+
+    def fault(self, other: int, what: str, waited: float, error: RuntimeError) -> Unanswered:
+        """Who does not answer, in words."""
         total = max(waited, time.monotonic() - self.began)
         verdict = self._verdict(other, closed=waited < 0.9 * self.patience())
         via = f" (which waits for rank {verdict.chain[2]})" if len(verdict.chain) > 2 else ""

@@ -65,6 +65,11 @@ class Transport(ABC):
         self.process = os.getpid()
         self.lock = threading.RLock()
 
+    @property
+    def carrier(self) -> str:
+        """The kind, and what it goes by, for users."""
+        return self.kind
+
     @abstractmethod
     def send(self, tensor: Tensor, to: int, what: str) -> None:
         """Start sending; `flush` waits for it. The tensor must not change until then."""

@@ -15,6 +15,7 @@ from helpers import run_ranks, values
 from leetdist.sequence.group import resolve
 from leetdist.sequence.p2p import PointToPoint
 from leetdist.sequence.virtual import VirtualGroup
+from nccl_standin import nccl_by_gloo
 
 CALLS = 4  # the second is recorded
 
@@ -104,11 +105,51 @@ def over_gloo(rank: int) -> tuple[list[str], list[int], list[int]]:
     assert isinstance(transport, PointToPoint)
     transport.staged = False  # as NCCL, which is given its tensors where they are
     with pytest.MonkeyPatch.context() as patch, rehearsed():
-        patch.setattr(transport, "_capturing", lambda: False)
+        patch.setattr(transport, "capturing", lambda: False)
         counted = count(patch)
         found, known = repeated(transport), over_a_group()
         transport.close()
         return found, counted, [known, over_a_group()]
+
+
+def over_nccl(rank: int) -> tuple[list[str], list[int], list[str], int]:
+    """By NCCL's own calls, which are repeated as launches are; whole states go in exchanges, which are not."""
+    transport = PointToPoint(dist.group.WORLD)
+    initial = torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    with nccl_by_gloo(transport) as symbols, pytest.MonkeyPatch.context() as patch, rehearsed():
+        counted, steps = count(patch), count_library_steps(patch)
+        found = repeated(transport)
+        for call in range(CALLS):
+            ours = results(transport, DECAYS["slow"], call, initial_state=None if rank else initial)
+            one = results(None, DECAYS["slow"], call, initial_state=initial)
+            for x, y in zip(ours, one, strict=True):
+                if not torch.equal(x, leetdist.shard_sequence(y, 2, transport, tile=32)):
+                    found.append(f"initial state: call {call}")
+        transport.close()
+        return found, counted, symbols.names(), steps[0]
+
+
+def count_library_steps(patch: pytest.MonkeyPatch) -> list[int]:
+    from leetdist.kernels.runtime.repeated_launch import LibraryStep
+
+    counted, real = [0], LibraryStep.__call__
+
+    def called(self: Any, *args: Any) -> None:
+        counted[0] += 1
+        real(self, *args)
+
+    patch.setattr(LibraryStep, "__call__", called)
+    return counted
+
+
+def test_nccl_repeats() -> None:
+    """A message that comes into a tile by a copy, where heads forget, is a step before one with its tensor."""
+    passes = (CALLS - 2) * (2 * len(DECAYS) + 1)  # one of them for the gradient of the decay that is learnt
+    for found, counted, names, steps in values(run_ranks(over_nccl, 2)):
+        assert found == []
+        assert steps >= passes
+        assert names.count("Send") + names.count("Recv") > steps
+        assert counted[1] < passes
 
 
 def test_processes_repeat() -> None:

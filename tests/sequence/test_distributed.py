@@ -60,9 +60,9 @@ class Sent:
 
 def test_sends_that_have_left_are_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those before the first that has not; a host that runs ahead does not ask all of them in every call."""
-    monkeypatch.setattr(PointToPoint, "_capturing", lambda self: False)
+    monkeypatch.setattr(PointToPoint, "capturing", lambda self: False)
     transport = object.__new__(PointToPoint)
-    transport.staged = False
+    transport.staged, transport.direct = False, None
     works = [Sent(left) for left in (True, True, False, True, False)]
     transport.pending = [(work, torch.empty(0), 1, "a state") for work in works]  # type: ignore[misc]
     transport.flush()

@@ -1,0 +1,179 @@
+"""NCCL's own sends and receives, on the current stream, by a communicator beside the process group's.
+
+Through PyTorch's process group a message takes the host 70 to 190 us, for streams, events and what its watchdog looks
+at; NCCL's own call takes it a tenth. The library is the one that PyTorch has loaded. Who watches instead of PyTorch is
+leetdist.sequence.watch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
+from functools import cache
+from typing import Any
+
+BYTES = 1  # ncclUint8: messages are bytes
+IN_PROGRESS = 7  # of a communicator that does not block, which NCCL_COMM_BLOCKING=0 makes
+NAMES = ("libnccl.so.2", "libtorch_cuda.so")  # the second has it within, or needs the first
+ABORT_SECONDS = 2.0
+
+
+class Identity(ctypes.Structure):
+    """ncclUniqueId, which ncclCommInitRank takes by value."""
+
+    _fields_ = [("data", ctypes.c_byte * 128)]
+
+
+class Library:
+    """NCCL's functions; `symbols` has them by name."""
+
+    def __init__(self, symbols: Any) -> None:
+        def of(name: str, *kinds: Any, returns: Any = c_int) -> Any:
+            function = getattr(symbols, name)
+            function.argtypes, function.restype = kinds, returns
+            return function
+
+        message = c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p  # address, count, kind, rank, handle, stream
+        self.get_identity = of("ncclGetUniqueId", POINTER(Identity))
+        self.begin = of("ncclCommInitRank", POINTER(c_void_p), c_int, Identity, c_int)
+        self.send, self.receive = of("ncclSend", *message), of("ncclRecv", *message)
+        self.group_start, self.group_end = of("ncclGroupStart"), of("ncclGroupEnd")
+        self.get_error = of("ncclCommGetAsyncError", c_void_p, POINTER(c_int))
+        self.abort = of("ncclCommAbort", c_void_p)
+        self.meaning = of("ncclGetErrorString", c_int, returns=c_char_p)
+        self.last_words: Any = None
+        with suppress(AttributeError):  # since 2.13
+            self.last_words = of("ncclGetLastError", c_void_p, returns=c_char_p)
+
+    @staticmethod
+    @cache
+    def found() -> Library | None:
+        """The one that PyTorch has loaded; None where there is none, or it lacks a function."""
+        for name in NAMES:
+            with suppress(OSError, AttributeError):
+                return Library(ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW))
+        return None
+
+    def identity(self) -> str:
+        """Of a new communicator: one rank asks, and all begin with it."""
+        made = Identity()
+        self.check(self.get_identity(byref(made)))
+        return bytes(made).hex()
+
+    def check(self, result: int) -> None:
+        """RuntimeError where a function has failed."""
+        if result:
+            told = [self.meaning(result), self.last_words(None) if self.last_words is not None else b""]
+            raise RuntimeError("NCCL: " + ", ".join(x.decode(errors="replace").strip() for x in told if x))
+
+
+class Communicator:
+    """Of one group, with the GPU of each rank. Messages of one group, all on streams of one GPU, leave and come in the
+    order of the calls. Made by all ranks together, with one rank's `Library.identity`."""
+
+    def __init__(self, library: Library, identity: str, rank: int, size: int) -> None:
+        self.library, self.handle, self.process = library, c_void_p(), os.getpid()
+        self.in_graphs = False  # CUDA graphs have captured messages
+        self.lock = threading.Lock()  # who asks for errors does so in another thread
+        _note_the_end()
+        library.check(library.begin(byref(self.handle), size, Identity.from_buffer_copy(bytes.fromhex(identity)), rank))
+
+    def sender(self, count: int, to: int) -> Callable[[int, int], None]:
+        """A function of a stream and an address: sends so many bytes from there."""
+        return self._passer(self.library.send, count, to)
+
+    def receiver(self, count: int, source: int) -> Callable[[int, int], None]:
+        return self._passer(self.library.receive, count, source)
+
+    def _passer(self, function: Any, count: int, other: int) -> Callable[[int, int], None]:
+        handle, check = self.handle, self.library.check
+
+        def passed(stream: int, address: int) -> None:
+            result = function(address, count, BYTES, other, handle, stream)
+            if result:
+                check(result)
+
+        return passed
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is sent and received inside goes at once, so that two ranks may send to each other."""
+        self.library.check(self.library.group_start())
+        try:
+            yield
+        finally:
+            result = self.library.group_end()
+        self.library.check(result)
+
+    def error(self) -> str | None:
+        """What has gone wrong since, in words."""
+        found, result = c_int(), 0
+        with self.lock:
+            if self.handle.value:
+                result = self.library.get_error(self.handle, byref(found)) or found.value
+        if result in (0, IN_PROGRESS):
+            return None
+        try:
+            self.library.check(result)
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    def abort(self) -> None:
+        """End it, once, with what is under way: kernels that wait for other ranks let go of their streams. In a thread
+        of its own, because NCCL may wait: for the other ranks of the host, and for graphs that have captured messages,
+        until they are no more."""
+        with self.lock:
+            handle, self.handle = self.handle, c_void_p()
+        if handle.value and os.getpid() == self.process:
+            with suppress(RuntimeError):
+                in_time(lambda: self.library.abort(handle), ABORT_SECONDS)
+
+    def ends(self) -> bool:
+        """Whether it is to be ended with its group. Not where graphs have captured messages, which refer to it: it is
+        left to them. Nor at the interpreter's end: the end of the process frees everything, and waits for nobody."""
+        return bool(self.handle.value) and not self.in_graphs and not _ending
+
+
+class Late(RuntimeError):
+    """Something that did not end in time."""
+
+
+def in_time(call: Callable[[], Any], seconds: float) -> Any:
+    """What it returns, or raises. Late where it takes longer: it goes on in a thread that nobody waits for."""
+    ended: list[Any] = []
+
+    def run() -> None:
+        try:
+            ended.append((call(), None))
+        except Exception as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=run, name="leetdist NCCL", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not ended:
+        raise Late(f"NCCL: nothing came back in {seconds:.1f} s")
+    result, error = ended[0]
+    if error is not None:
+        raise error
+    return result
+
+
+_ending = False
+
+
+@cache
+def _note_the_end() -> None:
+    """Registered after, and so called before, what lets go of the groups at exit (leetdist.sequence.group)."""
+
+    def end() -> None:
+        global _ending
+        _ending = True
+
+    atexit.register(end)
