@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -219,6 +221,29 @@ def test_auto_is_compared_with_the_best_by_each_clock(benchmarks):
     )
     without = [cell("leetdist auto", **shape, milliseconds=1.0), cell("leetdist block", **shape, milliseconds=1.0)]
     assert set(compare(without)) == {"all, in a row", "sharded, in a row"}
+
+
+def test_costs_are_fitted(benchmarks, monkeypatch, tmp_path):
+    """What times are made of comes back; of kernels that serve longer tiles, without the times of shorter ones."""
+    report = benchmarks["suites.leetdecoding.report"]
+    file, result = tmp_path / "costs.json", tmp_path / "result.json"
+    shutil.copy(report.cost.FILE, file)
+    monkeypatch.setattr(report.cost, "FILE", file)
+    fixed, per_state, per_token = 500.0, 1500.0, 3.0  # us, ns, ns
+    cells = []
+    for dtype, tokens in itertools.product(("bf16", "fp32"), (128, 512, 1024, 8192, 65536, 262144)):
+        tile = report.default_tile(tokens)
+        work = 32 * (per_state * -(-tokens // tile) + per_token * tokens) * 1e-6
+        milliseconds = 9.0 if dtype == "fp32" and tile < 64 else max(fixed * 1e-3, work)
+        cells.append(report.Cell("leetdist block", dtype, 1, tokens, False, 32, milliseconds))
+    about = {"device": "NVIDIA H200", "hopper": True, "commit": "0000000"}
+    result.write_text(json.dumps(about | {"cells": [vars(cell) for cell in cells]}))
+    report.fit([result])
+    fitted = report.cost.load(file)["sm_90"]
+    for half in (True, False):
+        found = fitted[half]["block"]
+        assert found.fixed == pytest.approx(fixed, rel=0.05)
+        assert (found.per_state, found.per_token) == pytest.approx((per_state, per_token), rel=0.02)
 
 
 def test_a_step_of_a_batch_is_checked(benchmarks):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from leetdist.engine.checks import METHODS
 from leetdist.operators import cost
+from leetdist.operators.refusals import SHORTEST_ON_HOPPER
 from leetdist.sequence.grid import default_tile
 
 DIM = 128
@@ -173,7 +174,7 @@ def fit(paths: list[Path]) -> None:
 def _tells(cell: Cell, where: str) -> bool:
     """Whether a cell tells of its method's own kernels there."""
     tile = default_tile(cell.tokens)
-    shortest = cost.SHORTEST_ON_HOPPER if where == "sm_90" else 0
+    shortest = SHORTEST_ON_HOPPER["wide"] if where == "sm_90" and cell.dtype == "fp32" else 0
     return tile >= shortest and (tile > cost.LIGHTNING_BLOCK or cell.contestant != "leetdist lightning")
 
 
