@@ -231,6 +231,7 @@ def test_a_prompt_that_fails_is_not_taken_in(exact: bool, ranks: int) -> None:
         assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
+@torch.no_grad()
 def test_a_group_of_one_rank_steps_as_no_group_does() -> None:
     for layer in (leetdist.nn.SimpleGLA(DIM, heads=2), leetdist.nn.LightningAttention(DIM, heads=2)):
         x = torch.randn(1, 30, DIM)
