@@ -4,6 +4,7 @@ when it is told so."""
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ class Event:
 
     stuck = False
 
-    def record(self) -> None:
+    def record(self, stream: Any = None) -> None:
         pass
 
     def query(self) -> bool:
@@ -117,3 +118,10 @@ def nccl_by_gloo(transport: Any, symbols: Any = None) -> Any:
         with transport.call("set-up"):
             transport.direct = direct.connect(transport, torch.device("cpu"))
         yield symbols
+
+
+def until(told: Any, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not told():
+        assert time.monotonic() < end
+        time.sleep(0.005)

@@ -21,7 +21,7 @@ from torch import Tensor
 from leetdist.kernels.runtime import recording
 from leetdist.sequence.nccl import Communicator, Late, Library, in_time
 from leetdist.sequence.transport import Message
-from leetdist.sequence.watch import Watch
+from leetdist.sequence.watch import Watch, record
 
 Passed: TypeAlias = "Callable[[int, int], None]"  # given a stream and an address
 
@@ -144,7 +144,7 @@ class Direct:
         if transport.capturing():
             return
         event, begin = torch.cuda.Event(), time.monotonic()
-        event.record()
+        record(event, self.device)
         with transport.blame(other, told):
             while not event.query():
                 seconds = time.monotonic() - begin

@@ -79,7 +79,8 @@ class Communicator:
     def __init__(self, library: Library, identity: str, rank: int, size: int) -> None:
         self.library, self.handle, self.process = library, c_void_p(), os.getpid()
         self.in_graphs = False  # CUDA graphs have captured messages
-        self.lock = threading.Lock()  # who asks for errors does so in another thread
+        # Who asks for errors does so in another thread; and a collection of garbage may end the group while it does.
+        self.lock = threading.RLock()
         _note_the_end()
         library.check(library.begin(byref(self.handle), size, Identity.from_buffer_copy(bytes.fromhex(identity)), rank))
 

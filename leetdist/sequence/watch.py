@@ -14,6 +14,7 @@ import torch
 
 SECONDS = 1.0  # between two looks
 LATE = 2  # looks after which the other ranks are told whom this one waits for
+STOPPED = 10.0  # between two looks: the process did not run, and maybe the others' did not
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -36,6 +37,11 @@ class Watched(Protocol):
 
     def verdict(self, messages: dict[str, int], seconds: float, cause: str) -> str:
         """Who is at fault, after so many seconds."""
+
+
+def record(event: torch.cuda.Event, device: torch.device) -> None:
+    """Behind what its current stream has been given. The current device may be another."""
+    event.record(torch.cuda.current_stream(device) if device.type == "cuda" else None)
 
 
 class Mark:
@@ -65,7 +71,7 @@ class Watch:
         with self.lock:
             newest = self.newest
             newest.messages |= messages
-            newest.event.record()
+            record(newest.event, self.transport.device)
             newest.since = time.monotonic()
         if self.thread is None:
             self.thread = threading.Thread(target=self._run, name="leetdist watch", daemon=True)
@@ -79,15 +85,18 @@ class Watch:
 
     def messages(self) -> dict[str, int]:
         """All that may not have come through."""
-        return {**(self.watched.messages if self.watched is not None else {}), **self.newest.messages}
+        with self.lock:
+            return {**(self.watched.messages if self.watched is not None else {}), **self.newest.messages}
 
     def _run(self) -> None:
         self._begin()
-        said = False
+        said, looked = False, time.monotonic()
         with suppress(RuntimeError):  # the GPU's own, which every call of the program's then gets too
             while not self.stopped:
-                late = self._look()
+                late, before, looked = self._look(), looked, time.monotonic()
                 if late is not None:
+                    if looked - before > STOPPED:
+                        late.since += looked - before
                     said = self._late(late) or said
                 elif said:
                     self.transport.say_goes_on()
@@ -122,7 +131,11 @@ class Watch:
         if cause is None and seconds > limit:
             cause = f"NCCL: no end of what was sent and received in {seconds:.1f} s"
         if cause is not None and not self.stopped:
-            self.end(self.transport.verdict(messages, seconds, cause))
+            try:
+                words = self.transport.verdict(messages, seconds, cause)
+            except Exception as error:  # nobody else ends the process
+                words = f"leetdist: {cause}; who does not answer is not known: {type(error).__name__}: {error}"
+            self.end(words)
         return True
 
     def end(self, words: str) -> None:

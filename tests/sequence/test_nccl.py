@@ -1,4 +1,4 @@
-"""NCCL's own calls: their arguments and order, what happens where they fail, and who watches."""
+"""NCCL's own calls: their arguments and order, what happens where they fail, and who is named."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from ctypes import CFUNCTYPE, POINTER, c_int, c_void_p
 from datetime import timedelta
 from types import SimpleNamespace
@@ -21,9 +20,8 @@ from helpers import Outcome, run_ranks, values
 from leetdist.sequence import blame, nccl, watch
 from leetdist.sequence.nccl import Communicator, Identity, Library, in_time
 from leetdist.sequence.p2p import PointToPoint
-from leetdist.sequence.watch import Watch
 from leetdist.testing.equality import Case, check
-from nccl_standin import HANDLE, Event, Symbols, by_gloo, nccl_by_gloo
+from nccl_standin import HANDLE, Event, Symbols, by_gloo, nccl_by_gloo, until
 
 CPU = torch.device("cpu")
 CASES = [
@@ -87,6 +85,15 @@ def test_errors_are_told() -> None:
     symbols.results = {"GroupEnd": 2}
     with pytest.raises(RuntimeError, match="NCCL: error 2"), made.together():
         pass
+
+
+def test_a_communicator_may_end_while_it_is_asked() -> None:
+    """By a collection of garbage, in the thread that asks."""
+    symbols = Symbols()
+    made = Communicator(Library(symbols), bytes(range(128)).hex(), 0, 2)
+    made.library.get_error = lambda handle, found: made.abort() or 0
+    assert in_time(made.error, 5) is None
+    assert symbols.names()[-1] == "CommAbort"
 
 
 def test_no_library() -> None:
@@ -205,102 +212,6 @@ def test_a_timeout_names_the_rank() -> None:
     assert killed == Outcome()
     assert "rank 2 of 3 does not answer: its process," in outcome.value
     assert "on rank 2 to take a state" in outcome.value
-
-
-class Messages:
-    """What a watch asks, of a transport that answers at once."""
-
-    device = CPU
-
-    def __init__(self) -> None:
-        self.said: list[Any] = []
-        self.seconds, self.cause = 0.2, None
-
-    def limit(self) -> float:
-        return self.seconds
-
-    def say_waits(self, messages: dict[str, int]) -> None:
-        self.said.append(messages)
-
-    def say_goes_on(self) -> None:
-        self.said.append("goes on")
-
-    def broken(self) -> str | None:
-        return self.cause
-
-    def verdict(self, messages: dict[str, int], seconds: float, cause: str) -> str:
-        return f"{messages}: {cause}"
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Messages, list[str]]]:
-    monkeypatch.setattr(watch, "SECONDS", 0.02)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(Event, "stuck", False)
-    ends: list[str] = []
-
-    def end(self: Watch, words: str) -> None:
-        ends.append(words)
-        self.stop()
-
-    monkeypatch.setattr(Watch, "end", end)
-    messages = Messages()
-    made = Watch(messages)
-    yield made, messages, ends
-    made.stop()
-    if made.thread is not None:
-        made.thread.join(5)
-        assert not made.thread.is_alive()
-
-
-def until(told: Any, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not told():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def test_the_watch_ends_what_does_not(
-    watched: tuple[Watch, Messages, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, messages, ends = watched
-    monkeypatch.setattr(Event, "stuck", True)
-    begin = time.monotonic()
-    made.note({"for a state": 4})
-    until(lambda: ends)
-    assert 0.2 <= time.monotonic() - begin < 2
-    assert ends[0].startswith("{'for a state': 4}: NCCL: no end of what was sent and received in 0.")
-    assert messages.said[0] == {"for a state": 4}  # before: the others know whom this rank waits for
-
-
-def test_the_watch_lets_what_ends(watched: tuple[Watch, Messages, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Late, but in time; then there is nothing to watch, and it sleeps until there is."""
-    made, messages, ends = watched
-    messages.seconds = 30.0
-    monkeypatch.setattr(Event, "stuck", True)
-    made.note({"for a state": 4})
-    until(lambda: messages.said)
-    monkeypatch.setattr(Event, "stuck", False)
-    until(lambda: messages.said[-1] == "goes on")
-    until(lambda: made.asleep)
-    time.sleep(0.1)
-    assert made.asleep
-    monkeypatch.setattr(Event, "stuck", True)
-    made.note({"for another": 5})
-    until(lambda: messages.said[-1] == {"for another": 5})
-    messages.cause = "NCCL: error 6"
-    until(lambda: ends)
-    assert ends == ["{'for another': 5}: NCCL: error 6"]
-
-
-def test_an_error_on_its_way_stops_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended the process"))
-    made = Watch(Messages())
-    made.stop()
-    made.note({"for a state": 4})
-    made.end("words")
-    assert made.thread is None
 
 
 def never(rank: int) -> None:
