@@ -48,7 +48,7 @@ class Direct:
         return x.device == self.device
 
     def send(self, x: Tensor, to: int, what: str) -> None:
-        x = x.detach().contiguous()
+        x = in_memory(x)
         recording.call_library(self.sending(x.nbytes, to, what), x)
 
     def receive(self, x: Tensor, source: int, what: str) -> None:
@@ -99,7 +99,7 @@ class Direct:
 
     def exchange(self, outgoing: Sequence[Message], incoming: Sequence[Message], what: str) -> None:
         """As leetdist.sequence.transport.Transport.exchange."""
-        sent = [(x.detach().contiguous(), to) for x, to in outgoing if x.numel()]
+        sent = [(in_memory(x), to) for x, to in outgoing if x.numel()]
         filled = [(x, source) for x, source in incoming if x.numel()]
         buffers = [x if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, _ in filled]
         ways = {to for _, to in sent} | {~source for _, source in filled}
@@ -233,6 +233,14 @@ def connect(transport: Any, device: torch.device) -> Direct | None:
     direct = Direct(transport, made, device)
     direct.greet()
     return direct
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """With its numbers in memory, in a row: not those of which a bit says that they are to be negated, say."""
+    x = x.detach()
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    return x.contiguous()
 
 
 def _in_time(call: Callable[[], Any], device: torch.device, transport: Any) -> Any:

@@ -134,6 +134,29 @@ def test_processes_by_nccl() -> None:
         assert names[-1] == "CommAbort"
 
 
+def lazily(rank: int) -> list[bool]:
+    """Tensors of which a bit says that their numbers are to be negated, or conjugated."""
+    transport = PointToPoint(dist.group.WORLD)
+    with nccl_by_gloo(transport):
+        whole = torch._neg_view(torch.arange(8.0)), torch.complex(torch.arange(8.0), torch.ones(8)).conj()
+        equal = [
+            torch.equal(leetdist.gather_sequence(leetdist.shard_sequence(x, 0, transport, tile=4), 0, transport), x)
+            for x in whole
+        ]
+        for x in whole:
+            received = torch.empty(8, dtype=x.dtype)
+            with transport.call("exchange"):
+                if rank == 0:
+                    transport.send(x, 1, "numbers")
+                else:
+                    equal.append(torch.equal(transport.receive(received, 0, "numbers"), x))
+        return equal
+
+
+def test_what_is_negated_when_it_is_read() -> None:
+    assert values(run_ranks(lazily, 2)) == [[True] * 2, [True] * 4]
+
+
 def not_everywhere(rank: int, what: str) -> list[Any]:
     """A rank lacks the library, or cannot begin: nobody takes it, and calls go on."""
     transport = PointToPoint(dist.group.WORLD)
