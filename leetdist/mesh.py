@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leetdist.arguments import as_int
+from leetdist.sequence.agreement import gathered
 from leetdist.sequence.group import resolve
 from leetdist.sequence.transport import Transport
 
@@ -141,8 +142,7 @@ def all_sum(x: Tensor, transports: list[Transport]) -> Tensor:
             with transport.collective("a sum over the ranks"):
                 dist.all_reduce(x, group=group)
         else:
-            with transport.call("exchange"):
-                x = torch.stack(transport.gather_objects(x, "numbers to sum")).sum(0)
+            x = torch.stack(gathered(x, transport, "numbers to sum")).sum(0)
     return x
 
 

@@ -300,7 +300,7 @@ class Stream:
             wrong = error
         mine = (piece[0].shape[2], self.tokens, self._open) if wrong is None else wrong
         with transport.call("agreement"):
-            everyone = transport.gather_objects(mine, "the lengths of this piece")
+            everyone = transport.gather_objects(mine, "the lengths of this piece", fails=wrong is not None)
         owner, tail, whole = check_shards(everyone, transport.rank, self._tile)
         state, outputs = self.state, []
         last = tail if transport.rank == owner else 0

@@ -69,6 +69,25 @@ def test_two_calls_at_once_are_told_from_each_other(pair: tuple[str, str], ranks
     assert time.monotonic() - begin < 5
 
 
+REFUSED: dict[str, Callable[[Any], Any]] = {
+    "stream": lambda group: leetdist.stream(tile=16, group=group).push(*torch.zeros(2, 1, 2, 64, 16), torch.zeros(1)),
+    "prefill": lambda group: leetdist.Session(MODEL, group).prefill(torch.zeros(1, 0, dtype=torch.int64)),
+}
+WORDS = {"stream": "v must ", "prefill": "tokens: N is 0"}
+
+
+@pytest.mark.parametrize("call", ["shard_batch", "reduce_loss", "stream", "prefill"])
+@pytest.mark.parametrize("refused", list(REFUSED))
+def test_what_one_call_refuses_is_told_in_another(refused: str, call: str) -> None:
+    def rank(group: Any) -> str:
+        with pytest.raises(ValueError, match=WORDS[refused]) as raised:
+            (CALLS[call] if group.rank else REFUSED[refused])(group)
+        return str(raised.value)
+
+    first, second = leetdist.virtual_ranks(rank, 2)
+    assert second.endswith(f": {first}")
+
+
 def test_ranks_that_wait_in_a_ring_are_told() -> None:
     def rank(group: Any) -> None:
         group.receive(torch.empty(1), (group.rank + 1) % group.size, "a word")
