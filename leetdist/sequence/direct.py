@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.runtime import recording
+from leetdist.sequence.board import Activity
 from leetdist.sequence.nccl import Communicator, Late, Library, in_time
 from leetdist.sequence.transport import Message
 from leetdist.sequence.watch import Watch, record
@@ -36,6 +37,7 @@ class Direct:
     def __init__(self, transport: Any, communicator: Communicator, device: torch.device) -> None:
         self.transport, self.communicator, self.device = transport, communicator, device
         self.connected: set[int] = set()  # ranks that something was sent to; ~rank where something came from
+        self.said: Activity | None = None  # whom the stream waits for, to the other ranks
         self.watch = Watch(self)
 
     def serves(self, x: Tensor) -> bool:
@@ -174,11 +176,16 @@ class Direct:
         return max(self.transport.default_seconds, self.transport.seconds or 0.0) + GRACE
 
     def say_waits(self, messages: dict[str, int]) -> None:
-        if self.transport.board.mine().other < 0:
-            self.transport.board.wait(*self._suspect(messages))
+        board = self.transport.board
+        if board.mine().other < 0:
+            board.wait(*self._suspect(messages))
+            self.said = board.mine()
 
     def say_goes_on(self) -> None:
-        self.transport.board.go_on()
+        board = self.transport.board
+        now, said = board.mine(), self.said
+        if said is not None and (now.other, now.what) == (said.other, said.what):  # else the host waits, since then
+            board.go_on()
 
     def broken(self) -> str | None:
         return self.communicator.error()

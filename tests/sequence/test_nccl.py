@@ -18,6 +18,8 @@ import torch.distributed as dist
 import leetdist
 from helpers import Outcome, run_ranks, values
 from leetdist.sequence import blame, nccl, watch
+from leetdist.sequence.board import Board
+from leetdist.sequence.direct import Direct
 from leetdist.sequence.nccl import Communicator, Identity, Library, in_time
 from leetdist.sequence.p2p import PointToPoint
 from leetdist.testing.equality import Case, check
@@ -132,6 +134,21 @@ def test_processes_by_nccl() -> None:
         assert names.count("Send") > 10
         assert names.count("GroupStart") == names.count("GroupEnd") > 1
         assert names[-1] == "CommAbort"
+
+
+def test_what_the_host_waits_for_stays_on_the_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    board = Board.alone()
+    transport: Any = SimpleNamespace(board=board, processes=[])
+    made = Direct(transport, transport, CPU)
+    made.say_waits({"for a state": 2})
+    assert (board.mine().other, board.mine().what) == (2, "for a state")
+    made.say_goes_on()
+    assert board.mine().other == -1
+    made.say_waits({"for a state": 2})
+    board.wait(3, "for the arguments")
+    made.say_goes_on()
+    assert (board.mine().other, board.mine().what) == (3, "for the arguments")
 
 
 def lazily(rank: int) -> list[bool]:
