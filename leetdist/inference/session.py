@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -106,7 +107,8 @@ class Session:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Take in one token a row, (B, 1), on this rank alone; the next one's logits, (B, vocab).
+        """Take in one token a row, (B, 1), on this rank alone; the next one's logits, (B, vocab). One that fails is not
+        taken in.
 
         On a GPU the first call captures a CUDA graph, and the others replay it: they are one launch each, instead of
         some 300 for 13 blocks.
@@ -119,9 +121,11 @@ class Session:
         if self.exact:
             self.states = _each(self.states, _as_pool)
         if tokens.device.type != "cuda":
-            with alone():
-                last, self.states = self._run(tokens, self.states)
-            logits = self._logits(last)
+            with _kept(self.states if self.exact else []):
+                with alone():
+                    last, states = self._run(tokens, self.states)
+                logits = self._logits(last)
+            self.states = states
         else:
             if self._graph is None or self._graph.tokens.shape != tokens.shape:
                 self._graph = _Graph(self, tokens)
@@ -308,6 +312,18 @@ def _tensors(states: list[Any]) -> list[Tensor]:
     return [x for part in parts for x in (part.tensors if isinstance(part, StatePool) else [part])]
 
 
+@contextmanager
+def _kept(states: list[Any]) -> Iterator[None]:
+    """What changes inside, in place, is as before after an error."""
+    held = [x.clone() for x in _tensors(states)]
+    try:
+        yield
+    except BaseException:
+        for x, old in zip(_tensors(states), held, strict=True):
+            x.copy_(old)
+        raise
+
+
 def _as_pool(part: Any) -> Any:
     """A pool of a State's rows, to decode from; in order, each a slot."""
     if not isinstance(part, State):
@@ -337,14 +353,14 @@ class _Graph:
         held = [x.clone() for x in _tensors(self.states)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), alone():  # compiles what is to be compiled
-            session._run(self.tokens, self.states)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
         layers = [block.attention for block in session.model.blocks]
-        for layer in layers:
-            layer.inplace = True
         try:
+            with torch.cuda.stream(side), alone():  # compiles what is to be compiled
+                session._run(self.tokens, self.states)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            for layer in layers:
+                layer.inplace = True
             with torch.cuda.graph(self.graph), alone():
                 last, after = session._run(self.tokens, self.states)
                 self.logits = session._logits(last)
@@ -354,8 +370,9 @@ class _Graph:
         finally:
             for layer in layers:
                 layer.inplace = False
-        for state, old in zip(_tensors(self.states), held, strict=True):
-            state.copy_(old)
+            torch.cuda.current_stream().wait_stream(side)
+            for state, old in zip(_tensors(self.states), held, strict=True):
+                state.copy_(old)
 
     def replay(self, tokens: Tensor) -> Tensor:
         self.tokens.copy_(tokens)

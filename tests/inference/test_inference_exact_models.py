@@ -232,6 +232,32 @@ def test_a_prompt_that_fails_is_not_taken_in(exact: bool, ranks: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_step_that_fails_is_not_taken_in(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the blocks before the one that fails, whose states an exact step changes in place; nor at the end of a
+    tile."""
+    model = LanguageModel(Config(vocab=61, dim=DIM, layers=2, heads=2, hidden=96))
+    if exact:
+        for block in model.blocks:
+            block.attention = leetdist.nn.LightningAttention(DIM, 2, exact=True, tile=16)
+    tokens = torch.randint(61, (2, 40))
+    session, undisturbed = leetdist.Session(model), leetdist.Session(model)
+    assert torch.equal(session.prefill(tokens[:, :10]), undisturbed.prefill(tokens[:, :10]))
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no memory")
+
+    for place in range(10, 40):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.blocks[1] if place % 2 else model.norm, "forward", fails)
+            with pytest.raises(RuntimeError, match="no memory"):
+                session.step(tokens[:, place : place + 1])
+        assert session.tokens == place
+        ours, theirs = (x.step(tokens[:, place : place + 1]) for x in (session, undisturbed))
+        assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
 def test_a_group_of_one_rank_steps_as_no_group_does() -> None:
     for layer in (leetdist.nn.SimpleGLA(DIM, heads=2), leetdist.nn.LightningAttention(DIM, heads=2)):
         x = torch.randn(1, 30, DIM)
