@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
 def run(options: argparse.Namespace, rank: Rank) -> Report:
     """Trains, compares, generates and keeps the model: what there is to tell."""
     with one_message():
+        import safetensors.torch  # noqa: F401  the end needs it: a demo of minutes should not be in vain
+
         text, vocabulary = load_tokens(options.text, limit=options.tokens + 1)
         if len(text) <= options.tokens:
             raise SystemExit(f"--tokens {options.tokens}: {options.text} has {len(text)} bytes, one more is wanted")
