@@ -77,7 +77,7 @@ class Communicator:
     order of the calls. Made by all ranks together, with one rank's `Library.identity`."""
 
     def __init__(self, library: Library, identity: str, rank: int, size: int) -> None:
-        self.library, self.handle, self.process = library, c_void_p(), os.getpid()
+        self.nccl, self.handle, self.process = library, c_void_p(), os.getpid()
         self.in_graphs = False  # CUDA graphs have captured messages
         # Who asks for errors does so in another thread; and a collection of garbage may end the group while it does.
         self.lock = threading.RLock()
@@ -86,13 +86,13 @@ class Communicator:
 
     def sender(self, count: int, to: int) -> Callable[[int, int], None]:
         """A function of a stream and an address: sends so many bytes from there."""
-        return self._passer(self.library.send, count, to)
+        return self._passer(self.nccl.send, count, to)
 
     def receiver(self, count: int, source: int) -> Callable[[int, int], None]:
-        return self._passer(self.library.receive, count, source)
+        return self._passer(self.nccl.receive, count, source)
 
     def _passer(self, function: Any, count: int, other: int) -> Callable[[int, int], None]:
-        handle, check = self.handle, self.library.check
+        handle, check = self.handle, self.nccl.check
 
         def passed(stream: int, address: int) -> None:
             result = function(address, count, BYTES, other, handle, stream)
@@ -104,23 +104,23 @@ class Communicator:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What is sent and received inside goes at once, so that two ranks may send to each other."""
-        self.library.check(self.library.group_start())
+        self.nccl.check(self.nccl.group_start())
         try:
             yield
         finally:
-            result = self.library.group_end()
-        self.library.check(result)
+            result = self.nccl.group_end()
+        self.nccl.check(result)
 
     def error(self) -> str | None:
         """What has gone wrong since, in words."""
         found, result = c_int(), 0
         with self.lock:
             if self.handle.value:
-                result = self.library.get_error(self.handle, byref(found)) or found.value
+                result = self.nccl.get_error(self.handle, byref(found)) or found.value
         if result in (0, IN_PROGRESS):
             return None
         try:
-            self.library.check(result)
+            self.nccl.check(result)
         except RuntimeError as error:
             return str(error)
         return None
@@ -133,7 +133,7 @@ class Communicator:
             handle, self.handle = self.handle, c_void_p()
         if handle.value and os.getpid() == self.process:
             with suppress(RuntimeError):
-                in_time(lambda: self.library.abort(handle), ABORT_SECONDS)
+                in_time(lambda: self.nccl.abort(handle), ABORT_SECONDS)
 
     def ends(self) -> bool:
         """Whether it is to be ended with its group. Not where graphs have captured messages, which refer to it: it is

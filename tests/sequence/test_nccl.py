@@ -93,7 +93,7 @@ def test_a_communicator_may_end_while_it_is_asked() -> None:
     """By a collection of garbage, in the thread that asks."""
     symbols = Symbols()
     made = Communicator(Library(symbols), bytes(range(128)).hex(), 0, 2)
-    made.library.get_error = lambda handle, found: made.abort() or 0
+    made.nccl.get_error = lambda handle, found: made.abort() or 0
     assert in_time(made.error, 5) is None
     assert symbols.names()[-1] == "CommAbort"
 
