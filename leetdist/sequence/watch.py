@@ -70,6 +70,8 @@ class Watch:
             return
         with self.lock:
             newest = self.newest
+            if newest.event.query():  # those before have come through: nobody is to be told of them
+                newest.messages.clear()
             newest.messages |= messages
             record(newest.event, self.transport.device)
             newest.since = time.monotonic()

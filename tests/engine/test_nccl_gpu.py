@@ -189,8 +189,7 @@ def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert outcomes == [Outcome(), Outcome()]
     printed = capfd.readouterr().err
     assert "leetdist: rank 1 of 2 does not answer: its process," in printed
-    # Messages of one second are behind one event: it is any of both passes'.
-    assert re.search("on rank 1 (for the gradient of|to take) the state of", printed), printed
+    assert "on rank 1 for the gradient of the state of" in printed
     assert time.monotonic() - begin < 60
 
 

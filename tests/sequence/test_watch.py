@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -95,6 +96,18 @@ def test_the_watch_lets_what_ends(watched: tuple[Watch, Messages, list[str]], mo
     messages.cause = "NCCL: error 6"
     until(lambda: ends)
     assert ends == ["{'for another': 5}: NCCL: error 6"]
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_what_has_come_through_is_not_named(stuck: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two messages between two looks: the first is named only where it may be the one that does not come."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "stuck", stuck)
+    made = Watch(Messages())
+    made.thread = threading.current_thread()  # nobody looks in between
+    made.note({"to take a state": 4})
+    made.note({"for a gradient": 5})
+    assert made.messages() == ({"to take a state": 4, "for a gradient": 5} if stuck else {"for a gradient": 5})
 
 
 def test_the_watch_ends_the_process_whoever_is_at_fault(
