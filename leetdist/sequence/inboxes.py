@@ -85,7 +85,11 @@ class Inboxes:
             return
         import torch.distributed._symmetric_memory as symmetric
 
-        self.slot_words = -(-size // 256) * 64
+        with torch.cuda.device(device):  # the current one may be another
+            self._make(-(-size // 256) * 64, device, symmetric)
+
+    def _make(self, slot_words: int, device: torch.device, symmetric: Any) -> None:
+        self.slot_words = slot_words
         words = Box.words(self.slot_words, self.hop.PIECES)
         memory = symmetric.empty(words, dtype=torch.int32, device=device)
         own = Box(memory.zero_(), self.hop.PIECES)

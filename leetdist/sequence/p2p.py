@@ -66,7 +66,7 @@ class PointToPoint(Transport):
         with self.call("set-up"):
             if not self.staged:
                 # NCCL connects a group in its first collective call, which every rank has to take part in.
-                dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)
+                dist.all_reduce(torch.zeros(1, device=self.device), group=group)
             if self.size > 1:
                 self._share_memory()
 
@@ -86,7 +86,13 @@ class PointToPoint(Transport):
         """Tensors on GPUs go by NCCL's own calls from now on, where all ranks can; they call this together."""
         if not self.staged and self.size > 1:
             with self.call("set-up"):
-                self.direct = connect(self, torch.device("cuda", torch.cuda.current_device()))
+                self.direct = connect(self, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU that the group is bound to (init_process_group's device_id), else the current one."""
+        bound: torch.device | None = getattr(self.group, "bound_device_id", None)
+        return bound or torch.device("cuda", torch.cuda.current_device())
 
     @property
     def group(self) -> dist.ProcessGroup:

@@ -149,14 +149,15 @@ def connect(under: PointToPoint, wanted: str | None) -> Transport:
     if wanted == "p2p" or (wanted == "auto" and under.staged) or under.size == 1:
         return under
     with under.call("set-up"):
-        everyone = under.gather_objects(Home.mine(), "where its GPU is")
+        gpu = under.device if torch.cuda.is_available() else None
+        everyone = under.gather_objects(Home.mine(gpu), "where its GPU is")
         hosts = [home.host for home in everyone]
         node = [rank for rank in range(under.size) if hosts[rank] == hosts[under.rank]]
         obstacle, inboxes = why_not(everyone), None
         if obstacle is None and len(node) > 1:
             try:
                 inboxes = Inboxes(under, node)
-                inboxes.reserve(1, torch.device("cuda", torch.cuda.current_device()))
+                inboxes.reserve(1, under.device)
             except (RuntimeError, ImportError, AttributeError) as error:
                 obstacle = f"symmetric memory fails on rank {under.rank}: {error}"
         obstacles = [x for x in under.gather_objects(obstacle, "whether it has symmetric memory") if x]
@@ -180,12 +181,12 @@ class Home:
     may_share: bool = False
 
     @staticmethod
-    def mine() -> Home:
+    def mine(gpu: torch.device | None) -> Home:
         boot = Path("/proc/sys/kernel/random/boot_id")
         host = socket.gethostname() + (boot.read_text() if boot.exists() else "")
-        if not torch.cuda.is_available():
+        if gpu is None:
             return Home(host, None)
-        me = torch.cuda.current_device()
+        me = gpu.index
         return Home(
             host,
             str(getattr(torch.cuda.get_device_properties(me), "uuid", "unknown")),

@@ -45,8 +45,8 @@ def on_one_gpu(kind: str, node: str = "") -> Transport:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     os.environ["LEETDIST_TIMEOUT"] = "120"  # many tests may share the GPU
     if node:
-        home = replace(symmetric.Home.mine(), host=node)
-        symmetric.Home.mine = staticmethod(lambda: home)
+        home = replace(symmetric.Home.mine(torch.device("cuda", 0)), host=node)
+        symmetric.Home.mine = staticmethod(lambda gpu: home)
     pair = dist.new_group([0, 1])
     if dist.get_rank() < 2:  # the others are in fewer groups
         resolve(pair, kind)
