@@ -45,7 +45,8 @@ class Direct:
         if x.device.type == self.device.type and x.device != self.device:
             raise ValueError(
                 f"leetdist: rank {self.transport.rank} has tensors on {x.device}, and its group was first used with "
-                f"{self.device}: call torch.cuda.set_device({x.device.index}) before that"
+                f"{self.device}: give init_process_group device_id=torch.device({str(x.device)!r}), or call "
+                f"torch.cuda.set_device({x.device.index}) before that"
             )
         return x.device == self.device
 
@@ -194,7 +195,8 @@ class Direct:
         return str(self.transport.fault(*self._suspect(messages), seconds, RuntimeError(cause)))
 
     def give_up(self) -> None:
-        """What is under way never ends."""
+        """What is under way never ends, and an error tells of it: nobody is to end the process."""
+        self.watch.stop()
         self.communicator.abort()
 
     def close(self) -> None:
@@ -227,19 +229,22 @@ def connect(transport: Any, device: torch.device) -> Direct | None:
     obstacle = ""
     with transport.blame((transport.rank + 1) % transport.size, "to begin with NCCL"):
         try:
-            make = partial(Communicator, library, identity, transport.rank, transport.size)
+            make = partial(Communicator, library, identity, transport.rank, transport.size, transport.patience())
             made = _in_time(make, device, transport)
         except Late:
             raise
         except RuntimeError as error:
             obstacle = str(error)
-    if any(transport.gather_objects(obstacle, "whether NCCL has begun")):
-        if made is not None:
-            made.abort()
-        return None
-    direct = Direct(transport, made, device)
-    direct.greet()
-    return direct
+    direct = None if made is None else Direct(transport, made, device)
+    greeted = False
+    try:
+        if not any(transport.gather_objects(obstacle, "whether NCCL has begun")) and direct is not None:
+            direct.greet()
+            greeted = True
+    finally:
+        if direct is not None and not greeted:
+            direct.give_up()
+    return direct if greeted else None
 
 
 def in_memory(x: Tensor) -> Tensor:

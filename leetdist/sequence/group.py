@@ -230,9 +230,13 @@ def _make(group: dist.ProcessGroup, wanted: str | None) -> Transport:
             transport.close()
             del _of_group[old]
     under = PointToPoint(group)
-    made = connect(under, wanted)
-    if made is under:  # it carries the states
-        under.take_nccl()
+    try:
+        made = connect(under, wanted)
+        if made is under:  # it carries the states
+            under.take_nccl()
+    except BaseException:
+        under.close()
+        raise
     _of_group[group] = made
     finalize(group, made.close).atexit = False
     return made

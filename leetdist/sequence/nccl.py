@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
@@ -21,6 +23,7 @@ BYTES = 1  # ncclUint8: messages are bytes
 IN_PROGRESS = 7  # of a communicator that does not block, which NCCL_COMM_BLOCKING=0 makes
 NAMES = ("libnccl.so.2", "libtorch_cuda.so")  # the second has it within, or needs the first
 ABORT_SECONDS = 2.0
+POLL = 1e-4  # seconds between two looks at one that does not block
 
 
 class Identity(ctypes.Structure):
@@ -74,15 +77,20 @@ class Library:
 
 class Communicator:
     """Of one group, with the GPU of each rank. Messages of one group, all on streams of one GPU, leave and come in the
-    order of the calls. Made by all ranks together, with one rank's `Library.identity`."""
+    order of the calls. Made by all ranks together, with one rank's `Library.identity`, within so many seconds."""
 
-    def __init__(self, library: Library, identity: str, rank: int, size: int) -> None:
+    def __init__(self, library: Library, identity: str, rank: int, size: int, seconds: float = math.inf) -> None:
         self.nccl, self.handle, self.process = library, c_void_p(), os.getpid()
         self.in_graphs = False  # CUDA graphs have captured messages
         # Who asks for errors does so in another thread; and a collection of garbage may end the group while it does.
         self.lock = threading.RLock()
         _note_the_end()
-        library.check(library.begin(byref(self.handle), size, Identity.from_buffer_copy(bytes.fromhex(identity)), rank))
+        given = Identity.from_buffer_copy(bytes.fromhex(identity))
+        try:
+            self._settle(library.begin(byref(self.handle), size, given, rank), seconds)
+        except RuntimeError:
+            self.abort()
+            raise
 
     def sender(self, count: int, to: int) -> Callable[[int, int], None]:
         """A function of a stream and an address: sends so many bytes from there."""
@@ -92,14 +100,33 @@ class Communicator:
         return self._passer(self.nccl.receive, count, source)
 
     def _passer(self, function: Any, count: int, other: int) -> Callable[[int, int], None]:
-        handle, check = self.handle, self.nccl.check
+        handle = self.handle
 
         def passed(stream: int, address: int) -> None:
             result = function(address, count, BYTES, other, handle, stream)
             if result:
-                check(result)
+                self._settle(result)
 
         return passed
+
+    def _settle(self, result: int, seconds: float = math.inf) -> None:
+        """RuntimeError where a function has failed. One of a communicator that does not block may still be at it: what
+        comes next on a stream must wait until its kernel is there."""
+        until = time.monotonic() + seconds
+        while result == IN_PROGRESS:
+            if time.monotonic() > until:
+                raise Late(f"NCCL: still in progress after {seconds:.1f} s")
+            time.sleep(POLL)
+            result = self._state()
+        self.nccl.check(result)
+
+    def _state(self) -> int:
+        """What NCCL has found since, also in its own threads."""
+        found = c_int()
+        with self.lock:
+            if not self.handle.value:
+                raise RuntimeError("NCCL: the communicator has ended")
+            return self.nccl.get_error(self.handle, byref(found)) or found.value
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -109,18 +136,14 @@ class Communicator:
             yield
         finally:
             result = self.nccl.group_end()
-        self.nccl.check(result)
+        self._settle(result)
 
     def error(self) -> str | None:
         """What has gone wrong since, in words."""
-        found, result = c_int(), 0
         with self.lock:
-            if self.handle.value:
-                result = self.nccl.get_error(self.handle, byref(found)) or found.value
-        if result in (0, IN_PROGRESS):
-            return None
+            result = self._state() if self.handle.value else 0
         try:
-            self.nccl.check(result)
+            self.nccl.check(0 if result == IN_PROGRESS else result)
         except RuntimeError as error:
             return str(error)
         return None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import leetdist
 from helpers import Outcome, run_ranks, values
-from leetdist.sequence import blame, nccl, watch
+from leetdist.sequence import blame, direct, nccl, watch
 from leetdist.sequence.board import Board
 from leetdist.sequence.direct import Direct
 from leetdist.sequence.nccl import Communicator, Identity, Library, in_time
@@ -185,8 +185,6 @@ def not_everywhere(rank: int, what: str) -> list[Any]:
         if rank == 1 and what == "begin":
             symbols.results = {"CommInitRank": 1}
         patch.setattr(Library, "found", lambda: None if rank == 1 and what == "library" else library)
-        from leetdist.sequence import direct
-
         with transport.call("set-up"):
             made = direct.connect(transport, CPU)
     return [made is None, symbols.names(), [str(d) for d in check(CASES[0], transport, CPU, 0)]]
@@ -259,8 +257,6 @@ def never(rank: int) -> None:
     blame.ROLL_CALL_SECONDS = watch.SECONDS = 0.2
     group = dist.new_group(timeout=timedelta(seconds=2))
     transport = PointToPoint(group)
-    from leetdist.sequence import direct
-
     direct.GRACE = 0.2
     with nccl_by_gloo(transport) as symbols:
         if rank == 0:
@@ -284,8 +280,6 @@ def test_the_watch_names_the_rank(capfd: pytest.CaptureFixture[str]) -> None:
 
 def leaves(rank: int) -> list[str]:
     """Messages under way have some time; a graph's keep the communicator."""
-    from leetdist.sequence import direct
-
     direct.CLOSE_SECONDS = 0.2
     names = []
     for in_graphs in (False, True):
