@@ -146,14 +146,15 @@ class MambaScan(Scan):
         return super().call(leaves)
 
     def step(self, x: Inputs) -> tuple[Tensor, Tensor]:
-        """Its states are (B, H, Dv, Dk), and written in place."""
+        """Its states are (B, H, Dv, Dk), and written in place. Without dt_bias and D it fails (2.3.2)."""
         update = importlib.import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
         named = self.given(x)
         assert x.state is not None
         state = self.states.of(x.case, x, lambda x: x.state.mT.contiguous())
         minus = torch.full((1,), -1.0, device=state.device).expand(state.shape[1:])
         own = named["dt"][:, 0, :, None].expand(state.shape[:3])
-        o = update(state, named["x"][:, 0], own, minus, x.k[:, 0], x.q[:, 0])
+        zero = minus.new_zeros(1).expand(state.shape[1:3])
+        o = update(state, named["x"][:, 0], own, minus, x.k[:, 0], x.q[:, 0], D=zero, dt_bias=zero)
         return o[:, None], state.mT
 
 
