@@ -166,10 +166,23 @@ def test_added_up_interpreted(monkeypatch):
         if any(lost):
             written[0, 0, :, :65], written[0, 0, :, 65:321] = math.nan, math.nan
             written[0, 1, :, 321:] = math.nan
-        rest = do, states, ends, g, tiles, read, written, across, flags
-        found = added_up.added_up(q, k, v, *rest, scale=SCALE)
-        assert torch.equal(added_up.added_up(q, k, x, *rest, scale=SCALE, weight=weight), found)
+
+        def call(v: Tensor, parts: int, flags: Any = flags, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
+            a = read.clone() if parts == 2 else read.sum(2, keepdim=True)  # what is given is written over
+            left = a, written.clone(), across, tuple(x.clone() for x in flags)
+            return added_up.added_up(q, k, v, do, states, ends, g, tiles, *left, scale=SCALE, **more), *left[:2]
+
+        found, own, left = call(v, 2)
+        assert torch.equal(call(x, 2, weight=weight)[0], found)
         assert relative_error(found, expected) < (1e-3 if any(lost) else 1e-6)
+        # The peak of the pass: of A in one part, and B and the pairs, the memory is used again.
+        one, own, left = call(v, 1)
+        assert torch.equal(one, found)
+        assert one.data_ptr() == own.data_ptr()
+        if any(lost):
+            here = slice(*tiles.spans[1][:1], sum(tiles.spans[1]))
+            by_token = left.view(1, 2, tiles.num_tokens, 2)[0, 0, here]
+            assert torch.equal(by_token, general.token_sums(g, tiles)[0, 0, here])
 
 
 def sums(inputs: list[Tensor], tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:

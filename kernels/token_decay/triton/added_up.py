@@ -52,16 +52,18 @@ def added_up(
     out: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of log_decay, (B, H, N) fp32, in `out` if given.
+    """The gradient of log_decay, (B, H, N) fp32, in `out` if given, else where A was, if that is one part.
 
     The first eight arguments: see leetdist.kernels.token_decay.triton.gradient.decay_gradient. read: (B, H, n, N) fp32,
     A in n parts; written: the same of B and M; across: (B, H, tiles.count) fp32, Phi; lost: (B * H * tiles.count,)
     int32 each, not 0 for tiles that hold something that is not finite. These are walked once more by the kernels of
     that module, so that what a NaN reaches is the same. weight: what v is still to be multiplied by, (B, H, N) fp32.
+    Nobody reads `read` and `written` after this: at the pass's peak, what is made here lies where they did.
     """
     batch, heads, tokens = log_decay.shape
-    if out is None:
-        out = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    if out is None:  # a program reads its tokens' A before it writes their gradients, and no other does
+        alone = read.shape[2] == 1
+        out = read[:, :, 0] if alone else torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
     target = out.contiguous()  # of other tiles too
@@ -82,11 +84,12 @@ def added_up(
         "FLAGS": FLAGS,
     }  # fmt: skip
     shares = (heads // x.shape[1] for x in (q, k, v))
+    sums = token_sums(log_decay, tiles, lost[1], out=written.view(batch, heads, tokens, 2))
     launch(
         _walk_again, (together,),
         (
-            q, k, v, do, states, step_of(states), ends, step_of(ends), token_sums(log_decay, tiles, lost[1]), target,
-            kept, units, table, lost[1], weight, *((0, 0) if weight is None else weight.stride()[:2]),
+            q, k, v, do, states, step_of(states), ends, step_of(ends), sums, target, kept, units, table, lost[1],
+            weight, *((0, 0) if weight is None else weight.stride()[:2]),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             heads, *shares, tokens, tiles.count, tiles.size, tasks, chunks, rows, columns, scale,
         ),

@@ -26,15 +26,17 @@ BLOCK = 1024
 LEAST_BLOCK, MOST_BLOCK = 1024, 4096
 
 
-def token_sums(log_decay: Tensor, tiles: Tiles, only: Tensor | None = None) -> Tensor:
-    """Of each token, the log-decays from the last ANCHOR in its tile up to it: (B, H, N, 2) fp32, whose two numbers add
-    up to the sum to within 2^-48 of it.
+def token_sums(log_decay: Tensor, tiles: Tiles, only: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """Of each token, the log-decays from the last ANCHOR in its tile up to it: (B, H, N, 2) fp32, contiguous, whose two
+    numbers add up to the sum to within 2^-48 of it; in `out` if given.
 
     log_decay: (B, H, N) fp32, any strides. A decay that is positive or NaN makes NaN of the sums from it on. only:
     (B * H * tiles.count,), 0 for tiles whose sums nobody reads.
     """
     batch, heads, tokens = log_decay.shape
-    sums = torch.empty(batch, heads, tokens, 2, dtype=torch.float32, device=log_decay.device)
+    sums = out
+    if sums is None:
+        sums = torch.empty(batch, heads, tokens, 2, dtype=torch.float32, device=log_decay.device)
     if sums.numel():
         constants = {"REGULAR": tiles.regular, "ROWS": BLOCK // ANCHOR.value, "ANCHOR_": ANCHOR.value}
         programs = batch * heads * tiles.count
