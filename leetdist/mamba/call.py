@@ -40,11 +40,12 @@ def mamba_chunk_scan_combined(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
+    return_varlen_states: bool = False,
     *,
     group: Group | None = None,
     tile: int | None = None,
     precision: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Mamba-2's selective state space (SSD), over a sequence on one device or sharded across ranks.
 
     For each batch entry and head, with `dt` after its bias, softplus and limits:
@@ -72,15 +73,18 @@ def mamba_chunk_scan_combined(
             mamba_ssm, initial_states are those of document 0. What a document gives does not depend on the others,
             but its bits do on where it begins; and one with a NaN is better told by cu_seqlens.
         cu_seqlens: (documents + 1,) int32 or int64, offsets in the whole sequence of documents packed in one row
-            (B = 1), each with the bits that it has alone. (mamba_ssm takes them for return_varlen_states, and seq_idx
-            for the rest; here final states are those of the documents.)
+            (B = 1), each with the bits that it has alone. (mamba_ssm takes them for return_varlen_states, beside
+            seq_idx; here they are all that is told of documents, and final states are theirs too.)
         dt_softplus: whether dt goes through softplus, after its bias.
         dt_limit: (least, most), what dt is clamped to in the end.
         return_final_states: return the states after the last token too; under a group, on every rank.
+        return_varlen_states: return the states at the end of each document of cu_seqlens, which are its final states;
+            differentiable, where mamba_ssm's are not.
         group, tile, precision: as for `linear_attention`.
 
     Returns:
-        y, (B, N, H, P) in x's dtype; or (y, states) with `return_final_states`, states fp32, shaped as initial_states.
+        y, (B, N, H, P) in x's dtype; or (y, states) with `return_final_states` or `return_varlen_states`, states fp32,
+        shaped as initial_states; or (y, final states, states of documents) with both.
 
     Raises:
         ValueError: an argument is wrong, or the ranks disagree; every rank of the group raises.
@@ -102,7 +106,7 @@ def mamba_chunk_scan_combined(
     with told(ops.shared(transport, x), "the arguments of mamba_chunk_scan_combined"):
         check(
             x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
-            dt_softplus, dt_limit, return_final_states,
+            dt_softplus, dt_limit, return_final_states, return_varlen_states,
             alone=transport is None,
         )  # fmt: skip
     starts = None
@@ -113,8 +117,8 @@ def mamba_chunk_scan_combined(
     initial = None if initial_states is None else initial_states.to(torch.promote_types(x.dtype, torch.float32)).mT
 
     options: dict[str, Any] = {
-        "initial_state": initial, "return_state": return_final_states, "cu_seqlens": cu_seqlens, "tile": tile,
-        "precision": precision,
+        "initial_state": initial, "return_state": return_final_states or return_varlen_states,
+        "cu_seqlens": cu_seqlens, "tile": tile, "precision": precision,
     }  # fmt: skip
 
     def attend(v: Tensor, log_decay: Tensor, weight: Tensor | None, skip: Tensor | None) -> Any:
@@ -127,7 +131,7 @@ def mamba_chunk_scan_combined(
     steps = Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
     alike = () if transport is None else _alike(steps, D, z, dt_bias)
     y, states = with_attention(attend, x, dt, A, D, z, dt_bias, starts, steps, weighted=not ops.wanted(x))
-    return y if states is None else (y, states.mT)
+    return y if states is None else (y, *[states.mT] * (return_final_states + return_varlen_states))
 
 
 def _alike(steps: Steps, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> tuple[tuple[str, str], ...]:

@@ -36,6 +36,7 @@ def check(
     dt_softplus: Any,
     dt_limit: Any,
     return_final_states: Any,
+    return_varlen_states: Any,
     *,
     alone: bool,
 ) -> None:
@@ -98,6 +99,8 @@ def check(
         raise ValueError(f"chunk_size must be a positive number of tokens, or None, got {chunk_size}")
     as_bool("dt_softplus", dt_softplus)
     as_bool("return_final_states", return_final_states)
+    if as_bool("return_varlen_states", return_varlen_states) and cu_seqlens is None:
+        raise ValueError("return_varlen_states=True wants the documents' offsets, cu_seqlens, got None")
     check_limits(dt_limit)
 
 

@@ -45,6 +45,11 @@ def make(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
         ({"chunk_size": 0}, "chunk_size must be"),
         ({"dt_limit": (0.2, 0.1)}, "dt_limit must be"),
         ({"dt_limit": 1.0}, "dt_limit must be"),
+        (
+            {"return_varlen_states": True},
+            "return_varlen_states=True wants the documents' offsets, cu_seqlens, got None",
+        ),
+        ({"return_varlen_states": 1}, "return_varlen_states must be True or False"),
         ({"dt_softplus": 1}, "dt_softplus must be True or False"),
     ],
 )

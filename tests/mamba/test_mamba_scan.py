@@ -51,7 +51,7 @@ def grown(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
 
 def recurrence(
     x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
-    dt_softplus=False, dt_limit=(0.0, math.inf),
+    dt_softplus=False, dt_limit=(0.0, math.inf), tile=None,
 ):  # fmt: skip
     """One token after the other: y, and the states at the end."""
     rows, tokens, heads, width = x.shape
@@ -279,6 +279,36 @@ def test_documents_have_the_bits_of_each_alone() -> None:
         for key in ("y", "dx", "ddt", "dB", "dC", "dz"):
             assert torch.equal(whole[key][:, begin:end], alone[key]), key
         assert torch.equal(whole["states"][row : row + 1], alone["states"])
+
+
+@pytest.mark.parametrize("ranks", [0, 1, 3])
+def test_states_of_documents(ranks: int) -> None:
+    """In mamba_ssm's order of what is returned, on every rank; with gradients."""
+    inputs, options, dy, dstates = case_of("documents")
+    options = options | {"tile": 16}
+    exact = grown(inputs_of(inputs, torch.float64))
+    right = compute(recurrence, exact, dy.double(), dstates.double(), **options)
+    whole = compute(ours, grown(inputs), dy, dstates, **options)
+
+    def varlen(**arguments: Any) -> Any:
+        return leetdist.mamba_chunk_scan_combined(**arguments, return_varlen_states=True)
+
+    if not ranks:
+        found = compute(varlen, grown(inputs), dy, dstates, **options)
+        assert all(torch.equal(x, whole[key]) for key, x in found.items())
+        assert relative_error(found["states"], right["states"]) < 4e-7
+        y, final, states = ours(**inputs, **options, return_varlen_states=True)
+        assert torch.equal(y, whole["y"])
+        assert torch.equal(final, whole["states"])
+        assert torch.equal(states, whole["states"])
+        return
+    lengths = (TOKENS - 7 * (ranks - 1), *[7] * (ranks - 1))
+
+    def rank(group):
+        mine, my_dy, share = shard(inputs, dy, dstates, lengths, group.rank)
+        return compute(varlen, mine, my_dy, share, **options, group=group)
+
+    assert_shards(leetdist.virtual_ranks(rank, ranks), whole)
 
 
 def test_going_on_is_the_whole() -> None:
