@@ -150,16 +150,16 @@ def run(
         fixed = plan.operator.fixed
         more = (x if not fixed else x.detach() for x in (weight, skip) if x is not None)
         inputs.extend(contiguous(x, inputs[3].dtype) for x in more)
-    anchor = None
     if transport is not None:
         tokens = len(plan.operator.tokens)
         moved = (redistribute(x, 2, here, there, transport) for x in inputs[:tokens])
         inputs[:tokens] = moved
-        if plan.any_initial_grad and not problem.needs_grad and not problem.needs_initial_grad:
-            anchor = torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
-    if anchor is None and not problem.needs_grad and not problem.needs_initial_grad:
+    if not problem.needs_grad and not problem.needs_initial_grad:
         results: Any = forward_pass(tuple(inputs), initial_state, plan)
     else:
+        anchor = None
+        if not problem.needs_grad and initial_state is None:  # the first rank's needs the gradient
+            anchor = torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
         inputs = [for_autograd(x) for x in inputs]
         results = LinearAttention.apply(initial_state, anchor, plan, *inputs)
     o, state = results[:2]

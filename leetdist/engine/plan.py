@@ -37,7 +37,6 @@ class Plan:
     rank: int = 0
     transport: Transport | None = None
     any_initial: bool = False
-    any_initial_grad: bool = False
     # Heads that forget in one tile, and in one token (leetdist.engine.scan).
     forgetting: frozenset[int] = frozenset()
     mute: frozenset[int] = frozenset()
@@ -127,7 +126,6 @@ def make_plan(
     *,
     decays: Decays | None = None,
     any_initial: bool,
-    any_initial_grad: bool = False,
     captured: bool = False,
     given: tuple[int, ...] = (),
 ) -> Plan:
@@ -157,7 +155,6 @@ def make_plan(
         rank=rank,
         transport=transport,
         any_initial=any_initial,
-        any_initial_grad=any_initial_grad,
         forgetting=forgetting,
         mute=mute,
         given=given or layout.lengths,

@@ -110,9 +110,13 @@ def _digest(decays: Decays | None) -> int:
 
 def _agreed_plan(mine: Problem, agreement: Agreement, transport: Transport, decays: Decays | None) -> Plan:
     """This rank's plan of a call that all ranks have agreed on; what follows from that on each is compared once."""
+    first = agreement.everyone[0]
     if not agreement.confirmed:
         check_agreement(agreement.everyone)
-    kernels = operator_named(mine.operator).chosen(mine, sum(p.tokens for p in agreement.everyone))
+    planned = mine
+    if first.needs_initial_grad != mine.needs_initial_grad:  # every rank has a backward pass then
+        planned = replace(mine, needs_initial_grad=True)
+    kernels = operator_named(mine.operator).chosen(planned, sum(p.tokens for p in agreement.everyone))
     if not agreement.confirmed and may_fail(mine.backend):
         _confirm(str(kernels), agreement, transport)
     if not agreement.confirmed:
@@ -124,9 +128,8 @@ def _agreed_plan(mine: Problem, agreement: Agreement, transport: Transport, deca
     if plan is None:
         given, tile = global_layout(agreement.everyone)
         plan = make_plan(
-            mine, given.on_grid(tile), tile, transport, decays=decays, given=given.lengths,
-            any_initial=agreement.everyone[0].has_initial, any_initial_grad=agreement.everyone[0].needs_initial_grad,
-            captured=all(problem.captured for problem in agreement.everyone),
+            planned, given.on_grid(tile), tile, transport, decays=decays, given=given.lengths,
+            any_initial=first.has_initial, captured=all(problem.captured for problem in agreement.everyone),
         )  # fmt: skip
         rows = plan.layout.batch * mine.dk * mine.dv
         widest = max(lane.width for lane in plan.lanes)

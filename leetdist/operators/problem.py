@@ -36,7 +36,7 @@ class Problem:
     return_state: bool
     grad_mode: bool
     needs_grad: bool
-    needs_initial_grad: bool
+    needs_initial_grad: bool  # in a plan the same on all ranks: whether the first one's state needs it
     needs_decay_grad: bool
     has_initial: bool
     tokens: int

@@ -173,6 +173,23 @@ def test_hops_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wait for others" not in text
 
 
+def test_all_ranks_plan_the_backward_pass_of_an_initial_state() -> None:
+    """Or they would find that they have other kernels than the first rank, whose state alone needs a gradient."""
+    x = torch.randn(1, 2, 64, 16)
+
+    def rank(group: Any) -> Any:
+        initial = torch.zeros(1, 2, 16, 16, requires_grad=True) if group.rank == 0 else None
+        options: Any = {
+            "scale": 1.0, "initial_state": initial, "return_state": False, "cu_seqlens": None, "method": "block",
+            "tile": 64, "precision": None,
+        }  # fmt: skip
+        return plan_call(x, x, x, -torch.rand(1, 2, 64), transport=group, **options).operator.kernels.used
+
+    first, *others = leetdist.virtual_ranks(rank, 3)
+    assert any(choice.use.reverse for choice in first)
+    assert all(kernels == first for kernels in others)
+
+
 def test_only_the_initial_state_needs_a_gradient() -> None:
     """Then the other ranks' outputs carry its gradient too, though none of their inputs does."""
     x = torch.randn(1, 2, 128, 16)

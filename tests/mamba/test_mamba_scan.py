@@ -220,6 +220,26 @@ def test_bits_on_processes() -> None:
     )
 
 
+def test_only_the_initial_states_need_a_gradient() -> None:
+    """Which the first rank alone has, and the others hand on to it."""
+    inputs = make("D", "initial_states")
+    initial = inputs.pop("initial_states")
+    dy = torch.randn_like(inputs["x"])
+
+    def gradient(group: Any = None) -> torch.Tensor | None:
+        first = group is None or group.rank == 0
+        own = initial.clone().requires_grad_() if first else None
+        local = {name: leetdist.shard_sequence(x, 1, group) if name in SHARDED else x for name, x in inputs.items()}
+        y = leetdist.mamba_chunk_scan_combined(**local, initial_states=own, group=group, tile=32)
+        y.backward(leetdist.shard_sequence(dy, 1, group))
+        return own.grad if own is not None else None
+
+    first, *others = leetdist.virtual_ranks(gradient, 3)
+    expected = gradient()
+    assert first is not None and expected is not None and torch.equal(first, expected)
+    assert others == [None, None]
+
+
 @pytest.mark.parametrize("name", ["as Mamba-2's layer", "skip and gate"])
 def test_bits_of_any_layout(name: str) -> None:
     """Gradients that are sums over tokens, of D, A and dt_bias, too."""
