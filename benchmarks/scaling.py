@@ -12,6 +12,8 @@ On the CPU (gloo) it runs with small sizes, to be tested: --device cpu --tokens 
    one GPU, where it is installed.
 4. The cost model's prediction beside what was measured.
 
+--operator token and mamba2 time a decay a token, learnt, without 3 and 4.
+
 Nothing is timed while a check of the dtype that is timed is red. Results: OUT.json, OUT.png and a table; the file is
 written after each part, and --seconds starts nothing new when they are over. The first rank compiles alone, the others
 then find it in the cache.
@@ -132,11 +134,16 @@ def verify(bench: Bench, dtype: torch.dtype, groups: list[tuple[str, int]]) -> N
     """Part 1."""
     args = bench.args
     base = Case(args.check_tokens, args.dim, args.dim, heads=args.heads, dtype=dtype, learnt=False)
+    shared = max(1, args.heads // 4)
+    mamba2 = replace(base, dv=args.dim // 2, heads=2 * args.heads, q_heads=shared, kv_heads=shared)
+    mamba2 = replace(mamba2, v_heads=2 * args.heads, decay="restarts", initial=True, model_layout=True, learnt=True)
     cases = [
         replace(base, decay="none"),
         replace(base, decay="mixed", uneven=True, initial=True, model_layout=True),
         replace(base, documents=(0, 1, base.tokens // 3 + 5, base.tokens // 2, base.tokens)),
         replace(base, decay="gone", uneven=True, learnt=True),
+        replace(base, decay="tokens", uneven=True, learnt=True),
+        mamba2,
     ]
     for seed, case in enumerate(cases):
         if bench.me.first:
@@ -255,18 +262,19 @@ def measure(
             )  # fmt: skip
 
 
-def passes(bench: Bench, tensors: list[Tensor], tile: int, transport: Any) -> dict[str, Callable[[], Any]]:
+def passes(bench: Bench, tensors: tuple[Tensor, ...], tile: int, transport: Any) -> dict[str, Callable[[], Any]]:
     """The operator on this rank's tokens, forward alone and with its backward."""
-    q, k, v, do = tensors
+    q, k, v, do, log_decay = tensors
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    decay = lightning_slopes(bench.args.heads).to(bench.me.device)
+    if learnt := bench.args.operator != "constant":
+        leaves.append(log_decay.detach().requires_grad_())
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return leetdist.linear_attention(q, k, v, decay, group=transport, tile=tile)
+            return leetdist.linear_attention(q, k, v, log_decay, group=transport, tile=tile)
 
     def both() -> Any:
-        o = leetdist.linear_attention(*leaves, decay, group=transport, tile=tile)
+        o = leetdist.linear_attention(*leaves, *([] if learnt else [log_decay]), group=transport, tile=tile)
         return torch.autograd.grad(o, leaves, do)
 
     return {"forward": forward, "forward + backward": both}
@@ -302,8 +310,8 @@ def captured(call: Callable[[], Any], mode: str = "thread_local") -> Callable[[]
 
 
 def model(bench: Bench, tokens: int, ranks: int, name: str, graph: bool) -> float | None:
-    if not bench.cuda:
-        return None  # its constants are a GPU's
+    if not bench.cuda or bench.args.operator != "constant":
+        return None  # its constants are a GPU's, and a decay a head's
     job = pipeline.Job(ranks, tokens, bench.args.heads, bench.args.dim, bench.args.dim)
     forgetting = float((lightning_slopes(job.heads) * job.grid < -105).float().mean())
     shape = (1, job.heads, job.heads, job.dk, job.dv, job.shards, job.grid)
@@ -340,6 +348,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check-tokens", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--operator", choices=schemes.OPERATORS, default="constant", help="what is timed (constant)")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=10)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +27,7 @@ def test_scaling(tmp_path: Path) -> None:
     sizes += " --in-a-row 2"
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     out = run(*launcher, "benchmarks/scaling.py", *sizes.split(), "--dtype", "float32", "--out", str(tmp_path / "s"))
-    assert "8 checks, 0 differences" in out  # --fp32
+    assert "12 checks, 0 differences" in out  # --fp32
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["problems"] == report["red"] == []
     assert (tmp_path / "s.png").stat().st_size > 10_000
@@ -42,6 +44,21 @@ def test_scaling(tmp_path: Path) -> None:
         "all-gather, LASP-2's scheme",
         "serial ring, LASP's scheme",
     }
+
+
+@pytest.mark.parametrize("operator", ["token", "mamba2"])
+def test_scaling_of_a_decay_a_token(tmp_path: Path, operator: str) -> None:
+    sizes = "--device cpu --tokens 512 --weak --heads 4 --dim 16 --check-tokens 256 --repeat 1 --warmup 1"
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    options = ["--dtype", "float32", "--operator", operator, "--out", str(tmp_path / "s")]
+    assert "6 checks, 0 differences" in run(*launcher, "benchmarks/scaling.py", *sizes.split(), *options)
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert report["problems"] == report["red"] == []
+    rows = {(r["what"], r["ranks"], r["call"]): r for r in report["rows"]}
+    assert set(rows) == {("leetdist", ranks, call) for ranks in (1, 2) for call in ("forward", "forward + backward")}
+    sent = {"token": 4 * 4 * 16 * 16, "mamba2": 4 * 8 * 16 * 8}  # one state
+    assert rows["leetdist", 2, "forward"]["bytes_sent"] == sent[operator]
+    assert all(r["model"] is None and r["seconds"] > 0 for r in rows.values())
 
 
 def test_overhead(tmp_path: Path) -> None:

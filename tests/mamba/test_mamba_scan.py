@@ -236,7 +236,9 @@ def test_only_the_initial_states_need_a_gradient() -> None:
 
     first, *others = leetdist.virtual_ranks(gradient, 3)
     expected = gradient()
-    assert first is not None and expected is not None and torch.equal(first, expected)
+    assert first is not None
+    assert expected is not None
+    assert torch.equal(first, expected)
     assert others == [None, None]
 
 
