@@ -114,11 +114,13 @@ def mamba_chunk_scan_combined(
         # Zeros before the sequence: so initial_states are of document 0.
         before = halo(seq_idx, 1, group, width=1)
         starts = seq_idx != torch.cat((before, seq_idx[:, :-1]), 1)[:, : seq_idx.shape[1]]
+    asked = as_bool("return_final_states", return_final_states), as_bool("return_varlen_states", return_varlen_states)
+    times = sum(asked)  # that the states are returned: those of the documents are the final ones
     initial = None if initial_states is None else initial_states.to(torch.promote_types(x.dtype, torch.float32)).mT
 
     options: dict[str, Any] = {
-        "initial_state": initial, "return_state": return_final_states or return_varlen_states,
-        "cu_seqlens": cu_seqlens, "tile": tile, "precision": precision,
+        "initial_state": initial, "return_state": times > 0, "cu_seqlens": cu_seqlens, "tile": tile,
+        "precision": precision,
     }  # fmt: skip
 
     def attend(v: Tensor, log_decay: Tensor, weight: Tensor | None, skip: Tensor | None) -> Any:
@@ -131,7 +133,7 @@ def mamba_chunk_scan_combined(
     steps = Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
     alike = () if transport is None else _alike(steps, D, z, dt_bias)
     y, states = with_attention(attend, x, dt, A, D, z, dt_bias, starts, steps, weighted=not ops.wanted(x))
-    return y if states is None else (y, *[states.mT] * (return_final_states + return_varlen_states))
+    return y if states is None else (y, *[states.mT] * times)
 
 
 def _alike(steps: Steps, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> tuple[tuple[str, str], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,3 +109,12 @@ def test_parameters_may_have_any_floating_dtype() -> None:
     assert torch.equal(y, leetdist.mamba_chunk_scan_combined(**inputs | wide))
     with pytest.raises(ValueError, match="A must be finite and <= 0"):
         leetdist.mamba_chunk_scan_combined(**inputs | {"A": torch.ones(HEADS).to(torch.float8_e5m2)})
+
+
+def test_what_is_returned_by_bools_of_numpy() -> None:
+    inputs, true = make() | {name: x[:1] for name, x in make().items() if x.ndim > 1}, np.bool_(True)
+    offsets = torch.tensor([0, 5, TOKENS])
+    call = leetdist.mamba_chunk_scan_combined
+    assert isinstance(call(**inputs, return_final_states=np.bool_(False)), torch.Tensor)
+    assert len(call(**inputs, return_final_states=true)) == 2
+    assert len(call(**inputs, cu_seqlens=offsets, return_final_states=true, return_varlen_states=true)) == 3
