@@ -57,6 +57,7 @@ class Call:
     tile: int | None
     precision: str | None
     group: str
+    around: str  # of a call of a group: `Problem`'s, a line each
     learns: bool  # of a call of a group: whether autograd records it for q, k, v or log_decay
     learns_initial: bool  # and for initial_state
 
@@ -92,6 +93,7 @@ class Call:
             self.q, self.k, self.v, self.log_decay, **self.options(),
             transport=by_name(self.group), read_values=not self.q.is_cuda, sees_grads=False,
             traced_grads=(self.learns, self.learns_initial),
+            around=tuple([tuple(line.split("=", 1)) for line in self.around.splitlines()]),
         )  # fmt: skip
 
     def inputs(self, plan: Plan) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -108,7 +110,7 @@ class Call:
 
 
 ARGUMENTS = len(fields(Call))
-OPTIONS = tuple(field.name for field in fields(Call)[4:-3])
+OPTIONS = tuple(field.name for field in fields(Call)[4:-4])
 SCHEMA = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Call))
 FORWARD = f"({SCHEMA}, Tensor? after=None) -> (Tensor, Tensor, Tensor)"
 BACKWARD = (
@@ -141,15 +143,23 @@ def _is_fake(x: Tensor) -> bool:
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, options: dict[str, Any], group: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    options: dict[str, Any],
+    group: str,
+    around: tuple[tuple[str, str], ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """As leetdist.linear_attention, with the group by name; the state is empty where it is not asked for."""
+    """As leetdist.linear_attention, with the group by name; the state is empty where it is not asked for. around: as
+    `Problem`'s."""
+    told_around = "\n".join([f"{name}={value}" for name, value in around])
     if torch.compiler.is_compiling():
         options = options | {"scale": float(options["scale"])}
     else:
         with told(shared(by_name(group), q), WHAT):
             options = canonical_options(**options)
-            arguments = (q, k, v, log_decay, *(options[name] for name in OPTIONS), group, False, False)
+            arguments = (q, k, v, log_decay, *(options[name] for name in OPTIONS), group, told_around, False, False)
             _check(Call(*arguments))
     learns = learns_initial = False
     if group and torch.is_grad_enabled():
@@ -158,7 +168,8 @@ def linear_attention(
         learns = learns or (log_decay is not None and log_decay.requires_grad)
         learns_initial = initial_state is not None and initial_state.requires_grad
     op = _forward_in_order if group else _forward
-    o, state, _ = op(q, k, v, log_decay, *(options[name] for name in OPTIONS), group, learns, learns_initial)
+    asked = (options[name] for name in OPTIONS)
+    o, state, _ = op(q, k, v, log_decay, *asked, group, told_around, learns, learns_initial)
     return o, state
 
 
@@ -307,5 +318,5 @@ def _define_passes(name: str, *, in_order: bool) -> tuple[Any, Any]:
     return forward, backward
 
 
-_forward, _backward = _define_passes("attention", in_order=False)
-_forward_in_order, _backward_in_order = _define_passes("sharded_attention", in_order=True)
+_forward, _backward = _define_passes("decaying_attention", in_order=False)
+_forward_in_order, _backward_in_order = _define_passes("sharded_decaying_attention", in_order=True)

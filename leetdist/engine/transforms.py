@@ -18,7 +18,7 @@ from leetdist.arguments import IN_MEMORY, transformed
 from leetdist.engine.autograd import ONCE
 
 # Of an op's arguments, as leetdist.engine.ops.Call has them: tensors first, then options.
-TENSORS, ARGUMENTS = 6, 14
+TENSORS, ARGUMENTS = 6, 15
 DECAY, DOCUMENTS = 3, 5
 NO_FORWARD_MODE = (
     "leetdist: forward-mode differentiation (jvp, jacfwd) of linear_attention goes by q, k, v and initial_state, not "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from leetdist.api import linear_attention, linear_attention_step
+from leetdist.api import linear_attention_step
 from leetdist.arguments import as_bool
 from leetdist.engine import ops
 from leetdist.engine.call import run
@@ -17,7 +17,7 @@ from leetdist.kernels.mamba.pytorch.scan import Steps
 from leetdist.mamba.checks import check
 from leetdist.mamba.passes import with_attention
 from leetdist.sequence.agreement import told
-from leetdist.sequence.group import resolve
+from leetdist.sequence.group import name_of, resolve
 from leetdist.sequence.halo import halo
 
 if TYPE_CHECKING:
@@ -125,10 +125,11 @@ def mamba_chunk_scan_combined(
 
     def attend(v: Tensor, log_decay: Tensor, weight: Tensor | None, skip: Tensor | None) -> Any:
         given = C.transpose(1, 2), B.transpose(1, 2), v, log_decay
-        if weight is None:
-            return linear_attention(*given, **options, group=group)
         more = {"scale": 1.0, "method": "auto", **options}
-        return run(given, more, transport, weight=weight, skip=skip, gated=z is not None, around=alike)
+        if weight is not None:
+            return run(given, more, transport, weight=weight, skip=skip, gated=z is not None, around=alike)
+        o, states = ops.linear_attention(*given, more, name_of(group), alike)
+        return (o, states) if return_final_states else o
 
     steps = Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
     alike = () if transport is None else _alike(steps, D, z, dt_bias)
@@ -138,12 +139,13 @@ def mamba_chunk_scan_combined(
 
 def _alike(steps: Steps, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> tuple[tuple[str, str], ...]:
     """What all ranks must have alike and the attention does not see, by name."""
+    wide = "a number a head", "a row a head"
     given = {"D": D, "dt_bias": dt_bias}
     return (
         ("dt_softplus", str(steps.softplus)),
         ("dt_limit", str(steps[1:])),
         ("z", "None" if z is None else "a tensor"),
-        *((name, "None" if x is None else f"a tensor of shape {tuple(x.shape)}") for name, x in given.items()),
+        *((name, "None" if x is None else wide[x.ndim - 1]) for name, x in given.items()),
     )
 
 

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet, finalize
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from torch._compile import _disable_dynamo
 
 from leetdist.arguments import as_float, as_int
 from leetdist.sequence import copies as _copies  # noqa: F401  groups in copied and pickled modules
@@ -210,12 +211,15 @@ def resolve(group: Group | None, transport: str | None = None) -> Transport | No
     known = _of_group.get(process_group)
     if known is None or process_group not in c10d._world.pg_map:  # get_rank is several times this
         _check_member(process_group)
-    if known is None:
-        with _lock:
-            making = _making.setdefault(process_group, threading.Lock())
-        with making:  # two threads that use a group first at the same time
-            known = _of_group.get(process_group) or _make(process_group, transport)
-    return _served_by(known, transport)
+    return _served_by(known or _first_use(process_group, transport), transport)
+
+
+@_disable_dynamo  # how processes find each other is nothing for a graph: it breaks here, once
+def _first_use(group: dist.ProcessGroup, wanted: str | None) -> Transport:
+    with _lock:
+        making = _making.setdefault(group, threading.Lock())
+    with making:  # two threads that use a group first at the same time
+        return _of_group.get(group) or _make(group, wanted)
 
 
 def _make(group: dist.ProcessGroup, wanted: str | None) -> Transport:

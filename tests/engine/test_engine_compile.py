@@ -52,7 +52,7 @@ def test_opcheck(case: str) -> None:
         documents = torch.tensor([0, 30, 100])
     decay = None if case == "no decay" else g.requires_grad_()
     args = [x.detach().requires_grad_() for x in (q, k, v)]
-    args += [decay, initial, documents, 0.5, "state" in case, "auto", 16, None, "", False, False]
+    args += [decay, initial, documents, 0.5, "state" in case, "auto", 16, None, "", "", False, False]
     library.opcheck(ops._forward, tuple(args))
 
 
@@ -102,9 +102,9 @@ def test_the_op_alone_is_equal() -> None:
 def test_saved_states_are_not_to_be_copied() -> None:
     """The op's third output holds more memory than it shows; a copy of it is an error, never a wrong gradient."""
     q, k, v, g = inputs(40)
-    o, final, states = ops._forward(q, k, v, g, None, None, 0.5, True, "auto", 16, None, "", False, False)
+    o, final, states = ops._forward(q, k, v, g, None, None, 0.5, True, "auto", 16, None, "", "", False, False)
     assert states.shape == (1,)
-    arguments = (q, k, v, g, None, None, 0.5, True, "auto", 16, None, "", False, False)
+    arguments = (q, k, v, g, None, None, 0.5, True, "auto", 16, None, "", "", False, False)
     assert ops._backward(*arguments, states, o, final, True)[0].shape == q.shape
     with pytest.raises(RuntimeError, match="saved for the backward was copied"):
         ops._backward(*arguments, states.clone(), o, final, True)
@@ -121,7 +121,7 @@ def test_outputs_lie_as_promised(tokens: int, layout: bool) -> None:
 def test_outputs_are_the_memory_that_is_taken() -> None:
     """Nothing as large as an output is taken beside it: at 131,072 tokens that was a gibibyte."""
     q, k, v, g = inputs(2000, kv_heads=4)
-    arguments = (q, k, v, g, None, None, 0.5, False, "auto", 256, None, "", False, False)
+    arguments = (q, k, v, g, None, None, 0.5, False, "auto", 256, None, "", "", False, False)
     o, _, states = ops._forward(*arguments)
     for op, more, outputs in ((ops._forward, (), [o]), (ops._backward, (states, o, None, False), [q, k, v])):
         with torch.profiler.profile(profile_memory=True) as profile:
@@ -162,7 +162,7 @@ def test_ranks_agree_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def rank(group: VirtualGroup) -> list[Tensor]:
         local = [leetdist.shard_sequence(x, 2, group) if x.ndim > 1 else x for x in args]
         leaves = [x.detach().requires_grad_() for x in local]
-        more = (None, None, 1.0, False, "auto", None, None, group.name, True, False)
+        more = (None, None, 1.0, False, "auto", None, None, group.name, "", True, False)
         o = ops._forward_in_order(*leaves, *more)[0]
         return list(torch.autograd.grad(o, leaves, torch.ones_like(o)))
 
@@ -174,7 +174,7 @@ def test_ranks_agree_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plans_are_kept_as_long_as_their_memory() -> None:
-    call = ops.Call(*inputs(16), None, None, 1.0, False, "auto", None, None, "", False, False)
+    call = ops.Call(*inputs(16), None, None, 1.0, False, "auto", None, None, "", "", False, False)
     plans, plan = PendingPlans(few=4), call.plan()
     held = torch.empty(3)
     plans.keep(held[:1], plan)
@@ -206,7 +206,7 @@ def over_ranks(rank: int, by_token: bool) -> None:
     # opcheck runs the op; all ranks do so together.
     leaves = [x.clone().requires_grad_() for x in local]
     library.opcheck(
-        ops._forward_in_order, (*leaves, None, None, 1.0, True, "auto", None, None, group.group_name, True, False)
+        ops._forward_in_order, (*leaves, None, None, 1.0, True, "auto", None, None, group.group_name, "", True, False)
     )
 
     # Packed documents whose boundaries move tokens between the ranks.

@@ -119,7 +119,7 @@ def test_learnt_decays_have_sums_to_make(repeated: list[str]) -> None:
 
 def test_what_is_saved_is_looked_at_in_every_call() -> None:
     q, k, v, do, _ = inputs(0)
-    arguments = (q, k, v, DECAY, None, None, 0.5, False, "block", 32, None, "", False, False)
+    arguments = (q, k, v, DECAY, None, None, 0.5, False, "block", 32, None, "", "", False, False)
     with rehearsed():
         for _ in range(CALLS):
             _, _, states = ops._forward(*arguments)
@@ -192,7 +192,7 @@ def test_gradients_that_come_as_their_negatives() -> None:
         q, k, v, do, dfinal = inputs(seed)
         if turned:
             do, dfinal = torch._neg_view(-do), torch._neg_view(-dfinal)
-        given = (q, k, v, DECAY, None, None, 0.5, True, "block", 32, None, "", False, False)
+        given = (q, k, v, DECAY, None, None, 0.5, True, "block", 32, None, "", "", False, False)
         _, _, states = ops._forward(*given)
         return list(ops._backward(*given, states, do, dfinal, False)[:3])
 

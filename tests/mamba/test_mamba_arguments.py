@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import leetdist
+from helpers import run_ranks, values
 
 HEADS, WIDTH, GROUPS, STATE, TOKENS = 6, 16, 2, 24, 150
+
+
+class Followed(TorchDispatchMode):
+    """Follows operations, as torch.compile does: calls go through the custom ops."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def make(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
@@ -83,22 +95,46 @@ def test_ranks_that_disagree_on_documents_are_told() -> None:
     [
         ({"dt_softplus": True}, "dt_softplus: rank 1 has True, rank 0 has False"),
         ({"dt_limit": (0, 0.5)}, r"dt_limit: rank 1 has \(0.0, 0.5\), rank 0 has \(0.0, inf\)"),
-        ({"dt_bias": torch.ones(HEADS)}, r"dt_bias: rank 1 has a tensor of shape \(6,\), rank 0 has None"),
-        ({"D": torch.ones(HEADS)}, r"D: rank 1 has a tensor of shape \(6,\), rank 0 has None"),
+        ({"dt_bias": torch.ones(HEADS)}, r"dt_bias: rank 1 has a number a head, rank 0 has None"),
+        ({"D": torch.ones(HEADS, WIDTH)}, r"D: rank 1 has a row a head, rank 0 has None"),
         ({"z": torch.ones(2, 32, HEADS, WIDTH)}, "z: rank 1 has a tensor, rank 0 has None"),
     ],
 )
-def test_ranks_that_disagree_on_what_is_around_are_told(change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("mode", [nullcontext, Followed])
+def test_ranks_that_disagree_on_what_is_around_are_told(
+    mode: Callable[[], Any], change: dict[str, Any], message: str
+) -> None:
     inputs = make(32)
 
     def rank(group):
         for _ in range(2):  # what is remembered says so, too
             mine = inputs | (change if group.rank else {})
-            with pytest.raises(ValueError, match=f"disagree on {message}"):
+            with mode(), pytest.raises(ValueError, match=f"disagree on {message}"):
                 leetdist.mamba_chunk_scan_combined(**mine, group=group, tile=16)
-            leetdist.mamba_chunk_scan_combined(**inputs | change, group=group, tile=16)
+            with mode():
+                leetdist.mamba_chunk_scan_combined(**inputs | change, group=group, tile=16)
 
     leetdist.virtual_ranks(rank, 2)
+
+
+def compiled(rank: int) -> None:
+    inputs = {name: x[:, :32] if x.ndim > 1 else x for name, x in make(32).items()}
+    change: dict[str, Any] = {"dt_bias": torch.ones(HEADS), "D": torch.ones(HEADS)}
+
+    def call_of_group(inputs: Any, softplus: bool) -> torch.Tensor:
+        return leetdist.mamba_chunk_scan_combined(**inputs, dt_softplus=softplus, group=dist.group.WORLD, tile=16)
+
+    call = torch.compile(call_of_group, fullgraph=True, backend="aot_eager")
+    torch.compile(call_of_group, backend="eager")(inputs | change, True)  # a group's first use, where the graph breaks
+    call(inputs | change, True)
+    with pytest.raises(ValueError, match="disagree on dt_softplus: rank 1 has True, rank 0 has False"):
+        call(inputs | change, rank == 1)
+    with pytest.raises(ValueError, match="disagree on dt_bias: rank 1 has a number a head, rank 0 has None"):
+        call(inputs | (change if rank else {"D": change["D"]}), True)
+
+
+def test_ranks_that_disagree_on_what_is_around_a_compiled_call_are_told() -> None:
+    values(run_ranks(compiled, 2))
 
 
 def test_parameters_may_have_any_floating_dtype() -> None:
