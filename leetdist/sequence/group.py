@@ -17,9 +17,10 @@ import torch.distributed.distributed_c10d as c10d
 from torch._compile import _disable_dynamo
 
 from leetdist.arguments import as_float, as_int
+from leetdist.kernels.runtime.memo import Memo
 from leetdist.sequence import copies as _copies  # noqa: F401  groups in copied and pickled modules
 from leetdist.sequence.p2p import PointToPoint
-from leetdist.sequence.site import warn
+from leetdist.sequence.site import calling_site, warn
 from leetdist.sequence.symmetric import connect
 from leetdist.sequence.transport import Transport, check_seconds
 from leetdist.sequence.virtual import by_name as virtual_by_name
@@ -44,8 +45,10 @@ class _Scope(threading.local):
 
 
 _scope = _Scope()
-# Whether this process has shared calls by a `sequence_parallel` so far, in any thread.
+# Whether this process has shared calls by a `sequence_parallel` so far, in any thread; from then on, whether a line of
+# the program (leetdist.sequence.site) has.
 _surrounded = False
+_shared: Memo[int, bool] = Memo(4096)
 # What serves a process group lives as long as the group; a compiled graph knows it by name.
 _of_group: WeakKeyDictionary[dist.ProcessGroup, Transport] = WeakKeyDictionary()
 _making: WeakKeyDictionary[dist.ProcessGroup, threading.Lock] = WeakKeyDictionary()
@@ -188,10 +191,17 @@ def warn_where_unjoined() -> None:
         warn(f"leetdist: nothing is sharded, group is None. {words}")
 
 
-def _warn_where_left() -> None:
-    """A call without a group, in a backward pass: activation checkpointing recomputes it after its `sequence_parallel`,
-    or on a GPU in another thread."""
-    if _surrounded and torch._C._current_graph_task_id() != -1:
+def _note_line() -> None:
+    """Where a call comes from that names no group; a warning where it has none in a backward pass: activation
+    checkpointing recomputes it after its `sequence_parallel`, or on a GPU in another thread. But not if its line of the
+    program has made calls of this rank's own only."""
+    site = calling_site()
+    number = 0 if site is None else site.number
+    if _scope.transport is not None:
+        _shared[number] = _scope.transport.size > 1 or _shared.get(number, False)
+    elif torch._C._current_graph_task_id() == -1:
+        _shared.setdefault(number, False)
+    elif not number or _shared.get(number, True):
         warn(
             "leetdist: this call, recomputed in a backward pass, has no group, while a sequence_parallel surrounded "
             "others: if it was one of them, its gradients are those of this rank's tokens alone. Pass group= to the "
@@ -202,8 +212,8 @@ def _warn_where_left() -> None:
 def resolve(group: Group | None, transport: str | None = None) -> Transport | None:
     """The transport of a group; of the surrounding `sequence_parallel` for None; None for neither."""
     if group is None:
-        if _scope.transport is None and not torch.compiler.is_compiling():
-            _warn_where_left()
+        if _surrounded and not torch.compiler.is_compiling():
+            _note_line()
         return _scope.transport
     if isinstance(group, Transport):
         return _served_by(group, transport)

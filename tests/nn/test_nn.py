@@ -194,6 +194,28 @@ def test_recomputing_after_a_sequence_parallel_warns() -> None:
     with pytest.warns(UserWarning, match=words):
         leetdist.virtual_ranks(partial(recomputed, inside=False), 2)
 
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return layer(x)
+
+    def another(x: torch.Tensor) -> torch.Tensor:
+        return layer(x)
+
+    def of_no_group(function: Any) -> None:
+        y = torch.utils.checkpoint.checkpoint(function, torch.randn(1, 16, 32, requires_grad=True), use_reentrant=False)
+        y.sum().backward()
+
+    def both(group):
+        of_no_group(another)
+        with leetdist.sequence_parallel(group):
+            block(torch.randn(1, 16, 32))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", words)
+        of_no_group(block)  # whose line has never made a call of a group
+        leetdist.virtual_ranks(both, 2)
+    with pytest.warns(UserWarning, match=words):
+        of_no_group(block)
+
 
 def test_rotary_without_positions_is_refused_under_a_group() -> None:
     def rank(group):
