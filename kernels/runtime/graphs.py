@@ -162,8 +162,10 @@ def _stream(device: torch.device, number: int) -> int:
 
 def in_graphs(device: torch.device, actions: Sequence[Any], numbers: int) -> list[Any]:
     """What a call does, in graphs: its launches, and then what comes aside. As it is where each call has other
-    addresses, by its numbers, and where the host does more between launches: it passes messages on (by NCCL: graphs of
-    the two to four launches between them were no faster)."""
+    addresses, by its numbers, and where the host does more between launches: it passes messages on. By NCCL no message
+    is captured here: it must be on both of its ranks, which find their addresses again at different times, and may be
+    tied to the memory behind an address (benchmarks/notes/ranks.md). Graphs of the two to four launches between
+    messages were no faster."""
     steps = [x for x in actions if not (isinstance(x, recording.HostStep) and x.aside)]
     launches = sum(isinstance(x, (CudaStep, TritonStep)) for x in steps)
     between = sum(isinstance(x, (recording.OnStream, recording.Mark, recording.Wait)) for x in steps)
