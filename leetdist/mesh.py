@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from leetdist.arguments import as_int
 from leetdist.sequence.agreement import gathered
 from leetdist.sequence.group import resolve
+from leetdist.sequence.timeouts import timeout_of
 from leetdist.sequence.transport import Transport
 
 if TYPE_CHECKING:
@@ -75,7 +77,17 @@ def device_mesh(sequence: int | None = None, *, device_type: str | None = None) 
     sequence = ranks if sequence is None else sequence
     if ranks % sequence:
         raise ValueError(f"sequence must divide the number of ranks in the job, {ranks}, got {sequence}")
-    return init_device_mesh(device_type, (ranks // sequence, sequence), mesh_dim_names=("dp", "sp"))
+    mesh = init_device_mesh(device_type, (ranks // sequence, sequence), mesh_dim_names=("dp", "sp"))
+    for name in ("dp", "sp"):
+        _wait_as_the_job_does(mesh[name].get_group(), device_type)
+    return mesh
+
+
+def _wait_as_the_job_does(group: Any, device_type: str) -> None:
+    """init_process_group's timeout, which torch gives to no group of a mesh."""
+    for device in {"cpu", device_type}:
+        with suppress(RuntimeError):  # no backend for tensors there
+            group._get_backend(torch.device(device))._set_default_timeout(timeout_of(dist.group.WORLD, device))
 
 
 def _ranks(group: Any) -> int:

@@ -8,5 +8,6 @@
 - direct: p2p's messages by NCCL's own calls (nccl), without the process group's host time; watch ends the process where
   one never comes through.
 - memory, mailbox, ledger: what ranks of one host tell each other without messages. board, blame: who died, failed or is
-  late. pipeline: how many lanes to use, by a model of hops. copies: groups in copied and pickled modules.
+  late. timeouts: of a process group's own calls. pipeline: how many lanes to use, by a model of hops. copies: groups in
+  copied and pickled modules.
 """

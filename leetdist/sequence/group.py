@@ -297,6 +297,9 @@ def _process_group(group: Group) -> dist.ProcessGroup:
                 f"mesh[{(group.mesh_dim_names or ('sp',))[-1]!r}]"
             )
         group = group.get_group()
+    given: Any = group
+    if given is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns to who is not in it
+        raise ValueError(f"group does not hold this rank (global rank {dist.get_rank()})")
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             f"group must be a ProcessGroup, a 1-D DeviceMesh or a virtual group, got {type(group).__name__}"

@@ -25,6 +25,7 @@ from leetdist.sequence.direct import Direct, connect
 from leetdist.sequence.encoding import decode, encode
 from leetdist.sequence.ledger import Ledger
 from leetdist.sequence.mailbox import Gone, Mailbox
+from leetdist.sequence.timeouts import limited, timeout_of
 from leetdist.sequence.transport import Message, Transport, Unanswered, timeout_seconds
 
 # What hosts tell each other must not be taken for a tensor, nor the other way round, where ranks have lost step.
@@ -49,12 +50,7 @@ class PointToPoint(Transport):
         self._group = weakref.ref(group)
         backends = dist.get_backend_config(group)
         self.companion = None if "gloo" in backends else _companion(group)
-        self.default_seconds = c10d.default_pg_timeout.total_seconds()
-        with contextlib.suppress(AttributeError, RuntimeError):
-            host: Any = self.host_group
-            options: Any = getattr(host, "options", None)  # of gloo itself, or of a group that has it
-            options = options or host._get_backend(torch.device("cpu")).options
-            self.default_seconds = options._timeout.total_seconds()
+        self.default_seconds = timeout_of(self.host_group).total_seconds()
         # gloo reads and writes host memory only.
         self.staged = "nccl" not in backends
         self.pending: list[Sent] = []
@@ -268,22 +264,23 @@ class PointToPoint(Transport):
 
     def _taken(self, sent: list[Sent]) -> None:
         """Wait until these have left."""
-        for work, _, to, what in sent:
+        for work, tensor, to, what in sent:
             with self.blame(to, f"to take {what}"):
-                self._wait(work)
+                self._wait(work, on_host=tensor.is_cpu)
 
     def _receive(self, group: Any, buffer: Tensor, source: int, what: str, tag: int) -> Tensor:
         with self.blame(source, f"for {what}"):
-            self._wait(group.recv([buffer], source, tag))
+            self._wait(group.recv([buffer], source, tag), on_host=buffer.is_cpu)
         return buffer
 
-    def _wait(self, work: dist.Work) -> None:
+    def _wait(self, work: dist.Work, *, on_host: bool = False) -> None:
         """gloo: the host waits. NCCL: the current stream waits; the host too where a timeout is set, because only a
         host that waits can tell who it waited for (else NCCL's own watchdog ends the process)."""
-        if self.seconds is None:
+        seconds = self.patience() if on_host else self.seconds  # gloo's messages do not follow its group's timeout
+        if seconds is None:
             work.wait()
         else:
-            work.wait(timedelta(seconds=self.seconds))
+            work.wait(timedelta(seconds=seconds))
 
     @contextlib.contextmanager
     def collective(self, what: str) -> Iterator[None]:
@@ -291,7 +288,8 @@ class PointToPoint(Transport):
         with self.call("exchange"):
             begin = time.monotonic()
             try:
-                yield
+                with limited(self.group, self.seconds if self.staged else None):
+                    yield
             except RuntimeError as error:
                 waited = time.monotonic() - begin
                 raise self.unanswered(self._absent(), f"for {what}", waited, error) from error
@@ -377,8 +375,5 @@ def _companion(group: dist.ProcessGroup) -> Any:
 def gloo(like: dist.ProcessGroup, store: Store, rank: int, size: int) -> Any:
     """With the timeout of `like`."""
     seconds = timeout_seconds()
-    timeout = c10d.default_pg_timeout if seconds is None else timedelta(seconds=seconds)
-    with contextlib.suppress(RuntimeError, AttributeError):
-        options: Any = like._get_backend(torch.device("cuda")).options
-        timeout = options._timeout if seconds is None else timeout
+    timeout = timeout_of(like, "cuda") if seconds is None else timedelta(seconds=seconds)
     return c10d.ProcessGroupGloo(store, rank, size, timeout)

@@ -104,8 +104,8 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
         (..., N, ...) with the dtype and device of `x_local`.
 
     Raises:
-        ValueError: `x_local` is no dense tensor, `dim` is out of range, or the ranks disagree on the other dimensions,
-            the dtype, whether a gradient is recorded, or the length of the sequence that shard_sequence cut.
+        ValueError: `x_local` is no dense tensor, `dim` is out of range, or the ranks disagree on `dim`, the other
+            dimensions, the dtype, whether a gradient is recorded, or the length of the sequence that was cut.
         RuntimeError: a rank does not answer.
 
     Source: as `shard_sequence`.
@@ -125,7 +125,7 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
         tokens = shape.pop(dim)
         recorded = torch.is_grad_enabled() and x_local.requires_grad
         cut_from = None if transport is None else transport.cut_from(tokens)
-        mine = (tokens, tuple(shape), str(x_local.dtype), cut_from, recorded)
+        mine = (tokens, tuple(shape), str(x_local.dtype), cut_from, recorded, dim)
     except ValueError as error:
         if transport is None:
             raise
@@ -135,10 +135,10 @@ def gather_sequence(x_local: Tensor, dim: int, group: Group | None) -> Tensor:
     everyone = agree(mine, transport, "the shapes to gather").everyone
     check_cut([theirs[3] for theirs in everyone])
     for rank, theirs in enumerate(everyone):
-        if theirs[1:3] != everyone[0][1:3]:
+        if (*theirs[1:3], theirs[5]) != (*everyone[0][1:3], everyone[0][5]):
             raise ValueError(
-                f"gather_sequence: rank {rank} has {theirs[2]} of shape {theirs[1]} beside dim {dim}, "
-                f"rank 0 has {everyone[0][2]} of shape {everyone[0][1]}"
+                f"gather_sequence: rank {rank} has {theirs[2]} of shape {theirs[1]} beside dim {theirs[5]}, "
+                f"rank 0 has {everyone[0][2]} of shape {everyone[0][1]} beside dim {everyone[0][5]}"
             )
         if theirs[4] != everyone[0][4]:  # those that have a backward pass would wait for the others
             raise ValueError(

@@ -164,7 +164,7 @@ class _Hub:
 
     def put(self, source: int, to: int, message: Any, kind: str) -> None:
         with self.lock:
-            self._check(source)
+            self._check(source, f"cannot send to rank {to}: ")
             self.boxes[source, to, kind].append(message)
             self.changed[to].notify()
 
@@ -208,7 +208,7 @@ class _Hub:
             )
             raise RuntimeError(f"leetdist: the ranks make different calls of the group: {told}")
 
-    def _check(self, rank: int, doing: str = "") -> None:
+    def _check(self, rank: int, doing: str) -> None:
         if self.failure is None:
             return
         other, error = self.failure
