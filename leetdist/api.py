@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from leetdist.arguments import for_autograd, transformed, without_autocast
+from leetdist.arguments import for_autograd, in_memory, transformed, without_autocast
 from leetdist.engine import ops
 from leetdist.engine.call import run
 from leetdist.engine.checks import ONE_DEVICE, check_step, describe
@@ -225,7 +225,7 @@ def linear_attention_step(
     choice = None if compiling or plain else decoder("step", problem)
     if not differentiable and choice is not None and choice.implementation.compiler:
         step = choice.function()
-        return step(q, k, v, state, log_decay, scale=problem.scale, out=out)
+        return step(*in_memory(q, k, v, state, log_decay), scale=problem.scale, out=out)
     from leetdist.kernels.constant_decay.pytorch import decode
 
     if differentiable:

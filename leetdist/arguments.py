@@ -95,6 +95,11 @@ def check_plain(name: str, x: Any, wanted: str = "a tensor") -> None:
         raise ValueError(f"{name} must be a floating tensor, got a quantized one, {x.dtype}")
 
 
+def in_memory(*given: Tensor | None) -> tuple[Any, ...]:
+    """Each with its values as they lie in memory, for kernels that read it: a view can stand for their negatives."""
+    return tuple([x.resolve_neg() if x is not None and x.is_neg() else x for x in given])
+
+
 def for_autograd(x: Tensor) -> Tensor:
     """x, or a copy of one made in inference mode, of which autograd keeps none."""
     if torch.compiler.is_compiling() or not x.is_inference():

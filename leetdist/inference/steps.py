@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leetdist.arguments import transformed, without_autocast
+from leetdist.arguments import in_memory, transformed, without_autocast
 from leetdist.engine.checks import describe
 from leetdist.engine.inputs import a_head
 from leetdist.engine.ops import define, without_numbers
@@ -127,6 +127,8 @@ def advance(
     )  # fmt: skip
     check_steps(q, k, v, states, index, lengths)
     steps = decode.steps if plain else decoder("steps", problem).function()
+    if not plain:
+        q, k, v, log_decay = in_memory(q, k, v, log_decay)
     with without_autocast(q.device):
         o: Tensor = steps(q, k, v, states, log_decay, scale=problem.scale, index=index, lengths=lengths, ages=ages)
     return o

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leetdist.arguments import is_memory
+from leetdist.arguments import in_memory, is_memory
 from leetdist.kernels.runtime.memo import Memo
 from leetdist.kernels.runtime.settings import raw_settings
 from leetdist.operators.choice import Choice, Use
@@ -29,7 +29,11 @@ def kernel(pytorch: Callable[..., Any], like: Tensor, columns: int) -> Callable[
     that function itself, of which the compiler makes kernels of its own."""
     if torch.compiler.is_compiling() or not is_memory(like):
         return pytorch
-    return choice_for(pytorch.__name__, like.device, like.dtype, columns).function()
+    choice = choice_for(pytorch.__name__, like.device, like.dtype, columns)
+    function = choice.function()
+    if not choice.implementation.compiler:
+        return function
+    return lambda *given, **more: function(*(in_memory(x)[0] if isinstance(x, Tensor) else x for x in given), **more)
 
 
 def choice_for(step: str, device: torch.device, dtype: torch.dtype, columns: int) -> Choice:

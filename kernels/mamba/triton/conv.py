@@ -89,7 +89,7 @@ def _given(x: Tensor, weight: Tensor, bias: Tensor | None, around: Around) -> tu
     documents = around.documents
     rows = 0 if documents is None or documents.shape[0] == 1 else documents.shape[1]
     return (
-        x, around.before.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(),
+        x, around.before.resolve_neg().contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(),
         None if documents is None else documents.contiguous(), *x.stride(), rows,
     )  # fmt: skip
 
