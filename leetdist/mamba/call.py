@@ -18,10 +18,11 @@ from leetdist.mamba.checks import check
 from leetdist.mamba.passes import with_attention
 from leetdist.sequence.agreement import told
 from leetdist.sequence.group import name_of, resolve
-from leetdist.sequence.halo import halo
+from leetdist.sequence.halo import agreed_lengths, before_shard
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
+    from leetdist.sequence.transport import Transport
 
 
 def mamba_chunk_scan_combined(
@@ -109,11 +110,7 @@ def mamba_chunk_scan_combined(
             dt_softplus, dt_limit, return_final_states, return_varlen_states,
             alone=transport is None,
         )  # fmt: skip
-    starts = None
-    if seq_idx is not None:
-        # Zeros before the sequence: so initial_states are of document 0.
-        before = halo(seq_idx, 1, group, width=1)
-        starts = seq_idx != torch.cat((before, seq_idx[:, :-1]), 1)[:, : seq_idx.shape[1]]
+    starts = None if seq_idx is None else _starts(seq_idx, transport)
     asked = as_bool("return_final_states", return_final_states), as_bool("return_varlen_states", return_varlen_states)
     times = sum(asked)  # that the states are returned: those of the documents are the final ones
     initial = None if initial_states is None else initial_states.to(torch.promote_types(x.dtype, torch.float32)).mT
@@ -129,12 +126,24 @@ def mamba_chunk_scan_combined(
         if weight is not None:
             return run(given, more, transport, weight=weight, skip=skip, gated=z is not None, around=alike)
         o, states = ops.linear_attention(*given, more, name_of(group), alike)
-        return (o, states) if return_final_states else o
+        return (o, states) if times else o
 
     steps = Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
     alike = () if transport is None else _alike(steps, D, z, dt_bias)
     y, states = with_attention(attend, x, dt, A, D, z, dt_bias, starts, steps, weighted=not ops.wanted(x))
     return y if states is None else (y, *[states.mT] * times)
+
+
+def _starts(seq_idx: Tensor, transport: Transport | None) -> Tensor:
+    """(B, N): whether a token is of another document than the one before it. Before the sequence it is document 0, of
+    which initial_states are."""
+    rows, tokens = seq_idx.shape
+    before = seq_idx.new_zeros(rows, 1)
+    if transport is not None:
+        facts = {"B": rows, "seq_idx of": seq_idx.dtype}
+        lengths = agreed_lengths("mamba_chunk_scan_combined with seq_idx", tokens, facts, transport)
+        before = before_shard(seq_idx, 1, 1, lengths, transport)
+    return seq_idx != torch.cat((before, seq_idx[:, :-1]), 1)[:, :tokens]
 
 
 def _alike(steps: Steps, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> tuple[tuple[str, str], ...]:

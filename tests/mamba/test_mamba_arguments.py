@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,21 @@ def test_ranks_that_disagree_on_what_is_around_a_compiled_call_are_told() -> Non
     values(run_ranks(compiled, 2))
 
 
+def test_ranks_of_which_one_has_seq_idx_are_told() -> None:
+    inputs, seq_idx = make(32), torch.zeros(2, 32, dtype=torch.int32)
+
+    def rank(group, first, second, message):
+        mine = inputs | {"seq_idx": second if group.rank else first}
+        with pytest.raises(ValueError, match=message):
+            leetdist.mamba_chunk_scan_combined(**mine, group=group, tile=16)
+
+    for first, second, message in (
+        (None, seq_idx, "the arguments of mamba_chunk_scan_combined with seq_idx"),
+        (seq_idx, seq_idx.long(), "rank 1 has seq_idx of torch.int64, rank 0 has torch.int32"),
+    ):
+        leetdist.virtual_ranks(partial(rank, first=first, second=second, message=message), 2)
+
+
 def test_parameters_may_have_any_floating_dtype() -> None:
     inputs = make() | {"D": torch.randn(HEADS)}
     narrow = {name: inputs[name].to(torch.float8_e5m2) for name in ("dt", "A", "D")}
@@ -147,10 +163,14 @@ def test_parameters_may_have_any_floating_dtype() -> None:
         leetdist.mamba_chunk_scan_combined(**inputs | {"A": torch.ones(HEADS).to(torch.float8_e5m2)})
 
 
-def test_what_is_returned_by_bools_of_numpy() -> None:
+def test_what_is_returned() -> None:
+    """Also by bools of NumPy's, and by the custom ops."""
     inputs, true = make() | {name: x[:1] for name, x in make().items() if x.ndim > 1}, np.bool_(True)
     offsets = torch.tensor([0, 5, TOKENS])
     call = leetdist.mamba_chunk_scan_combined
     assert isinstance(call(**inputs, return_final_states=np.bool_(False)), torch.Tensor)
     assert len(call(**inputs, return_final_states=true)) == 2
+    assert len(call(**inputs, cu_seqlens=offsets, return_varlen_states=True)) == 2
+    with Followed():
+        assert len(call(**inputs, cu_seqlens=offsets, return_varlen_states=True)) == 2
     assert len(call(**inputs, cu_seqlens=offsets, return_final_states=true, return_varlen_states=true)) == 3
