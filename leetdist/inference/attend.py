@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from leetdist.api import linear_attention
+from leetdist.engine.ops import shared
+from leetdist.inference.checks import told_of_piece
 from leetdist.inference.pool import StatePool
 from leetdist.inference.state import State
 from leetdist.inference.stream import stream
+from leetdist.sequence.group import resolve
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
@@ -40,21 +43,26 @@ def attend(
             q, k, v, log_decay, scale=scale, cu_seqlens=cu_seqlens, method="block", group=group, tile=tile
         )
         return o, None
-    if cu_seqlens is not None:
-        raise ValueError("cu_seqlens must be None where an exact layer keeps a state: a state is of one sequence a row")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay)):
-        raise ValueError("an exact layer's state has no gradient: ask for it, and give one, under torch.no_grad()")
+    with told_of_piece(None if isinstance(state, StatePool) else shared(resolve(group), q)):
+        _check_kept(state, cu_seqlens, q, k, v, log_decay)
     own = (log_decay,) if log_decay.ndim == 3 else ()
     if isinstance(state, StatePool):
         index = torch.arange(q.shape[0], device=q.device)
         return state.steps(q, k, v, index, log_decay=own[0] if own else None), state
-    if state is not None and not isinstance(state, State):
-        raise ValueError(f"state must be a State or an exact StatePool in an exact layer, got {type(state).__name__}")
     if state is None:
         running = stream(None if own else log_decay, scale=scale, tile=tile, group=group)
     else:
         running = stream(state=state, group=group)
     return running.push(q, k, v, *own), running.state
+
+
+def _check_kept(state: Any, cu_seqlens: Tensor | None, *given: Tensor) -> None:
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens must be None where an exact layer keeps a state: a state is of one sequence a row")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise ValueError("an exact layer's state has no gradient: ask for it, and give one, under torch.no_grad()")
+    if state is not None and not isinstance(state, (State, StatePool)):
+        raise ValueError(f"state must be a State or an exact StatePool in an exact layer, got {type(state).__name__}")
 
 
 __all__ = ["TILE", "attend"]

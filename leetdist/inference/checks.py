@@ -7,8 +7,10 @@ leetdist.inference.state.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +19,12 @@ from leetdist.arguments import as_float, as_int, as_str, as_tile, check_plain, i
 from leetdist.engine.checks import DTYPES, METHODS, ONE_DEVICE, check_log_decay, check_written, describe
 from leetdist.engine.ops import without_numbers
 from leetdist.operators.problem import state_dtype
+from leetdist.sequence.agreement import gathered
+
+if TYPE_CHECKING:
+    from leetdist.sequence.transport import Transport
+
+PIECE = "the lengths of this piece"  # that the ranks of a stream wait for each other for
 
 
 def check_count(name: str, value: Any, least: int) -> int:
@@ -230,6 +238,17 @@ def check_piece(
             raise ValueError(
                 f"{name} must have as many heads as in the pieces before, {before.shape[1]}, got {x.shape[1]}"
             )
+
+
+@contextmanager
+def told_of_piece(transport: Transport | None) -> Iterator[None]:
+    """Around checks that come before a stream's `push` over ranks: those that wait in it are told of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if transport is not None and transport.size > 1:
+            gathered(error, transport, PIECE)
+        raise
 
 
 def check_shards(everyone: list[Any], rank: int, tile: int) -> tuple[int, int, int]:

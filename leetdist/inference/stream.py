@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leetdist.api import linear_attention
 from leetdist.arguments import as_str, check_device, check_plain
-from leetdist.inference.checks import check_count, check_decay, check_piece, check_shards, plain_options
+from leetdist.inference.checks import PIECE, check_count, check_decay, check_piece, check_shards, plain_options
 from leetdist.inference.pieces import Piece, as_one, as_piece, copied, kind_of, lengths_if_alike, reads_log_decay
 from leetdist.inference.running import Running
 from leetdist.inference.staging import Staging
@@ -300,7 +300,7 @@ class Stream:
             wrong = error
         mine = (piece[0].shape[2], self.tokens, self._open) if wrong is None else wrong
         with transport.call("agreement"):
-            everyone = transport.gather_objects(mine, "the lengths of this piece", fails=wrong is not None)
+            everyone = transport.gather_objects(mine, PIECE, fails=wrong is not None)
         owner, tail, whole = check_shards(everyone, transport.rank, self._tile)
         state, outputs = self.state, []
         last = tail if transport.rank == owner else 0

@@ -54,6 +54,14 @@ def check_x(x: Tensor, dim: int, group: Group | None) -> None:
         refuse(f"x must have shape (B, N, dim) = (B, N, {dim}), got {got}", x, group)
 
 
+def as_return_state(value: Any, x: Any, group: Group | None) -> bool:
+    """A layer's `return_state`, when it is called with x."""
+    try:
+        return as_bool("return_state", value)
+    except ValueError as error:
+        refuse(str(error), x, group)
+
+
 def refuse(words: str, x: Any, group: Group | None) -> NoReturn:
     """A ValueError in a layer called with x, of which the group's other ranks, that wait in the layer, are told."""
     numberless = isinstance(x, Tensor) and (x.is_meta or not is_memory(x))  # a call that this rank makes by itself
@@ -61,4 +69,4 @@ def refuse(words: str, x: Any, group: Group | None) -> NoReturn:
         raise ValueError(words)
 
 
-__all__ = ["as_eps", "as_size", "check_exact", "check_x", "refuse", "share_of"]
+__all__ = ["as_eps", "as_return_state", "as_size", "check_exact", "check_x", "refuse", "share_of"]

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from leetdist.api import linear_attention, linear_attention_step
-from leetdist.arguments import as_bool
 from leetdist.inference.attend import attend
+from leetdist.nn.checks import as_return_state
 from leetdist.sequence.group import is_alone
 
 
@@ -27,7 +27,7 @@ def attended(
 ) -> tuple[Tensor, Any]:
     """o, and with return_state the state after it, else None; the rest is as `linear_attention` takes it. layer: its
     group, tile and exact count, and whether a step of decoding overwrites its state (`inplace`)."""
-    return_state = as_bool("return_state", return_state)
+    return_state = as_return_state(return_state, q, layer.group)
     if layer.exact:
         o, final = attend(
             q, k, v, log_decay,

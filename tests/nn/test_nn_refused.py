@@ -146,6 +146,9 @@ SHARED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("Retention", {"position_ids": torch.arange(16)}, {"x": torch.zeros(1, 16, 31)}, "x must have shape"),
     ("Mamba2", {}, {"state": torch.zeros(1)}, "state must be a Mamba2State"),
     ("Mamba2", {"exact": True, "return_state": True}, {"cu_seqlens": torch.tensor([0, 32])}, "must be None where"),
+    ("SimpleGLA", {"exact": True, "return_state": True}, {"cu_seqlens": torch.tensor([0, 32])}, "must be None where"),
+    ("SimpleGLA", {"exact": True, "return_state": True}, {"state": torch.zeros(1, 2, 16, 16)}, "state must be a State"),
+    *((name, {}, {"return_state": "yes"}, "return_state must be") for name in ("SimpleGLA", "Mamba2")),
     ("Retention", {"position_ids": torch.arange(16)}, {"position_ids": None}, "position_ids must be given"),
     ("Retention", {"position_ids": torch.arange(16)}, {"position_ids": torch.arange(3)}, "position_ids must be numb"),
 ]
