@@ -95,13 +95,19 @@ def plan_call(
                     raise
     decays = None
     if isinstance(mine, Problem) and log_decay is not None and log_decay.ndim == 1:
-        decays = decays_of(log_decay, read=options.get("read_values", True))
+        decays = _shared_decays(log_decay, read=options.get("read_values", True))
     agreement = agree(mine, transport, WHAT, values=_digest(decays), site=site, lengths=lengths, asked=asked)
     assert isinstance(mine, Problem)
     plan = _agreed_plan(mine, agreement, transport, decays)
     if kind is not None:
         transport.plans[kind] = agreement, plan
     return plan
+
+
+def _shared_decays(log_decay: Tensor, *, read: bool) -> Decays | None:
+    """Those that all ranks know. Where a call may not read them, what this rank has read before, alone maybe, is no
+    help: another has not."""
+    return decays_of(log_decay) if read else None
 
 
 def _digest(decays: Decays | None) -> int:
@@ -204,7 +210,7 @@ def _known(
                 return _NOTHING
             read = options.get("read_values", True)
             if log_decay.ndim == 1:
-                decays = decays_of(log_decay, read=read)
+                decays = (decays_of if cut_from is None else _shared_decays)(log_decay, read=read)
                 if (read and not never_read(log_decay)) if decays is None else decays.bad is not None:
                     return _NOTHING
             elif not is_plain(log_decay) or bad_step(log_decay, read=read) is not None:

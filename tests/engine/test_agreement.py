@@ -310,6 +310,26 @@ def test_a_site_is_the_programs_line() -> None:
     assert {site.words.partition(":")[0] for site in seen} == {"test_agreement.py"}
 
 
+def test_decays_that_one_rank_has_read_alone_are_no_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of compiled calls on GPUs, which may not read them: rehearsed on the CPU."""
+    here, decays_of = threading.local(), planning.decays_of
+    monkeypatch.setattr(planning, "decays_of", lambda x, *, read=True: decays_of(x) if read or here.rank == 0 else None)
+    x, decay = torch.randn(1, 2, 32, 16), torch.tensor([-0.1, -50.0])
+    options: dict[str, Any] = {
+        "scale": 1.0, "initial_state": None, "return_state": False, "cu_seqlens": None, "method": "auto", "tile": 16,
+        "precision": None, "read_values": False, "sees_grads": False,
+    }  # fmt: skip
+
+    def rank(group: VirtualGroup) -> list[int]:
+        here.rank = group.rank
+        plans = [planning.plan_call(x, x, x, decay, transport=group, **options) for _ in range(3)]
+        assert plans[0] is plans[2]
+        return [len(plans[0].lanes), *(lane.width for lane in plans[0].lanes)]
+
+    first, second = leetdist.virtual_ranks(rank, 2)
+    assert first == second
+
+
 def test_decays_that_are_learnt_on_a_gpu_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rehearsed on the CPU: one plan for all steps, one device's bits, and NaN from what is no log-decay."""
     monkeypatch.setattr(engine_values, "_on_gpu", lambda x: True)
