@@ -201,7 +201,7 @@ def plan() -> Arguments:
         """,
     )
     add = parser.add_argument
-    add("--ranks", type=whole(1), required=True, help="the largest number of ranks")
+    add("--ranks", type=whole(1, 65536), required=True, help="the largest number of ranks")
     add("--tokens", type=whole(1), required=True, help="of the whole sequence")
     add("--heads", type=whole(1), default=32, help="of q")
     add("--dim", type=whole(1), default=128, help="numbers in a head")
@@ -356,8 +356,9 @@ def train() -> Arguments:
     add("--precision", choices=("no", "bf16"), help="the launcher's own setting, else bf16 on GPUs")
     add("--checkpointing", action="store_true", help="recompute activations in the backward")
     add("--compile", action="store_true", help="torch.compile, block by block")
-    add("--fsdp", action="store_true", help="FSDP2 without an accelerate config, as under torchrun")
-    add("--deepspeed-config", "--deepspeed_config", metavar="FILE", help="JSON; DeepSpeed instead of DDP or FSDP2")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--fsdp", action="store_true", help="FSDP2 without an accelerate config, as under torchrun")
+    one("--deepspeed-config", "--deepspeed_config", metavar="FILE", help="JSON; DeepSpeed instead of DDP or FSDP2")
     add("--out", type=Path, default=Path("runs/train"), help="checkpoints, metrics.jsonl and TensorBoard logs")
     add("--save-every", type=whole(-1), default=100, help="steps; 0 saves at the end only, -1 never")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, if there is one")

@@ -40,6 +40,8 @@ from leetdist.launch.resume import described, differences
 from leetdist.launch.runtime import one_message
 from leetdist.launch.text import Windows, load_tokens
 
+KINDS = {DistributedType.FSDP: "FSDP2", DistributedType.DEEPSPEED: "DeepSpeed"}  # else DDP
+
 
 def make_accelerator(options: argparse.Namespace) -> Accelerator:
     """accelerate, however we were launched; on a machine without a GPU over gloo."""
@@ -48,6 +50,8 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
     if options.precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ and cuda:
         how["mixed_precision"] = "bf16"
     if options.deepspeed_config:
+        if not Path(options.deepspeed_config).is_file():
+            raise SystemExit(f"--deepspeed-config {options.deepspeed_config}: no such file")
         how["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=options.deepspeed_config)
         how["kwargs_handlers"] = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")]
     elif not cuda and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
@@ -167,11 +171,12 @@ def main(argv: list[str] | None = None) -> int:
             running.enter_context(checkpoint.sole_user(options.out))
             about = described(options, tokens)
             resumed = resume(accelerator, about, options) if options.resume else None
+        kind = KINDS.get(accelerator.distributed_type, "DDP")
         further = f", from step {progress.step}" if resumed else ""
+        ranks = "1 rank" if mesh.size() == 1 else f"{mesh.size()} ranks, {mesh['sp'].size()} a sequence, {kind}"
         progress.begin(
             f"{parameters / 1e6:.1f}M parameters, {len(tokens):,} tokens of text, {options.batch} x "
-            f"{options.tokens:,} a step; {mesh.size()} ranks, {mesh['sp'].size()} a sequence, "
-            f"{accelerator.distributed_type.value}, {accelerator.device}{further}"
+            f"{options.tokens:,} a step; {ranks}, {accelerator.device}{further}"
         )
         saved = resumed if progress.step >= options.steps else None  # nothing is left to train
         while progress.step < options.steps:

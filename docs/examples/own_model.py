@@ -124,7 +124,7 @@ def main() -> None:
     torch.testing.assert_close(first, logits[:, -3])
     torch.testing.assert_close(following, logits[:, -2:].expand(3, -1, -1))
     if dist.get_rank() == 0:
-        print(f"{dist.get_world_size()} ranks: loss {loss:.4f}, gradients and decoding as in one process")
+        print(f"{dist.get_world_size()} rank(s): loss {loss:.4f}, gradients and decoding as in one process")
     dist.destroy_process_group()
 
 

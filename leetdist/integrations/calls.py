@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from leetdist.integrations import caches
+from leetdist.integrations.batches import checksums
 from leetdist.integrations.documents import OFFSETS, offsets_of, shared_documents, starts_of, take_numbers, take_offsets
 from leetdist.integrations.models import softmax
 from leetdist.integrations.registry import Handler
+from leetdist.sequence.agreement import gathered
 from leetdist.sequence.grid import default_tile, shard_lengths
 from leetdist.sequence.group import resolve
 from leetdist.sequence.shard import cut, gather_sequence
 
 if TYPE_CHECKING:
     from leetdist.sequence.group import Group
+    from leetdist.sequence.transport import Transport
 
 # What a call of the decoder stack may carry on shards; anything else is refused by name.
 _TOKENS = ("input_ids", "inputs_embeds", "position_ids", "attention_mask")
@@ -233,6 +236,7 @@ class Calls:
                 call["position_ids"] = torch.arange(count, device=_tokens(call).device)[None]
             transport = resolve(self.group)
             assert transport is not None
+            _check_same(call, transport)
             for name in _TOKENS:
                 if call.get(name) is not None:
                     call[name] = cut(call[name], 1, lengths, transport)
@@ -248,6 +252,20 @@ class Calls:
         self.alone = group is None
         for layer, handler in self.handlers.items():
             handler(layer, group)
+
+
+def _check_same(call: dict[str, Any], transport: Transport) -> None:
+    """ValueError, on every rank, where a rank has another prompt. (Of embeddings only shapes are compared.)"""
+    given = {name: call[name] for name in _TOKENS if call.get(name) is not None}
+    mine = checksums({name: x[..., :0] if name == "inputs_embeds" else x for name, x in given.items()})
+    everyone = gathered(mine, transport, "the prompt")
+    for rank, theirs in enumerate(everyone):
+        for name in {**theirs, **everyone[0]}:
+            if theirs.get(name) != everyone[0].get(name):
+                raise ValueError(
+                    f"{name} of a prompt must be the same on every rank, but rank {rank}'s are not rank 0's; without a "
+                    "cache (use_cache=False) a call takes shards"
+                )
 
 
 def _tokens(call: dict[str, Any]) -> Tensor:

@@ -121,6 +121,10 @@ class ShardedLoader:
                 (name, value.to(self.device) if isinstance(value, Tensor) else value)
                 for name, value in shard_batch(batch, self.mesh).items()
             )
+        if (group := sequence_group(self.mesh)) is not None:  # ranks that have more batches are told so at once
+            transport = resolve(group)
+            assert transport is not None
+            gathered(self.step, transport, "the end of its loader's epoch")
         self.epoch, self.step = self.epoch + 1, 0
 
     def _batches(self) -> Iterator[Mapping[str, Any]]:

@@ -53,7 +53,8 @@ def parallelize(
     `register` adds.
 
     A transformers model's own `loss` becomes the mean over all ranks, as `reduce_loss` computes it, and
-    `generate` takes the whole prompt on every rank, shards it inside, and returns the same tokens on all.
+    `generate` takes the whole prompt on every rank, shards it inside, and returns the same tokens on all: where it
+    draws them (`do_sample=True`), if all ranks are seeded alike.
 
     Args:
         model: any module.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import chain
 from typing import Any
 
@@ -139,3 +140,17 @@ def test_the_mesh_is_looked_at_when_the_loader_is_built() -> None:
         leetdist.ShardedLoader([], Mesh())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got str"):
         leetdist.ShardedLoader([], "sp")  # type: ignore[arg-type]
+
+
+def test_a_loader_that_ends_before_those_of_other_ranks() -> None:
+    batches = [{"input_ids": torch.full((1, 64), number)} for number in range(3)]
+
+    def rank(group: Any) -> int:
+        assert len(list(leetdist.ShardedLoader(batches, group))) == 3
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match="makes another call of the group: it asks for"):
+            list(leetdist.ShardedLoader(batches[: 2 if group.rank == 1 else 3], group))
+        assert time.monotonic() - begin < 30
+        return group.rank
+
+    assert leetdist.virtual_ranks(rank, 3) == [0, 1, 2]

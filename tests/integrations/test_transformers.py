@@ -114,6 +114,8 @@ def generated(rank: int, ranks: int) -> None:
         expected = tiny().generate(prompt, **options)
         found = leetdist.parallelize(tiny(), mesh).generate(prompt, **options)
         assert torch.equal(found, expected), f"rank {rank}, prompt {tuple(prompt.shape)}: {found} != {expected}"
+    with pytest.raises(ValueError, match="input_ids of a prompt must be the same on every rank, but rank 1's"):
+        leetdist.parallelize(tiny(), mesh).generate((ids + (rank == 1)) % 61, max_new_tokens=2, pad_token_id=0)
 
 
 def second_turn(rank: int, ranks: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from helpers import free_port, run_ranks, values
+from leetdist.launch import __main__ as entry
 from leetdist.launch.loading import load_language_model
 from leetdist.launch.text import Windows, documents, load_tokens
 
@@ -64,6 +65,20 @@ def test_launchers(name: str, alone: list[float], tmp_path: Path) -> None:
     assert "2 ranks, 2 a sequence" in done.stdout
     assert [line["loss"] for line in metrics(tmp_path)] == pytest.approx(alone, rel=1e-5)
     assert list(tmp_path.rglob("events.out.tfevents.*")), "no TensorBoard log"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("plan --ranks 1000000 --tokens 10", "argument --ranks: must be at most 65536, got 1000000"),
+        ("train --fsdp --deepspeed-config x", "argument --deepspeed-config/--deepspeed_config: not allowed with "),
+        ("train --deepspeed-config /no/file --tokens 16", "--deepspeed-config /no/file: no such file"),
+    ],
+)
+def test_options_that_cannot_be(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        entry.main(arguments.split())
+    assert words in capsys.readouterr().err + str(ended.value)
 
 
 def train(rank: int, *arguments: str) -> None:
