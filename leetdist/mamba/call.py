@@ -202,4 +202,4 @@ def around(
     )
 
 
-__all__ = ["mamba_chunk_scan_combined"]
+__all__ = ["around", "decode", "mamba_chunk_scan_combined"]

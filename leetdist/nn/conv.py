@@ -55,7 +55,8 @@ def causal_conv1d(
         return_state: return the last W - 1 tokens of the whole sequence as well (or those of each document), which as
             `initial` let the next call go on; under a group every rank gets them.
         seq_idx: (B, N) int32 or int64, the document of each token, this rank's shard; a token sees those of its own.
-            The tokens of `initial` are of document 0.
+            The tokens of `initial` are of document 0. Of the last tokens those of other documents than the very last
+            one's are zeros.
         cu_seqlens: (documents + 1,) int32 or int64, offsets of documents packed in one row (B = 1), in the whole
             sequence.
         group: as for `leetdist.linear_attention`.
@@ -109,7 +110,7 @@ def causal_conv1d(
         y = _CausalConv.apply(x, before, weight, bias, activation, documents, lengths, transport)
     if not return_state:
         return y
-    return y, _last_tokens(x, width, lengths, initial, cu_seqlens, transport)
+    return y, _last_tokens(x, width, lengths, initial, seq_idx, cu_seqlens, transport)
 
 
 class _CausalConv(torch.autograd.Function):
@@ -186,10 +187,12 @@ def _last_tokens(
     width: int,
     lengths: tuple[int, ...],
     initial: Tensor | None,
+    seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
     transport: Transport | None,
 ) -> Tensor:
-    """The last `width` tokens of the sequence, or of each document, with zeros before them; on every rank."""
+    """The last `width` tokens of the sequence, zeros for those of other documents than the last one's; or of each
+    document, with zeros before them; on every rank."""
     rank, total = 0 if transport is None else transport.rank, sum(lengths)
     if cu_seqlens is not None:
         offsets = cu_seqlens.to(x.device)
@@ -199,13 +202,20 @@ def _last_tokens(
         row = torch.cat((x[0], x.new_zeros(1, x.shape[2])))  # of a rank without tokens, too
         mine = torch.where(here[..., None], row[(tokens - begin).clamp(0, lengths[rank])], 0.0)
         return mine if transport is None else gather_sequence(mine[None], 0, transport).sum(0)
-    if rank == 0:
-        start = x.new_zeros(len(x), width, x.shape[2]) if initial is None else initial
-        x = torch.cat((start, x), 1)
-    if transport is None:
-        return x[:, total:]
-    held = (lengths[0] + width, *lengths[1:])
-    return tokens_of(x, 1, held, [(total, total + width)] * transport.size, transport)
+
+    def last(x: Tensor, start: Tensor) -> Tensor:
+        if rank == 0:
+            x = torch.cat((start, x), 1)
+        if transport is None:
+            return x[:, total:]
+        held = (lengths[0] + width, *lengths[1:])
+        return tokens_of(x, 1, held, [(total, total + width)] * transport.size, transport)
+
+    found = last(x, x.new_zeros(len(x), width, x.shape[2]) if initial is None else initial)
+    if seq_idx is None or not width:
+        return found
+    documents = last(seq_idx, seq_idx.new_zeros(len(x), width))
+    return torch.where((documents == documents[:, -1:])[..., None], found, 0.0)
 
 
 def _check(

@@ -50,9 +50,12 @@ class TokenDecay(ScalarDecay):
         if "weight" not in x:
             return x
         v = self.kernels.weighted_values[backward](x["v"], x["weight"])
-        left = set() if v is None else {"weight"}
-        left |= set() if (not self.fixed if backward else self.kernels.skips and not self.gated) else {"skip"}
-        return {name: v if name == "v" and v is not None else y for name, y in x.items() if name not in left}
+        skips = not self.fixed if backward else self.kernels.skips and not self.gated
+        read = {name: y for name, y in x.items() if skips or name != "skip"}
+        if v is not None:
+            read["v"] = v
+            del read["weight"]
+        return read
 
     def finished(self, o: Tensor, x: Inputs) -> Tensor:
         if "skip" not in x or self.kernels.skips or self.gated:

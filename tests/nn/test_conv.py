@@ -124,6 +124,23 @@ def test_documents_are_as_if_alone(told: str) -> None:
     assert bool(y[:, 30:].isfinite().all())
 
 
+@pytest.mark.parametrize("own", [1, 2, 5])
+def test_what_is_kept_of_a_last_document(own: int) -> None:
+    """Nothing of the document before it, where it has fewer tokens than the convolution sees."""
+    inputs = make(batch=1)
+    del inputs["initial"]
+    x = inputs.pop("x")
+    seq_idx = (torch.arange(30) >= 30 - own).int()[None]
+
+    def state(group=None):
+        given = (leetdist.shard_sequence(y, 1, group, tile=16) for y in (x[:, :30], seq_idx))
+        return causal_conv1d(next(given), **inputs, seq_idx=next(given), return_state=True, group=group)[1]
+
+    whole = causal_conv1d(x[:, 30 - own :], **inputs)
+    assert torch.equal(causal_conv1d(x[:, 30:], **inputs, initial=state()), whole[:, own:])
+    assert all(torch.equal(found, state()) for found in leetdist.virtual_ranks(state, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("told", [None, "cu_seqlens"])
 @pytest.mark.parametrize("numbers", [1, 100])
