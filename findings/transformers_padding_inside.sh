@@ -3,7 +3,7 @@
 # on the left and goes on from a cache, too. So it is with attention, to rounding.
 # It is so that: transformers' models with a state zero what goes into a padded token, and let the token itself happen:
 # the convolution's window moves on, and the state decays by dt's bias as by any token. Padding before a row's first
-# token finds an empty state, and is harmless; padding inside a row makes it forget, and nothing is said. Go on with rows
+# token finds an empty state, and is harmless with these; padding inside a row makes it forget, unsaid. Go on with rows
 # of one length, or read the whole rows again, padded at their beginning.
 set -euo pipefail
 folder=$(mktemp -d)
