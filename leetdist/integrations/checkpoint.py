@@ -123,7 +123,8 @@ def about(path: Path | str) -> dict[str, Any]:
 def save(folder: Path | str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **extra: Any) -> Path:
     """A checkpoint of a model under DDP, FSDP2 or neither; any of them loads it, on any number of ranks.
 
-    extra: plain values, such as `loader=loader.state_dict()`. (DeepSpeed's engines have a checkpoint of their own.)
+    extra: plain values, the same on all ranks (one rank's are kept), such as `loader=loader.state_dict()`. (DeepSpeed's
+    engines have a checkpoint of their own.)
     """
     from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save as save_state
