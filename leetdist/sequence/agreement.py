@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from leetdist.kernels.runtime.memo import Memo
-from leetdist.sequence.group import declared_lengths
+from leetdist.sequence.group import declared_lengths, untraced
 from leetdist.sequence.site import Site, warn_of
 from leetdist.sequence.transport import Transport
 
@@ -45,6 +45,7 @@ class Disagreement(ValueError):
     """Raised on every rank of a group, because of one rank's arguments."""
 
 
+@untraced
 def agree(
     mine: Hashable | ValueError,
     transport: Transport,
@@ -93,6 +94,7 @@ def told(transport: Transport | None, what: str) -> Iterator[None]:
         raise
 
 
+@untraced
 def gathered(mine: Any, transport: Transport, what: str) -> list[Any]:
     """Every rank's `mine`, plain values, on every rank; a ValueError instead is raised there and, told of, elsewhere.
     For what is asked once, where nothing is worth remembering."""

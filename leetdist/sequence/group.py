@@ -6,9 +6,10 @@ import atexit
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet, finalize
 
 import torch
@@ -29,6 +30,19 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Transport"
+
+Result = TypeVar("Result")
+
+
+def untraced(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The same: what hosts tell each other, of which torch.compile traces nothing. Its graph breaks there."""
+    outside = _disable_dynamo(function)
+
+    @wraps(function)
+    def called(*args: Any, **options: Any) -> Result:  # only where it compiles: Dynamo takes seconds to import
+        return outside(*args, **options) if torch.compiler.is_compiling() else function(*args, **options)
+
+    return called
 
 
 class _Scope(threading.local):
@@ -224,7 +238,7 @@ def resolve(group: Group | None, transport: str | None = None) -> Transport | No
     return _served_by(known or _first_use(process_group, transport), transport)
 
 
-@_disable_dynamo  # how processes find each other is nothing for a graph: it breaks here, once
+@untraced
 def _first_use(group: dist.ProcessGroup, wanted: str | None) -> Transport:
     with _lock:
         making = _making.setdefault(group, threading.Lock())

@@ -12,7 +12,7 @@ from torch import Tensor
 from leetdist.arguments import as_int, check_plain
 from leetdist.sequence.agreement import agree
 from leetdist.sequence.grid import default_tile, even_tile, shard_lengths
-from leetdist.sequence.group import resolve, warn_where_unjoined
+from leetdist.sequence.group import resolve, untraced, warn_where_unjoined
 from leetdist.sequence.once import check_not_transformed, differentiated_once
 from leetdist.sequence.site import warn
 from leetdist.sequence.transport import Message, Transport
@@ -256,6 +256,7 @@ def move(x: Tensor, dim: int, old: tuple[int, ...], new: tuple[int, ...], transp
     return moved
 
 
+@untraced
 def swap(outgoing: list[Message], incoming: list[Message], transport: Transport, what: str) -> None:
     """One exchange; the tensors without elements take no message."""
     with transport.call("exchange"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -133,3 +137,44 @@ def test_on_processes() -> None:
     first, second = values(run_ranks(on_processes, 2))
     assert torch.equal(first, torch.ones(1, 1, 1))
     assert not second.any()
+
+
+def compiled(rank: int) -> tuple[list[str], list[str]]:
+    x = torch.arange(40.0).view(1, 40, 1)
+    mine = x.split((1, 39), 1)[rank]
+    leetdist.halo(mine, 1, dist.group.WORLD, width=WIDTH)  # a group's first use
+    call = torch.compile(
+        lambda x, width: leetdist.halo(x, 1, dist.group.WORLD, width=width), backend="aot_eager", dynamic=False
+    )
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(call(mine, WIDTH), before(x, rank))
+        told = []
+        for width in (WIDTH + rank, WIDTH):
+            try:
+                call(mine, width)
+            except ValueError as error:
+                told.append(str(error))
+    return told, [str(warning.message) for warning in seen if "Dynamo does not know" in str(warning.message)]
+
+
+def test_compiled_calls_compare_what_ranks_ask_for() -> None:
+    """Each time, outside of the graph: nothing of what hosts tell each other is traced."""
+    for told, traced in values(run_ranks(compiled, 2)):
+        assert told == [f"halo: rank 1 has width {WIDTH + 1}, rank 0 has {WIDTH}"]
+        assert traced == []
+
+
+def test_calls_of_a_group_import_no_compiler() -> None:
+    """Which takes seconds."""
+    program = """
+import sys, torch, torch.distributed as dist, leetdist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+x = torch.ones(1, 1, 16, 16)
+leetdist.linear_attention(x, x, x, group=dist.group.WORLD)
+leetdist.halo(x, 2, dist.group.WORLD, width=1)
+assert "torch._dynamo" not in sys.modules
+dist.destroy_process_group()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
