@@ -292,7 +292,7 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> 
 
 def check_written(name: str, x: Tensor) -> None:
     """A tensor that is changed in place: no element of it may stand for several, nor for its negative."""
-    if x.is_neg():
+    if not torch.compiler.is_compiling() and x.is_neg():  # of which Dynamo knows nothing
         raise ValueError(f"{name} is changed in place, so it must not be a view of negated values")
     if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise ValueError(f"{name} is changed in place, so it must not be expanded, got strides {x.stride()}")

@@ -110,6 +110,20 @@ def test_a_step_writes_over_its_state_where_it_may() -> None:
     torch.testing.assert_close(new, after)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_a_compiled_step_writes_over_its_state(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(2, 11, DIM)
+    _, state = layer(x[:, :10], return_state=True)
+    y, after = layer(x[:, 10:], state=state, return_state=True)
+    layer.inplace = True
+    found, new = torch.compile(layer, fullgraph=True, backend="aot_eager")(x[:, 10:], state=state, return_state=True)
+    torch.testing.assert_close(found, y)
+    torch.testing.assert_close(new, after)
+    mine, given = (part.ssm if name == "mamba2" else part for part in (new, state))
+    assert mine.data_ptr() == given.data_ptr()
+
+
 def gradients(layer: Mamba2, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Of the last token's outputs, through all tokens."""
     return torch.autograd.grad(layer(x)[:, 10:].sum(), list(layer.parameters()))
