@@ -78,7 +78,7 @@ class Mixer(nn.Module):
         cache = cache_params if cache is None else cache
         if cache is not None and cu_seqlens is not None:
             raise ValueError(ONE_DOCUMENT)
-        rows, dtype = len(hidden_states), hidden_states.dtype
+        rows, dtype = hidden_states.shape[0], hidden_states.dtype
         projected = self.project(_kept(hidden_states, attention_mask))
         if cu_seqlens is not None:  # all rows as one, whose documents are told by offsets
             projected = projected.flatten(0, 1)[None]

@@ -111,7 +111,7 @@ def _check_states_and_documents(
     if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"seq_idx must be int32 or int64, got {seq_idx.dtype}")
     if initial_states is not None:
-        rows = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         wanted = (rows, *x.shape[2:], size)
         if tuple(initial_states.shape) != wanted:
             raise ValueError(

@@ -95,7 +95,7 @@ def causal_conv1d(
     documents = _documents(x, width, lengths, seq_idx, cu_seqlens, transport)
     y: Tensor
     if transport is None:
-        before = x.new_zeros(len(x), width, x.shape[2]) if initial is None else initial
+        before = x.new_zeros(x.shape[0], width, x.shape[2]) if initial is None else initial
     else:
         # Without a gradient: the backward asks the ranks to the right instead.
         with torch.no_grad():
@@ -174,7 +174,7 @@ def _documents(
     if seq_idx is None:
         return None
     if transport is None:
-        around = seq_idx.new_zeros(len(seq_idx), width)
+        around = seq_idx.new_zeros(seq_idx.shape[0], width)
         return torch.cat((around, seq_idx, around), 1)
     before = before_shard(seq_idx, 1, width, lengths, transport)
     ends = list(accumulate(lengths))
@@ -211,10 +211,10 @@ def _last_tokens(
         held = (lengths[0] + width, *lengths[1:])
         return tokens_of(x, 1, held, [(total, total + width)] * transport.size, transport)
 
-    found = last(x, x.new_zeros(len(x), width, x.shape[2]) if initial is None else initial)
+    found = last(x, x.new_zeros(x.shape[0], width, x.shape[2]) if initial is None else initial)
     if seq_idx is None or not width:
         return found
-    documents = last(seq_idx, seq_idx.new_zeros(len(x), width))
+    documents = last(seq_idx, seq_idx.new_zeros(x.shape[0], width))
     return torch.where((documents == documents[:, -1:])[..., None], found, 0.0)
 
 
@@ -289,7 +289,7 @@ def _check_documents(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | Non
             )
     if cu_seqlens is not None:
         check_offsets(cu_seqlens, x)
-        check_one_row(len(x))
+        check_one_row(x.shape[0])
 
 
 __all__ = ["causal_conv1d"]

@@ -177,7 +177,7 @@ class Mamba2(nn.Module):
         if resolve(self.group) is None:
             check_x(x, self.dim, self.group)
             if conv is not None:
-                wanted = len(x), self.conv1d.kernel_size[0] - 1, self.sizes[1]
+                wanted = x.shape[0], self.conv1d.kernel_size[0] - 1, self.sizes[1]
                 check_plain("state.conv", conv, "a tensor or None")
                 if tuple(conv.shape) != wanted:
                     raise ValueError(f"state.conv must have shape {wanted}, got {tuple(conv.shape)}")

@@ -218,9 +218,10 @@ def test_operators() -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool) -> None:
     layer = leetdist.nn.Mamba2(32, head_dim=8, state=8)
-    short, tokens = torch.randn(1, 20, 32), torch.export.Dim("tokens", min=2, max=1000)
-    exported = torch.export.export(layer, (short,), dynamic_shapes=({1: tokens},), strict=strict).module()
-    for x in (short, torch.randn(1, 33, 32)):
+    rows, tokens = torch.export.Dim("rows", min=1, max=64), torch.export.Dim("tokens", min=2, max=1000)
+    short = torch.randn(2, 20, 32)
+    exported = torch.export.export(layer, (short,), dynamic_shapes=({0: rows, 1: tokens},), strict=strict).module()
+    for x in (short, torch.randn(3, 33, 32)):
         assert relative_error(exported(x), layer(x)) < 1e-6
 
 

@@ -74,14 +74,14 @@ def convolution_gradient(
     if around.x_after is not None and around.dy_after is not None:
         given = torch.cat((given, around.x_after[:, : around.later]), 1)
         dy = torch.cat((dy, around.dy_after[:, : around.later].to(wide)), 1)
-    nothing = dy.new_zeros(len(dy), width, dy.shape[2])
+    nothing = dy.new_zeros(dy.shape[0], width, dy.shape[2])
     received = torch.cat((nothing, dy, nothing[:, : width - around.later]), 1)
     dy = received[:, width : width + dy.shape[1]]
     if activated:
         for begin, end in _slabs(x, dy.shape[1], width):
             sums = _sums(given[:, begin : end + width], weight, bias, _part(documents, begin, end + width))
             dy[:, begin:end] *= silu_gradient(sums)
-    dx = x.new_empty(len(x), width + tokens, x.shape[2])
+    dx = x.new_empty(x.shape[0], width + tokens, x.shape[2])
     for begin, end in _slabs(x, width + tokens, width):
         total = torch.zeros((), dtype=wide, device=x.device)
         for tap in reversed(range(width + 1)):  # what a token gets from those that see it, from itself onwards
@@ -108,7 +108,7 @@ def _slabs(like: Tensor, tokens: int, least: int) -> Iterator[tuple[int, int]]:
         if tokens:
             yield 0, tokens
         return
-    rows = max(SLAB * torch.get_num_threads() // (len(like) * like.shape[2]), least, 1)
+    rows = max(SLAB * torch.get_num_threads() // (like.shape[0] * like.shape[2]), least, 1)
     for begin in range(0, tokens, max(rows, 1)):
         yield begin, min(begin + rows, tokens)
 
