@@ -102,6 +102,7 @@ def describe(
         sees_grads=sees_grads,
         traced_grad=traced_grads[0],
         traced_initial_grad=traced_grads[1],
+        requires_grad=tuple(grad and x.requires_grad for x in (q, k, v)) if sharded and documents is not None else (),
         operator="constant_decay" if log_decay is None or log_decay.ndim == 1 else "token_decay",
         **options,
     )

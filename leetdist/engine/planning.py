@@ -174,6 +174,7 @@ def _of_operator(problem: Problem, operator: str | None, gates: Mapping[str, Ten
         gates=tuple(shapes),
         needs_grad=problem.needs_grad or bool(learnt),
         needs_decay_grad=bool(learnt),
+        requires_grad=problem.requires_grad and (*problem.requires_grad, *(name in learnt for name in gates)),
     )
 
 

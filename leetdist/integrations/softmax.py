@@ -57,10 +57,16 @@ def softmax_attention(
     if transport is None or transport.size == 1:
         return _causal(q, k, v, k.shape[2] - q.shape[2], score, boundaries, kept)
     check_not_transformed("softmax attention over ranks", q, k, v)
+    grad = torch.is_grad_enabled()
     facts = {
         "dtype": q.dtype,
         "heads and their sizes": tuple((*x.shape[:2], x.shape[3]) for x in (q, k, v)),
-        "requires_grad": torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+        "requires_grad of q, k, v": tuple(grad and x.requires_grad for x in (q, k, v)),  # each has its own exchange
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": "None" if sinks is None else "a tensor",
+        "boundaries": boundaries,
+        "kept": "None" if kept is None else "a tensor",
     }
     lengths = agreed_lengths("softmax_attention", q.shape[2], facts, transport)
     ranks = transport.size

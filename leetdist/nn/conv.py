@@ -270,7 +270,7 @@ def _check(
         "activation": activation,
         "bias": "None" if bias is None else "a tensor",
         "return_state": return_state,
-        "seq_idx": seq_idx is not None,
+        "seq_idx": "None" if seq_idx is None else f"a tensor of {seq_idx.dtype}",  # which ranks send each other
         "cu_seqlens": known_offsets(cu_seqlens),
         "gradients": grad and (x.requires_grad or parameters),
         "gradients of x": grad and x.requires_grad,

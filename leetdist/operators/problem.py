@@ -54,6 +54,7 @@ class Problem:
     sees_grads: bool = True  # whether it is known what gradients will be asked for, which an op is not
     traced_grad: bool = False  # an op's own: whether autograd records it for q, k, v or log_decay
     traced_initial_grad: bool = False  # and for the initial state
+    requires_grad: tuple[bool, ...] = ()  # of each tensor whose tokens, and their gradients, are sent onto the grid
     sharded_from: int | None = None  # tokens that shard_sequence was given for a shard as long as this one
 
     @property

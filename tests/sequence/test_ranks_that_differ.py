@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import leetdist
 from helpers import run_ranks, values
+from leetdist.integrations.softmax import softmax_attention
 from leetdist.sequence import blame
 from leetdist.sequence.group import resolve
 
@@ -98,3 +99,55 @@ def test_timeouts_are_kept(how: str) -> None:
     seconds, said = outcomes[0].value
     assert "rank 1 of 2 does not answer" in said
     assert 1.5 < seconds < 11
+
+
+@pytest.mark.parametrize("call", ["linear_attention", "mamba"])
+def test_gradients_that_come_back_from_the_grid_are_those_of_all_ranks(call: str) -> None:
+    """Of packed documents the tokens are moved, tensor by tensor: a rank's gradient of k is no other's of q."""
+    offsets, whole = torch.tensor([0, 50, 117, 192]), torch.randn(5, 1, 192, 2, 16)
+
+    def attend(inputs: list[torch.Tensor], group: Any) -> None:
+        x, b, c, dt, _ = inputs
+        if call == "mamba":
+            dt, a = dt[..., 0].sigmoid(), torch.full((2,), -1.0, requires_grad=True)
+            y = leetdist.mamba_chunk_scan_combined(x, dt, a, b, c, cu_seqlens=offsets, tile=64, group=group)
+        else:
+            q, k, v = (y.transpose(1, 2) for y in (c, b, x))
+            y = leetdist.linear_attention(q, k, v, cu_seqlens=offsets, tile=64, group=group)
+        assert isinstance(y, torch.Tensor)
+        y.sum().backward()
+
+    def rank(group: Any) -> None:
+        shards = [leetdist.shard_sequence(x, 1, group, tile=64).clone() for x in whole]
+        odd = 1 if call == "mamba" else group.rank  # B of one rank, where A is learnt on all; another tensor of each
+        shards[odd].requires_grad_(call != "mamba" or group.rank == 1)
+        with pytest.raises(ValueError, match="the ranks of the group disagree on requires_grad"):
+            attend(shards, group)
+        attend([x.requires_grad_() for x in shards], group)
+
+    leetdist.virtual_ranks(rank, 3)
+
+
+def softmax_of(odd: bool, what: str, group: Any) -> None:
+    q, k, v = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3))
+    options: dict[str, Any] = {"scale": 2.0, "softcap": 3.0, "sinks": torch.zeros(2), "boundaries": (0, 8, 48)}
+    if what == "requires_grad":
+        k.requires_grad_(not odd)
+    softmax_attention(q, k, v, group, **{what: options[what]} if odd and what in options else {})
+
+
+def convolution_of(odd: bool, what: str, group: Any) -> None:
+    documents = torch.zeros(1, 16, dtype=torch.int32 if odd else torch.int64)
+    leetdist.nn.causal_conv1d(torch.zeros(1, 16, 8), torch.zeros(8, 4), seq_idx=documents, group=group)
+
+
+@pytest.mark.parametrize("what", ["scale", "softcap", "sinks", "boundaries", "requires_grad", "seq_idx"])
+def test_other_options_than_another_ranks(what: str) -> None:
+    call = convolution_of if what == "seq_idx" else softmax_of
+
+    def rank(group: Any) -> None:
+        with pytest.raises(ValueError, match=f"rank 1 has {what}"):
+            call(group.rank == 1, what, group)
+        call(False, what, group)
+
+    leetdist.virtual_ranks(rank, 3)
