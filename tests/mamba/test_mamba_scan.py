@@ -286,50 +286,6 @@ def test_outputs_take_the_place_of_what_they_are_made_of(monkeypatch: pytest.Mon
         assert y.data_ptr() == places[-1].data_ptr()
 
 
-def test_documents_have_the_bits_of_each_alone() -> None:
-    inputs, options, dy, dstates = case_of("documents")
-    whole = compute(ours, grown(inputs), dy, dstates, **options, tile=32)
-    for row, (begin, end) in enumerate(pairwise(DOCUMENTS)):
-        if begin == end:
-            continue
-        own = {name: x[:, begin:end] if name in SHARDED else x for name, x in inputs.items()}
-        own["initial_states"] = inputs["initial_states"][row : row + 1]
-        alone = compute(ours, grown(own), dy[:, begin:end], dstates[row : row + 1], dt_softplus=True, tile=32)
-        for key in ("y", "dx", "ddt", "dB", "dC", "dz"):
-            assert torch.equal(whole[key][:, begin:end], alone[key]), key
-        assert torch.equal(whole["states"][row : row + 1], alone["states"])
-
-
-@pytest.mark.parametrize("ranks", [0, 1, 3])
-def test_states_of_documents(ranks: int) -> None:
-    """In mamba_ssm's order of what is returned, on every rank; with gradients."""
-    inputs, options, dy, dstates = case_of("documents")
-    options = options | {"tile": 16}
-    exact = grown(inputs_of(inputs, torch.float64))
-    right = compute(recurrence, exact, dy.double(), dstates.double(), **options)
-    whole = compute(ours, grown(inputs), dy, dstates, **options)
-
-    def varlen(**arguments: Any) -> Any:
-        return leetdist.mamba_chunk_scan_combined(**arguments, return_varlen_states=True)
-
-    if not ranks:
-        found = compute(varlen, grown(inputs), dy, dstates, **options)
-        assert all(torch.equal(x, whole[key]) for key, x in found.items())
-        assert relative_error(found["states"], right["states"]) < 4e-7
-        y, final, states = ours(**inputs, **options, return_varlen_states=True)
-        assert torch.equal(y, whole["y"])
-        assert torch.equal(final, whole["states"])
-        assert torch.equal(states, whole["states"])
-        return
-    lengths = (TOKENS - 7 * (ranks - 1), *[7] * (ranks - 1))
-
-    def rank(group):
-        mine, my_dy, share = shard(inputs, dy, dstates, lengths, group.rank)
-        return compute(varlen, mine, my_dy, share, **options, group=group)
-
-    assert_shards(leetdist.virtual_ranks(rank, ranks), whole)
-
-
 def test_going_on_is_the_whole() -> None:
     inputs = make("D", "initial_states")
     y, states = ours(**inputs, tile=16)
