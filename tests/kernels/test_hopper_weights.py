@@ -54,6 +54,26 @@ def test_weights_have_the_bits_of_the_product(device, monkeypatch):
             assert all(bool(one.isfinite().all()) != bad for one in found[1:3])
 
 
+def test_short_calls_write_no_product_either(monkeypatch):
+    """Where heads by themselves, which want the product, would leave fewer multiprocessors with nothing to do."""
+    tiles = Tiles(128, (0, 70))
+    with emulated(132):
+        q, k, x, states, g = draw("cpu", tiles, 64, 4, BF16, "mixed", 1)
+        w = torch.rand(g.shape)
+        options: dict[str, Any] = {"reverse": False, "scale": 0.5, "state_scale": 0.7, "out_dtype": BF16}
+        v = exact.weighted_values(x, w)
+        wanted = (
+            hopper.tile_states(k, v, g, tiles, reverse=False),
+            hopper.tile_outputs(q, k, v, states, g, tiles, **options),
+        )
+        monkeypatch.setattr(hopper, "weighted", lambda v, weight: pytest.fail("dt x is written"))
+        found = (
+            hopper.tile_states(k, x, g, tiles, reverse=False, weight=w),
+            hopper.tile_outputs(q, k, x, states, g, tiles, weight=w, **options),
+        )
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 def test_skipped_outputs_have_the_bits_of_two_steps(device):
     """o rounded, and then D x added to it: D a number a head or column, chunks that are full or not, and where some are
     not numbers, the second walk too."""
@@ -167,13 +187,14 @@ def test_a_scan_of_mamba2s_shape_writes_no_dt_x():
 
 @ptxas.NEEDS_NVRTC
 @pytest.mark.parametrize(
-    ("rows", "share", "reverse"), [(128, 8, False), (64, 4, False), (128, 8, True), (64, 12, True)]
+    ("rows", "share", "reverse", "programs"),
+    [(128, 8, False, 65536), (64, 4, False, 65536), (128, 8, True, 65536), (64, 12, True, 65536), (128, 8, False, 64)],
 )
-def test_all_that_a_pass_with_weights_asks_for_compiles(rows, share, reverse):
+def test_all_that_a_pass_with_weights_asks_for_compiles(rows, share, reverse, programs):
     asked: set[Any] = set()
     with emulated(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_launch, "kernel", lambda source, name, device, made, **_: asked.add((source, made)))
-        kind = BF16, False, reverse, 64 * 1024, torch.device("cpu")
+        kind = BF16, False, reverse, programs, torch.device("cpu")
         weights.compile_for("weighted_values", rows, 64, *kind, share=share)
         if not reverse:
             weights.compile_for("skipped_outputs", rows, 64, *kind, share=share)

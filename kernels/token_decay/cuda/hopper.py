@@ -32,7 +32,7 @@ def tile_states(
 ) -> Tensor:
     """See leetdist.kernels.token_decay.pytorch.block.tile_states. weight: of c's tokens, where c is v."""
     options: dict[str, Any] = {"reverse": reverse, "scale": scale, "to_end": to_end, "out": out}
-    if (out is None or out.is_contiguous()) and shared.in_fours(b, c, log_decay, tiles):
+    if (out is None or out.is_contiguous()) and shared.in_fours(b, c, log_decay, tiles, weighted=weight is not None):
         return shared.shared_states(b, c, log_decay, tiles, weight=weight, **options)
     return hopper.tile_states(b, weighted(c, weight), log_decay, tiles, **options)
 
@@ -72,13 +72,13 @@ def tile_outputs(
         return shared.summed_outputs(a, b, c, *of_tiles, weight=weight, **options)
     options["out_dtype"] = out_dtype
     alike = onto is None and out_dtype == a.dtype
-    if alike and (skip is not None or shared.in_pairs(a, b, c, log_decay, tiles)):
+    if alike and (skip is not None or shared.in_pairs(a, b, c, log_decay, tiles, weighted=weight is not None)):
         return shared.paired_outputs(a, b, c, *of_tiles, weight=weight, skip=skip, **options)
     return hopper.tile_outputs(a, b, weighted(c, weight), *of_tiles, onto=onto, **options)
 
 
 def weighted(v: Tensor, weight: Tensor | None) -> Tensor:
-    """v times its weights, for kernels that do not make the product themselves; there are few tokens."""
+    """v times its weights, for kernels that do not make the product themselves."""
     if weight is None:
         return v
     from leetdist.kernels.token_decay.triton.weighted import weighted_values

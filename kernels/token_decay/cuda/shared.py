@@ -31,24 +31,26 @@ FLOWS = (("FLOWS", 1),)  # and grouped_outputs.cu that leaves what the gradient 
 Flows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def in_pairs(a: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
-    """Whether heads come in pairs that share a and b, and every multiprocessor has some."""
+def in_pairs(a: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, weighted: bool = False) -> bool:
+    """Whether heads come in pairs that share a and b, and every multiprocessor has some. weighted: no matter whether
+    all have, for a product written to memory would take longer."""
     heads = heads_of(log_decay)
     programs = c.shape[0] * heads * tiles.count
-    return _together(HEADS, a.shape[3], c.shape[3], programs, c.device) and not any(
+    return _together(HEADS, a.shape[3], c.shape[3], programs, c.device, weighted) and not any(
         heads // x.shape[1] % HEADS for x in (a, b)
     )
 
 
-def in_fours(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles) -> bool:
-    """Whether heads come in fours that share b, and every multiprocessor has some."""
+def in_fours(b: Tensor, c: Tensor, log_decay: Tensor, tiles: Tiles, *, weighted: bool = False) -> bool:
+    """Whether heads come in fours that share b, and every multiprocessor has some. weighted: as of `in_pairs`."""
     heads = heads_of(log_decay)
     programs = c.shape[0] * heads * tiles.count
-    return _together(FOUR, b.shape[3], c.shape[3], programs, c.device) and heads // b.shape[1] % FOUR == 0
+    return _together(FOUR, b.shape[3], c.shape[3], programs, c.device, weighted) and heads // b.shape[1] % FOUR == 0
 
 
-def _together(heads: int, rows: int, columns: int, programs: int, device: torch.device) -> bool:
-    return rows in (64, 128) and columns == WIDTH and programs // heads > cuda_launch.multiprocessors(device)
+def _together(heads: int, rows: int, columns: int, programs: int, device: torch.device, weighted: bool) -> bool:
+    fits = rows in (64, 128) and columns == WIDTH
+    return fits and (weighted or programs // heads > cuda_launch.multiprocessors(device))
 
 
 def shared_states(
@@ -275,7 +277,7 @@ def compile_for(
     if share % HEADS or columns % WIDTH:
         return
     if step == "tile_states":
-        if share % FOUR == 0 and _together(FOUR, rows, columns, programs, device):
+        if share % FOUR == 0 and _together(FOUR, rows, columns, programs, device, weighted):
             _kernel("shared_states", step, rows, columns, dtype, False, reverse, weighted, 1, device)
         return
     heads, cluster = added_up(share, columns)
@@ -287,7 +289,7 @@ def compile_for(
             _kernel("grouped_outputs", name, rows, columns // 2, *kind, device, flows=flowing)
         elif wide and rows == WIDTH and dtype == torch.bfloat16:
             _kernel("summed_outputs", name, rows, held, dtype, True, reverse, weighted, 1, device)
-        elif not wide and _together(HEADS, rows, columns, programs, device):
+        elif not wide and _together(HEADS, rows, columns, programs, device, weighted):
             _kernel("paired_outputs", name, rows, columns, dtype, False, reverse, weighted, 1, device)
 
 
