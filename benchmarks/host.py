@@ -120,6 +120,26 @@ def measure(args: argparse.Namespace, group: Any, device: torch.device, *, repea
         with torch.autograd.set_multithreading_enabled(False):  # on a CPU there is but one
             return both(given)
 
+    tokens_first = (1, args.tokens, args.heads, args.dim)
+    x, z, dy = (torch.randn(tokens_first, device=device, dtype=dtype) for _ in range(3))
+    B, C = (torch.randn(1, args.tokens, 1, args.dim, device=device, dtype=dtype) for _ in range(2))
+    dt, (A, D, bias) = torch.rand(1, args.tokens, args.heads, device=device), -torch.rand(3, args.heads, device=device)
+    plain = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    scans = {"scan": plain, "scan, D, z": plain | {"D": D, "z": z, "dt_bias": bias}}
+
+    def scan(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        found = leetdist.mamba_chunk_scan_combined(**given, dt_softplus="dt_bias" in given, tile=args.tokens // 4)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def scan_forward(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return scan(given)
+
+    def scan_both(given: dict[str, torch.Tensor]) -> Any:
+        learnt = {name: y.detach().requires_grad_() for name, y in given.items()}
+        return torch.autograd.grad(scan(learnt), list(learnt.values()), dy)
+
     calls: list[tuple[str, str, Callable[[], Any]]] = [
         ("plan, the first time", "group", lambda: planned(forget=True)),
         ("plan", "group", planned),
@@ -129,6 +149,12 @@ def measure(args: argparse.Namespace, group: Any, device: torch.device, *, repea
         *(("the same, in one thread", who, lambda given=given: in_one_thread(given)) for who, given in whom(group)),
         *(("forward + backward, learnt", who, lambda given=given: both(given, learnt)) for who, given in whom(group)),
     ]
+    if repeated or device.type == "cuda":  # on a CPU a scan that is not repeated has steps that compute
+        for name, given in scans.items():
+            calls += [
+                (f"{name}: forward", "one device", lambda given=given: scan_forward(given)),
+                (f"{name}: forward + backward", "one device", lambda given=given: scan_both(given)),
+            ]
     if args.compiled:
         compiled = torch.compile(operator, dynamic=False)
         for who, given in whom(group):

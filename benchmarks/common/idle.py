@@ -1,5 +1,5 @@
-"""A constant decay whose kernels compute nothing, and a group whose other rank answers at once: what is left of a
-sharded call is the host's own part, and can be timed on any machine."""
+"""Operators whose kernels compute nothing, and a group whose other rank answers at once: what is left of a sharded call
+is the host's own part, and can be timed on any machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from leetdist.engine import plan, planning, repeats
+from leetdist.engine import plan, planning, repeats, values
 from leetdist.kernels.common import sums
 from leetdist.kernels.runtime import recording, repeated_launch, replay
+from leetdist.mamba import checks, passes
+from leetdist.mamba import repeats as scans
 from leetdist.operators.constant_decay import ConstantDecay
+from leetdist.operators.token_decay import TokenDecay
 from leetdist.sequence.transport import Transport
 
 
@@ -72,7 +75,12 @@ class Kernels:
     def late_gradients(
         self: Any, x: Any, states: Tensor, ends: Tensor, do: Tensor, tiles: Any, places: Any, dtypes: Any, *, kept: Any
     ) -> Any:
-        return {name: Kernels.gradient(x, name, ends, do, places) for name in ("k", "v")}
+        found = {name: Kernels.gradient(x, name, ends, do, places) for name in ("k", "v")}
+        for name in places:  # a number a token each
+            if name not in found:
+                found[name] = torch.empty_like(x["log_decay"])
+                _launch(x["v"], do, found[name])
+        return found
 
     @staticmethod
     def gradient(x: Any, name: str, states: Tensor, do: Tensor, places: Any) -> Tensor:
@@ -88,6 +96,55 @@ class Kernels:
         shares = states.new_empty(states.shape[:3], dtype=torch.float64)
         _launch(x["q"], x["k"], x["v"], do, states, ends, shares)
         return {"log_decay": shares}
+
+
+def transitions(self: Any, x: Any, tiles: Any) -> Tensor:
+    keep = x["log_decay"].new_empty(*x["log_decay"].shape[:2], tiles.count)
+    _launch(x["log_decay"], keep)
+    return keep
+
+
+def as_on_hopper(self: TokenDecay, problem: Any, tokens: int) -> None:
+    """Weights are taken by the operator's kernels, which make all gradients of what v is multiplied by."""
+    _made(self, problem, tokens)
+    if problem.weighted:
+        self.fixed = ()
+        self.by_token = {"skip": "weight"} if problem.skipped else {}
+
+
+_made = TokenDecay.__init__
+
+
+class Around:
+    """What Mamba-2 does around it (leetdist.kernels.mamba.pytorch.scan), by name."""
+
+    @staticmethod
+    def scan_steps(dt: Tensor, A: Tensor, bias: Any, starts: Any, steps: Any) -> tuple[Tensor, Tensor]:
+        batch, tokens, heads = dt.shape
+        own, log_decay = (A.new_empty(batch, heads, tokens) for _ in range(2))
+        _launch(dt, A, bias, own, log_decay)
+        return own, log_decay
+
+    @staticmethod
+    def scan_steps_gradient(
+        dt: Tensor, A: Tensor, bias: Any, starts: Any, grown: Any, dlog_decay: Tensor, steps: Any, needs: Any
+    ) -> tuple[Tensor | None, ...]:
+        ddt = torch.empty_like(dt)
+        parts = [A.new_empty(4, dt.shape[2]) if wanted else None for wanted in needs[1:]]
+        _launch(dt, A, bias, grown, dlog_decay, ddt, *parts)
+        return ddt, *parts
+
+    @staticmethod
+    def scan_outputs(o: Tensor, x: Any, D: Any, z: Any, *, spent: bool = False) -> Tensor:
+        y = o if spent else torch.empty(o.shape)
+        _launch(o, x, D, z, y)
+        return y
+
+    @staticmethod
+    def scan_outputs_gradient(dy: Tensor, o: Tensor, x: Any, D: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        do, dz = torch.empty(o.shape), torch.empty(z.shape)
+        _launch(dy, o, x, D, z, do, dz)
+        return do, dz
 
 
 def sum_of_tiles(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
@@ -111,7 +168,17 @@ STEPS = (
 def idle_kernels() -> Iterator[None]:
     with ExitStack() as stack:
         for name in STEPS:
-            stack.enter_context(patch.object(ConstantDecay, name, getattr(Kernels, name)))
+            for operator in (ConstantDecay, TokenDecay):
+                stack.enter_context(patch.object(operator, name, getattr(Kernels, name)))
+        for name, own in (
+            ("transitions", transitions),
+            ("prepared", lambda self, x, backward: x),
+            ("finished", lambda self, o, x: o),
+            ("__init__", as_on_hopper),
+        ):
+            stack.enter_context(patch.object(TokenDecay, name, own))
+        for module in (passes, scans):
+            stack.enter_context(patch.object(module, "kernel", lambda step, *_: getattr(Around, step.__name__)))
         for stand_in in (sum_of_tiles, tiles_joined):
             stack.enter_context(patch.object(sums, stand_in.__name__, stand_in))
         yield
@@ -136,11 +203,15 @@ def rehearsed() -> Iterator[None]:
             (torch._C, "_cuda_getCurrentStream", lambda index: (0, 0, 1)),
             (plan.Plan, "repeatable", True),
             (repeats, "_on_gpu", lambda x: True),
+            (repeats, "reads_values", lambda x: False),
+            (values, "reads_values", lambda x: False),
+            (checks, "is_readable", lambda x: False),
         ):
             stack.enter_context(patch.object(owner, name, stand_in, create=True))
         for forget in (
             planning._plans.clear,
             planning._local_plan.cache_clear,
+            scans.checked.clear,
         ):  # as plans know whether they repeat
             forget()
             stack.callback(forget)

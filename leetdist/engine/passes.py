@@ -93,15 +93,33 @@ def backward_pass(
     """
     if needs_gate_grads:  # which the plan of a compiled call does not know
         plan = plan.learning
-    do, dfinal = (None if x is None else row_major(x) for x in (do, dfinal))  # repeated passes look at memory alone
-    found = _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
+    found = gradients_by_token(inputs, flat_states, do, dfinal, plan, needs_gate_grads=needs_gate_grads)
     if not (needs_gate_grads and plan.operator.by_token):
         return found
     *grads, dinitial = found
     for name in plan.operator.by_token:
         place = len(plan.operator.tokens) + plan.operator.heads.index(name)
-        grads[place] = cast(Tensor, grads[place]).sum((0, 2))
+        grads[place] = added_over_tokens(cast(Tensor, grads[place]))
     return *grads, dinitial
+
+
+def gradients_by_token(
+    inputs: Inputs,
+    flat_states: Tensor | None,
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    plan: Plan,
+    *,
+    needs_gate_grads: bool,
+) -> tuple[Tensor | None, ...]:
+    """As `backward_pass`, but what comes token by token (`Operator.by_token`) is still to be `added_over_tokens`."""
+    do, dfinal = (None if x is None else row_major(x) for x in (do, dfinal))  # repeated passes look at memory alone
+    return _repeated(_backward_pass, (*inputs, flat_states, do, dfinal), plan, needs_gate_grads)
+
+
+def added_over_tokens(grad: Tensor) -> Tensor:
+    """(B, H, N) to (H,): this rank's share."""
+    return grad.sum((0, 2))
 
 
 def _backward_pass(*given: Any) -> tuple[Tensor | None, ...]:

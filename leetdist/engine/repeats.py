@@ -10,6 +10,7 @@ order of OPTIONS.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -50,10 +51,20 @@ def wanted(given: Given, *, read: bool) -> bool:
 
 def possible(given: Given) -> bool:
     """The same where the values of log_decay have been looked at, or nobody does."""
-    for x in given[:4] if given[4] is None else given:
-        if x is None or type(x) not in IN_MEMORY or x.layout is not torch.strided or x.is_nested or x.is_neg():
+    return are_plain(given[:4]) and (given[4] is None or are_plain(given[4:])) and could_repeat(given[0])
+
+
+def are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all are tensors of numbers that memory has as they are."""
+    for x in tensors:
+        if type(x) not in IN_MEMORY or x.layout is not torch.strided or x.is_nested or x.is_neg():  # type: ignore[union-attr]
             return False
-    return _on_gpu(given[0]) and not trace.on() and repeater() is not None
+    return True
+
+
+def could_repeat(x: Tensor) -> bool:
+    """Whether launches for such a tensor can be recorded and repeated, and nobody watches spans of a call."""
+    return _on_gpu(x) and not trace.on() and repeater() is not None
 
 
 def forward(given: Given, options: Options, *, read: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -14,6 +14,7 @@ from leetdist.arguments import as_bool
 from leetdist.engine import ops
 from leetdist.engine.call import run
 from leetdist.kernels.mamba.pytorch.scan import Steps
+from leetdist.mamba import repeats
 from leetdist.mamba.checks import check
 from leetdist.mamba.passes import with_attention
 from leetdist.sequence.agreement import told
@@ -104,21 +105,33 @@ def mamba_chunk_scan_combined(
     True
     """
     transport = resolve(group)
-    with told(ops.shared(transport, x), "the arguments of mamba_chunk_scan_combined"):
-        check(
-            x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
-            dt_softplus, dt_limit, return_final_states, return_varlen_states,
-            alone=transport is None,
-        )  # fmt: skip
+    tensors = x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx
+    short = transport is None and cu_seqlens is None and not ops.wanted(x) and repeats.possible(tensors)
+    kind = None
+    if short and type(dt_limit) is tuple:
+        settings = chunk_size, dt_softplus, *dt_limit, return_final_states, return_varlen_states
+        kind = repeats.kind_of(tensors, settings)
+    if kind is None or kind not in repeats.checked:
+        with told(ops.shared(transport, x), "the arguments of mamba_chunk_scan_combined"):
+            check(
+                x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens,
+                dt_softplus, dt_limit, return_final_states, return_varlen_states,
+                alone=transport is None,
+            )  # fmt: skip
+        if kind is not None:
+            repeats.checked[kind] = None
     starts = None if seq_idx is None else _starts(seq_idx, transport)
     asked = as_bool("return_final_states", return_final_states), as_bool("return_varlen_states", return_varlen_states)
     times = sum(asked)  # that the states are returned: those of the documents are the final ones
     initial = None if initial_states is None else initial_states.to(torch.promote_types(x.dtype, torch.float32)).mT
-
+    steps = Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
     options: dict[str, Any] = {
         "initial_state": initial, "return_state": times > 0, "cu_seqlens": cu_seqlens, "tile": tile,
         "precision": precision,
     }  # fmt: skip
+    if short:
+        y, states = repeats.run((x, dt, A, B, C, D, dt_bias, initial, starts), z, steps, **options)
+        return y if states is None else (y, *[states.mT] * times)
 
     def attend(v: Tensor, log_decay: Tensor, weight: Tensor | None, skip: Tensor | None) -> Any:
         given = C.transpose(1, 2), B.transpose(1, 2), v, log_decay
@@ -128,7 +141,6 @@ def mamba_chunk_scan_combined(
         o, states = ops.linear_attention(*given, more, name_of(group), alike)
         return (o, states) if times else o
 
-    steps = Steps(as_bool("dt_softplus", dt_softplus), *map(float, dt_limit))
     alike = () if transport is None else _alike(steps, D, z, dt_bias)
     y, states = with_attention(attend, x, dt, A, D, z, dt_bias, starts, steps, weighted=not ops.wanted(x))
     return y if states is None else (y, *[states.mT] * times)

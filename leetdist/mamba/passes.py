@@ -96,21 +96,35 @@ class _Inputs(torch.autograd.Function):
     def backward(
         ctx: Any, dv: Tensor | None, dlog_decay: Tensor | None, dweight: Tensor | None, dskipped: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, dt, A, bias, D, starts, weight = ctx.saved_tensors
-        batch, tokens, heads, _ = x.shape
-        if dlog_decay is None:
-            dlog_decay = A.new_zeros(batch, heads, tokens)
-        needs = ctx.needs_input_grad[:5]
-        if dweight is not None:
-            of_steps = kernel(scan.scan_steps_gradient, x, x.shape[3])
-            return dv, *of_steps(dt, A, bias, starts, dweight, dlog_decay, ctx.steps, needs[1:4]), *[None] * 4
-        if dv is None:
-            dv = torch.zeros_like(x)
-        if D is not None and dskipped is None:
-            dskipped = torch.zeros_like(x)
-        given = x, dt, A, bias, D, starts, dv, dlog_decay, dskipped, ctx.steps, needs
-        function = kernel(scan.scan_inputs_gradient, x, x.shape[3])
-        return (*function(*given, own=weight, spent=weight is not None), *[None] * 3)
+        of_outputs = dv, dlog_decay, dweight, dskipped
+        found = input_gradients(ctx.saved_tensors, of_outputs, ctx.steps, ctx.needs_input_grad[:5])
+        return *found[:2], *map(scan.added_up, found[2:]), *[None] * 3
+
+
+def input_gradients(
+    given: tuple[Any, ...], of_outputs: tuple[Tensor | None, ...], steps: scan.Steps, needs: tuple[bool, ...]
+) -> scan.Gradients:
+    """Of x, dt, A, bias and D, those that `needs` has. given: these, where documents start, and dt itself where it is a
+    weight. of_outputs: the gradients of dt x (or where the weight has one, of x, and D has its own), dt A, the weight
+    and D x."""
+    x, dt, A, bias, D, starts, weight = given
+    dv, dlog_decay, dweight, dskipped = of_outputs
+    batch, tokens, heads, _ = x.shape
+    if dlog_decay is None:
+        dlog_decay = A.new_zeros(batch, heads, tokens)
+    if dweight is not None:
+        ddt, dA, dbias = kernel(scan.scan_steps_gradient, x, x.shape[3])(
+            dt, A, bias, starts, dweight, dlog_decay, steps, needs[1:4]
+        )
+        return scan.Gradients(dv, ddt, dA, dbias, None)
+    if dv is None:
+        dv = torch.zeros_like(x)
+    if D is not None and dskipped is None:
+        dskipped = torch.zeros_like(x)
+    found: scan.Gradients = kernel(scan.scan_inputs_gradient, x, x.shape[3])(
+        x, dt, A, bias, D, starts, dv, dlog_decay, dskipped, steps, needs, own=weight, spent=weight is not None
+    )
+    return found
 
 
 class _Outputs(torch.autograd.Function):

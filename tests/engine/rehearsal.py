@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from leetdist.kernels.common import sums
 from leetdist.kernels.runtime import recording
 from leetdist.operators.constant_decay import ConstantDecay
+from leetdist.operators.scalar_decay import ScalarDecay
 
 replay = pytest.importorskip("leetdist.kernels.runtime.replay")
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
@@ -41,7 +42,7 @@ class Kernel:
 
 
 def as_launch(real: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: ConstantDecay, *args: Any, **kwargs: Any) -> Any:
+    def method(self: ScalarDecay, *args: Any, **kwargs: Any) -> Any:
         given, form = tree_flatten((args, kwargs))
         places = [place for place, x in enumerate(given) if isinstance(x, Tensor)]
 
@@ -71,21 +72,25 @@ def as_launch(real: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def _without_self(function: Callable[..., Any], _: None, *args: Any) -> Any:
-    return function(*args)
+def _without_self(function: Callable[..., Any], _: None, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def a_launch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, as a launch: its tensors come as addresses."""
+    return partial(as_launch(partial(_without_self, function)), cast(Any, None))
 
 
 @contextmanager
-def rehearsed() -> Iterator[None]:
+def rehearsed(operator: type[ScalarDecay] = ConstantDecay) -> Iterator[None]:
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         from common import idle
 
-        for name in idle.STEPS:
-            patch.setattr(ConstantDecay, name, as_launch(getattr(ConstantDecay, name)))
+        for name in (*idle.STEPS, *["transitions"] * (operator is not ConstantDecay)):
+            patch.setattr(operator, name, as_launch(getattr(operator, name)))
         for name in ("sum_of_tiles", "tiles_joined"):
-            real = partial(_without_self, getattr(sums, name))
-            patch.setattr(sums, name, partial(as_launch(real), cast(Any, None)))
+            patch.setattr(sums, name, a_launch(getattr(sums, name)))
         patch.setattr(replay, "_once", {})
         patch.setattr(replay, "_kinds", {})
         stack.enter_context(idle.rehearsed())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import leetdist
 from helpers import forget_kernels
-from leetdist.engine import planning
+from leetdist.engine import planning, repeats
 from leetdist.engine.call import run
 from leetdist.kernels.runtime.settings import Settings
 from leetdist.kernels.token_decay.pytorch import block
@@ -175,10 +175,14 @@ def test_skipped_outputs(kernels: str, columns: tuple[int, ...], ranks: int, mon
     assert all(torch.equal(x, y) for x, y in zip(found[1:], plain[1:], strict=True))
 
 
-@pytest.mark.parametrize("case", ["one row", "documents", "ranks", "a number a column", "z"])
+@pytest.mark.parametrize(
+    "case", ["one row", "documents", "ranks", "a number a column", "z", "short", "short, a number a column", "short, z"]
+)
 def test_gradients_of_x_and_of_what_it_is_multiplied_by(kernels: str, case: str, monkeypatch) -> None:
     """Of Mamba-2's call, whoever makes them: the pass itself, where it can, or one over x behind it."""
     monkeypatch.setenv("LEETDIST_LANES", "2" if case == "ranks" else "1")
+    if case.startswith("short"):  # as a GPU's calls go (leetdist.mamba.repeats)
+        monkeypatch.setattr(repeats, "_on_gpu", lambda x: True)
     rows = 1 if case == "documents" else 2
     x, dy, z = (torch.randn(rows, TOKENS, 4, 8) for _ in range(3))
     B, C = (torch.randn(rows, TOKENS, 2, 8) for _ in range(2))
@@ -187,7 +191,7 @@ def test_gradients_of_x_and_of_what_it_is_multiplied_by(kernels: str, case: str,
 
     def call(own: slice, dtype: torch.dtype, **more: Any) -> list[Tensor]:
         leaves = [y.detach().to(dtype).requires_grad_() for y in (x[:, own], dt[:, own], A, B[:, own], C[:, own], D)]
-        gate = z[:, own].to(dtype) if case == "z" else None
+        gate = z[:, own].to(dtype) if case.endswith("z") else None
         y = leetdist.mamba_chunk_scan_combined(*leaves[:5], D=leaves[5], z=gate, tile=TILE, **more)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy[:, own].to(dtype))]
 

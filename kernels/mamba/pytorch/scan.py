@@ -24,13 +24,19 @@ class Steps(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of what `scan_inputs` takes, in its order, and of D; None where nobody asked."""
+    """Of what `scan_inputs` takes, in its order, and of D; None where nobody asked. Those of A, bias and D come in
+    parts, (n, ...), for `added_up`."""
 
     x: Tensor | None
     dt: Tensor | None
     A: Tensor | None
     bias: Tensor | None
     D: Tensor | None
+
+
+def added_up(parts: Tensor | None) -> Tensor | None:
+    """Parts of a gradient, (n, ...): their sum."""
+    return None if parts is None else parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def scan_inputs(
@@ -90,7 +96,7 @@ def scan_inputs_gradient(
         grown = _wide_product(dv, x, A.dtype).contiguous().sum(-1).transpose(1, 2)
     if of_D and D is not None and dskip is not None:
         dD = _wide_product(dskip, x, A.dtype).contiguous().sum((0, 1))
-        dD = dD if D.ndim == 2 else dD.sum(-1)
+        dD = (dD if D.ndim == 2 else dD.sum(-1))[None]
     return Gradients(dx, *scan_steps_gradient(dt, A, bias, starts, grown, dlog_decay, steps, needs[1:4]), dD)
 
 
@@ -118,9 +124,9 @@ def scan_steps_gradient(
         if steps.softplus:
             grown = grown * sigmoid(raw)
         ddt = grown.to(dt.dtype) if of_dt else None
-        dbias = grown.contiguous().sum((0, 1)) if of_bias else None
+        dbias = grown.contiguous().sum((0, 1))[None] if of_bias else None
     if of_A:
-        dA = (g * own).contiguous().sum((0, 1))
+        dA = (g * own).contiguous().sum((0, 1))[None]
     return ddt, dA, dbias
 
 

@@ -79,7 +79,7 @@ def scan_inputs_gradient(
         {"WIDE": D is not None and D.ndim == 2, "TOKENS": block, "COLUMNS": columns, "SEGMENT_": SEGMENT},
     )  # fmt: skip
     of_steps = scan_steps_gradient(dt, A, bias, starts, grown, dlog_decay, steps, needs[1:4])
-    return Gradients(dx, *of_steps, None if dD is None else dD.sum(0))
+    return Gradients(dx, *of_steps, dD)
 
 
 def scan_steps_gradient(
@@ -106,8 +106,7 @@ def scan_steps_gradient(
             ),
             {"SOFTPLUS": steps.softplus, "TOKENS": TURNED, "HEADS": min(TURNED, triton.next_power_of_2(heads))},
         )  # fmt: skip
-    dA, dbias = (None if parts is None else parts.sum(0) for parts in sums)
-    return ddt, dA, dbias
+    return ddt, sums[0], sums[1]
 
 
 def scan_steps(
