@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leetdist.engine.passes import backward_pass, forward_pass
 from leetdist.engine.plan import Plan
-from leetdist.sequence.once import check_not_mapped
+from leetdist.sequence.once import check_not_mapped, mapped, one_by_one
 
 ONCE = (
     "leetdist: linear_attention can be differentiated once: its backward pass has no derivative (gradient penalties, "
@@ -39,7 +39,7 @@ class LinearAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         check_not_mapped(do, dfinal)
         # Under create_graph, or mapped (is_grads_batched), PyTorch has to see what can and cannot be done with it.
-        seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        seen = torch.is_grad_enabled() or mapped()
         gradients = BackwardPass.apply if seen else _gradients
         *grads, dinitial = gradients(ctx.plan, do, dfinal, *ctx.saved_tensors)
         return dinitial, None, None, *grads
@@ -67,12 +67,5 @@ class BackwardPass(torch.autograd.Function):
         raise RuntimeError(ONCE)
 
     @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], plan: Plan, *tensors: Tensor | None) -> tuple[Any, Any]:
-        """One after the other: each has the bits of a call of its own."""
-        each = [
-            [x if dim is None or x is None else x.select(dim, i) for x, dim in zip(tensors, dims[1:], strict=True)]
-            for i in range(info.batch_size)
-        ]
-        passes = [BackwardPass.apply(plan, *one) for one in each]
-        grads = [None if x[0] is None else torch.stack(x) for x in zip(*passes, strict=True)]
-        return tuple(grads), tuple(None if x is None else 0 for x in grads)
+    def vmap(info: Any, dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
+        return one_by_one(BackwardPass, info, dims, *given)

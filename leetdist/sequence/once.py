@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeAlias
 
 import torch
@@ -26,6 +26,23 @@ def check_not_mapped(*incoming: Tensor | None) -> None:
         return
     if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in incoming):
         raise RuntimeError(NO_LEGACY_VMAP)
+
+
+def mapped() -> bool:
+    """Whether torch.func.vmap may map the backward pass that runs now. (While torch.compile traces, Dynamo's.)"""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def one_by_one(function: Any, info: Any, dims: tuple[Any, ...], what: Any, *tensors: Tensor | None) -> tuple[Any, Any]:
+    """The rule for vmap of a torch.autograd.Function of `what`, no tensor, and tensors: each has the bits of a call of
+    its own, and kernels see memory."""
+    each = [
+        [x if dim is None or x is None else x.select(dim, i) for x, dim in zip(tensors, dims[1:], strict=True)]
+        for i in range(info.batch_size)
+    ]
+    found = [function.apply(what, *one) for one in each]
+    results = tuple(None if x[0] is None else torch.stack(x) for x in zip(*found, strict=True))
+    return results, tuple(None if x is None else 0 for x in results)
 
 
 def check_not_transformed(call: str, *tensors: Tensor) -> None:
@@ -53,7 +70,10 @@ def differentiated_once(name: str) -> Callable[[Callable[..., Gradients]], Calla
         def checked(ctx: Any, *incoming: Tensor | None) -> Gradients:
             check_not_mapped(*incoming)
             with torch.no_grad():
-                grads = backward(ctx, *incoming)
+                if mapped():
+                    grads = _Mapped.apply(partial(backward, ctx), *incoming)
+                else:
+                    grads = backward(ctx, *incoming)
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # whose backward has no second one
                 return grads
             by = [x for x in (*ctx.saved_tensors, *incoming) if x is not None and x.requires_grad]
@@ -62,6 +82,22 @@ def differentiated_once(name: str) -> Callable[[Callable[..., Gradients]], Calla
         return checked
 
     return decorated
+
+
+class _Mapped(torch.autograd.Function):
+    """A backward pass of incoming gradients, which vmap takes one by one."""
+
+    @staticmethod
+    def forward(backward: Callable[..., Gradients], *incoming: Tensor | None) -> Gradients:
+        return backward(*incoming)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
+        return one_by_one(_Mapped, info, dims, *given)
 
 
 class _Once(torch.autograd.Function):

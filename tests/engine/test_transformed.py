@@ -168,6 +168,27 @@ OVER_RANKS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }  # fmt: skip
 
 
+def scan_over_ranks(x: Tensor, group: Any) -> Tensor:
+    dt, a = torch.full((*x.shape[:2], 2), 0.3), -torch.ones(2)
+    x = x.unflatten(2, (2, 3))
+    return leetdist.mamba_chunk_scan_combined(x, dt, a, x[:, :, :1], x[:, :, 1:], group=group)
+
+
+@pytest.mark.parametrize("name", ["gather_sequence", "halo", "causal_conv1d", "scan"])
+def test_a_backward_pass_over_ranks_is_mapped(name: str) -> None:
+    """One gradient by one, on all ranks."""
+
+    def rank(group: Any) -> None:
+        x = leetdist.shard_sequence(torch.ones(2, 48, 6), 1, group).clone().requires_grad_()
+        y = scan_over_ranks(x, group) if name == "scan" else OVER_RANKS[name](x, group)
+        dy = torch.randn(3, *y.shape)
+        found = vmap(lambda one: torch.autograd.grad(y, x, one, retain_graph=True)[0])(dy)
+        each = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in dy]
+        assert torch.equal(found, torch.stack(each))
+
+    leetdist.virtual_ranks(rank, 3)
+
+
 @pytest.mark.parametrize("name", OVER_RANKS)
 def test_over_ranks_is_refused_in_words(name: str) -> None:
     def rank(group: Any) -> str:

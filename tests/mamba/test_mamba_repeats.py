@@ -201,6 +201,21 @@ def test_is_differentiated_once(short: None) -> None:
             dx.sum().backward()
 
 
+def test_the_backward_pass_is_mapped(short: None) -> None:
+    """By torch.func.vmap: one gradient by one."""
+    inputs, _, dy, _ = case_of("skip and gate")
+    leaves = grown(inputs)
+    y = leetdist.mamba_chunk_scan_combined(**leaves)
+
+    def gradients(dy: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, tuple(leaves.values()), dy, retain_graph=True)
+
+    several = torch.stack([dy, dy.sin()])
+    each = [gradients(one) for one in several]
+    for found, wanted in zip(torch.func.vmap(gradients)(several), zip(*each, strict=True), strict=True):
+        assert torch.equal(found, torch.stack(wanted))
+
+
 def test_outputs_can_be_written_over(short: None) -> None:
     inputs, _, dy, _ = case_of("as Mamba-2's layer")
     found = []
