@@ -66,11 +66,11 @@ def as_bool(name: str, value: Any) -> bool:
 
 
 def as_name(name: str, value: Any, names: Iterable[str | None]) -> Any:
-    """One of some names, of which one may be None."""
+    """One of some names, of which one may be None; a plain string."""
     if not (value is None or isinstance(value, str)) or value not in (names := tuple(names)):
         shown = ", ".join("None" if x is None else x for x in names)
         raise ValueError(f"{name} must be one of {shown}, got {value!r}")
-    return value
+    return None if value is None else str.__str__(value)
 
 
 def check_device(device: Any) -> torch.device:

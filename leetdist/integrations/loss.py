@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from leetdist.arguments import as_float, is_readable
+from leetdist.arguments import as_float, as_str, is_readable
 from leetdist.mesh import all_sum, all_transports
 from leetdist.sequence.agreement import gathered
 from leetdist.sequence.once import check_not_transformed
@@ -69,7 +69,7 @@ def reduce_loss(
         _agree(error, transports)
         raise
     if transports:
-        _agree((gradients, _known(total_tokens)), transports)
+        _agree((as_str("gradients", gradients), _known(total_tokens)), transports)
         check_not_transformed("reduce_loss over ranks", loss_sum)
     mine = torch.stack([loss_sum.detach().double().reshape(()), loss_sum.new_tensor(0.0).double() + n_tokens])
     everyone = all_sum(mine, transports)

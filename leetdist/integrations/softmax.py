@@ -62,10 +62,10 @@ def softmax_attention(
         "dtype": q.dtype,
         "heads and their sizes": tuple((*x.shape[:2], x.shape[3]) for x in (q, k, v)),
         "requires_grad of q, k, v": tuple(grad and x.requires_grad for x in (q, k, v)),  # each has its own exchange
-        "scale": scale,
-        "softcap": softcap,
+        "scale": None if scale is None else float(scale),
+        "softcap": None if softcap is None else float(softcap),
         "sinks": "None" if sinks is None else "a tensor",
-        "boundaries": boundaries,
+        "boundaries": None if boundaries is None else tuple(map(int, boundaries)),
         "kept": "None" if kept is None else "a tensor",
     }
     lengths = agreed_lengths("softmax_attention", q.shape[2], facts, transport)

@@ -252,8 +252,7 @@ def _check(
     for name, other in (("weight", weight), ("bias", bias), ("seq_idx", seq_idx)):
         if other is not None and other.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {other.device}")
-    as_name("activation", activation, ACTIVATIONS)
-    as_bool("return_state", return_state)
+    activation, return_state = as_name("activation", activation, ACTIVATIONS), as_bool("return_state", return_state)
     grad = torch.is_grad_enabled()
     if initial is not None:
         check_initial(initial, [rows, weight.shape[1] - 1, channels], x, transport)

@@ -14,12 +14,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import leetdist
 from helpers import run_ranks, values
+from leetdist.integrations.softmax import softmax_attention
 from leetdist.operators.problem import Problem
 from leetdist.sequence import encoding, memory
 from leetdist.sequence.group import resolve
@@ -49,6 +51,26 @@ def test_objects_between_ranks_are_values() -> None:
     for strange in (object(), {1, 2}, 1j, torch.zeros(1), lambda: 0, b"bytes", [{"a": object()}]):
         with pytest.raises(TypeError, match="ranks do not send each other"):
             encoding.encode(strange)
+
+
+class Name(str):
+    """Of another type, and equal."""
+
+
+def with_numpys_numbers(rank: int) -> None:
+    group, x, q = dist.group.WORLD, torch.randn(1, 32, 8), torch.randn(1, 2, 32, 8)
+    convolve, options = leetdist.nn.causal_conv1d, {"scale": np.float64(0.5), "softcap": np.float32(3)}
+    y, state = convolve(x, x[0, :8, :4], activation=Name("silu"), return_state=np.bool_(True), group=group)  # type: ignore[call-overload]
+    assert torch.equal(y, convolve(x, x[0, :8, :4], activation="silu", group=group))
+    assert state.shape == (1, 3, 8)
+    o = softmax_attention(q, q, q, group, boundaries=(0, np.int64(9), 64), **options)
+    assert torch.equal(o, softmax_attention(q, q, q, group, boundaries=(0, 9, 64), scale=0.5, softcap=3))
+    loss = leetdist.reduce_loss(torch.tensor(4.0), 1, group, total_tokens=np.int64(4), gradients=Name("sum"))  # type: ignore[arg-type]
+    assert loss.item() == 2
+
+
+def test_numpys_numbers_are_told_as_pythons() -> None:
+    values(run_ranks(with_numpys_numbers, 2))
 
 
 def test_damaged_messages_are_refused() -> None:
