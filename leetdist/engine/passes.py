@@ -32,11 +32,12 @@ def forward_pass(
 
         L = summaries      S = scan(L)      o = outputs(S)
 
-    Returns o, the final state (if the problem asks for it) and S, all in one row of numbers (if any tile has one).
+    Returns o, the final state (if the problem asks for it) and S, all in one row of numbers (if any tile has one). The
+    first two are no views: of one that a function of autograd's returns, PyTorch refuses to write over it.
     """
     o, final, states = cast(Any, _repeated(_forward_pass, (*inputs, initial_state), plan))
     if plan.problem.skipped:
-        o = plan.operator.finished(o, _by_name(inputs, plan))
+        o = plan.operator.finished(o, _by_name(inputs, plan)).detach()
     return o, final, states
 
 
@@ -71,7 +72,7 @@ def _forward_pass(*given: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         whole = None
         if plan.problem.return_state:
             whole = scan.states_to_all(in_order(final, plan), plan.state_shape, plan)
-    return o.whole, whole, states.flat
+    return o.whole.detach(), None if whole is None else whole.detach(), states.flat
 
 
 def backward_pass(

@@ -103,7 +103,7 @@ class Scan(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(*given, *kept)
         ctx.set_materialize_grads(False)
-        return y.detach(), state  # no view, so that it can be written over
+        return y, state
 
     @staticmethod
     @differentiated_once("mamba_chunk_scan_combined")
@@ -159,7 +159,7 @@ def _forward(*args: Any) -> tuple[Any, ...]:
     weight, log_decay = kernel(scan.scan_steps, x, x.shape[3])(dt, A, bias, starts, call.steps)
     plan, inputs, initial = _planned(given, weight, log_decay, call)
     o, state, states = forward_pass(inputs, initial, plan)
-    return o.transpose(1, 2), state, weight, log_decay, states
+    return o.transpose(1, 2).detach(), state, weight, log_decay, states  # y is no view, so that it can be written over
 
 
 def _backward(*args: Any) -> tuple[Tensor | None, ...]:

@@ -79,6 +79,25 @@ def test_forms_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(ours, plain), {name: form for name, (form, _) in chosen.items()}
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("by_token", [False, True], ids=["a decay a head", "a decay a token"])
+def test_results_can_be_written_over(backend: str, by_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors with tokens first, kernels write outputs through a view; what callers get is none."""
+    monkeypatch.setenv("LEETDIST_BACKEND", backend)
+    given = arguments(heads=2, tokens=20)
+    decay = given["log_decay"][:, None].expand(1, 2, 20) if by_token else given["log_decay"]
+    leaves = [given[name].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for name in "qkv"]
+    found = []
+    for double in (Tensor.mul, Tensor.mul_):
+        o, state = leetdist.linear_attention(*leaves, decay, return_state=True, tile=16)
+        grads = torch.autograd.grad([double(o, 2.0), double(state, 3.0)], leaves, [given["do"], given["dstate"]])
+        factor = torch.tensor(2.0, requires_grad=True)
+        with torch.no_grad():
+            results = leetdist.linear_attention(*leaves, decay, return_state=True, tile=16)
+        found.append([*grads, *[torch.autograd.grad(double(x, factor).sum(), factor)[0] for x in results]])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", arguments())
 def test_forms_on_a_gpu(name: str) -> None:
