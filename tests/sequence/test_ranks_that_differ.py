@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,13 +60,15 @@ def test_a_rank_that_is_in_no_such_group() -> None:
     assert values(run_ranks(not_a_member, 3)) == ["", "group does not hold this rank (global rank 1)", ""]
 
 
-def wait_in_vain(rank: int, how: str) -> tuple[float, str]:
+def wait_in_vain(rank: int, how: str, store: str) -> tuple[float, str]:
     """One rank makes no call; seconds that the others waited, and what they were told."""
     blame.ROLL_CALL_SECONDS = 0.5
     if how == "job":
+        dist.barrier()  # they have started at different times
+        ranks = dist.get_world_size()
         dist.destroy_process_group()
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-        dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+        options: Any = {"rank": rank, "world_size": ranks, "timeout": timedelta(seconds=2)}
+        dist.init_process_group("gloo", init_method=f"file://{store}", **options)
     group = leetdist.device_mesh(sequence=2)["sp"] if how == "job" else dist.group.WORLD
     if how == "collective":
         resolve(group)
@@ -93,9 +95,9 @@ def wait_in_vain(rank: int, how: str) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize("how", ["job", "collective"])
-def test_timeouts_are_kept(how: str) -> None:
+def test_timeouts_are_kept(how: str, tmp_path: Path) -> None:
     """The job's in the groups of a mesh, to which torch gives its own; sequence_parallel's in collective calls."""
-    outcomes = run_ranks(wait_in_vain, 4 if how == "job" else 2, how, timeout_s=60)
+    outcomes = run_ranks(wait_in_vain, 4 if how == "job" else 2, how, str(tmp_path / "store"), timeout_s=60)
     seconds, said = outcomes[0].value
     assert "rank 1 of 2 does not answer" in said
     assert 1.5 < seconds < 11
