@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leetdist.arguments import as_int
 from leetdist.sequence.agreement import gathered
-from leetdist.sequence.group import resolve
+from leetdist.sequence.group import resolve, untraced
 from leetdist.sequence.timeouts import timeout_of
 from leetdist.sequence.transport import Transport
 
@@ -126,6 +126,7 @@ def data_rank(mesh: Mesh | None) -> tuple[int, int]:
     return index, count
 
 
+@untraced
 def all_transports(mesh: Mesh | None) -> list[Transport]:
     """One transport for each dimension over which tokens are spread: a sum over all of them is the sum over the job."""
     dimensions = dimensions_of(mesh)

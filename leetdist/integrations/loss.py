@@ -62,7 +62,7 @@ def reduce_loss(
     >>> leetdist.virtual_ranks(rank, ranks=2)
     [tensor(3.), tensor(3.)]
     """
-    transports = all_transports(mesh)
+    transports = [] if mesh is None else all_transports(mesh)
     try:
         _check(loss_sum, n_tokens, total_tokens, gradients)
     except ValueError as error:

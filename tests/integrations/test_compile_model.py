@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,6 +55,24 @@ def test_a_compiled_layer_has_its_decays_where_it_is() -> None:
     torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(1, 40, 32, device="meta"))
     assert (4,) in [x.shape for x in found]
     assert all(x.is_meta for x in found)
+
+
+def losses(rank: int) -> None:
+    for mesh in (dist.group.WORLD, leetdist.device_mesh()):
+
+        def call(x: Tensor, mesh: Any = mesh) -> Tensor:
+            return leetdist.reduce_loss(x.square().sum(), 3, mesh) * 2.0
+
+        found = []
+        for function in (call, torch.compile(call, backend="aot_eager")):
+            x = torch.full((4,), 1.0 + rank, requires_grad=True)
+            loss = function(x)
+            found.append((loss, *torch.autograd.grad(loss, x)))
+        assert all(map(torch.equal, *found))
+
+
+def test_a_loss_over_ranks_in_what_is_compiled() -> None:
+    values(run_ranks(losses, 2))
 
 
 def over_ranks(rank: int) -> None:
