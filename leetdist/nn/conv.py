@@ -193,7 +193,7 @@ def _last_tokens(
 ) -> Tensor:
     """The last `width` tokens of the sequence, zeros for those of other documents than the last one's; or of each
     document, with zeros before them; on every rank."""
-    rank, total = 0 if transport is None else transport.rank, sum(lengths)
+    rank = 0 if transport is None else transport.rank
     if cu_seqlens is not None:
         offsets = cu_seqlens.to(x.device)
         tokens = offsets[1:, None] - width + torch.arange(width, device=x.device)
@@ -203,13 +203,19 @@ def _last_tokens(
         mine = torch.where(here[..., None], row[(tokens - begin).clamp(0, lengths[rank])], 0.0)
         return mine if transport is None else gather_sequence(mine[None], 0, transport).sum(0)
 
+    # Of each rank its last tokens alone: a view of all would keep x for as long as the state. (In a graph, which takes
+    # any number of tokens, they are copied in the end.)
+    traced = torch.compiler.is_compiling()
+    held = [tokens if traced else min(tokens, width) for tokens in lengths]
+
     def last(x: Tensor, start: Tensor) -> Tensor:
+        x = x[:, lengths[rank] - held[rank] :]
         if rank == 0:
             x = torch.cat((start, x), 1)
         if transport is None:
-            return x[:, total:]
-        held = (lengths[0] + width, *lengths[1:])
-        return tokens_of(x, 1, held, [(total, total + width)] * transport.size, transport)
+            return x[:, held[0] :].clone() if traced else x[:, held[0] :]
+        end = width + sum(held)
+        return tokens_of(x, 1, (held[0] + width, *held[1:]), [(end - width, end)] * transport.size, transport)
 
     found = last(x, x.new_zeros(x.shape[0], width, x.shape[2]) if initial is None else initial)
     if seq_idx is None or not width:

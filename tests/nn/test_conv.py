@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,26 @@ def test_one_after_the_other_is_the_whole() -> None:
         parts.append(y)
     assert torch.equal(torch.cat(parts, 1), whole)
     assert torch.equal(state, last)
+
+
+@pytest.mark.parametrize("way", ["alone", "compiled", "ranks"])
+def test_what_is_kept_is_little(way: str) -> None:
+    """It may live on for long, and x, of a prompt in all layers, does not with it."""
+    inputs = make()
+
+    def kept(x: torch.Tensor, group: Any = None) -> torch.Tensor:
+        return causal_conv1d(x, inputs["weight"], return_state=True, group=group)[1]
+
+    def rank(group: Any) -> torch.Tensor:
+        return kept(leetdist.shard_sequence(inputs["x"], 1, group), group)
+
+    if way == "ranks":
+        found = leetdist.virtual_ranks(rank, 2)
+    else:
+        found = [(torch.compile(kept, backend="aot_eager") if way == "compiled" else kept)(inputs["x"])]
+    for state in found:
+        assert torch.equal(state, inputs["x"][:, -3:])
+        assert state.untyped_storage().nbytes() <= 2 * state.nbytes
 
 
 def test_any_layout_means_its_values() -> None:
