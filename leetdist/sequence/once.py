@@ -104,9 +104,16 @@ class _Once(torch.autograd.Function):
     """The first `count` tensors as they are, as functions of the others, whose derivative there is none of."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> Gradients:
-        ctx.name = name
+    def forward(name: str, count: int, *tensors: Tensor | None) -> Gradients:
         return tuple(None if x is None else x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], name: str, count: int, *tensors: Tensor | None) -> tuple[Any, Any]:
+        return _Once.apply(name, count, *tensors), dims[2 : 2 + count]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:

@@ -41,8 +41,23 @@ def test_a_penalty_beside_a_loss(name: str, squared: bool) -> None:
     (once,) = torch.autograd.grad(loss(), x)
     (first,) = torch.autograd.grad(loss(), x, create_graph=True)
     assert torch.equal(first, once)
-    with pytest.raises(RuntimeError, match=f"{name.split()[0]}|linear_attention can be differentiated once"):
+    with pytest.raises(RuntimeError, match=f"({name.split()[0]}|linear_attention) can be differentiated once"):
         torch.autograd.grad(loss() + first.square().sum(), x)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_penalty_on_gradients_that_vmap_has_taken(name: str) -> None:
+    x = torch.randn(1, 20, 16, requires_grad=True)
+    y = CALLS[name](x)
+    several = torch.randn(2, *y.shape)
+
+    def gradient(dy: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, dy, create_graph=True)[0]
+
+    found = torch.func.vmap(gradient)(several)
+    assert torch.equal(found, torch.stack([gradient(dy) for dy in several]))
+    with pytest.raises(RuntimeError, match=f"({name.split()[0]}|linear_attention) can be differentiated once"):
+        torch.autograd.grad(x.sum() + found.square().sum(), x)
 
 
 @pytest.mark.parametrize("name", ["gather_sequence", "halo"])
