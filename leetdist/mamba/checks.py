@@ -88,7 +88,7 @@ def check(
     for name, y in beside.items():
         if y is not None and y.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {y.device}")
-    values = A.double() if is_readable(A) else None  # some narrow dtypes cannot be compared
+    values = A.detach().double() if is_readable(A) else None  # some narrow dtypes cannot be compared
     if values is not None and not bool((values <= 0).all() & values.isfinite().all()):
         raise ValueError(f"A must be finite and <= 0, as -exp(A_log) is, got {values.tolist()}")
     for name, y in (("dt", dt), ("dt_bias", dt_bias)):

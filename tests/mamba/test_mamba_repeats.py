@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from test_mamba_scan import CASES, case_of, compute, grown, ours
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import leetdist
 from helpers import forget_kernels
@@ -214,6 +216,18 @@ def test_the_backward_pass_is_mapped(short: None) -> None:
     each = [gradients(one) for one in several]
     for found, wanted in zip(torch.func.vmap(gradients)(several), zip(*each, strict=True), strict=True):
         assert torch.equal(found, torch.stack(wanted))
+
+
+def test_a_call_that_is_checked_saves_no_more_than_those_after_it(short: None) -> None:
+    """Checkpointing asks for it: a call that is computed anew is of a kind that was right before."""
+    inputs, options, dy, _ = case_of("limits")
+    found = []
+    scan = leetdist.mamba_chunk_scan_combined
+    for call in (scan, partial(checkpoint, scan, use_reentrant=False)):
+        repeats.checked.clear()
+        leaves = grown(inputs)
+        found.append(torch.autograd.grad(call(**leaves, **options), list(leaves.values()), dy))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 def test_results_can_be_written_over(short: None) -> None:
