@@ -53,6 +53,8 @@ class PointToPoint(Transport):
         self.default_seconds = timeout_of(self.host_group).total_seconds()
         # gloo reads and writes host memory only.
         self.staged = "nccl" not in backends
+        if not self.staged:
+            _make_current(getattr(group, "bound_device_id", None))
         self.pending: list[Sent] = []
         self.captured: list[Sent] = []  # by a CUDA graph in the making, which may wait for nothing else
         self.mailbox: Mailbox | None = None
@@ -86,7 +88,8 @@ class PointToPoint(Transport):
 
     @property
     def device(self) -> torch.device:
-        """The GPU that the group is bound to (init_process_group's device_id), else the current one."""
+        """The GPU that the group is bound to (init_process_group's device_id), else the current one. Where both are
+        told, the first use of the group has made them one."""
         bound: torch.device | None = getattr(self.group, "bound_device_id", None)
         return bound or torch.device("cuda", torch.cuda.current_device())
 
@@ -370,6 +373,12 @@ def _companion(group: dist.ProcessGroup) -> Any:
     groups would wait for each other under different names for ever.
     """
     return gloo(group, store_of(group, "host"), dist.get_rank(group), dist.get_world_size(group))
+
+
+def _make_current(bound: torch.device | None) -> None:
+    """A group's GPU is the current one: what PyTorch, NCCL and graphs take from there must not be another's."""
+    if bound is not None and bound.type == "cuda" and bound.index != torch.cuda.current_device():
+        torch.cuda.set_device(bound)
 
 
 def gloo(like: dist.ProcessGroup, store: Store, rank: int, size: int) -> Any:

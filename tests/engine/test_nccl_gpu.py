@@ -157,6 +157,18 @@ def test_kinds_of_calls_are_equal(found: list[dict[str, Any]]) -> None:
         assert result["pending"] == 0
 
 
+def without_blocking(rank: int) -> list[bool]:
+    """Calls of NCCL come back before what they give a stream is there."""
+    os.environ |= {"NCCL_COMM_BLOCKING": "0", "TORCH_NCCL_USE_COMM_NONBLOCKING": "1"}
+    transport = over_nccl(rank)
+    return [*repeated(transport)[0], *exchanged(transport)]
+
+
+def test_a_communicator_that_does_not_block() -> None:
+    for equal in values(run_ranks(without_blocking, 2, backend="nccl", timeout_s=100)):
+        assert equal == [True] * (CALLS + 3)
+
+
 def left_alone(rank: int, timeout: float | None) -> None:
     """The last rank ends between the passes."""
     os.environ["LEETDIST_BACKEND"] = "torch"

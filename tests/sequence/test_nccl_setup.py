@@ -63,12 +63,13 @@ def test_one_that_does_not_block_is_waited_for() -> None:
 
 
 def bound(rank: int) -> list[Any]:
-    """The group's GPU is that of init_process_group's device_id, whatever the current one is."""
+    """The group's GPU is that of init_process_group's device_id, which its first use makes the current one."""
     group = dist.group.WORLD
     transport = PointToPoint(group)
     seen: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "set_device", lambda device: seen.append(f"made current: {device}"))
         patch.setattr(p2p, "connect", lambda transport, device: seen.append(device))
         transport.staged = False
         transport.take_nccl()
@@ -79,12 +80,14 @@ def bound(rank: int) -> list[Any]:
         patch.setattr(torch, "zeros", lambda *shape, device: device)
         patch.setattr(PointToPoint, "_share_memory", lambda transport: None)
         PointToPoint(group)
+        group.bound_device_id = torch.device("cuda", 0)  # and is already
+        PointToPoint(group)
     group.bound_device_id = None
     return [str(x) for x in seen]
 
 
 def test_the_gpu_is_the_one_that_the_group_is_bound_to() -> None:
-    assert values(run_ranks(bound, 2)) == [["cuda:0", "cuda:1", "cuda:1"]] * 2
+    assert values(run_ranks(bound, 2)) == [["cuda:0", "cuda:1", "made current: cuda:1", "cuda:1", "cuda:0"]] * 2
 
 
 def gives_up(rank: int) -> Any:
